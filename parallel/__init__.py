@@ -1,0 +1,1 @@
+"""Ranks working together: meshes, collectives, attention across ranks, kernels. Executes plans, never makes them."""

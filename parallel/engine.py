@@ -1,0 +1,100 @@
+"""Attention of one microbatch on one rank, whatever its groups: differentiable, exact, documents never mixed.
+
+Shapes: T rows of the microbatch on this rank, N query heads, K KV heads, H head dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from parallel.comm import Exchange
+from parallel.heads import HeadExchange, HeadLayout
+from parallel.kernel import AttentionKernel
+from parallel.program import GroupProgram, RankMicrobatch
+from parallel.rounds import RoundWalker, bind_rounds
+
+
+@dataclass(frozen=True, slots=True)
+class _GroupRunner:
+    """One group: an optional head exchange around a walk over rounds."""
+
+    group: GroupProgram
+    walker: RoundWalker
+    heads: HeadExchange | None
+
+
+@dataclass(frozen=True, slots=True)
+class MicrobatchAttention:
+    """Callable ``(q_TNH, k_TKH, v_TKH) -> out_TNH`` for all layers of one microbatch. Communicates with its groups."""
+
+    runners: tuple[_GroupRunner, ...]
+
+    def __call__(self, q_TNH: torch.Tensor, k_TKH: torch.Tensor, v_TKH: torch.Tensor) -> torch.Tensor:
+        if not self.runners:  # the empty microbatch that ends a step: no rows, but k and v stay in the graph
+            return q_TNH + 0 * (k_TKH.sum() + v_TKH.sum())
+        outs = []
+        for runner in self.runners:
+            start, stop = runner.group.rows
+            outs.append(_GroupAttention.apply(q_TNH[start:stop], k_TKH[start:stop], v_TKH[start:stop], runner))
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionEngine:
+    """Makes a microbatch's attention. ``wire``: point-to-point exchange over the data axis (rank = data rank)."""
+
+    kernel: AttentionKernel
+    wire: Exchange
+    device: torch.device
+
+    def bind(
+        self, microbatch: RankMicrobatch, *, num_query_heads: int, num_kv_heads: int, head_dim: int
+    ) -> MicrobatchAttention:
+        """Prepare one microbatch: pure set-up, no communication. Head counts are those of one tensor rank."""
+        return MicrobatchAttention(
+            tuple(self._runner(group, num_query_heads, num_kv_heads, head_dim) for group in microbatch.groups)
+        )
+
+    def _runner(self, group: GroupProgram, num_query_heads: int, num_kv_heads: int, head_dim: int) -> _GroupRunner:
+        walker = RoundWalker(
+            group=group,
+            forward_rounds=bind_rounds(group.forward, self.device),
+            backward_rounds=bind_rounds(group.backward, self.device),
+            kernel=self.kernel,
+            wire=self.wire,
+            scale=head_dim**-0.5,
+        )
+        heads = None
+        if group.exchanges_heads:
+            layout = HeadLayout(num_query_heads, num_kv_heads, len(group.ranks))
+            heads = HeadExchange(layout, group.ranks, group.group_index, group.member_rows, self.wire)
+        return _GroupRunner(group, walker, heads)
+
+
+class _GroupAttention(torch.autograd.Function):
+    """What is saved is what flash attention saves: q, k, v (after the head exchange), out and lse."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q_TNH: torch.Tensor, k_TKH: torch.Tensor, v_TKH: torch.Tensor, runner: _GroupRunner
+    ) -> torch.Tensor:
+        if runner.heads is not None:
+            q_TNH, k_TKH, v_TKH = runner.heads.gather_qkv(q_TNH, k_TKH, v_TKH)
+        out_TNH, lse_TN = runner.walker.forward(q_TNH, k_TKH, v_TKH)
+        ctx.save_for_backward(q_TNH, k_TKH, v_TKH, out_TNH, lse_TN)
+        ctx.runner = runner
+        return runner.heads.scatter_out(out_TNH) if runner.heads is not None else out_TNH
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (dout_TNH,) = grad_outputs
+        runner: _GroupRunner = ctx.runner
+        if runner.heads is not None:
+            dout_TNH = runner.heads.gather_out_grad(dout_TNH)
+        grads = runner.walker.backward(dout_TNH.contiguous(), *ctx.saved_tensors)
+        if runner.heads is not None:
+            grads = runner.heads.scatter_qkv_grads(*grads)
+        return (*grads, None)

@@ -1,0 +1,206 @@
+"""The local attention kernel behind one facade: output and log-sum-exp, never a score matrix.
+
+Order of choice: ``flash_attn`` varlen if it can be imported, torch's own CUDA flash kernels, torch's CPU flash kernel.
+Shapes: T query rows, S key rows, N query heads, K KV heads, H head dim, B pairs of one call.
+``q_TNH k_SKH v_SKH -> out_TNH lse_TN``; N is a multiple of K and head n reads KV head n // (N // K).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import torch
+
+from planner.errors import SpecError
+
+Rows = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Which query rows meet which key rows in one varlen call; made once per microbatch, used by every layer."""
+
+    causal: bool
+    query_rows: tuple[Rows, ...]
+    key_rows: tuple[Rows, ...]
+    device: torch.device
+
+    @cached_property
+    def query_index(self) -> torch.Tensor | slice:
+        return _row_index(self.query_rows, self.device)
+
+    @cached_property
+    def key_index(self) -> torch.Tensor | slice:
+        return _row_index(self.key_rows, self.device)
+
+    @cached_property
+    def cu_queries(self) -> torch.Tensor:
+        return _cumulative(self.query_rows, self.device)
+
+    @cached_property
+    def cu_keys(self) -> torch.Tensor:
+        return _cumulative(self.key_rows, self.device)
+
+    @cached_property
+    def max_query(self) -> int:
+        return max(stop - start for start, stop in self.query_rows)
+
+    @cached_property
+    def max_key(self) -> int:
+        return max(stop - start for start, stop in self.key_rows)
+
+
+class AttentionKernel(Protocol):
+    """One local attention implementation. Stateless."""
+
+    name: str
+
+    def forward(
+        self, q_TNH: torch.Tensor, k_SKH: torch.Tensor, v_SKH: torch.Tensor, pairs: Pairs, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(out, lse) for the rows of ``pairs.query_index``, in that order."""
+
+    def backward(
+        self, dout_TNH: torch.Tensor, q_TNH: torch.Tensor, k_SKH: torch.Tensor, v_SKH: torch.Tensor,
+        out_TNH: torch.Tensor, lse_TN: torch.Tensor, pairs: Pairs, scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(dq, dk, dv) of this call's pairs, dq for the rows of ``query_index``, dk and dv for ``key_index``.
+
+        ``out`` and ``lse`` are the *final* ones over all keys, so that partial gradients simply add up.
+        """
+
+
+def choose_kernel(device: torch.device, dtype: torch.dtype) -> AttentionKernel:
+    """The best kernel for this device and dtype. Raises SpecError where there is none (fp32 on CUDA)."""
+    if device.type == "cpu":
+        return CpuFlashKernel()
+    if dtype not in (torch.bfloat16, torch.float16):
+        raise SpecError(f"no flash attention kernel for {dtype} on {device.type}: use --dtype bf16")
+    if importlib.util.find_spec("flash_attn") is not None:
+        return FlashAttnKernel()
+    return CudaFlashKernel()
+
+
+class CpuFlashKernel:
+    """torch's blocked CPU kernel, one call per pair (it knows no cu_seqlens). fp32, fp64 and bf16."""
+
+    name = "torch-cpu-flash"
+
+    def forward(
+        self, q_TNH: torch.Tensor, k_SKH: torch.Tensor, v_SKH: torch.Tensor, pairs: Pairs, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        outs, lses = [], []
+        for (q0, q1), (k0, k1) in zip(pairs.query_rows, pairs.key_rows, strict=True):
+            out_1NTH, lse_1NT = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                _heads_first(q_TNH[q0:q1]), _heads_first(k_SKH[k0:k1]), _heads_first(v_SKH[k0:k1]),
+                0.0, pairs.causal, attn_mask=None, scale=scale,
+            )
+            outs.append(out_1NTH[0].transpose(0, 1))
+            lses.append(lse_1NT[0].transpose(0, 1))
+        return _cat(outs), _cat(lses)
+
+    def backward(
+        self, dout_TNH: torch.Tensor, q_TNH: torch.Tensor, k_SKH: torch.Tensor, v_SKH: torch.Tensor,
+        out_TNH: torch.Tensor, lse_TN: torch.Tensor, pairs: Pairs, scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        parts: tuple[list[torch.Tensor], ...] = ([], [], [])
+        for (q0, q1), (k0, k1) in zip(pairs.query_rows, pairs.key_rows, strict=True):
+            grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                _heads_first(dout_TNH[q0:q1]), _heads_first(q_TNH[q0:q1]), _heads_first(k_SKH[k0:k1]),
+                _heads_first(v_SKH[k0:k1]), _heads_first(out_TNH[q0:q1]),
+                lse_TN[q0:q1].transpose(0, 1).unsqueeze(0).contiguous(),
+                0.0, pairs.causal, attn_mask=None, scale=scale,
+            )
+            for part, grad in zip(parts, grads, strict=True):
+                part.append(grad[0].transpose(0, 1))
+        return _cat(parts[0]), _cat(parts[1]), _cat(parts[2])
+
+
+class CudaFlashKernel:
+    """torch's own varlen flash attention (bf16, fp16)."""
+
+    name = "torch-cuda-flash"
+
+    def forward(
+        self, q_TNH: torch.Tensor, k_SKH: torch.Tensor, v_SKH: torch.Tensor, pairs: Pairs, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        out_TNH, lse_NT, *_ = torch.ops.aten._flash_attention_forward(
+            q_TNH[pairs.query_index], k_SKH[pairs.key_index], v_SKH[pairs.key_index],
+            pairs.cu_queries, pairs.cu_keys, pairs.max_query, pairs.max_key, 0.0, pairs.causal, False, scale=scale,
+        )
+        return out_TNH, lse_NT.transpose(0, 1)
+
+    def backward(
+        self, dout_TNH: torch.Tensor, q_TNH: torch.Tensor, k_SKH: torch.Tensor, v_SKH: torch.Tensor,
+        out_TNH: torch.Tensor, lse_TN: torch.Tensor, pairs: Pairs, scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        no_rng = torch.zeros(2, dtype=torch.uint64, device=q_TNH.device)  # without dropout the kernel never reads it
+        grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = torch.ops.aten._flash_attention_backward(
+            dout_TNH[pairs.query_index], q_TNH[pairs.query_index], k_SKH[pairs.key_index], v_SKH[pairs.key_index],
+            out_TNH[pairs.query_index], lse_TN[pairs.query_index].transpose(0, 1).contiguous(),
+            pairs.cu_queries, pairs.cu_keys, pairs.max_query, pairs.max_key, 0.0, pairs.causal, no_rng, no_rng,
+            scale=scale,
+        )
+        return grads
+
+
+class FlashAttnKernel:
+    """The ``flash_attn`` package's varlen kernels (bf16, fp16)."""
+
+    name = "flash-attn"
+
+    def forward(
+        self, q_TNH: torch.Tensor, k_SKH: torch.Tensor, v_SKH: torch.Tensor, pairs: Pairs, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
+
+        out_TNH, lse_NT, *_ = _flash_attn_varlen_forward(
+            q_TNH[pairs.query_index], k_SKH[pairs.key_index], v_SKH[pairs.key_index],
+            pairs.cu_queries, pairs.cu_keys, pairs.max_query, pairs.max_key,
+            dropout_p=0.0, softmax_scale=scale, causal=pairs.causal,
+        )
+        return out_TNH, lse_NT.transpose(0, 1)
+
+    def backward(
+        self, dout_TNH: torch.Tensor, q_TNH: torch.Tensor, k_SKH: torch.Tensor, v_SKH: torch.Tensor,
+        out_TNH: torch.Tensor, lse_TN: torch.Tensor, pairs: Pairs, scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        from flash_attn.flash_attn_interface import _flash_attn_varlen_backward
+
+        q, k, v = q_TNH[pairs.query_index], k_SKH[pairs.key_index], v_SKH[pairs.key_index]
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        _flash_attn_varlen_backward(
+            dout_TNH[pairs.query_index], q, k, v, out_TNH[pairs.query_index],
+            lse_TN[pairs.query_index].transpose(0, 1).contiguous(), dq, dk, dv,
+            pairs.cu_queries, pairs.cu_keys, pairs.max_query, pairs.max_key,
+            dropout_p=0.0, softmax_scale=scale, causal=pairs.causal,
+            window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None, deterministic=False,
+        )
+        return dq, dk, dv
+
+
+def _heads_first(x_TNH: torch.Tensor) -> torch.Tensor:
+    return x_TNH.transpose(0, 1).unsqueeze(0)
+
+
+def _cat(parts: SequenceOf[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+def _row_index(rows: tuple[Rows, ...], device: torch.device) -> torch.Tensor | slice:
+    """A slice where the rows are one run (no copy), else an index tensor."""
+    if all(before[1] == after[0] for before, after in zip(rows, rows[1:], strict=False)):
+        return slice(rows[0][0], rows[-1][1])
+    index = [row for start, stop in rows for row in range(start, stop)]
+    return torch.tensor(index, dtype=torch.int64, device=device)
+
+
+def _cumulative(rows: tuple[Rows, ...], device: torch.device) -> torch.Tensor:
+    edges = [0]
+    for start, stop in rows:
+        edges.append(edges[-1] + stop - start)
+    return torch.tensor(edges, dtype=torch.int32, device=device)

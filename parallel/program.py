@@ -1,0 +1,232 @@
+"""StepPlan -> what one rank does, as row numbers: pure integers, no tensors, no communication.
+
+Rows are places in the rank's local tensors. A microbatch's rows are its groups' rows one behind the other; inside a
+group they follow ``layout.shard_spans``. Held rows (received K/V) count from 0 in every round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+
+from planner.errors import PlanError
+from planner.layout import local_token_counts, shard_spans
+from planner.plan import AttentionGroup, AttentionKind, Microbatch, Span, StepPlan, plan_digest
+from planner.schedule import Round, Task, Transfer, write_schedule
+
+Rows = tuple[int, int]
+"""Half-open row range."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerRows:
+    """Rows of one message, in order, merged where they touch. ``held``: rows of the previous round's received K/V
+    (this round's, for gradients) instead of own rows."""
+
+    rank: int
+    rows: tuple[Rows, ...]
+    num_rows: int
+    held: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelCall:
+    """One varlen attention call: pairs of query rows and key rows. ``held``: keys are this round's received K/V."""
+
+    causal: bool
+    held: bool
+    query_rows: tuple[Rows, ...]
+    key_rows: tuple[Rows, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankRound:
+    """``planner.schedule.Round`` in row numbers. ``num_held``: rows of K/V received for this round."""
+
+    num_held: int
+    receives: tuple[PeerRows, ...]
+    sends: tuple[PeerRows, ...]
+    calls: tuple[KernelCall, ...]
+    grad_receives: tuple[PeerRows, ...]
+    grad_sends: tuple[PeerRows, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupProgram:
+    """One rank's part in one attention group. ``rows``: the group's rows within the microbatch.
+
+    ``member_rows``: rows of every member, by group index; with a head exchange the rounds work on all of them.
+    """
+
+    kind: AttentionKind
+    ranks: tuple[int, ...]
+    group_index: int
+    rows: Rows
+    member_rows: tuple[int, ...]
+    exchanges_heads: bool
+    forward: tuple[RankRound, ...]
+    backward: tuple[RankRound, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankMicrobatch:
+    """One microbatch of this rank. ``index``: its place in the plan's global order."""
+
+    index: int
+    spans: tuple[Span, ...]
+    groups: tuple[GroupProgram, ...]
+    num_rows: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankProgram:
+    """All this rank runs in one step, in order. Empty where the plan gives the rank nothing to do."""
+
+    step: int
+    digest: str
+    rank: int
+    microbatches: tuple[RankMicrobatch, ...]
+
+
+def compile_rank_program(plan: StepPlan, rank: int) -> RankProgram:
+    """What data rank ``rank`` does in this plan. Raises PlanError if there is no such rank."""
+    if not 0 <= rank < plan.num_ranks:
+        raise PlanError(f"step {plan.step}: rank {rank} is not in a plan of {plan.num_ranks} ranks")
+    lengths = [sequence.num_tokens for sequence in plan.sequences]
+    mine = [
+        _compile_microbatch(index, microbatch, lengths, rank)
+        for index, microbatch in enumerate(plan.microbatches)
+        if rank in microbatch.ranks
+    ]
+    return RankProgram(step=plan.step, digest=plan_digest(plan), rank=rank, microbatches=tuple(mine))
+
+
+def _compile_microbatch(index: int, microbatch: Microbatch, lengths: list[int], rank: int) -> RankMicrobatch:
+    spans: list[Span] = []
+    groups: list[GroupProgram] = []
+    first_row = 0
+    for group in microbatch.groups:
+        if rank not in group.ranks:
+            continue
+        own = shard_spans(group, lengths)[group.ranks.index(rank)]
+        groups.append(_compile_group(group, lengths, rank, own, first_row))
+        spans.extend(own)
+        first_row = groups[-1].rows[1]
+    return RankMicrobatch(index=index, spans=tuple(spans), groups=tuple(groups), num_rows=first_row)
+
+
+def _compile_group(
+    group: AttentionGroup, lengths: list[int], rank: int, own: tuple[Span, ...], first_row: int
+) -> GroupProgram:
+    group_index = group.ranks.index(rank)
+    counts = local_token_counts(group.kind, group.degree, [lengths[index] for index in group.sequences])
+    schedule = write_schedule(group, lengths, group_index)
+    exchanges = schedule.head_exchange is not None
+    resident = tuple(Span(index, 0, lengths[index]) for index in group.sequences) if exchanges else own
+    return GroupProgram(
+        kind=group.kind,
+        ranks=group.ranks,
+        group_index=group_index,
+        rows=(first_row, first_row + counts[group_index]),
+        member_rows=counts,
+        exchanges_heads=exchanges,
+        forward=_compile_rounds(schedule.forward, _row_map(resident)),
+        backward=_compile_rounds(schedule.backward, _row_map(resident)),
+    )
+
+
+def _row_map(spans: Iterable[Span]) -> dict[Span, Rows]:
+    rows, start = {}, 0
+    for span in spans:
+        rows[span] = (start, start + span.num_tokens)
+        start += span.num_tokens
+    return rows
+
+
+def _compile_rounds(rounds: tuple[Round, ...], own: dict[Span, Rows]) -> tuple[RankRound, ...]:
+    compiled = []
+    previous: dict[Span, Rows] = {}
+    for step in rounds:
+        held = _row_map(span for transfer in step.receives for span in transfer.spans)
+        compiled.append(
+            RankRound(
+                num_held=sum(stop - start for start, stop in held.values()),
+                receives=tuple(_peer_rows(transfer, held, held=True) for transfer in step.receives),
+                sends=tuple(_source_rows(transfer, own, previous) for transfer in step.sends),
+                calls=_kernel_calls(step.tasks, own, held),
+                grad_receives=tuple(_source_rows(transfer, own, held) for transfer in step.grad_receives),
+                grad_sends=tuple(_source_rows(transfer, own, held) for transfer in step.grad_sends),
+            )
+        )
+        previous = held
+    return tuple(compiled)
+
+
+def _source_rows(transfer: Transfer, own: dict[Span, Rows], held: dict[Span, Rows]) -> PeerRows:
+    from_own = transfer.spans[0] in own
+    return _peer_rows(transfer, own if from_own else held, held=not from_own)
+
+
+def _peer_rows(transfer: Transfer, rows: dict[Span, Rows], *, held: bool) -> PeerRows:
+    merged = _merge(rows[span] for span in transfer.spans)
+    return PeerRows(rank=transfer.rank, rows=merged, num_rows=sum(b - a for a, b in merged), held=held)
+
+
+def _merge(rows: Iterable[Rows]) -> tuple[Rows, ...]:
+    merged: list[Rows] = []
+    for start, stop in rows:
+        if merged and merged[-1][1] == start:
+            merged[-1] = (merged[-1][0], stop)
+        else:
+            merged.append((start, stop))
+    return tuple(merged)
+
+
+def _kernel_calls(tasks: SequenceOf[Task], own: dict[Span, Rows], held: dict[Span, Rows]) -> tuple[KernelCall, ...]:
+    """At most one causal and two full calls. Inside a call no query row appears twice, so results need no merge.
+
+    Tasks of one query over neighbouring keys become one pair, then neighbouring queries over equal keys.
+    """
+    triangles = [(own[task.query], own[task.key]) for task in tasks if task.causal]
+    calls = [_call(triangles, causal=True, held=False)] if triangles else []
+    for from_held, rows in ((False, own), (True, held)):
+        pairs = [
+            (own[task.query], rows[task.key])
+            for task in tasks
+            if not task.causal and task.key in rows
+        ]
+        calls.extend(_call(layer, causal=False, held=from_held) for layer in _layers(_coalesce(pairs)))
+    return tuple(calls)
+
+
+def _call(pairs: list[tuple[Rows, Rows]], *, causal: bool, held: bool) -> KernelCall:
+    queries, keys = zip(*pairs, strict=True)
+    return KernelCall(causal=causal, held=held, query_rows=queries, key_rows=keys)
+
+
+def _coalesce(pairs: list[tuple[Rows, Rows]]) -> list[tuple[Rows, Rows]]:
+    by_query: dict[Rows, list[Rows]] = {}
+    for query, key in pairs:
+        by_query.setdefault(query, []).append(key)
+    flat = [(query, key) for query, keys in by_query.items() for key in _merge(sorted(keys))]
+    merged: list[tuple[Rows, Rows]] = []
+    for query, key in flat:
+        if merged and merged[-1][1] == key and merged[-1][0][1] == query[0]:
+            merged[-1] = ((merged[-1][0][0], query[1]), key)
+        else:
+            merged.append((query, key))
+    return merged
+
+
+def _layers(pairs: list[tuple[Rows, Rows]]) -> list[list[tuple[Rows, Rows]]]:
+    """Split into lists in which no two pairs share query rows (one list for every schedule we write today)."""
+    layers: list[list[tuple[Rows, Rows]]] = []
+    for query, key in sorted(pairs):
+        for layer in layers:
+            if layer[-1][0][1] <= query[0]:
+                layer.append((query, key))
+                break
+        else:
+            layers.append([(query, key)])
+    return layers

@@ -1,0 +1,231 @@
+"""A cost model from data sheets: no measurement, every approximation noted in its provenance.
+
+Good enough to compare plans and to plan for a cluster one does not have; ``longhaul calibrate`` measures the real one.
+Shapes of the formulas: FlexSP (arXiv 2412.01523, eq. 11-14); FLOPs and saved bytes: ``planner.model_spec``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from planner.cluster import ClusterSpec, LinkSpec
+from planner.cost import CostModel, MemoryFit, Provenance, TimeFit
+from planner.errors import SpecError
+from planner.model_spec import ModelSpec
+from planner.plan import AttentionKind, Sharding
+
+MASTER_BYTES = 4  # fp32 weights that the optimizer updates
+ADAM_BYTES = 8  # two fp32 moments
+GRADIENT_BYTES = 4  # gradients are summed and reduced in fp32
+OPTIMIZER_PASS_BYTES = 28  # AdamW reads weight, gradient, two moments and writes all but the gradient: 7 fp32 values
+LAYER_LAUNCH_S = 2.5e-4  # about 60 kernels of one layer, forward and backward, at 4 us each: a guess
+RING_EXPOSED_SHARE = 1 / 3  # see _ring_s_per_token
+MAX_DEGREE = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Setting:
+    """What every formula below needs. One data rank is ``tensor_parallel`` devices next to each other."""
+
+    cluster: ClusterSpec
+    model: ModelSpec
+    num_ranks: int
+    tensor_parallel: int
+    element_bytes: int
+
+    @property
+    def ranks_per_node(self) -> int:
+        return max(1, self.cluster.devices_per_node // self.tensor_parallel)
+
+    @property
+    def query_heads(self) -> int:
+        return self.model.num_query_heads // self.tensor_parallel
+
+    @property
+    def kv_heads(self) -> int:
+        return math.ceil(self.model.num_kv_heads / self.tensor_parallel)
+
+    @property
+    def params(self) -> float:
+        """Parameters of one device before sharding over the data ranks."""
+        return self.model.num_params / self.tensor_parallel
+
+    def link(self, num_ranks: int) -> LinkSpec:
+        """The slowest link inside a group of this many consecutive data ranks."""
+        return self.cluster.intra_node if num_ranks <= self.ranks_per_node else self.cluster.inter_node
+
+
+def derive_cost(
+    cluster: ClusterSpec,
+    model: ModelSpec,
+    *,
+    num_ranks: int,
+    tensor_parallel: int = 1,
+    element_bytes: int = 2,
+    sharding: Sharding = Sharding.GATHER_ONCE,
+) -> CostModel:
+    """Coefficients for ``num_ranks`` data ranks: local, ulysses at powers of two (and ``num_ranks``), ring at any degree.
+
+    ``element_bytes``: of activations and gathered weights. Raises SpecError where the ranks do not fit the cluster or
+    tensor parallelism does not divide the heads.
+    """
+    if num_ranks < 1 or tensor_parallel < 1 or num_ranks * tensor_parallel > cluster.num_ranks:
+        raise SpecError(
+            f"{num_ranks} data ranks x {tensor_parallel} tensor-parallel do not fit cluster {cluster.name} "
+            f"of {cluster.num_ranks} devices"
+        )
+    if model.num_query_heads % tensor_parallel:
+        raise SpecError(
+            f"model {model.name}: {model.num_query_heads} query heads cannot be split over {tensor_parallel} "
+            "tensor-parallel ranks"
+        )
+    setting = _Setting(
+        cluster=cluster, model=model, num_ranks=num_ranks, tensor_parallel=tensor_parallel, element_bytes=element_bytes
+    )
+    fixed_s = model.num_layers * LAYER_LAUNCH_S + (_zero3_s(setting) if sharding is Sharding.ZERO3 else 0.0)
+    times = [_fit(setting, AttentionKind.LOCAL, 1, fixed_s)]
+    times += [_fit(setting, AttentionKind.ULYSSES, degree, fixed_s) for degree in _ulysses_degrees(setting)]
+    times += [_fit(setting, AttentionKind.RING, degree, fixed_s) for degree in range(2, min(num_ranks, MAX_DEGREE) + 1)]
+    return CostModel(
+        times=tuple(times),
+        memory=_memory(setting, sharding),
+        step_fixed_s=_step_fixed_s(setting, sharding),
+        peak_flop_per_s=cluster.device.peak_flop_per_s * tensor_parallel,
+        provenance=Provenance(
+            source="derived", cluster=cluster.name, model=model.name, notes=_notes(setting, sharding)
+        ),
+        sharding=sharding,
+    )
+
+
+def _ulysses_degrees(setting: _Setting) -> list[int]:
+    largest = min(setting.num_ranks, setting.query_heads, MAX_DEGREE)
+    powers = {2**power for power in range(1, largest.bit_length()) if 2**power <= largest}
+    if 2 <= setting.num_ranks <= setting.query_heads:
+        powers.add(setting.num_ranks)
+    return sorted(powers)
+
+
+def _fit(setting: _Setting, kind: AttentionKind, degree: int, fixed_s: float) -> TimeFit:
+    device, model = setting.cluster.device, setting.model
+    share = degree * setting.tensor_parallel
+    attention_s = model.attention_flop((1,)) / (device.peak_flop_per_s * device.attention_efficiency) / share
+    linear_s = model.linear_flop(1) / (device.peak_flop_per_s * device.linear_efficiency) / share
+    token_s = linear_s + _tensor_parallel_s_per_token(setting) / degree
+    if kind is AttentionKind.ULYSSES:
+        # Where the degree does not divide the heads, the rank with one head more sets the pace.
+        attention_s *= math.ceil(setting.query_heads / degree) * degree / setting.query_heads
+        token_s += _ulysses_s_per_token(setting, degree)
+        fixed_s += 8 * model.num_layers * setting.link(degree).latency_s
+    elif kind is AttentionKind.RING:
+        token_s += _ring_s_per_token(setting, degree)
+        fixed_s += 2 * (degree - 1) * model.num_layers * setting.link(degree).latency_s
+    return TimeFit(
+        kind=kind, degree=degree, s_per_token2=attention_s, s_per_token=token_s, s_per_sequence=0.0, fixed_s=fixed_s
+    )
+
+
+def _ulysses_s_per_token(setting: _Setting, degree: int) -> float:
+    """All-to-alls of q, k, v and output, forward and backward, per token of the group; nothing overlaps them.
+
+    K and V count the heads that are sent: at least one for every rank of the group, so they are replicated where the
+    degree exceeds the number of KV heads. A device keeps 1 / degree of its tokens' bytes; of what it sends, the part
+    inside its node and the part that leaves it travel at the same time over their own links.
+    """
+    kv_heads = degree * math.ceil(setting.kv_heads / degree)
+    heads = 2 * setting.query_heads + 2 * kv_heads
+    token_bytes = 2 * heads * setting.model.head_dim * setting.element_bytes * setting.model.num_layers
+    near = min(degree, setting.ranks_per_node)
+    intra_s = (near - 1) / degree * token_bytes / setting.cluster.intra_node.bytes_per_s
+    inter_s = (degree - near) / degree * token_bytes / setting.cluster.inter_node.bytes_per_s
+    return max(intra_s, inter_s) / degree
+
+
+def _ring_s_per_token(setting: _Setting, degree: int) -> float:
+    """Exposed K/V transfers of a ring, per token of the group.
+
+    A rank passes degree - 1 blocks of K and V on in the forward, and again with their gradients in the backward: three
+    times the forward's bytes. Compute hides them where a sequence is long: with c seconds of transfer per token and a
+    seconds of attention per token^2, max(0, c s - a s^2) stays exposed, which is no longer linear. Averaged over the
+    lengths where anything is exposed (0 .. c / a) it is one third of c s; that share is charged at every length, too
+    little for very short sequences and, where attention dominates anyway, a little too much for long ones. Across
+    nodes one rank per node sends over the boundary and has one NIC of the node to itself.
+    """
+    cluster = setting.cluster
+    rank_bytes = 2 * setting.kv_heads * setting.model.head_dim * setting.element_bytes * setting.model.num_layers
+    bytes_per_s = cluster.intra_node.bytes_per_s
+    if degree > setting.ranks_per_node:
+        nic_bytes_per_s = cluster.inter_node.bytes_per_s * cluster.devices_per_node / cluster.nics_per_node
+        bytes_per_s = min(bytes_per_s, nic_bytes_per_s)
+    return RING_EXPOSED_SHARE * 3 * (degree - 1) / degree * rank_bytes / bytes_per_s
+
+
+def _tensor_parallel_s_per_token(setting: _Setting) -> float:
+    """Four ring all-reduces of the hidden state a layer (two forward, two backward), per token of a rank."""
+    size = setting.tensor_parallel
+    if size == 1:
+        return 0.0
+    inside = size <= setting.cluster.devices_per_node
+    link = setting.cluster.intra_node if inside else setting.cluster.inter_node
+    wire_bytes = 2 * (size - 1) / size * setting.model.hidden_dim * setting.element_bytes
+    return 4 * setting.model.num_layers * wire_bytes / link.bytes_per_s
+
+
+def _collective_s(setting: _Setting, num_bytes: float) -> float:
+    """Ring all-gather or reduce-scatter of ``num_bytes`` per device over all data ranks."""
+    ranks = setting.num_ranks
+    return 0.0 if ranks == 1 else (ranks - 1) / ranks * num_bytes / _collective_bytes_per_s(setting)
+
+
+def _collective_bytes_per_s(setting: _Setting) -> float:
+    """Across nodes a ring crosses each boundary once, over all NICs; the tensor-parallel peers share them."""
+    cluster = setting.cluster
+    if setting.num_ranks <= setting.ranks_per_node:
+        return cluster.intra_node.bytes_per_s
+    return min(cluster.intra_node.bytes_per_s, cluster.inter_node.bytes_per_s * setting.ranks_per_node)
+
+
+def _zero3_s(setting: _Setting) -> float:
+    """Per microbatch: weights gathered for the forward and again for the backward, gradients reduced after it."""
+    return _collective_s(setting, setting.params * (2 * setting.element_bytes + GRADIENT_BYTES))
+
+
+def _step_fixed_s(setting: _Setting, sharding: Sharding) -> float:
+    optimizer_s = OPTIMIZER_PASS_BYTES * setting.params / setting.num_ranks / setting.cluster.device.memory_bytes_per_s
+    if sharding is Sharding.ZERO3:
+        return optimizer_s
+    return optimizer_s + _collective_s(setting, setting.params * (setting.element_bytes + GRADIENT_BYTES))
+
+
+def _memory(setting: _Setting, sharding: Sharding) -> MemoryFit:
+    """Shards of weights, moments and gradients; the gathered weights and the gradients summed over microbatches
+    (``gather_once``: of the whole model; ``zero3``: of two layers, one in use and one on its way); activations."""
+    model, params = setting.model, setting.params
+    sharded = (MASTER_BYTES + ADAM_BYTES + GRADIENT_BYTES) * params / setting.num_ranks
+    gathered = params
+    if sharding is Sharding.ZERO3:
+        gathered = 2 * max(model.layer_linear_params, model.vocab_size * model.hidden_dim) / setting.tensor_parallel
+    if sharding is Sharding.GATHER_ONCE and setting.num_ranks == 1:
+        sharded, gathered = (MASTER_BYTES + ADAM_BYTES) * params, params
+    token_bytes = model.num_layers * model.saved_bytes_per_token(setting.element_bytes) / setting.tensor_parallel
+    return MemoryFit(
+        fixed_bytes=int(sharded + gathered * (setting.element_bytes + GRADIENT_BYTES)), bytes_per_token=token_bytes
+    )
+
+
+def _notes(setting: _Setting, sharding: Sharding) -> tuple[str, ...]:
+    notes = [
+        "FLOPs over data-sheet peak times one efficiency for matrix products and one for attention, at every length",
+        "ulysses: all-to-alls not overlapped, groups of consecutive ranks aligned with nodes, no contention",
+        f"ring: {RING_EXPOSED_SHARE:.0%} of the K/V transfer time exposed, whatever the length",
+        "nothing per sequence: fused variable-length kernels",
+        f"guess: {LAYER_LAUNCH_S * 1e6:.0f} us of launches per layer and microbatch",
+        "gradient reduction and parameter gather not overlapped with compute",
+        "activations kept in full, logits in chunks (not counted), learned positions sharded like weights",
+    ]
+    if setting.tensor_parallel > 1:
+        notes.append("tensor parallel: activations and weights divided evenly, all-reduces not overlapped")
+    if sharding is Sharding.ZERO3:
+        notes.append("zero3: gathers charged to every microbatch, without the wait of ranks for each other per layer")
+    return tuple(notes)

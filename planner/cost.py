@@ -1,0 +1,133 @@
+"""What a microbatch costs on a given machine for a given model: seconds and bytes, with where the numbers come from.
+
+A group of ``degree`` ranks that runs sequences of s_1 .. s_n tokens takes, forward plus backward over all layers,
+
+    seconds = s_per_token2 * sum(s_i^2) + s_per_token * sum(s_i) + s_per_sequence * n + fixed_s
+
+with one set of coefficients per (attention kind, degree), communication included. This is FlexSP's model (arXiv
+2412.01523, eq. 11-14) with the 1/degree folded into the coefficients, plus a per-sequence term that matters where a
+kernel is launched once per document. There are no default coefficients: a CostModel is measured
+(``trainer.calibration``) or derived from data sheets (``planner.analytic``), and says which.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from planner.errors import PlanError
+from planner.plan import AttentionKind, Sharding, digest_of
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TimeFit:
+    """Coefficients of one (kind, degree). All are seconds for one forward plus backward of one microbatch."""
+
+    kind: AttentionKind
+    degree: int
+    s_per_token2: float
+    s_per_token: float
+    s_per_sequence: float
+    fixed_s: float
+
+    def group_s(self, *, num_tokens: float, num_tokens2: float, num_sequences: int) -> float:
+        """Seconds for sequences with these sums of lengths and of squared lengths."""
+        return (
+            self.s_per_token2 * num_tokens2
+            + self.s_per_token * num_tokens
+            + self.s_per_sequence * num_sequences
+            + self.fixed_s
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryFit:
+    """Bytes on one device: ``fixed_bytes`` whatever the plan (weights, gradients, optimizer, runtime), and
+    ``bytes_per_token`` for each token of a microbatch that the device holds (saved activations and workspace)."""
+
+    fixed_bytes: int
+    bytes_per_token: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Provenance:
+    """Where the numbers come from. ``source`` is ``measured`` or ``derived``; errors are relative, of the fit."""
+
+    source: str
+    cluster: str
+    model: str
+    measured_on: str = ""
+    torch_version: str = ""
+    num_samples: int = 0
+    mean_relative_error: float = 0.0
+    max_relative_error: float = 0.0
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CostModel:
+    """All a planner knows about speed and memory. ``step_fixed_s``: parameter gather, gradient reduction and
+    optimizer, once a step whatever the plan. ``sharding``: what fixed bytes and fixed seconds were priced for."""
+
+    times: tuple[TimeFit, ...]
+    memory: MemoryFit
+    step_fixed_s: float
+    peak_flop_per_s: float
+    provenance: Provenance
+    sharding: Sharding = Sharding.GATHER_ONCE
+
+    @property
+    def digest(self) -> str:
+        return digest_of(self)
+
+    def degrees(self, kind: AttentionKind) -> tuple[int, ...]:
+        """The degrees this model can price for ``kind``, ascending."""
+        return tuple(sorted(fit.degree for fit in self.times if fit.kind is kind))
+
+    def time_fit(self, kind: AttentionKind, degree: int) -> TimeFit:
+        """Raises PlanError where the cost model has no such (kind, degree)."""
+        for fit in self.times:
+            if fit.kind is kind and fit.degree == degree:
+                return fit
+        raise PlanError(f"cost model has no {kind} of degree {degree} (it has {self.degrees(kind)})")
+
+    def group_s(self, kind: AttentionKind, degree: int, lengths: Iterable[int]) -> float:
+        """Predicted seconds of one microbatch with one group over sequences of these lengths (tokens)."""
+        sizes = tuple(lengths)
+        return self.time_fit(kind, degree).group_s(
+            num_tokens=sum(sizes), num_tokens2=sum(size * size for size in sizes), num_sequences=len(sizes)
+        )
+
+    def device_bytes(self, num_local_tokens: int) -> int:
+        """Peak bytes of a device that holds this many tokens of its largest microbatch."""
+        return int(self.memory.fixed_bytes + self.memory.bytes_per_token * num_local_tokens)
+
+    def max_local_tokens(self, budget_bytes: int) -> int:
+        """The most tokens of one microbatch that a device with this budget can hold (0 if the fixed part is over)."""
+        spare = budget_bytes - self.memory.fixed_bytes
+        if spare < 0 or self.memory.bytes_per_token <= 0:
+            return 0 if spare < 0 else 2**62
+        tokens = int(spare / self.memory.bytes_per_token)
+        while tokens > 0 and self.device_bytes(tokens) > budget_bytes:  # float rounding, at most once
+            tokens -= 1
+        return tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanLimits:
+    """What a plan may use, and how long a solver may look for it.
+
+    ``device_budget_bytes``: peak bytes allowed per device. ``max_ulysses_degree``: query heads per tensor rank.
+    ``kinds``: attention kinds allowed for groups of two and more. Solver work is counted in nodes
+    (``max_nodes``), so the same inputs give the same plan; ``time_limit_s`` only guards. ``num_buckets`` (Q) and
+    ``num_round_trials`` (M') are FlexSP's 16 and 5.
+    """
+
+    device_budget_bytes: int
+    max_ulysses_degree: int
+    kinds: tuple[AttentionKind, ...] = (AttentionKind.ULYSSES,)
+    max_nodes: int = 2000
+    time_limit_s: float = 10.0
+    relative_gap: float = 0.02
+    num_buckets: int = 16
+    num_round_trials: int = 5

@@ -1,0 +1,172 @@
+"""Proof that a plan is legal, before anybody executes it: every law recomputed from the plan, nothing believed.
+
+What makes a plan safe: each sequence is run exactly once, by ranks that exist, in groups the runtime and the cost model
+know, within the device budget, at the price the plan states. Deadlock needs no search: microbatches, and the groups
+inside one, stand in one global order that every rank follows, so two ranks meet their common work in the same order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence as SequenceOf
+
+from planner.cost import CostModel, PlanLimits
+from planner.errors import PlanError
+from planner.plan import PLAN_SCHEMA, AttentionGroup, AttentionKind, Microbatch, SolveStatus, StepPlan
+from planner.simulate import MicrobatchPrice, price_microbatch, run_schedule
+from planner.units import format_bytes
+
+RELATIVE_TOLERANCE = 1e-9
+
+
+def verify_plan(
+    plan: StepPlan, lengths: SequenceOf[int], *, num_ranks: int, cost: CostModel, limits: PlanLimits
+) -> None:
+    """Check ``plan`` against this step's ``lengths`` (tokens of sequence i), the ranks, the cost model and the limits.
+
+    Raises PlanError naming the first offender: the field, sequence, rank, group or microbatch.
+    """
+    _verify_head(plan, num_ranks, cost)
+    _verify_sequences(plan, lengths)
+    for index, microbatch in enumerate(plan.microbatches):
+        _verify_microbatch(microbatch, f"microbatch {index}", len(lengths), num_ranks, cost, limits)
+    _verify_coverage(plan)
+    _verify_prices(plan, lengths, cost, limits)
+
+
+def _verify_head(plan: StepPlan, num_ranks: int, cost: CostModel) -> None:
+    if plan.schema != PLAN_SCHEMA:
+        raise PlanError(f"plan has schema {plan.schema}, this version reads {PLAN_SCHEMA}")
+    if plan.step < 0:
+        raise PlanError(f"plan is for step {plan.step}; steps count from 0")
+    if plan.num_ranks != num_ranks:
+        raise PlanError(f"plan is for {plan.num_ranks} data ranks, there are {num_ranks}")
+    if plan.sharding is not cost.sharding:
+        raise PlanError(f"plan has sharding {plan.sharding}, the cost model prices {cost.sharding}")
+    if not isinstance(plan.solver.status, SolveStatus):
+        raise PlanError(f"plan has unknown solver status {plan.solver.status!r}")
+
+
+def _verify_sequences(plan: StepPlan, lengths: SequenceOf[int]) -> None:
+    if len(plan.sequences) != len(lengths):
+        raise PlanError(f"plan lists {len(plan.sequences)} sequences, the step has {len(lengths)}")
+    for place, (sequence, num_tokens) in enumerate(zip(plan.sequences, lengths, strict=True)):
+        if sequence.index != place:
+            raise PlanError(f"plan lists sequence {sequence.index} in the place of sequence {place}")
+        if sequence.num_tokens != num_tokens:
+            raise PlanError(f"sequence {place}: plan says {sequence.num_tokens} tokens, the step has {num_tokens}")
+        if num_tokens < 1:
+            raise PlanError(f"sequence {place} has {num_tokens} tokens; at least 1 is needed")
+
+
+def _verify_microbatch(
+    microbatch: Microbatch, place: str, num_sequences: int, num_ranks: int, cost: CostModel, limits: PlanLimits
+) -> None:
+    if not microbatch.ranks or not microbatch.groups:
+        raise PlanError(f"{place} has no {'groups' if microbatch.ranks else 'ranks'}")
+    _verify_ranks(microbatch.ranks, place, num_ranks)
+    working: set[int] = set()
+    for index, group in enumerate(microbatch.groups):
+        group_place = f"{place}, group {index}"
+        _verify_group(group, group_place, num_sequences, num_ranks, cost, limits)
+        for rank in group.ranks:
+            if rank not in microbatch.ranks:
+                raise PlanError(f"{group_place}: rank {rank} is not a rank of the microbatch")
+        working.update(group.ranks)
+    for rank in microbatch.ranks:
+        if rank not in working:
+            raise PlanError(f"{place}: rank {rank} is in none of its groups")
+    memory = microbatch.memory
+    if (memory.keep_fraction, memory.swap_fraction, memory.recompute_fraction) != (1.0, 0.0, 0.0):
+        raise PlanError(f"{place}: only keep_fraction 1 can be executed, got {memory}")
+
+
+def _verify_group(
+    group: AttentionGroup, place: str, num_sequences: int, num_ranks: int, cost: CostModel, limits: PlanLimits
+) -> None:
+    if not group.ranks or not group.sequences:
+        raise PlanError(f"{place} has no {'sequences' if group.ranks else 'ranks'}")
+    _verify_ranks(group.ranks, place, num_ranks)
+    for sequence in group.sequences:
+        if not 0 <= sequence < num_sequences:
+            raise PlanError(f"{place}: sequence {sequence} does not exist, the step has {num_sequences}")
+    if not isinstance(group.kind, AttentionKind):
+        raise PlanError(f"{place}: unknown attention kind {group.kind!r}")
+    if (group.kind is AttentionKind.LOCAL) != (group.degree == 1):
+        raise PlanError(f"{place}: attention {group.kind} on {group.degree} ranks; local means exactly 1 rank")
+    if group.kind is not AttentionKind.LOCAL and group.kind not in limits.kinds:
+        raise PlanError(f"{place}: attention {group.kind} is not allowed here (allowed: {', '.join(limits.kinds)})")
+    if group.kind is AttentionKind.ULYSSES and group.degree > limits.max_ulysses_degree:
+        raise PlanError(f"{place}: ulysses degree {group.degree} is above the limit {limits.max_ulysses_degree}")
+    try:
+        cost.time_fit(group.kind, group.degree)
+    except PlanError as error:
+        raise PlanError(f"{place}: {error}") from None
+
+
+def _verify_ranks(ranks: tuple[int, ...], place: str, num_ranks: int) -> None:
+    for rank in ranks:
+        if not 0 <= rank < num_ranks:
+            raise PlanError(f"{place}: rank {rank} does not exist, there are {num_ranks}")
+    if len(set(ranks)) != len(ranks):
+        twice = next(rank for rank in ranks if ranks.count(rank) > 1)
+        raise PlanError(f"{place}: rank {twice} is listed twice")
+
+
+def _verify_coverage(plan: StepPlan) -> None:
+    """Every sequence in exactly one group of the step."""
+    seen: dict[int, int] = {}
+    for index, microbatch in enumerate(plan.microbatches):
+        for group in microbatch.groups:
+            for sequence in group.sequences:
+                if sequence in seen:
+                    where = f"microbatches {seen[sequence]} and {index}" if seen[sequence] != index else (
+                        f"microbatch {index} twice"
+                    )
+                    raise PlanError(f"sequence {sequence} is in {where}")
+                seen[sequence] = index
+    for sequence in range(len(plan.sequences)):
+        if sequence not in seen:
+            raise PlanError(f"sequence {sequence} is in no microbatch")
+
+
+def _verify_prices(plan: StepPlan, lengths: SequenceOf[int], cost: CostModel, limits: PlanLimits) -> None:
+    if plan.cost_digest != cost.digest:
+        raise PlanError(f"plan was priced with cost model {plan.cost_digest[:12]}, this is {cost.digest[:12]}")
+    prices = []
+    for index, microbatch in enumerate(plan.microbatches):
+        price = price_microbatch(microbatch, lengths, cost)
+        _verify_memory(price, f"microbatch {index}", cost, limits)
+        _same_bytes(microbatch.peak_bytes, price.peak_bytes(cost), f"microbatch {index}")
+        _same_seconds(microbatch.predicted_s, price.seconds, f"microbatch {index}: predicted_s")
+        prices.append(price)
+    simulation = run_schedule(prices, num_ranks=plan.num_ranks, cost=cost)
+    _same_bytes(plan.peak_bytes, simulation.peak_bytes, "plan")
+    _same_seconds(plan.predicted_s, simulation.step_s, "plan: predicted_s")
+    solver = plan.solver
+    _same_seconds(solver.objective_s, simulation.step_s, "solver: objective_s")
+    for name, seconds in (("bound_s", solver.bound_s), ("wall_s", solver.wall_s)):
+        if not math.isfinite(seconds) or seconds < 0:
+            raise PlanError(f"solver: {name} is {seconds}; a finite number of seconds is needed")
+    if solver.objective_s < solver.bound_s * (1 - RELATIVE_TOLERANCE):
+        raise PlanError(f"solver: objective_s {solver.objective_s} is below the proven bound_s {solver.bound_s}")
+
+
+def _verify_memory(price: MicrobatchPrice, place: str, cost: CostModel, limits: PlanLimits) -> None:
+    for rank, num_tokens in zip(price.ranks, price.rank_tokens, strict=True):
+        needed = cost.device_bytes(num_tokens)
+        if needed > limits.device_budget_bytes:
+            raise PlanError(
+                f"{place}: rank {rank} holds {num_tokens} tokens and needs {format_bytes(needed)}, over the budget of "
+                f"{format_bytes(limits.device_budget_bytes)}"
+            )
+
+
+def _same_bytes(declared: int, actual: int, place: str) -> None:
+    if declared != actual:
+        raise PlanError(f"{place}: peak_bytes is stated as {declared}, the plan needs {actual}")
+
+
+def _same_seconds(declared: float, actual: float, place: str) -> None:
+    if not math.isclose(declared, actual, rel_tol=RELATIVE_TOLERANCE):  # NaN and infinity are close to nothing finite
+        raise PlanError(f"{place} is stated as {declared}, the cost model says {actual}")
