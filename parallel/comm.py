@@ -82,10 +82,13 @@ class GroupExchange:
         return _PendingBatch(tuple(works), named)
 
 
-def init_process_group(*, device: torch.device, rank: int, world_size: int, timeout_s: float) -> None:
-    """Join the job's process group (NCCL for CUDA, gloo for CPU); the rendezvous comes from torchrun's variables."""
+def init_process_group(
+    *, device: torch.device, rank: int, world_size: int, timeout_s: float, init_method: str = "env://"
+) -> None:
+    """Join the job's process group (NCCL for CUDA, gloo for CPU). ``env://``: rendezvous by torchrun's variables."""
     dist.init_process_group(
         backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        init_method=init_method,
         rank=rank,
         world_size=world_size,
         timeout=timedelta(seconds=timeout_s),

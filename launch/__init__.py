@@ -1,0 +1,1 @@
+"""The command line and the processes behind it: environment, local launch, calibration, health checks."""

@@ -1,0 +1,158 @@
+"""The ``longhaul`` command. Verbs are looked up by hand and imported on use: help and planning never load torch."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from planner.codec import suggest
+from planner.errors import EXIT_BAD_CONFIG, EXIT_OK, LonghaulError, SpecError
+
+if TYPE_CHECKING:
+    from trainer.config import TrainConfig
+    from trainer.rank_env import RankEnv
+
+_EXIT_INTERRUPTED = 130
+_EXIT_BROKEN_PIPE = 141
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return its exit code (see ``planner.errors``); errors for people are one line on stderr."""
+    arguments = sys.argv[1:] if argv is None else argv
+    try:
+        code = _dispatch(arguments)
+        sys.stdout.flush()
+        return code
+    except LonghaulError as error:
+        print(error_lines(error), file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("longhaul: interrupted", file=sys.stderr)
+        return _EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader (head, less) has left. Python would complain again when it flushes stdout at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _EXIT_BROKEN_PIPE
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments:
+        print(help_text(), file=sys.stderr)
+        return EXIT_BAD_CONFIG
+    verb, rest = arguments[0], arguments[1:]
+    if verb in ("-h", "--help", "help"):
+        print(help_text())
+        return EXIT_OK
+    if verb == "--version":
+        print(f"longhaul {_version()}")
+        return EXIT_OK
+    if verb in _VERBS:
+        return _VERBS[verb][0](rest)
+    if verb in _COMING:
+        raise SpecError(f"longhaul {verb}: not built yet ({_COMING[verb]})")
+    raise SpecError(f"unknown command {verb!r}{suggest(verb, _VERBS)}; see longhaul --help")
+
+
+def error_lines(error: LonghaulError) -> str:
+    """What a person reads: each problem on its own line, each marked as ours."""
+    return "\n".join(f"longhaul: error: {line}" for line in str(error).splitlines())
+
+
+def help_text() -> str:
+    """What ``longhaul --help`` prints."""
+    lines = ["usage: longhaul COMMAND ...", "", "commands (longhaul COMMAND --help says more):"]
+    lines += [f"  {name:<10} {what}" for name, (_, what) in _VERBS.items()]
+    lines += ["", "coming:"]
+    lines += [f"  {name:<10} {what}" for name, what in _COMING.items()]
+    lines += ["", "exit codes: 0 done, 2 bad input, 75 stopped and saved, 93 do not requeue, 94 no plan fits,",
+              "            95 loss not finite, 96 no loadable checkpoint, 130 interrupted"]
+    return "\n".join(lines)
+
+
+def _version() -> str:
+    from importlib import metadata
+
+    try:
+        return metadata.version("longhaul")
+    except metadata.PackageNotFoundError:
+        return "(not installed, running from a checkout)"
+
+
+def _train(arguments: list[str]) -> int:
+    from launch import doctor, environment
+
+    env = environment.detect()
+    config = _resolve(arguments, env)
+    doctor.refuse_foreign_names()
+    if env is None or env.local_rank == 0:  # the other ranks of a node would find the same
+        from trainer.preflight import preflight
+
+        preflight(config, environment.cache_root())
+    from launch import local, worker
+
+    if env is None:
+        return local.launch(config)
+    if env.rank == 0:
+        local.write_config(config)
+    worker.die_with_parent()
+    worker.leave(worker.run(config, env, is_watched=False))
+
+
+def _resolve(arguments: list[str], env: RankEnv | None) -> TrainConfig:
+    """The settings of the run. Under torchrun the number of ranks is torchrun's; a flag that differs is an error."""
+    from trainer.config import resolve_config
+
+    if env is None:
+        return resolve_config(arguments)
+    flags = [word.partition("=")[0].replace("_", "-") for word in arguments]
+    if not {"--world-size", "--run.world-size"}.intersection(flags):
+        return resolve_config([*arguments, "--world-size", str(env.world_size)])
+    config = resolve_config(arguments)
+    if config.run.world_size != env.world_size:
+        raise SpecError(
+            f"--world-size {config.run.world_size}: torchrun started {env.world_size} ranks; leave --world-size out"
+        )
+    return config
+
+
+def _plan(arguments: list[str]) -> int:
+    from launch import plan_command
+
+    return plan_command.run(arguments)
+
+
+def _calibrate(arguments: list[str]) -> int:
+    from launch import calibrate_command
+
+    return calibrate_command.run(arguments)
+
+
+def _doctor(arguments: list[str]) -> int:
+    if arguments and arguments[0] in ("-h", "--help"):
+        print("usage: longhaul doctor\n\nversions, cores, memory, devices, import names; exit 0 when training can start")
+        return EXIT_OK
+    from launch import doctor
+
+    return doctor.run(arguments)
+
+
+_VERBS: dict[str, tuple[Callable[[list[str]], int], str]] = {
+    "train": (_train, "train a model; without flags a small real run on 4 CPU ranks"),
+    "plan": (_plan, "plan steps for given lengths, model and cluster; needs no accelerator and no torch"),
+    "calibrate": (_calibrate, "measure this machine for the planner"),
+    "doctor": (_doctor, "check versions, devices and the installation"),
+}
+_COMING = {
+    "reproduce": "the published tables of the systems implemented here, row by row",
+    "slurm": "print a batch script for a recipe",
+    "report": "predicted and measured times of a run",
+    "ckpt": "list, verify, import and export checkpoints",
+    "data": "index and inspect a corpus",
+    "init": "write a recipe to start from",
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

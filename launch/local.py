@@ -1,0 +1,279 @@
+"""All ranks of a run on this machine, through torch's elastic launcher; one clear line when one of them fails."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from launch import environment
+from launch.worker import EXIT_FAILURE, EXIT_INTERRUPTED, TRACEBACK_FILE
+from planner.errors import (
+    EXIT_BAD_CONFIG,
+    EXIT_DO_NOT_REQUEUE,
+    EXIT_INFEASIBLE,
+    EXIT_NO_CHECKPOINT,
+    EXIT_NUMERIC,
+    EXIT_OK,
+    EXIT_PREEMPTED,
+    SpecError,
+)
+
+if TYPE_CHECKING:
+    from torch.distributed.launcher.api import LaunchConfig
+
+    from trainer.config import TrainConfig
+
+# What a script can act on. The highest wins: a rank that says "do not requeue" outweighs one that saved.
+KNOWN_CODES = frozenset(
+    {EXIT_BAD_CONFIG, EXIT_PREEMPTED, EXIT_DO_NOT_REQUEUE, EXIT_INFEASIBLE, EXIT_NUMERIC, EXIT_NO_CHECKPOINT}
+)
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
+# torch's agent polls ten times a second and kills ranks that do not stop 30 s after the first failure. A rank found
+# dead sooner than this after the first report was not killed by the agent.
+_AGENT_KILLS_AFTER_S = 20.0
+_OUTSIDE_SIGNALS = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL)
+_SHOW_CURSOR = "\x1b[?25h"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankFailure:
+    """How one rank ended. ``exit_code`` is negative for a signal; ``message`` is empty where the rank left none."""
+
+    rank: int
+    exit_code: int
+    time_s: float
+    message: str
+    traceback_path: Path | None = None
+    log_path: Path | None = None
+
+
+def launch(config: TrainConfig, *, worker_module: str = "launch.worker") -> int:
+    """Start ``config.run.world_size`` ranks, wait for them, and return the command's exit code.
+
+    Ctrl-C, SIGTERM, SIGHUP, SIGQUIT and SIGUSR1 reach the ranks as SIGTERM: they finish the step, save and leave with
+    75, and so does this process. A second Ctrl-C stops at once. Rank 0 writes to this terminal; stdout and stderr of
+    the others lie below ``RUN_DIR/logs``. Raises SpecError when the run folder cannot be written.
+    """
+    config_path = write_config(config)
+    logs_dir = config_path.parent / "logs"
+    settings = environment.rank_process_settings(
+        local_world_size=config.run.world_size, is_single_node=True, num_cores=environment.num_cores()
+    )
+    environment.apply(settings)
+    # torch reads its variables when it is imported, and not before here are they set.
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import elastic_launch
+
+    _silence_agent()
+    run_id = f"start-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    run_ranks = elastic_launch(_agent_config(config.run.world_size, logs_dir, run_id), sys.executable)
+    with StopSignals(SignalException) as stop:
+        try:
+            run_ranks("-m", worker_module, str(config_path), str(os.getpid()))
+            return EXIT_OK
+        except ChildFailedError as error:
+            folders = _rank_folders(logs_dir, run_id)
+            failures = [_from_agent(rank, failure, folders.get(rank)) for rank, failure in error.failures.items()]
+        except SignalException:
+            # The agent does not hand on exit codes when a signal ends it; the ranks' own files say how they ended.
+            failures = reported_failures(_rank_folders(logs_dir, run_id))
+        finally:
+            _restore_terminal()
+    code = exit_code_of(failures, stopped_by=stop.received)
+    _tell(code, failures, run_dir=config_path.parent, stopped_by=stop.received)
+    return code
+
+
+def write_config(config: TrainConfig) -> Path:
+    """Write ``RUN_DIR/config.yaml``, every setting resolved, and return its path. Raises SpecError."""
+    from trainer.config import config_to_yaml
+
+    path = Path(config.run.dir).resolve() / "config.yaml"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(config_to_yaml(config), encoding="utf-8")
+    except OSError as error:
+        raise SpecError(f"--run-dir {config.run.dir}: cannot be written ({error.strerror})") from None
+    return path
+
+
+def _agent_config(world_size: int, logs_dir: Path, run_id: str) -> LaunchConfig:
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+    from torch.distributed.launcher.api import LaunchConfig
+
+    return LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=world_size,
+        run_id=run_id,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        local_addr="localhost",  # without it torch asks the resolver for this machine's name, which may not exist
+        max_restarts=0,
+        logs_specs=DefaultLogsSpecs(
+            log_dir=str(logs_dir), redirects={rank: Std.ALL for rank in range(1, world_size)}
+        ),
+        signals_to_handle="SIGUSR2",  # the agent wants one; StopSignals handles those that matter
+    )
+
+
+class StopSignals:
+    """Turns the first stop signal into the exception on which torch's agent stops the ranks with SIGTERM.
+
+    ``received``: the first signal, or None. A second Ctrl-C ends this process, and with it the ranks, at once; other
+    repeats are ignored, because schedulers repeat themselves while the ranks save.
+    """
+
+    def __init__(self, agent_exception: type[Exception]) -> None:
+        self._agent_exception = agent_exception
+        self._previous: dict[int, Any] = {}
+        self.received: signal.Signals | None = None
+
+    def __enter__(self) -> Self:
+        for number in _STOP_SIGNALS:
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue  # nohup: outlive the terminal
+            self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.received is None:
+            self.received = signal.Signals(number)
+            hint = " (Ctrl-C again: stop now)" if number == signal.SIGINT else ""
+            # Not print: the handler may interrupt a print of this very stream.
+            os.write(2, f"\nlonghaul: {self.received.name}: stopping after this step and saving{hint}\n".encode())
+            raise self._agent_exception(f"stopped by {self.received.name}", signal.SIGTERM)
+        if number == signal.SIGINT:
+            _restore_terminal()
+            os._exit(EXIT_INTERRUPTED)  # the kernel kills the ranks with us, see launch.worker.die_with_parent
+
+
+def exit_code_of(failures: Iterable[RankFailure], *, stopped_by: signal.Signals | None) -> int:
+    """The highest code that scripts know, from any rank; else 128 + the signal that stopped us; else 1."""
+    known = KNOWN_CODES.intersection(failure.exit_code for failure in failures)
+    if known:
+        return max(known)
+    return EXIT_FAILURE if stopped_by is None else 128 + stopped_by
+
+
+def root_cause(failures: Iterable[RankFailure]) -> RankFailure | None:
+    """The failure that the others followed from; None without failures.
+
+    A rank that reports a known code knows best. Then a rank that something outside killed (out of memory, ``kill
+    -9``, a crash), because its peers only saw the connection break; then the first to report. Ranks that aborted, or
+    that the agent stopped with SIGTERM or killed because they did not stop, explain the least.
+    """
+    ordered = sorted(failures, key=lambda failure: (failure.time_s, failure.rank))
+    if not ordered:
+        return None
+    first_s = ordered[0].time_s
+
+    def order(failure: RankFailure) -> tuple[int, int]:
+        if failure.exit_code in KNOWN_CODES:
+            return 0, -failure.exit_code
+        if -failure.exit_code in _OUTSIDE_SIGNALS and failure.time_s < first_s + _AGENT_KILLS_AFTER_S:
+            return 1, 0
+        if failure.exit_code > 0:
+            return 2, 0
+        return 3, -failure.exit_code in (signal.SIGTERM, signal.SIGKILL)
+
+    return min(ordered, key=order)
+
+
+def describe(failure: RankFailure) -> str:
+    """One line: which rank, what happened, where more is to be found."""
+    where = failure.traceback_path or failure.log_path
+    place = f" ({'traceback' if failure.traceback_path else 'log'}: {where})" if where else ""
+    if failure.message:
+        what = " ".join(failure.message.split())
+    elif failure.exit_code < 0:
+        what = f"killed by {signal.Signals(-failure.exit_code).name}"
+        if failure.exit_code == -signal.SIGKILL:
+            what += " (out of memory, or kill -9)"
+    else:
+        what = f"ended with exit code {failure.exit_code}"
+    is_expected = failure.exit_code in KNOWN_CODES and failure.message
+    return f"rank {failure.rank}: {what}" + ("" if is_expected else place)
+
+
+def _tell(
+    code: int, failures: Iterable[RankFailure], *, run_dir: Path, stopped_by: signal.Signals | None
+) -> None:
+    if code == EXIT_PREEMPTED:
+        line = f"stopped and saved; go on with: longhaul train {run_dir / 'config.yaml'} --resume"
+    elif stopped_by is not None and code == 128 + stopped_by:
+        line = f"stopped by {stopped_by.name} before the ranks could save"
+    else:
+        root = root_cause(failures)
+        line = "error: " + ("the ranks failed without a word" if root is None else describe(root))
+    print(f"longhaul: {line}", file=sys.stderr)
+
+
+def reported_failures(folders: Mapping[int, Path]) -> list[RankFailure]:
+    """The reports that ranks left in their folders; a rank that ended well, or without a word, is not in it."""
+    found = []
+    for rank, folder in folders.items():
+        path = folder / "error.json"
+        if path.exists():
+            found.append(_from_reason(rank, json.loads(path.read_text(encoding="utf-8"))["message"], folder))
+    return found
+
+
+def _rank_folders(logs_dir: Path, run_id: str) -> dict[int, Path]:
+    """Folder by rank of this launch, as torch's DefaultLogsSpecs makes them."""
+    return {int(path.name): path for path in sorted(logs_dir.glob(f"{run_id}_*/attempt_0/*")) if path.is_dir()}
+
+
+def _from_agent(rank: int, failure: Any, folder: Path | None) -> RankFailure:
+    """``failure`` is torch's ProcessFailure; the rank's error file, if it left one, is in our form."""
+    reason = failure.error_file_data.get("message")
+    if folder is not None and isinstance(reason, dict) and "time_s" in reason:
+        return _from_reason(rank, reason, folder)
+    log_path = None if folder is None else folder / "stderr.log"
+    return RankFailure(
+        rank=rank,
+        exit_code=failure.exitcode,
+        time_s=float(failure.timestamp),
+        message="",
+        log_path=log_path if log_path is not None and log_path.exists() else None,
+    )
+
+
+def _from_reason(rank: int, reason: dict[str, Any], folder: Path) -> RankFailure:
+    trace = folder / TRACEBACK_FILE
+    return RankFailure(
+        rank=rank,
+        exit_code=reason["errorCode"],
+        time_s=reason["time_s"],
+        message=reason["message"],
+        traceback_path=trace if trace.exists() else None,
+    )
+
+
+def _silence_agent() -> None:
+    """torch's agent logs each signal and failure over many lines; ``_tell`` says the same in one."""
+    agent_log = logging.getLogger("torch.distributed.elastic")
+    agent_log.addHandler(logging.NullHandler())
+    agent_log.propagate = False
+
+
+def _restore_terminal() -> None:
+    """Rank 0 hides the cursor under its live panel; a rank that is killed cannot show it again."""
+    if sys.stdout.isatty():
+        os.write(1, _SHOW_CURSOR.encode())

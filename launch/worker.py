@@ -1,0 +1,144 @@
+"""One rank's process: ``python -m launch.worker CONFIG.yaml LAUNCHER_PID``, started by ``launch.local``.
+
+Under plain torchrun the command line calls ``run`` and ``leave`` itself. Whatever ends the rank is written to the file
+that torch's elastic launcher names, in its own format, so that either launcher can say which rank failed and why.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, NoReturn
+
+from launch import environment
+from launch.cli import error_lines
+from planner.errors import EXIT_OK, EXIT_PREEMPTED, LonghaulError
+from trainer.rank_env import RankEnv
+
+if TYPE_CHECKING:
+    from trainer.config import TrainConfig
+
+EXIT_FAILURE = 1
+EXIT_INTERRUPTED = 128 + signal.SIGINT
+TRACEBACK_FILE = "traceback.txt"
+_PR_SET_PDEATHSIG = 1
+
+
+def main() -> NoReturn:
+    """Run the rank that the environment names, on the configuration that the launcher wrote."""
+    try:
+        config_path, launcher_pid = sys.argv[1:]
+        env = environment.detect()
+    except ValueError:
+        sys.exit("longhaul: error: launch.worker is started by `longhaul train`: expected CONFIG.yaml LAUNCHER_PID")
+    if env is None:
+        sys.exit("longhaul: error: launch.worker is started by `longhaul train`: RANK is not set")
+    die_with_parent(int(launcher_pid))
+    leave(run(Path(config_path), env, is_watched=True))
+
+
+def run(config: TrainConfig | Path, env: RankEnv, *, is_watched: bool) -> int:
+    """Train as rank ``env.rank`` and return the exit code; ``config`` may be the path of a resolved configuration.
+
+    ``is_watched``: our own launcher reads the failure file and reports; otherwise rank 0 reports on stderr.
+    An exception nobody expected is reported by the same path and ends the process from the exception hook.
+    """
+
+    def report_unexpected(
+        kind: type[BaseException], error: BaseException, trace: TracebackType | None
+    ) -> NoReturn:
+        text = "".join(traceback.format_exception(kind, error, trace))
+        _report(f"{kind.__name__}: {error}", EXIT_FAILURE, trace=text)
+        if not is_watched:
+            print(text, file=sys.stderr)
+        leave(EXIT_FAILURE)
+
+    sys.excepthook = report_unexpected
+    settings = environment.rank_process_settings(
+        local_world_size=env.local_world_size,
+        is_single_node=env.is_single_node,
+        num_cores=environment.num_cores(),
+    )
+    environment.apply(settings)
+    try:
+        code = _train(config, env)
+    except LonghaulError as error:
+        trace = "".join(traceback.format_exception(error))
+        _report(str(error), error.exit_code, trace=trace)
+        if not is_watched and env.rank == 0:
+            print(error_lines(error), file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    if code != EXIT_OK:
+        _report("stopped and saved" if code == EXIT_PREEMPTED else f"ended with exit code {code}", code)
+    return code
+
+
+def _train(config: TrainConfig | Path, env: RankEnv) -> int:
+    # Imported here: torch reads its variables when it is imported, and run() sets them first.
+    from trainer.config import load_recipe
+    from trainer.loop import run_rank
+
+    if isinstance(config, Path):
+        config = load_recipe(str(config))
+    return run_rank(config, env, cache_root=environment.cache_root())
+
+
+def _report(message: str, code: int, *, trace: str = "") -> None:
+    """Leave the reason of a nonzero exit where torch's launcher looks for it. Replaces the file in one step: the
+    launcher must never read half of it."""
+    path = environment.error_file()
+    if path is None or not path.parent.is_dir():
+        return
+    now_s = time.time()
+    reason = {
+        "message": message,
+        "errorCode": code,
+        "time_s": now_s,
+        "extraInfo": {"py_callstack": trace or message, "timestamp": str(int(now_s))},
+    }
+    if trace:
+        path.with_name(TRACEBACK_FILE).write_text(trace, encoding="utf-8")
+    replacement = path.with_name(path.name + ".new")
+    replacement.write_text(json.dumps({"message": reason}), encoding="utf-8")
+    replacement.replace(path)
+
+
+def die_with_parent(parent_pid: int | None = None) -> None:
+    """Ask Linux to kill this process when its parent ends, so that no rank outlives a killed launcher.
+
+    ``parent_pid``: also end now if the parent is already gone. Does nothing on other systems.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if parent_pid is not None and os.getppid() != parent_pid:
+        os._exit(EXIT_FAILURE)
+
+
+def leave(code: int) -> NoReturn:
+    """End the process with ``code``.
+
+    After a failure without the interpreter's own shutdown: a process group that is still open aborts there (SIGABRT)
+    and the code would be lost.
+    """
+    if code == EXIT_OK:
+        sys.exit(code)
+    for child in multiprocessing.active_children():
+        child.kill()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Longhaul's memory manager: what keeps long sequences within a device's bytes."""

@@ -1,0 +1,38 @@
+"""Measured peak memory of this process's device, per step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from planner.units import KIB
+
+
+class PeakMemory:
+    """``reset`` before a step, ``read_bytes`` after it.
+
+    CUDA: the caching allocator's peak. CPU: the process's peak resident set, which Linux can reset; elsewhere it is
+    the peak since the process began.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._clear = Path("/proc/self/clear_refs")
+        self._status = Path("/proc/self/status")
+
+    def reset(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+        elif self._clear.exists():
+            self._clear.write_text("5")  # 5 resets the peak resident set (man 5 proc)
+
+    def read_bytes(self) -> int:
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device)
+        if not self._status.exists():
+            return 0
+        for line in self._status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * KIB
+        return 0

@@ -1,0 +1,58 @@
+"""``gather_once`` sharding on FSDP2: parameters are gathered once before a step's first microbatch and gradients are
+summed once after its last, so no collective over all ranks ever runs inside a microbatch.
+
+Why not let FSDP reduce in the last backward: ranks run different numbers of microbatches over different groups. A
+rank whose last backward waits in a reduce-scatter for everybody, while a peer waits for it in an attention exchange
+of an earlier microbatch, is a deadlock (gloo blocks in the call). Instead every rank ends the step with an *empty*
+microbatch: zero tokens through the whole model, in which FSDP reduces what has been accumulated, layer by layer, in
+one order on all ranks. A rank with nothing to do in a step runs only that one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+
+def shard_model(model: nn.Module, layers: Iterable[nn.Module], mesh: DeviceMesh, *, compute_dtype: torch.dtype) -> None:
+    """Shard parameters, gradients and (through them) optimizer state over the data axis, layer by layer, in place.
+
+    Gradients are summed, never averaged: the loss is already divided by the global number of tokens. Reduction is in
+    fp32 whatever the compute dtype.
+    """
+    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    if compute_dtype in (torch.float32, torch.float64):
+        policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+    for module in (*layers, model):
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    for module in _shards(model):
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
+
+
+@contextmanager
+def gathered_step(model: nn.Module, run_empty_microbatch: Callable[[], None]) -> Iterator[None]:
+    """Gather all parameters; inside, run any number of microbatches on any ranks; then sum the gradients.
+
+    Collective over the data axis at entry and exit only. ``run_empty_microbatch`` must run forward and backward of
+    zero tokens through the same model. After an exception inside nothing is reduced: the step is lost.
+    """
+    shards = _shards(model)
+    for module in shards:
+        module.set_requires_gradient_sync(False, recurse=False)
+        module.set_reshard_after_backward(False, recurse=False)
+        module.unshard()
+    yield
+    for module in shards:
+        module.set_requires_gradient_sync(True, recurse=False)
+        module.set_reshard_after_backward(True, recurse=False)
+    run_empty_microbatch()
+
+
+def _shards(model: nn.Module) -> list[FSDPModule]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]

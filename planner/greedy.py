@@ -1,0 +1,116 @@
+"""A plan that always exists, in milliseconds: list scheduling, longest first (Graham's LPT rule) under memory.
+
+Every sequence takes the shape that costs the fewest rank seconds, among those that run it within a target time; then
+sequences go one by one, largest degree first and longest first within a degree, to the aligned block of ranks where
+they finish earliest. A block opens another microbatch when its open ones are full. There are no rounds: ranks may run
+unequal numbers of microbatches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from planner.assemble import GroupChoice
+from planner.bounds import cheapest_columns, makespan_bound_s
+from planner.shapes import IntArray, PriceTable
+
+
+@dataclass(frozen=True, slots=True)
+class Lane:
+    """Ranks ``first_rank .. first_rank + degree - 1`` as a group of the shape in column ``column`` of the table."""
+
+    column: int
+    first_rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """Groups in global order and the time (seconds) of the last rank to finish, ``step_fixed_s`` not included."""
+
+    groups: tuple[GroupChoice, ...]
+    makespan_s: float
+
+
+@dataclass(slots=True)
+class _OpenBatch:
+    """A microbatch being filled: what it can still take, and its rows so far."""
+
+    spare_tokens: int
+    rows: list[int]
+
+
+def greedy_schedule(table: PriceTable, num_ranks: int) -> Schedule:
+    """The better of two list schedules: shapes chosen for the least work, and for the proven bound as target time.
+
+    Every row must fit at least one shape.
+    """
+    targets_s = (float("inf"), makespan_bound_s(table, num_ranks))
+    choices = [cheapest_columns(table, target_s) for target_s in targets_s]
+    if np.array_equal(choices[0], choices[1]):
+        choices = choices[:1]
+    return min((_schedule_columns(table, columns, num_ranks) for columns in choices), key=lambda s: s.makespan_s)
+
+
+def _schedule_columns(table: PriceTable, columns: IntArray, num_ranks: int) -> Schedule:
+    used = sorted(set(columns.tolist()))
+    lanes = [
+        Lane(column, block * shape.degree)
+        for column in used
+        for shape in (table.shapes[column],)
+        for block in range(num_ranks // shape.degree)
+    ]
+    lanes_of = {column: np.array([i for i, lane in enumerate(lanes) if lane.column == column]) for column in used}
+    marginal_s = table.marginal_s[np.arange(table.num_rows), columns]
+    order = np.lexsort((table.rows, -marginal_s, -table.degrees[columns]))
+    return fill_lanes(table, lanes, [(row, lanes_of[columns[row]]) for row in order.tolist()], num_ranks)
+
+
+def fill_lanes(
+    table: PriceTable, lanes: list[Lane], order: Iterable[tuple[int, IntArray]], num_ranks: int
+) -> Schedule:
+    """Give each row, in this order, to the lane (one of the places in ``lanes`` beside it) where it finishes first.
+
+    Any two lanes must be disjoint or nested, and a row for an outer lane must come before all rows for the lanes inside
+    it: then the ranks of a lane are always free at the same time, and this is what the simulator will say. A row must
+    fit at least one of its lanes.
+    """
+    columns = np.array([lane.column for lane in lanes])
+    first_ranks = np.array([lane.first_rank for lane in lanes])
+    rank_free_s = np.zeros(num_ranks)
+    spare_tokens = np.full(len(lanes), -1, dtype=np.int64)  # of each lane's emptiest microbatch; -1: there is none
+    batches: list[list[_OpenBatch]] = [[] for _ in lanes]
+    for row, places in order:
+        shape_of_place = columns[places]
+        loads = table.load_tokens[row, shape_of_place]
+        opens = loads > spare_tokens[places]
+        finish_s = rank_free_s[first_ranks[places]] + table.marginal_s[row, shape_of_place]
+        finish_s += np.where(opens, table.fixed_s[shape_of_place], 0.0)
+        finish_s[~table.fits[row, shape_of_place]] = np.inf
+        best = int(np.argmin(finish_s))
+        lane, column, load = int(places[best]), int(shape_of_place[best]), int(loads[best])
+        if opens[best]:
+            batches[lane].append(_OpenBatch(int(table.capacity_tokens[column]), []))
+        # Best fit: the fullest microbatch that still takes the row keeps room for long ones elsewhere.
+        batch = min((b for b in batches[lane] if b.spare_tokens >= load), key=lambda b: b.spare_tokens)
+        batch.rows.append(row)
+        batch.spare_tokens -= load
+        spare_tokens[lane] = max(b.spare_tokens for b in batches[lane])
+        first = int(first_ranks[lane])
+        rank_free_s[first : first + int(table.degrees[column])] = finish_s[best]
+    return Schedule(_groups(table, lanes, batches), float(rank_free_s.max()))
+
+
+def _groups(table: PriceTable, lanes: list[Lane], batches: list[list[_OpenBatch]]) -> tuple[GroupChoice, ...]:
+    """Outer lanes first, then the first microbatch of every lane, the second of every lane, ..."""
+    placed = []
+    for lane, opened in zip(lanes, batches, strict=True):
+        shape = table.shapes[lane.column]
+        ranks = tuple(range(lane.first_rank, lane.first_rank + shape.degree))
+        for ordinal, batch in enumerate(opened):
+            sequences = tuple(sorted(table.rows[batch.rows].tolist()))
+            key = (-shape.degree, ordinal, lane.first_rank, lane.column)
+            placed.append((key, GroupChoice(shape.kind, ranks, sequences)))
+    return tuple(group for _, group in sorted(placed, key=lambda item: item[0]))

@@ -1,0 +1,190 @@
+"""The groups a strategy may form, and every sequence priced on each of them: arrays, built once per step.
+
+Time and memory of a group add up over its sequences, so all search works on one row per sequence and one column per
+*shape* (an attention kind with a degree).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from planner.cost import CostModel, PlanLimits, TimeFit
+from planner.errors import InfeasibleError, SpecError
+from planner.plan import AttentionKind
+from planner.units import format_bytes
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
+
+UNLIMITED_TOKENS = 2**62
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupShape:
+    """A group of ``fit.degree`` ranks of one attention kind. The loads of its sequences may add up to
+    ``capacity_tokens``: for local and ulysses a load is the sequence's tokens and the capacity is the whole group's;
+    for ring the load is the most tokens any one rank gets of the sequence and the capacity is one rank's."""
+
+    fit: TimeFit
+    capacity_tokens: int
+
+    @property
+    def kind(self) -> AttentionKind:
+        return self.fit.kind
+
+    @property
+    def degree(self) -> int:
+        return self.fit.degree
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PriceTable:
+    """Row per sequence (``rows[i]``: its index in the step), column per shape, degrees ascending.
+
+    ``marginal_s``: seconds the sequence adds to a group of the shape, whose first sequence pays ``fixed_s`` as well.
+    ``load_tokens``: what it takes of ``capacity_tokens``. ``fits``: it may run there alone.
+    """
+
+    shapes: tuple[GroupShape, ...]
+    rows: IntArray
+    lengths: IntArray
+    marginal_s: FloatArray
+    load_tokens: IntArray
+    fits: BoolArray
+    degrees: IntArray
+    fixed_s: FloatArray
+    capacity_tokens: IntArray
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.rows)
+
+    def take_rows(self, rows: SequenceOf[int] | IntArray) -> PriceTable:
+        """The table of these rows only (places in this table, not sequence indices)."""
+        picked = np.asarray(rows, dtype=np.int64)
+        return replace(
+            self, rows=self.rows[picked], lengths=self.lengths[picked], marginal_s=self.marginal_s[picked],
+            load_tokens=self.load_tokens[picked], fits=self.fits[picked],
+        )
+
+    def take_shapes(self, columns: SequenceOf[int]) -> PriceTable:
+        """The table of these shapes only."""
+        picked = np.asarray(columns, dtype=np.int64)
+        return replace(
+            self, shapes=tuple(self.shapes[column] for column in columns), marginal_s=self.marginal_s[:, picked],
+            load_tokens=self.load_tokens[:, picked], fits=self.fits[:, picked], degrees=self.degrees[picked],
+            fixed_s=self.fixed_s[picked], capacity_tokens=self.capacity_tokens[picked],
+        )
+
+
+def shape_of(kind: AttentionKind, degree: int, cost: CostModel, limits: PlanLimits) -> GroupShape | None:
+    """The shape, or None where the limits forbid it or the cost model does not price it."""
+    if degree == 1:
+        kind = AttentionKind.LOCAL
+    elif kind is AttentionKind.LOCAL or kind not in limits.kinds:
+        return None
+    if kind is AttentionKind.ULYSSES and degree > limits.max_ulysses_degree:
+        return None
+    if degree not in cost.degrees(kind):
+        return None
+    per_rank = cost.max_local_tokens(limits.device_budget_bytes)
+    capacity = per_rank if kind is AttentionKind.RING else per_rank * degree
+    return GroupShape(fit=cost.time_fit(kind, degree), capacity_tokens=min(capacity, UNLIMITED_TOKENS))
+
+
+def shapes_of_degree(degree: int, cost: CostModel, limits: PlanLimits) -> tuple[GroupShape, ...]:
+    """All shapes of one degree: local for 1, else one per allowed and priced kind, in the order of ``limits.kinds``."""
+    kinds = (AttentionKind.LOCAL,) if degree == 1 else tuple(dict.fromkeys(limits.kinds))
+    shapes = (shape_of(kind, degree, cost, limits) for kind in kinds)
+    return tuple(shape for shape in shapes if shape is not None)
+
+
+def allowed_shapes(num_ranks: int, cost: CostModel, limits: PlanLimits) -> tuple[GroupShape, ...]:
+    """FlexSP's degrees: the powers of two up to ``num_ranks``, and ``num_ranks`` itself where it is none.
+
+    Raises SpecError where the cost model prices no allowed degree at all.
+    """
+    powers = [2**power for power in range(num_ranks.bit_length())]
+    degrees = powers if powers[-1] == num_ranks else [*powers, num_ranks]
+    shapes = tuple(shape for degree in degrees for shape in shapes_of_degree(degree, cost, limits))
+    if not shapes:
+        priced = ", ".join(f"{fit.kind} {fit.degree}" for fit in cost.times) or "nothing"
+        raise SpecError(
+            f"no group can be formed on {num_ranks} ranks: the cost model prices {priced}; the run allows "
+            f"local 1 and {', '.join(limits.kinds)}, ulysses up to degree {limits.max_ulysses_degree}: "
+            "calibrate again for this number of ranks"
+        )
+    return shapes
+
+
+def price_table(lengths: SequenceOf[int], shapes: SequenceOf[GroupShape]) -> PriceTable:
+    """Price sequences of these lengths (tokens) on every shape."""
+    sizes = np.asarray(lengths, dtype=np.int64)
+    tokens = sizes.astype(np.float64)[:, None]
+    coefficients = np.array(
+        [(s.fit.s_per_token2, s.fit.s_per_token, s.fit.s_per_sequence) for s in shapes], dtype=np.float64
+    )
+    loads = np.stack([_load_tokens(sizes, shape) for shape in shapes], axis=1)
+    capacities = np.array([shape.capacity_tokens for shape in shapes], dtype=np.int64)
+    return PriceTable(
+        shapes=tuple(shapes),
+        rows=np.arange(len(sizes), dtype=np.int64),
+        lengths=sizes,
+        marginal_s=coefficients[:, 0] * tokens**2 + coefficients[:, 1] * tokens + coefficients[:, 2],
+        load_tokens=loads,
+        fits=loads <= capacities,
+        degrees=np.array([shape.degree for shape in shapes], dtype=np.int64),
+        fixed_s=np.array([shape.fit.fixed_s for shape in shapes], dtype=np.float64),
+        capacity_tokens=capacities,
+    )
+
+
+def ring_peak_tokens(lengths: IntArray, degree: int) -> IntArray:
+    """The most tokens one rank of a ring of ``degree`` gets of each sequence (``layout``'s zigzag, vectorised)."""
+    cuts = lengths[:, None] * np.arange(2 * degree + 1, dtype=np.int64) // (2 * degree)
+    chunks = np.diff(cuts, axis=1)
+    peaks: IntArray = (chunks[:, :degree] + chunks[:, : degree - 1 : -1]).max(axis=1)
+    return peaks
+
+
+def _load_tokens(lengths: IntArray, shape: GroupShape) -> IntArray:
+    return ring_peak_tokens(lengths, shape.degree) if shape.kind is AttentionKind.RING else lengths
+
+
+def require_fits(table: PriceTable, cost: CostModel, limits: PlanLimits) -> None:
+    """Raises InfeasibleError naming the longest sequence that fits in none of the table's shapes, if there is one."""
+    homeless = np.flatnonzero(~table.fits.any(axis=1))
+    if not len(homeless):
+        return
+    row = homeless[np.argmax(table.lengths[homeless])]
+    local = [_rank_tokens(int(load), shape) for load, shape in zip(table.load_tokens[row], table.shapes, strict=True)]
+    best = int(np.argmin(local))
+    shape, needed, budget = table.shapes[best], cost.device_bytes(local[best]), limits.device_budget_bytes
+    degrees = ", ".join(dict.fromkeys(str(degree) for degree in table.degrees))
+    raise InfeasibleError(
+        f"sequence {table.rows[row]} ({table.lengths[row]} tokens) fits in no group: {shape.kind} degree "
+        f"{shape.degree} needs {format_bytes(needed)} per device, the budget is {format_bytes(budget)} "
+        f"(degrees allowed: {degrees}); lower --max-length, use more ranks or raise the device budget",
+        binding="device memory",
+        needed_bytes=needed,
+        available_bytes=budget,
+    )
+
+
+def _rank_tokens(load: int, shape: GroupShape) -> int:
+    return load if shape.kind is AttentionKind.RING else -(-load // shape.degree)
+
+
+def describe_shapes(shapes: Iterable[GroupShape]) -> str:
+    """``ulysses 4 x 2, local x 1``: how often each shape occurs, for notes."""
+    counts: dict[str, int] = {}
+    for shape in shapes:
+        name = str(shape.kind) if shape.degree == 1 else f"{shape.kind} {shape.degree}"
+        counts[name] = counts.get(name, 0) + 1
+    return ", ".join(f"{name} x {count}" for name, count in counts.items())

@@ -1,0 +1,200 @@
+"""Mixed-integer programs through PuLP and HiGHS: the one place that imports them, and only when called.
+
+Three things PuLP 3.3 does not do for HiGHS are added on top of its own solver class: an initial solution is handed
+over; a run that ends at its node limit is read (PuLP knows no name for that status); and the truth is told about runs
+that stopped early, which PuLP calls ``Optimal``: HiGHS's own status and dual bound decide.
+
+Work is limited by branch-and-bound nodes and by the solver's check points, both functions of the input only; the wall
+clock is a guard for a loaded machine.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from planner.errors import LonghaulError
+
+RANDOM_SEED = 20240229
+INTEGER_TOLERANCE = 1e-4
+
+
+class SolverFailure(LonghaulError):
+    """The solver broke down or returned nonsense. Callers fall back to what they have."""
+
+
+class Outcome(StrEnum):
+    """OPTIMAL: closed to the gap asked for. FEASIBLE: values found, a limit was hit, the bound is still a proof.
+    NOTHING_FOUND: a limit was hit with no values. INFEASIBLE: proven, there are none."""
+
+    OPTIMAL = "optimal"
+    FEASIBLE = "feasible"
+    NOTHING_FOUND = "nothing_found"
+    INFEASIBLE = "infeasible"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkLimits:
+    """``max_nodes``: branch-and-bound nodes, 0 solves the root only. ``max_checks``: times HiGHS asks whether to go on,
+    a measure of work that also counts inside the root. ``time_limit_s`` only guards."""
+
+    max_nodes: int
+    max_checks: int
+    time_limit_s: float
+    relative_gap: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Solution:
+    """``values`` by variable (empty where none were found); ``bound``: no solution has a smaller objective.
+
+    ``num_checks`` is the work done; ``hit_clock`` says that wall time, not work, ended the run.
+    """
+
+    outcome: Outcome
+    objective: float
+    bound: float
+    values: tuple[float, ...]
+    num_checks: int
+    hit_clock: bool
+
+
+@dataclass(slots=True)
+class _Variable:
+    low: float
+    high: float
+    integer: bool
+
+
+@dataclass(slots=True)
+class _Row:
+    terms: Mapping[int, float]
+    low: float
+    high: float
+
+
+@dataclass(slots=True)
+class LinearModel:
+    """Minimise a linear objective over bounded variables and linear rows. Variables are numbered from 0."""
+
+    _variables: list[_Variable] = field(default_factory=list)
+    _rows: list[_Row] = field(default_factory=list)
+    _objective: Mapping[int, float] = field(default_factory=dict)
+
+    def variable(self, *, low: float = 0.0, high: float = math.inf, integer: bool = False) -> int:
+        """Add a variable, return its number."""
+        self._variables.append(_Variable(low, high, integer))
+        return len(self._variables) - 1
+
+    def row(self, terms: Mapping[int, float], *, low: float = -math.inf, high: float = math.inf) -> None:
+        """Add ``low <= sum of coefficient * variable <= high``; ``low == high`` makes an equation."""
+        self._rows.append(_Row(dict(terms), low, high))
+
+    def minimize(self, terms: Mapping[int, float]) -> None:
+        """Set the objective."""
+        self._objective = dict(terms)
+
+    def solve(self, limits: WorkLimits, start: SequenceOf[float] | None = None) -> Solution:
+        """Solve; ``start`` holds one value per variable of a known solution, which the result will not be worse than.
+
+        Raises SolverFailure where PuLP or HiGHS fails.
+        """
+        import pulp  # 0.2 s: only for those who solve
+
+        problem = pulp.LpProblem("longhaul", pulp.LpMinimize)
+        columns = [
+            pulp.LpVariable(
+                f"x{number:07d}",  # PuLP sorts by name: keep our order
+                lowBound=None if math.isinf(column.low) else column.low,
+                upBound=None if math.isinf(column.high) else column.high,
+                cat=pulp.LpInteger if column.integer else pulp.LpContinuous,
+            )
+            for number, column in enumerate(self._variables)
+        ]
+        problem.addVariables(columns)
+        problem.setObjective(_expression(columns, self._objective))
+        for row in self._rows:
+            for constraint in _constraints(columns, row):
+                problem.addConstraint(constraint)
+        runner = _runner(limits, start)
+        try:
+            problem.solve(runner)
+        except (pulp.PulpError, ValueError, KeyError, RuntimeError) as error:
+            raise SolverFailure(f"HiGHS failed: {type(error).__name__}: {error}") from error
+        return _read(problem.solverModel, columns, runner, limits)
+
+
+def _expression(columns: list[Any], terms: Mapping[int, float]) -> Any:
+    import pulp
+
+    return pulp.LpAffineExpression([(columns[number], value) for number, value in terms.items()])
+
+
+def _constraints(columns: list[Any], row: _Row) -> list[Any]:
+    import pulp
+
+    expression = _expression(columns, row.terms)
+    if row.low == row.high:
+        return [pulp.LpConstraint(expression, pulp.LpConstraintEQ, rhs=row.low)]
+    sides = ((pulp.LpConstraintGE, row.low), (pulp.LpConstraintLE, row.high))
+    return [pulp.LpConstraint(expression, sense, rhs=side) for sense, side in sides if not math.isinf(side)]
+
+
+def _runner(limits: WorkLimits, start: SequenceOf[float] | None) -> Any:
+    """PuLP's HiGHS with a start, a count of check points, and a status table that knows every HiGHS status."""
+    import highspy
+    import pulp
+
+    class Runner(pulp.HiGHS):  # type: ignore[misc]
+        num_checks = 0
+
+        def callSolver(self, lp: Any) -> None:
+            if start is not None:
+                places = list(range(len(start)))
+                if lp.solverModel.setSolution(len(places), places, list(start)) == highspy.HighsStatus.kError:
+                    raise pulp.PulpError("the initial solution was refused")
+            lp.solverModel.setCallback(self.check, None)  # here, not in PuLP's constructor: that would print a banner
+            lp.solverModel.startCallback(highspy.cb.HighsCallbackType.kCallbackMipInterrupt)
+            if lp.solverModel.run() == highspy.HighsStatus.kError:
+                raise pulp.PulpError("run() returned an error")
+
+        def findSolutionValues(self, lp: Any) -> tuple[int, int]:
+            return pulp.LpStatusNotSolved, pulp.LpSolutionNoSolutionFound  # ours is read from HiGHS itself
+
+        def check(self, kind: int, _message: str, _data: Any, answer: Any, _user: Any) -> None:
+            if kind == int(highspy.cb.HighsCallbackType.kCallbackMipInterrupt):
+                self.num_checks += 1
+                answer.user_interrupt = self.num_checks > limits.max_checks
+
+    return Runner(
+        msg=False, threads=1, timeLimit=max(limits.time_limit_s, 1e-3), gapRel=limits.relative_gap,
+        random_seed=RANDOM_SEED, mip_max_nodes=limits.max_nodes, parallel="off",
+    )
+
+
+def _read(highs: Any, columns: list[Any], runner: Any, limits: WorkLimits) -> Solution:
+    import highspy
+
+    status, info = highs.getModelStatus(), highs.getInfo()
+    known = highspy.HighsModelStatus
+    hit_clock = status == known.kTimeLimit
+    if status in (known.kInfeasible, known.kUnboundedOrInfeasible):
+        return Solution(outcome=Outcome.INFEASIBLE, objective=math.inf, bound=math.inf, values=(),
+                        num_checks=runner.num_checks, hit_clock=False)
+    stopped = (known.kTimeLimit, known.kSolutionLimit, known.kInterrupt, known.kHighsInterrupt, known.kIterationLimit)
+    if status != known.kOptimal and status not in stopped:
+        raise SolverFailure(f"HiGHS ended with status {highs.modelStatusToString(status)}")
+    has_integers = any(highs.getColIntegrality(column.index)[1] == highspy.HighsVarType.kInteger for column in columns)
+    found = info.primal_solution_status == int(highspy.SolutionStatus.kSolutionStatusFeasible)
+    objective = float(info.objective_function_value) if found else math.inf
+    bound = float(info.mip_dual_bound) if has_integers else (objective if status == known.kOptimal else -math.inf)
+    outcome = Outcome.FEASIBLE if found else Outcome.NOTHING_FOUND
+    if status == known.kOptimal:
+        outcome = Outcome.OPTIMAL
+    values = tuple(float(value) for value in highs.getSolution().col_value) if found else ()
+    return Solution(outcome=outcome, objective=objective, bound=bound, values=values,
+                    num_checks=runner.num_checks, hit_clock=hit_clock)

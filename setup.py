@@ -1,0 +1,45 @@
+"""What Longhaul is and needs. Metadata only; tool settings live in pyproject.toml."""
+
+from setuptools import find_packages, setup
+
+PACKAGES = ("planner", "parallel", "memory", "trainer", "launch")
+
+setup(
+    name="longhaul",
+    version="0.1.0",
+    description="Trains language models on long, unequal sequences; every step runs from a plan.",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=find_packages(include=[pattern for name in PACKAGES for pattern in (name, f"{name}.*")]),
+    package_data={
+        **{name: ["py.typed"] for name in PACKAGES},
+        "planner": ["py.typed", "hardware/*.yaml", "models/*.yaml"],
+        "trainer": ["py.typed", "recipes/*.yaml"],
+    },
+    zip_safe=False,
+    install_requires=[
+        "torch>=2.11,<2.14",
+        "megatron-core>=0.16,<0.17",
+        "pulp>=3.3,<4",
+        "highspy>=1.10,<2",
+        "numpy>=1.26,<3",
+        "nvidia-ml-py>=12",
+        "tyro>=0.9,<2",
+        "PyYAML>=6,<7",
+        "rich>=13,<16",
+        "safetensors>=0.5,<1",
+        "tokenizers>=0.21,<1",
+    ],
+    extras_require={
+        "dev": [
+            "hypothesis>=6.100,<7",
+            "mypy>=1.13",
+            "pytest>=8.2,<10",
+            "pytest-timeout>=2.3,<3",
+            "ruff>=0.8",
+            "types-PyYAML>=6",
+        ],
+    },
+    entry_points={"console_scripts": ["longhaul = launch.cli:main"]},
+)

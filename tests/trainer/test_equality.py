@@ -1,0 +1,161 @@
+"""fp32: whatever the strategy, group shape or tensor parallelism, the run equals a plain dense model's, to 1e-5."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from parallel.program import compile_rank_program
+from planner.cost import CostModel, MemoryFit, PlanLimits, Provenance, TimeFit
+from planner.model_spec import ModelSpec
+from planner.plan import AttentionKind
+from planner.step_planner import plan_step
+from planner.verify import verify_plan
+from tests.ranks import RankPool
+from tests.trainer import dense
+from trainer.batch import token_rows
+from trainer.build import build_runtime
+from trainer.config import OptimizerConfig, ParallelConfig, RunConfig, TrainConfig
+from trainer.optimizer import learning_rate
+from trainer.rank_env import RankEnv
+from trainer.step import train_step
+
+NUM_STEPS = 10
+TOLERANCE = 1e-5
+SPEC = ModelSpec(
+    name="test", num_layers=2, hidden_dim=32, ffn_dim=48, num_query_heads=4, num_kv_heads=2, head_dim=8,
+    vocab_size=61, qk_norm=True,
+)
+CONFIG = TrainConfig(
+    run=RunConfig(steps=NUM_STEPS, seed=7, collective_timeout_s=60), optimizer=OptimizerConfig(lr=1e-2, warmup_steps=3)
+)
+
+
+def cost_model(num_ranks):
+    """Made up for tests: short sequences are cheapest alone, long ones are cheapest shared."""
+    times = [TimeFit(kind=AttentionKind.LOCAL, degree=1, s_per_token2=1e-6, s_per_token=1e-5, s_per_sequence=0.0,
+                     fixed_s=1e-4)]
+    for kind in (AttentionKind.ULYSSES, AttentionKind.RING):
+        times += [
+            TimeFit(kind=kind, degree=d, s_per_token2=1e-6 / d, s_per_token=1.3e-5 / d, s_per_sequence=0.0, fixed_s=3e-4)
+            for d in range(2, num_ranks + 1)
+        ]
+    return CostModel(
+        times=tuple(times), memory=MemoryFit(fixed_bytes=0, bytes_per_token=1), step_fixed_s=1e-4, peak_flop_per_s=1e9,
+        provenance=Provenance(source="test", cluster="test", model="test"),
+    )
+
+
+def batches():
+    """The same documents for every run: long-tailed lengths, random ids."""
+    rng = np.random.default_rng(3)
+    steps = []
+    for _ in range(NUM_STEPS):
+        lengths = np.clip(rng.lognormal(2.6, 1.0, size=7).astype(int), 1, 150)
+        steps.append([rng.integers(0, SPEC.vocab_size, size=size + 1) for size in lengths])
+    return steps
+
+
+def train_rank(rank, world_size, init_method, tensor_parallel, strategy, degree, kinds, budget_tokens, spec):
+    """One rank's run of ten steps; rank 0 returns (losses, full initial weights, full final weights, group shapes)."""
+    config = dataclasses.replace(CONFIG, parallel=ParallelConfig(tensor_parallel=tensor_parallel))
+    env = RankEnv(rank=rank, world_size=world_size, local_rank=rank, local_world_size=world_size)
+    runtime = build_runtime(config, env, spec, init_method=init_method)
+    num_ranks = world_size // tensor_parallel
+    cost = cost_model(num_ranks)
+    limits = PlanLimits(
+        device_budget_bytes=budget_tokens, max_ulysses_degree=spec.num_query_heads // tensor_parallel, kinds=kinds
+    )
+    initial = full_weights(runtime)
+    losses, shapes = [], set()
+    for step, documents in enumerate(batches()):
+        lengths = [len(ids) - 1 for ids in documents]
+        plan = plan_step(
+            lengths, step=step, num_ranks=num_ranks, cost=cost, limits=limits, strategy=strategy, degree=degree
+        )
+        verify_plan(plan, lengths, num_ranks=num_ranks, cost=cost, limits=limits)
+        shapes |= {(str(g.kind), g.degree) for m in plan.microbatches for g in m.groups}
+        program = compile_rank_program(plan, runtime.mesh.data_rank)
+
+        def read(spans, documents=documents):
+            ids = [documents[s.sequence][s.start_token : s.stop_token + 1] for s in spans]
+            return token_rows(ids, spans, torch.device("cpu"))
+
+        outcome = train_step(
+            runtime, program, read, num_tokens=plan.num_tokens,
+            lr=learning_rate(config.optimizer, step=step, num_steps=NUM_STEPS),
+        )
+        losses.append(outcome.loss)
+    final = full_weights(runtime)
+    return losses, initial, final, shapes
+
+
+def full_weights(runtime):
+    """All weights in full on every rank: gathered over the data axis, then joined over the tensor axis."""
+    joined = {}
+    for name, parameter in runtime.model.named_parameters():
+        local = parameter.full_tensor().detach().contiguous()
+        parts = [torch.empty_like(local) for _ in range(runtime.mesh.tensor_size)]
+        torch.distributed.all_gather(parts, local, group=runtime.mesh.tensor_group)
+        if "norm" in name:
+            joined[name] = parts[0]
+        else:
+            joined[name] = torch.cat(parts, dim=1 if name.endswith(("out.weight", "down.weight")) else 0)
+    return {name: weight.numpy() for name, weight in joined.items()}
+
+
+ULYSSES, RING = (AttentionKind.ULYSSES,), (AttentionKind.RING,)
+RUNS = {
+    "1 rank": (1, 1, "static", 1, ULYSSES, 2**40, {("local", 1)}),
+    "4 ranks flexsp": (4, 1, "flexsp", None, ULYSSES, 60, {("local", 1), ("ulysses", 2), ("ulysses", 4)}),
+    "4 ranks ulysses 2": (4, 1, "static", 2, ULYSSES, 2**40, {("ulysses", 2)}),
+    "4 ranks ulysses 4 (2 kv heads)": (4, 1, "static", 4, ULYSSES, 2**40, {("ulysses", 4)}),
+    "4 ranks ring 3+1": (4, 1, "static", 3, RING, 2**40, {("ring", 3), ("local", 1)}),
+    "tensor 2 x data 2": (4, 2, "static", 2, ULYSSES, 2**40, {("ulysses", 2)}),
+}
+
+
+class TestEquality:
+    @pytest.fixture(scope="class")
+    def pool(self):
+        pool = RankPool(4)
+        yield pool
+        pool.close()
+
+    @pytest.fixture(scope="class")
+    def oracle(self, pool):
+        """The dense run from the initial weights that the one-rank model starts with."""
+        return self.dense_run(pool, SPEC)
+
+    @staticmethod
+    def dense_run(pool, spec):
+        (_, initial, _, _), = pool.run(train_rank, 1, "static", 1, ULYSSES, 2**40, spec, world_size=1)
+        steps = [[torch.from_numpy(ids) for ids in documents] for documents in batches()]
+        rates = [learning_rate(CONFIG.optimizer, step=step, num_steps=NUM_STEPS) for step in range(NUM_STEPS)]
+        weights = {name: torch.from_numpy(weight) for name, weight in initial.items()}
+        return dense.train(weights, spec, steps, CONFIG.optimizer, rates)
+
+    @pytest.mark.parametrize("name", RUNS)
+    def test_equals_dense_model(self, pool, oracle, name):
+        world_size, *arguments, shapes = RUNS[name]
+        results = pool.run(train_rank, *arguments, SPEC, world_size=world_size)
+        assert all(losses == results[0][0] for losses, *_ in results), "ranks report different losses"
+        losses, _, final, used = results[0]
+        assert shapes <= used
+        self.compare(oracle, losses, final)
+
+    def test_tied_head_under_tensor_parallelism(self, pool):
+        spec = dataclasses.replace(SPEC, tied_head=True, qk_norm=False)
+        losses, _, final, _ = pool.run(train_rank, 2, "static", 2, RING, 2**40, spec)[0]
+        self.compare(self.dense_run(pool, spec), losses, final)
+
+    @staticmethod
+    def compare(oracle, losses, final):
+        dense_losses, dense_final = oracle
+        assert max(abs(a - b) / b for a, b in zip(losses, dense_losses, strict=True)) < TOLERANCE
+        for name, weight in dense_final.items():
+            error = (torch.from_numpy(final[name])[: weight.shape[0]] - weight).abs().max().item()
+            assert error < TOLERANCE, f"{name}: {error}"

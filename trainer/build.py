@@ -1,0 +1,82 @@
+"""The one place where a rank's objects are made and wired."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+
+from memory.peak import PeakMemory
+from parallel import comm
+from parallel.comm import GroupExchange
+from parallel.engine import AttentionEngine
+from parallel.kernel import choose_kernel
+from parallel.mesh import RankMesh, build_mesh
+from parallel.sharding import shard_model
+from parallel.timing import TimedExchange, WaitClock
+from planner.errors import SpecError
+from planner.model_spec import ModelSpec
+from trainer.config import TrainConfig
+from trainer.initialize import initialize_weights
+from trainer.optimizer import ShardedAdamW
+from trainer.rank_env import RankEnv
+from trainer.step import Runtime
+from trainer.transformer import Decoder, TensorShard
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def pick_device(config: TrainConfig, env: RankEnv) -> torch.device:
+    """This rank's device. Raises SpecError where CUDA is asked for and there are too few devices."""
+    num_devices = torch.cuda.device_count() if config.run.device != "cpu" else 0
+    if num_devices >= env.local_world_size:
+        torch.cuda.set_device(env.local_rank)
+        return torch.device("cuda", env.local_rank)
+    if config.run.device == "cuda":
+        raise SpecError(
+            f"--run.device cuda: this node has {num_devices} CUDA devices for {env.local_world_size} ranks; "
+            "lower --world-size or use --run.device cpu"
+        )
+    return torch.device("cpu")
+
+
+def build_runtime(
+    config: TrainConfig, env: RankEnv, spec: ModelSpec, *, init_method: str = "env://"
+) -> Runtime:
+    """Join the process group and make mesh, model, attention engine and optimizer. Collective.
+
+    Raises SpecError before any communication if this device cannot run the asked dtype.
+    """
+    device = pick_device(config, env)
+    dtype = DTYPES[config.run.dtype]
+    kernel = choose_kernel(device, dtype)
+    timeout_s = config.run.collective_timeout_s
+    comm.init_process_group(
+        device=device, rank=env.rank, world_size=env.world_size, timeout_s=timeout_s, init_method=init_method
+    )
+    mesh = build_mesh(
+        rank=env.rank, world_size=env.world_size, tensor_size=config.parallel.tensor_parallel, device=device,
+        timeout_s=timeout_s,
+    )
+    model = build_model(spec, mesh, seed=config.run.seed, compute_dtype=dtype)
+    clock = WaitClock()
+    wire = TimedExchange(GroupExchange(mesh.exchange_group), clock)
+    return Runtime(
+        mesh=mesh,
+        model=model,
+        engine=AttentionEngine(kernel, wire, device),
+        optimizer=ShardedAdamW(model, config.optimizer, mesh),
+        wait_clock=clock,
+        peak=PeakMemory(device),
+    )
+
+
+def build_model(spec: ModelSpec, mesh: RankMesh, *, seed: int, compute_dtype: torch.dtype) -> Decoder:
+    """A sharded model with its initial weights on the mesh's device. Collective over the data axis."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # megatron-core names every optional package it does not find
+        model = Decoder(spec, TensorShard(mesh.tensor_rank, mesh.tensor_size, mesh.tensor_group))
+    initialize_weights(model, seed=seed)
+    model.to(mesh.device)
+    shard_model(model, model.layers, mesh.data_mesh, compute_dtype=compute_dtype)
+    return model

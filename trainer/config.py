@@ -1,0 +1,271 @@
+"""The settings of a training run: one frozen tree, read from defaults, then a YAML recipe, then flags (flags win).
+
+The string under each field is its help text. ``resolve_config`` is what the command line calls; nothing here imports
+torch, so help and mistakes answer at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+
+from planner.codec import from_plain, suggest, to_plain
+from planner.errors import SpecError
+from trainer.config_check import check_config, model_spec
+from trainer.config_cli import apply_flags, print_help, short
+
+__all__ = [
+    "DataConfig", "MemoryConfig", "ModelConfig", "OptimizerConfig", "ParallelConfig", "PlanConfig", "RunConfig",
+    "TrainConfig", "check_config", "config_to_yaml", "load_recipe", "model_spec", "recipe_names", "resolve_config",
+]
+
+DEFAULT_RECIPE = "laptop"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    """Where the run lives, how long it is, and on what it runs."""
+
+    dir: Annotated[str, short("--run-dir")] = "runs/laptop"
+    """Folder of this run: checkpoints, metrics.jsonl, plans.jsonl, config.yaml."""
+    steps: Annotated[int, short("--steps")] = 60
+    """Optimizer steps in all, counted from the very first start."""
+    seed: Annotated[int, short("--seed")] = 1234
+    """Seed of the initial weights and of the order of samples."""
+    resume: Annotated[bool, short("--resume")] = False
+    """Go on from the newest whole checkpoint in the run folder."""
+    checkpoint_every: Annotated[int, short("--checkpoint-every")] = 20
+    """Steps between checkpoints; 0 saves at the end only."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints to keep; older ones are deleted."""
+    world_size: Annotated[int, short("--world-size")] = 4
+    """Processes (ranks); each drives one device."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """What the ranks compute on; auto takes cuda where every rank finds a device."""
+    dtype: Annotated[Literal["fp32", "bf16"], short("--dtype")] = "fp32"
+    """Number format of the computation; weights and optimizer stay fp32."""
+    collective_timeout_s: float = 120.0
+    """Seconds after which a collective that does not finish ends the run."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """The decoder. The size of the vocabulary always comes from the tokenizer."""
+
+    preset: Annotated[str, short("--model")] = "tiny"
+    """Name of a built-in model, or a YAML file."""
+    num_layers: int | None = None
+    """Decoder layers (none: the preset's)."""
+    hidden_dim: int | None = None
+    """Width of the residual stream (none: the preset's)."""
+    ffn_dim: int | None = None
+    """Width of the MLP (none: the preset's)."""
+    num_query_heads: int | None = None
+    """Query heads (none: the preset's)."""
+    num_kv_heads: int | None = None
+    """Key and value heads; must divide the query heads (none: the preset's)."""
+    head_dim: int | None = None
+    """Width of one head, even (none: the preset's)."""
+    qk_norm: bool | None = None
+    """Normalise queries and keys per head (none: the preset's)."""
+    tied_head: bool | None = None
+    """Share the embedding with the output head (none: the preset's)."""
+    rope_theta: float | None = None
+    """Base of the rotary position frequencies (none: the preset's)."""
+    init_from: Annotated[str | None, short("--init-from")] = None
+    """Folder of Hugging Face weights to start from."""
+    lora_rank: Annotated[int | None, short("--lora-rank")] = None
+    """Rank of LoRA adapters (none: train all weights)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataConfig:
+    """The documents, and how they become samples."""
+
+    path: Annotated[str | None, short("--data")] = None
+    """Folder of text, text file, JSONL, glob pattern, token store or .npy (none: Python's own source files)."""
+    text_field: str = "text"
+    """Key of the text in each JSONL line."""
+    tokenizer: Annotated[str | None, short("--tokenizer")] = None
+    """File of the tokenizers library, tokenizer.json (none: the built-in bytes)."""
+    max_length: Annotated[int, short("--max-length")] = 4096
+    """Longest sample, in predicted tokens."""
+    over_length: Literal["split", "drop"] = "split"
+    """What happens to documents longer than max_length."""
+    tokens_per_step: Annotated[int, short("--tokens-per-step")] = 16384
+    """Most predicted tokens in one optimizer step, over all ranks."""
+    cache_dir: str | None = None
+    """Folder for tokenised corpora (none: the user's cache folder)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParallelConfig:
+    """How ranks share one model. What is left of the world size is the data axis, which the planner arranges."""
+
+    tensor_parallel: Annotated[int, short("--tensor-parallel")] = 1
+    """Ranks that share every layer's weights."""
+    pipeline_parallel: Annotated[int, short("--pipeline-parallel")] = 1
+    """Stages of layers."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanConfig:
+    """How steps are planned."""
+
+    strategy: Annotated[str, short("--strategy")] = "flexsp"
+    """Planner: flexsp, static (later adaptive, hdp, zeppelin)."""
+    degree: Annotated[int | None, short("--degree")] = None
+    """Ranks per attention group, for strategy static only (none: the best one)."""
+    attention: Annotated[Literal["auto", "ulysses", "ring", "usp"], short("--attention")] = "auto"
+    """How the ranks of a group share attention."""
+    ahead: int = 4
+    """Steps the planner works ahead of training."""
+    wait_budget_s: float = 10.0
+    """Longest a step waits for its plan, in seconds; then it takes the greedy plan."""
+    time_limit_s: float = 5.0
+    """Guard on one plan's solver time, in seconds; max_nodes is the limit that normally binds."""
+    relative_gap: float = 0.02
+    """Stop solving when the plan is proven to be within this share of the best."""
+    max_nodes: int = 200
+    """Most branch-and-bound nodes per solve: work, not time, so plans repeat exactly."""
+    device_budget: str = "auto"
+    """Bytes one device may use, such as '4 GiB'; auto measures."""
+    cost: str = "auto"
+    """Cost model: a YAML or JSON file; auto measures this machine once and caches the result."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up and cosine decay."""
+
+    lr: float = 3e-3
+    """Peak learning rate."""
+    min_lr_ratio: float = 0.1
+    """Last learning rate as a share of the peak."""
+    warmup_steps: int = 10
+    """Steps of linear warm-up."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay; norms are left out."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.95
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    clip_norm: float = 1.0
+    """Largest global gradient norm; inf never clips."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryConfig:
+    """What happens to saved activations."""
+
+    policy: Annotated[str, short("--memory")] = "auto"
+    """Policy: auto, keep (later recompute, swap, seco, spaco)."""
+    swap_fraction: Annotated[float | None, short("--swap-fraction")] = None
+    """Share of the tokens whose activations are swapped out."""
+    tier: Annotated[str | None, short("--tier")] = None
+    """Where swapped activations go: host or disk."""
+    chunk_tokens: Annotated[int | None, short("--chunk-tokens")] = None
+    """Tokens per chunk of chunked backpropagation."""
+    sample_fraction: Annotated[float | None, short("--sample-fraction")] = None
+    """Share of the chunks that sparse backpropagation keeps."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    """All of it. Any field can be left out of a recipe."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+
+
+def resolve_config(arguments: list[str], *, prog: str = "longhaul train") -> TrainConfig:
+    """Defaults, then the recipe (first positional argument, if any), then flags. Checked as a whole.
+
+    ``--help`` and ``--print-config`` print and raise SystemExit(0). Raises SpecError, one line per problem.
+    """
+    waiting = list(arguments)
+    recipe = waiting.pop(0) if waiting and not waiting[0].startswith("-") else DEFAULT_RECIPE
+    config = load_recipe(recipe)
+    if "--help" in waiting or "-h" in waiting:
+        print_help(config, prog=f"{prog} [RECIPE]", description=_description())
+        raise SystemExit(0)
+    shows = {"--print-config", "--print_config"}
+    config = apply_flags(config, [word for word in waiting if word not in shows])
+    problems = check_config(config)
+    if problems:
+        raise SpecError("\n".join(problems))
+    if shows.intersection(waiting):
+        print(config_to_yaml(config), end="")
+        raise SystemExit(0)
+    return config
+
+
+def load_recipe(recipe: str) -> TrainConfig:
+    """A built-in recipe by name, or a YAML file. Raises SpecError naming the file and the key that is wrong."""
+    built_in = _recipe_folder() / f"{recipe}.yaml"
+    path = built_in if recipe in recipe_names() else Path(recipe)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        raise SpecError(f"recipe {recipe!r}: no such recipe or file{suggest(recipe, recipe_names())}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"recipe {recipe}: cannot be read ({error})") from None
+    return _parse_recipe(text, where=recipe)
+
+
+def recipe_names() -> tuple[str, ...]:
+    """The built-in recipes."""
+    return tuple(sorted(path.stem for path in _recipe_folder().glob("*.yaml")))
+
+
+def config_to_yaml(config: TrainConfig) -> str:
+    """The whole tree as YAML; a recipe file with this text gives the same config."""
+    return str(yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True))
+
+
+def _parse_recipe(text: str, *, where: str) -> TrainConfig:
+    try:
+        data = yaml.load(text, Loader=_UniqueKeys)  # a SafeLoader: plain values only
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise SpecError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+    if data is None:
+        data = {}
+    if isinstance(data, dict):  # a section whose keys are all commented out reads as null
+        data = {key: {} if value is None else value for key, value in data.items()}
+    return from_plain(TrainConfig, data, where=where)
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML says keys are unique, PyYAML keeps the last one: the setting that loses would vanish without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} is there twice",
+                                                            key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep=deep)
+
+
+def _recipe_folder() -> Path:
+    return Path(__file__).parent / "recipes"
+
+
+def _description() -> str:
+    return (
+        f"Train from a plan. RECIPE is a YAML file or one of: {', '.join(recipe_names())} (default {DEFAULT_RECIPE}). "
+        "Flags win over the recipe. --print-config shows the resolved settings as YAML and stops."
+    )

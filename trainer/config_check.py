@@ -1,0 +1,192 @@
+"""Everything that can be wrong with the settings of a run, found before any process starts and said all at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import math
+import operator
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from planner.codec import suggest
+from planner.errors import SpecError
+from planner.model_spec import ModelSpec
+from planner.specs import load_model
+from planner.units import parse_bytes
+
+if TYPE_CHECKING:
+    from trainer.config import TrainConfig
+
+BUILT_STRATEGIES = ("flexsp", "static")
+LATER_STRATEGIES = ("adaptive", "hdp", "zeppelin")
+BUILT_POLICIES = ("auto", "keep")
+LATER_POLICIES = ("recompute", "swap", "seco", "spaco")
+BUILT_ATTENTION = ("auto", "ulysses", "ring")
+
+_Range = tuple[str, Callable[[Any], bool], str]
+
+
+def check_config(config: TrainConfig) -> tuple[str, ...]:
+    """One line per problem; empty when the run may start. Reads the file system, never a device."""
+    found: list[str] = []
+    for check in (_out_of_range, _not_built_yet, _wrong_paths, _wrong_texts, _wrong_sizes, _wrong_model):
+        found.extend(check(config))
+    return tuple(found)
+
+
+def model_spec(config: TrainConfig, vocab_size: int) -> ModelSpec:
+    """The preset with the overrides of ``config.model`` and this vocabulary. Raises SpecError."""
+    preset = load_model(config.model.preset)
+    names = {field.name for field in dataclasses.fields(ModelSpec)}
+    settings = {field.name: getattr(config.model, field.name) for field in dataclasses.fields(config.model)}
+    overrides = {name: value for name, value in settings.items() if name in names and value is not None}
+    return dataclasses.replace(preset, vocab_size=vocab_size, **overrides)
+
+
+def _at_least(lowest: int) -> tuple[Callable[[Any], bool], str]:
+    return lambda value: value >= lowest, f"at least {lowest}"
+
+
+def _ranges() -> tuple[_Range, ...]:
+    positive = (lambda value: 0 < value < math.inf, "a finite number above 0")
+    not_negative = (lambda value: 0 <= value < math.inf, "a finite number, 0 or more")
+    below_one = (lambda value: 0 <= value < 1, "in [0, 1)")
+    fraction = (lambda value: 0 <= value <= 1, "in [0, 1]")
+    return (
+        ("run.steps", *_at_least(1)),
+        ("run.seed", lambda value: 0 <= value < 2**63, "in [0, 2**63)"),
+        ("run.checkpoint_every", *_at_least(0)),
+        ("run.keep_checkpoints", *_at_least(1)),
+        ("run.world_size", *_at_least(1)),
+        ("run.collective_timeout_s", *positive),
+        ("model.rope_theta", *positive),
+        ("model.lora_rank", *_at_least(1)),
+        ("data.max_length", *_at_least(1)),
+        ("data.tokens_per_step", *_at_least(1)),
+        ("parallel.tensor_parallel", *_at_least(1)),
+        ("parallel.pipeline_parallel", *_at_least(1)),
+        ("plan.degree", *_at_least(1)),
+        ("plan.ahead", *_at_least(1)),
+        ("plan.wait_budget_s", *not_negative),
+        ("plan.time_limit_s", *positive),
+        ("plan.relative_gap", *below_one),
+        ("plan.max_nodes", *_at_least(1)),
+        ("optimizer.lr", *positive),
+        ("optimizer.min_lr_ratio", *fraction),
+        ("optimizer.warmup_steps", *_at_least(0)),
+        ("optimizer.weight_decay", *not_negative),
+        ("optimizer.beta1", *below_one),
+        ("optimizer.beta2", *below_one),
+        ("optimizer.eps", *positive),
+        ("optimizer.clip_norm", lambda value: value > 0, "above 0 (inf never clips)"),
+        ("memory.swap_fraction", *fraction),
+        ("memory.chunk_tokens", *_at_least(1)),
+        ("memory.sample_fraction", lambda value: 0 < value <= 1, "in (0, 1]"),
+    )
+
+
+def _out_of_range(config: TrainConfig) -> Iterator[str]:
+    for name, allowed, text in _ranges():
+        value = operator.attrgetter(name)(config)
+        if value is not None and not allowed(value):
+            yield f"{name} must be {text}, got {value}"
+
+
+def _not_built_yet(config: TrainConfig) -> Iterator[str]:
+    yield from _choice("plan.strategy", config.plan.strategy, BUILT_STRATEGIES, LATER_STRATEGIES)
+    yield from _choice("plan.attention", config.plan.attention, BUILT_ATTENTION, ("usp",))
+    yield from _choice("memory.policy", config.memory.policy, BUILT_POLICIES, LATER_POLICIES)
+    if config.parallel.pipeline_parallel > 1:
+        yield f"parallel.pipeline_parallel {config.parallel.pipeline_parallel} is not built yet; available: 1"
+    later = {
+        "memory.swap_fraction": "activations are kept",
+        "memory.tier": "activations are kept",
+        "memory.chunk_tokens": "whole sequences",
+        "memory.sample_fraction": "whole sequences",
+        "model.init_from": "random initial weights",
+        "model.lora_rank": "training all weights",
+    }
+    for name, available in later.items():
+        if operator.attrgetter(name)(config) is not None:
+            yield f"{name} is not built yet; available: {available} (leave it out)"
+
+
+def _choice(name: str, value: str, built: tuple[str, ...], later: tuple[str, ...]) -> Iterator[str]:
+    if value in later:
+        yield f"{name} {value} is not built yet; available: {', '.join(built)}"
+    elif value not in built:
+        yield f"{name} {value!r} is unknown{suggest(value, (*built, *later))}"
+
+
+def _wrong_paths(config: TrainConfig) -> Iterator[str]:
+    path = config.data.path
+    if path is not None and not (path and (Path(path).exists() or glob.glob(path, recursive=True))):
+        yield f"data.path {path!r}: no such file or folder, and no file matches it as a pattern"
+    files = {"data.tokenizer": config.data.tokenizer, "plan.cost": config.plan.cost}
+    for name, file in files.items():
+        if file is not None and (name, file) != ("plan.cost", "auto") and not Path(file).is_file():
+            yield f"{name} {file!r}: no such file"
+    folders = {"run.dir": config.run.dir, "data.cache_dir": config.data.cache_dir}
+    for name, folder in folders.items():
+        if folder is not None and (not folder or (Path(folder).exists() and not Path(folder).is_dir())):
+            yield f"{name} {folder!r} is not a folder"
+
+
+def _wrong_texts(config: TrainConfig) -> Iterator[str]:
+    if not config.data.text_field:
+        yield "data.text_field must not be empty"
+    if config.plan.device_budget == "auto":
+        return
+    try:
+        budget_bytes = parse_bytes(config.plan.device_budget, what="plan.device_budget")
+    except SpecError as error:
+        yield str(error)
+        return
+    if budget_bytes < 1:
+        yield f"plan.device_budget must be above 0 bytes, got {config.plan.device_budget!r}"
+
+
+def _wrong_sizes(config: TrainConfig) -> Iterator[str]:
+    data, plan = config.data, config.plan
+    if 1 <= data.tokens_per_step < data.max_length:
+        yield (
+            f"data.tokens_per_step ({data.tokens_per_step}) must be at least data.max_length ({data.max_length}): "
+            "a step must hold the longest sample"
+        )
+    world_size, tensor_parallel = config.run.world_size, config.parallel.tensor_parallel
+    if min(world_size, tensor_parallel) < 1:
+        return
+    if world_size % tensor_parallel:
+        yield f"parallel.tensor_parallel ({tensor_parallel}) must divide run.world_size ({world_size})"
+    if plan.degree is None:
+        return
+    if plan.strategy != "static":
+        yield f"plan.degree is for plan.strategy static only, not {plan.strategy}: that planner chooses degrees itself"
+    most = world_size // tensor_parallel
+    if plan.degree > most:
+        yield (
+            f"plan.degree ({plan.degree}) must be at most {most}: "
+            f"world_size {world_size} / tensor_parallel {tensor_parallel}"
+        )
+
+
+def _wrong_model(config: TrainConfig) -> Iterator[str]:
+    try:
+        spec = model_spec(config, vocab_size=1)
+    except SpecError as error:
+        yield str(error)
+        return
+    shares = config.parallel.tensor_parallel
+    if shares < 1:
+        return
+    for name in ("num_query_heads", "num_kv_heads", "ffn_dim"):
+        if getattr(spec, name) % shares:
+            yield f"parallel.tensor_parallel ({shares}) must divide {name} ({getattr(spec, name)}) of model {spec.name}"
+    heads, degree = spec.num_query_heads // shares, config.plan.degree
+    if config.plan.attention == "ulysses" and degree is not None and degree > heads:
+        yield (
+            f"plan.degree ({degree}) is more than the {heads} query heads of a tensor rank: ulysses splits heads; "
+            "use a smaller degree or --attention ring"
+        )

@@ -1,0 +1,163 @@
+"""A Llama-family decoder on megatron-core's tensor-parallel layers. It knows tokens, positions and a callable that
+computes attention; it knows nothing of data ranks, plans or groups.
+
+Each layer is three segments, so that one layer serves every system: ``before_attention`` (norm, qkv, RoPE; token-wise),
+``attention`` (given from outside; crosses tokens and ranks), ``after_attention`` (output projection, residual, norm,
+MLP; token-wise).
+Shapes: T packed tokens on this rank, D hidden, N/K query/KV heads of this tensor rank, H head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from megatron.core.model_parallel_config import ModelParallelConfig
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from torch import nn
+from torch.nn import functional
+
+from memory.chunked_loss import VocabShard, chunked_token_loss
+from parallel import comm
+from planner.model_spec import ModelSpec
+
+Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorShard:
+    """This rank's place on the tensor axis."""
+
+    rank: int
+    size: int
+    group: comm.Group
+
+
+class RotaryTable:
+    """cos and sin for explicit positions, which restart at every document.
+
+    Angles are computed in float64: in float32 a position of a million is off by some hundredths of a radian.
+    """
+
+    def __init__(self, positions_T: torch.Tensor, *, head_dim: int, theta: float, dtype: torch.dtype) -> None:
+        powers = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions_T.device) / head_dim
+        angles = positions_T.to(torch.float64).unsqueeze(1) * theta**-powers
+        self.cos = angles.cos().to(dtype).unsqueeze(1)
+        self.sin = angles.sin().to(dtype).unsqueeze(1)
+
+    def rotate(self, x_TNH: torch.Tensor) -> torch.Tensor:
+        """RoPE with the two halves of a head as pairs (the Llama convention), in the table's dtype."""
+        first, second = x_TNH.to(self.cos.dtype).chunk(2, dim=-1)
+        turned = torch.cat((first * self.cos - second * self.sin, second * self.cos + first * self.sin), dim=-1)
+        return turned.to(x_TNH.dtype)
+
+
+class DecoderLayer(nn.Module):
+    """One layer. Fused weights are laid out so that any tensor-parallel slice is a run of rows:
+    qkv as KV-head groups of (queries..., key, value), gate and up interleaved row by row."""
+
+    def __init__(self, spec: ModelSpec, config: ModelParallelConfig, tensor: TensorShard) -> None:
+        super().__init__()
+        self.head_dim = spec.head_dim
+        self.num_kv_heads = spec.num_kv_heads // tensor.size
+        self.queries_per_kv = spec.num_query_heads // spec.num_kv_heads
+        qkv_rows = (spec.num_query_heads + 2 * spec.num_kv_heads) * spec.head_dim
+
+        def column(rows: int) -> ColumnParallelLinear:
+            return ColumnParallelLinear(
+                spec.hidden_dim, rows, config=config, init_method=None, bias=False, tp_group=tensor.group
+            )
+
+        def row(columns: int) -> RowParallelLinear:
+            return RowParallelLinear(
+                columns, spec.hidden_dim, config=config, init_method=None, bias=False, input_is_parallel=True,
+                skip_bias_add=False, tp_group=tensor.group,
+            )
+
+        self.attention_norm = nn.RMSNorm(spec.hidden_dim, eps=spec.norm_eps)
+        self.qkv = column(qkv_rows)
+        self.query_norm = nn.RMSNorm(spec.head_dim, eps=spec.norm_eps) if spec.qk_norm else None
+        self.key_norm = nn.RMSNorm(spec.head_dim, eps=spec.norm_eps) if spec.qk_norm else None
+        self.out = row(spec.num_query_heads * spec.head_dim)
+        self.mlp_norm = nn.RMSNorm(spec.hidden_dim, eps=spec.norm_eps)
+        self.gate_up = column(2 * spec.ffn_dim)
+        self.down = row(spec.ffn_dim)
+
+    def before_attention(
+        self, hidden_TD: torch.Tensor, rotary: RotaryTable
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Token-wise: q ``[T, N, H]``, k and v ``[T, K, H]``, RoPE applied."""
+        width = self.queries_per_kv + 2
+        packed = self.qkv(self.attention_norm(hidden_TD))[0].unflatten(-1, (self.num_kv_heads, width, self.head_dim))
+        q, k, v = packed.split((self.queries_per_kv, 1, 1), dim=2)
+        q, k, v = q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2)
+        if self.query_norm is not None and self.key_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
+        return rotary.rotate(q), rotary.rotate(k), v
+
+    def after_attention(self, hidden_TD: torch.Tensor, context_TNH: torch.Tensor) -> torch.Tensor:
+        """Token-wise: output projection, residual, norm, SwiGLU, residual."""
+        hidden_TD = hidden_TD + self.out(context_TNH.flatten(1))[0]
+        gate, up = self.gate_up(self.mlp_norm(hidden_TD))[0].unflatten(-1, (-1, 2)).unbind(-1)
+        return hidden_TD + self.down(functional.silu(gate) * up)[0]
+
+    def forward(self, hidden_TD: torch.Tensor, rotary: RotaryTable, attention: Attention) -> torch.Tensor:
+        q, k, v = self.before_attention(hidden_TD, rotary)
+        return self.after_attention(hidden_TD, attention(q, k, v))
+
+
+class Decoder(nn.Module):
+    """Embedding, layers, final norm, head and loss. One call is one microbatch's part on this rank."""
+
+    def __init__(self, spec: ModelSpec, tensor: TensorShard, *, loss_chunk_tokens: int = 1024) -> None:
+        super().__init__()
+        self.spec = spec
+        self.tensor = tensor
+        self.loss_chunk_tokens = loss_chunk_tokens
+        self.padded_vocab = -(-spec.vocab_size // tensor.size) * tensor.size
+        config = ModelParallelConfig(
+            tensor_model_parallel_size=tensor.size, use_cpu_initialization=True, perform_initialization=False,
+            params_dtype=torch.float32, gradient_accumulation_fusion=False,
+        )
+        self.embedding = VocabParallelEmbedding(
+            self.padded_vocab, spec.hidden_dim, init_method=None, config=config, tp_group=tensor.group
+        )
+        self.layers = nn.ModuleList(DecoderLayer(spec, config, tensor) for _ in range(spec.num_layers))
+        self.norm = nn.RMSNorm(spec.hidden_dim, eps=spec.norm_eps)
+        self.head = None
+        if not spec.tied_head:
+            self.head = ColumnParallelLinear(
+                spec.hidden_dim, self.padded_vocab, config=config, init_method=None, bias=False, tp_group=tensor.group
+            )
+
+    def forward(
+        self, tokens_T: torch.Tensor, positions_T: torch.Tensor, labels_T: torch.Tensor, attention: Attention
+    ) -> torch.Tensor:
+        """Sum of the losses of this rank's tokens (fp32 scalar or wider). ``labels_T`` may hold IGNORE."""
+        hidden_TD = self.embedding(tokens_T)
+        rotary = RotaryTable(
+            positions_T, head_dim=self.spec.head_dim, theta=self.spec.rope_theta,
+            dtype=torch.promote_types(hidden_TD.dtype, torch.float32),
+        )
+        for layer in self.layers:
+            hidden_TD = layer(hidden_TD, rotary, attention)
+        weight = self.embedding.weight if self.head is None else self.head.weight
+        return chunked_token_loss(
+            self.norm(hidden_TD), weight, labels_T, shard=self._vocab_shard(), chunk_tokens=self.loss_chunk_tokens
+        )
+
+    def _vocab_shard(self) -> VocabShard:
+        if self.tensor.size == 1:
+            return VocabShard(start=0, valid_size=self.spec.vocab_size, reduce_max=_same, reduce_sum=_same)
+        group = self.tensor.group
+        return VocabShard(
+            start=self.tensor.rank * self.padded_vocab // self.tensor.size,
+            valid_size=self.spec.vocab_size,
+            reduce_max=lambda tensor: comm.all_reduce_max(tensor, group),
+            reduce_sum=lambda tensor: comm.all_reduce_sum(tensor, group),
+        )
+
+
+def _same(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
