@@ -34,10 +34,10 @@ setup(
     extras_require={
         "dev": [
             "hypothesis>=6.100,<7",
-            "mypy>=1.13",
+            "mypy>=1.13,<3",
             "pytest>=8.2,<10",
             "pytest-timeout>=2.3,<3",
-            "ruff>=0.8",
+            "ruff>=0.12,<0.18",
             "types-PyYAML>=6",
         ],
     },

@@ -86,18 +86,20 @@ def _train(arguments: list[str]) -> int:
     env = environment.detect()
     config = _resolve(arguments, env)
     doctor.refuse_foreign_names()
-    if env is None or env.local_rank == 0:  # the other ranks of a node would find the same
-        from trainer.preflight import preflight
+    from trainer.preflight import preflight, with_free_run_dir
 
+    if env is None:
+        config = with_free_run_dir(config)
+    if env is None or env.local_rank == 0:  # the other ranks of a node would find the same
         preflight(config, environment.cache_root())
     from launch import local, worker
 
-    if env is None:
-        return local.launch(config)
-    if env.rank == 0:
-        local.write_config(config)
-    worker.die_with_parent()
-    worker.leave(worker.run(config, env, is_watched=False))
+    if env is not None:
+        if env.rank == 0:
+            local.write_config(config)
+        worker.die_with_parent()
+        worker.leave(worker.run(config, env, is_watched=False))  # does not return
+    return local.launch(config)
 
 
 def _resolve(arguments: list[str], env: RankEnv | None) -> TrainConfig:
@@ -131,7 +133,7 @@ def _calibrate(arguments: list[str]) -> int:
 
 def _doctor(arguments: list[str]) -> int:
     if arguments and arguments[0] in ("-h", "--help"):
-        print("usage: longhaul doctor\n\nversions, cores, memory, devices, import names; exit 0 when training can start")
+        print("usage: longhaul doctor\n\nversions, cores, memory, devices, import names; exit 0 when all is well")
         return EXIT_OK
     from launch import doctor
 

@@ -14,12 +14,14 @@ from planner.units import KIB, format_bytes
 
 DISTRIBUTION = "longhaul"
 IMPORT_NAMES = ("planner", "parallel", "memory", "trainer", "launch")
-_REQUIRED = ("torch", "megatron-core", "pulp", "highspy", "numpy", "tyro", "PyYAML", "rich", "safetensors", "tokenizers")
+_REQUIRED = (
+    "torch", "megatron-core", "pulp", "highspy", "numpy", "tyro", "PyYAML", "rich", "safetensors", "tokenizers",
+)
 _OPTIONAL = ("flash-attn", "nvidia-ml-py")
 
 
 def run(arguments: list[str]) -> int:
-    """``longhaul doctor``: print the findings, end with a one-line verdict. Returns 0 when training can start, else 1."""
+    """``longhaul doctor``: print the findings and a one-line verdict. Returns 0 when training can start, else 1."""
     if arguments:
         raise SpecError(f"longhaul doctor takes no arguments, got {arguments[0]!r}")
     problems = check_import_names()
@@ -136,8 +138,8 @@ def _cuda_rows() -> list[tuple[str, str]]:
         for index in range(pynvml.nvmlDeviceGetCount()):
             handle = pynvml.nvmlDeviceGetHandleByIndex(index)
             memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-            text = f"{pynvml.nvmlDeviceGetName(handle)}, {format_bytes(memory.free)} of {format_bytes(memory.total)} free"
-            rows.append((f"cuda {index}", text))
+            free = f"{format_bytes(memory.free)} of {format_bytes(memory.total)} free"
+            rows.append((f"cuda {index}", f"{pynvml.nvmlDeviceGetName(handle)}, {free}"))
         return rows
     finally:
         pynvml.nvmlShutdown()

@@ -14,17 +14,19 @@ import signal
 import sys
 import time
 import traceback
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 from launch import environment
 from launch.cli import error_lines
 from planner.errors import EXIT_OK, EXIT_PREEMPTED, LonghaulError
+from trainer.config import TrainConfig, load_recipe
 from trainer.rank_env import RankEnv
 
-if TYPE_CHECKING:
-    from trainer.config import TrainConfig
+Work = Callable[[TrainConfig, RankEnv], int]
 
 EXIT_FAILURE = 1
 EXIT_INTERRUPTED = 128 + signal.SIGINT
@@ -32,8 +34,9 @@ TRACEBACK_FILE = "traceback.txt"
 _PR_SET_PDEATHSIG = 1
 
 
-def main() -> NoReturn:
-    """Run the rank that the environment names, on the configuration that the launcher wrote."""
+def main(work: Work | None = None) -> NoReturn:
+    """Run the rank that the environment names, on the configuration that the launcher wrote. ``work``: what a rank
+    does (default: train)."""
     try:
         config_path, launcher_pid = sys.argv[1:]
         env = environment.detect()
@@ -42,11 +45,11 @@ def main() -> NoReturn:
     if env is None:
         sys.exit("longhaul: error: launch.worker is started by `longhaul train`: RANK is not set")
     die_with_parent(int(launcher_pid))
-    leave(run(Path(config_path), env, is_watched=True))
+    leave(run(Path(config_path), env, is_watched=True, work=work))
 
 
-def run(config: TrainConfig | Path, env: RankEnv, *, is_watched: bool) -> int:
-    """Train as rank ``env.rank`` and return the exit code; ``config`` may be the path of a resolved configuration.
+def run(config: TrainConfig | Path, env: RankEnv, *, is_watched: bool, work: Work | None = None) -> int:
+    """Train (or do other ``work``) as rank ``env.rank`` and return the exit code; ``config`` may be the path of a resolved configuration.
 
     ``is_watched``: our own launcher reads the failure file and reports; otherwise rank 0 reports on stderr.
     An exception nobody expected is reported by the same path and ends the process from the exception hook.
@@ -69,7 +72,9 @@ def run(config: TrainConfig | Path, env: RankEnv, *, is_watched: bool) -> int:
     )
     environment.apply(settings)
     try:
-        code = _train(config, env)
+        if isinstance(config, Path):
+            config = load_recipe(str(config))
+        code = (work or _train)(config, env)
     except LonghaulError as error:
         trace = "".join(traceback.format_exception(error))
         _report(str(error), error.exit_code, trace=trace)
@@ -83,13 +88,11 @@ def run(config: TrainConfig | Path, env: RankEnv, *, is_watched: bool) -> int:
     return code
 
 
-def _train(config: TrainConfig | Path, env: RankEnv) -> int:
+def _train(config: TrainConfig, env: RankEnv) -> int:
     # Imported here: torch reads its variables when it is imported, and run() sets them first.
-    from trainer.config import load_recipe
+    warnings.filterwarnings("ignore", message="Transformer Engine and Apex")  # megatron-core, once per module
     from trainer.loop import run_rank
 
-    if isinstance(config, Path):
-        config = load_recipe(str(config))
     return run_rank(config, env, cache_root=environment.cache_root())
 
 

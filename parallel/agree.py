@@ -6,25 +6,30 @@ verifies the plan against its own idea of the step, and then all compare digests
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 
 from parallel import comm
-from planner.errors import LonghaulError, PlanError, PlanMismatchError
+from planner.errors import InfeasibleError, LonghaulError, PlanError, PlanMismatchError
 from planner.plan import StepPlan, plan_digest, plan_from_json, plan_to_json
 
+_INFEASIBLE = b"infeasible:"
 _REJECTED = "rejected".ljust(64, "-")
 """Stands where a digest would (64 hex digits) when a rank found the plan illegal."""
 
 
 def agree_on_plan(
-    plan: StepPlan | None, *, source: int, group: comm.Group, verify: Callable[[StepPlan], None]
+    plan: StepPlan | InfeasibleError | None, *, source: int, group: comm.Group, verify: Callable[[StepPlan], None]
 ) -> StepPlan:
     """Broadcast rank ``source``'s plan over a CPU-capable group, verify it everywhere, compare digests.
 
-    ``plan`` is None on every other rank. Communicates three times (size, bytes, digests). Raises PlanMismatchError on
-    *all* ranks when any two digests differ or any rank rejects the plan, so that nobody waits for a rank that stopped.
+    ``plan`` is None on every other rank. Where the source found that no plan exists it passes the error, and every
+    rank raises it. Communicates three times (size, bytes, digests). Raises PlanMismatchError on *all* ranks when any
+    two digests differ or any rank rejects the plan, so that nobody waits for a rank that stopped.
     """
-    payload = comm.broadcast_bytes(plan_to_json(plan).encode() if plan else None, source=source, group=group)
+    payload = comm.broadcast_bytes(_encode(plan), source=source, group=group)
+    if payload.startswith(_INFEASIBLE):
+        raise _decode_infeasible(payload.removeprefix(_INFEASIBLE))
     received: StepPlan | None = None
     reason: LonghaulError | None = None
     try:
@@ -37,6 +42,22 @@ def agree_on_plan(
     if received is None:  # unreachable: a rejected plan raised above on every rank
         raise PlanMismatchError("no plan was received")
     return received
+
+
+def _encode(plan: StepPlan | InfeasibleError | None) -> bytes | None:
+    if isinstance(plan, InfeasibleError):
+        facts = {"message": str(plan), "binding": plan.binding, "needed_bytes": plan.needed_bytes,
+                 "available_bytes": plan.available_bytes}
+        return _INFEASIBLE + json.dumps(facts).encode()
+    return None if plan is None else plan_to_json(plan).encode()
+
+
+def _decode_infeasible(payload: bytes) -> InfeasibleError:
+    facts = json.loads(payload)
+    return InfeasibleError(
+        facts["message"], binding=facts["binding"], needed_bytes=facts["needed_bytes"],
+        available_bytes=facts["available_bytes"],
+    )
 
 
 def compare_digests(digest: str, group: comm.Group, *, reason: LonghaulError | None = None) -> None:

@@ -129,6 +129,8 @@ def broadcast_bytes(payload: bytes | None, *, source: int, group: Group) -> byte
     size = torch.tensor([len(payload) if payload is not None else 0], dtype=torch.int64)
     dist.broadcast(size, src=source, group=group)
     data = torch.empty(int(size.item()), dtype=torch.uint8)
+    if not data.numel():
+        return b""
     if payload is not None:
         data.copy_(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
     dist.broadcast(data, src=source, group=group)

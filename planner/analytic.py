@@ -66,7 +66,7 @@ def derive_cost(
     element_bytes: int = 2,
     sharding: Sharding = Sharding.GATHER_ONCE,
 ) -> CostModel:
-    """Coefficients for ``num_ranks`` data ranks: local, ulysses at powers of two (and ``num_ranks``), ring at any degree.
+    """Coefficients for ``num_ranks`` data ranks: local, ulysses at powers of two and ``num_ranks``, ring at any degree.
 
     ``element_bytes``: of activations and gathered weights. Raises SpecError where the ranks do not fit the cluster or
     tensor parallelism does not divide the heads.
@@ -229,7 +229,7 @@ def _notes(setting: _Setting, sharding: Sharding) -> tuple[str, ...]:
         notes.append("tensor parallel: activations and weights divided evenly, all-reduces not overlapped")
     if sharding is Sharding.ZERO3:
         notes.append(
-            f"guess: {ZERO3_EXPOSED_SHARE:.0%} of zero3's gathers exposed, in every microbatch; that ranks wait for each "
-            "other at each layer is not priced"
+            f"guess: {ZERO3_EXPOSED_SHARE:.0%} of zero3's gathers exposed, in every microbatch; that ranks wait for "
+            "each other at each layer is not priced"
         )
     return tuple(notes)

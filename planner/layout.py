@@ -66,7 +66,7 @@ def _zigzag_bounds(size: int, index: int, degree: int) -> tuple[tuple[int, int],
 
 
 def _zigzag_spans(sequences: list[tuple[int, int]], index: int, degree: int) -> tuple[Span, ...]:
-    spans = []
+    spans: list[Span] = []
     for sequence, size in sequences:
         for start, stop in _zigzag_bounds(size, index, degree):
             if start == stop:

@@ -105,14 +105,15 @@ def shapes_of_degree(degree: int, cost: CostModel, limits: PlanLimits) -> tuple[
     return tuple(shape for shape in shapes if shape is not None)
 
 
-def allowed_shapes(num_ranks: int, cost: CostModel, limits: PlanLimits) -> tuple[GroupShape, ...]:
-    """FlexSP's degrees: the powers of two up to ``num_ranks``, and ``num_ranks`` itself where it is none.
+def flexsp_degrees(num_ranks: int) -> tuple[int, ...]:
+    """The powers of two up to ``num_ranks``, and ``num_ranks`` itself where it is none."""
+    powers = tuple(2**power for power in range(num_ranks.bit_length()))
+    return powers if powers[-1] == num_ranks else (*powers, num_ranks)
 
-    Raises SpecError where the cost model prices no allowed degree at all.
-    """
-    powers = [2**power for power in range(num_ranks.bit_length())]
-    degrees = powers if powers[-1] == num_ranks else [*powers, num_ranks]
-    shapes = tuple(shape for degree in degrees for shape in shapes_of_degree(degree, cost, limits))
+
+def allowed_shapes(num_ranks: int, cost: CostModel, limits: PlanLimits) -> tuple[GroupShape, ...]:
+    """Every shape of FlexSP's degrees. Raises SpecError where the cost model prices none of them."""
+    shapes = tuple(shape for degree in flexsp_degrees(num_ranks) for shape in shapes_of_degree(degree, cost, limits))
     if not shapes:
         priced = ", ".join(f"{fit.kind} {fit.degree}" for fit in cost.times) or "nothing"
         raise SpecError(

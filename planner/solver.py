@@ -4,15 +4,18 @@ Three things PuLP 3.3 does not do for HiGHS are added on top of its own solver c
 over; a run that ends at its node limit is read (PuLP knows no name for that status); and the truth is told about runs
 that stopped early, which PuLP calls ``Optimal``: HiGHS's own status and dual bound decide.
 
-Work is limited by branch-and-bound nodes and by the solver's check points, both functions of the input only; the wall
-clock is a guard for a loaded machine.
+Work is limited by branch-and-bound nodes and by HiGHS's own check points, both functions of the input only; the wall
+clock is a guard for a loaded machine. A check point costs about as much as the model is large, so work is counted in
+check points times nonzeros.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -20,7 +23,6 @@ from typing import Any
 from planner.errors import LonghaulError
 
 RANDOM_SEED = 20240229
-INTEGER_TOLERANCE = 1e-4
 
 
 class SolverFailure(LonghaulError):
@@ -39,11 +41,11 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkLimits:
-    """``max_nodes``: branch-and-bound nodes, 0 solves the root only. ``max_checks``: times HiGHS asks whether to go on,
-    a measure of work that also counts inside the root. ``time_limit_s`` only guards."""
+    """``max_nodes``: branch-and-bound nodes. ``max_work``: times HiGHS asks whether to go on (inside the root as well)
+    times the model's nonzeros. ``time_limit_s`` only guards."""
 
     max_nodes: int
-    max_checks: int
+    max_work: int
     time_limit_s: float
     relative_gap: float
 
@@ -52,14 +54,14 @@ class WorkLimits:
 class Solution:
     """``values`` by variable (empty where none were found); ``bound``: no solution has a smaller objective.
 
-    ``num_checks`` is the work done; ``hit_clock`` says that wall time, not work, ended the run.
+    ``work`` was spent, in the unit of ``WorkLimits``; ``hit_clock``: wall time, not work, ended the run.
     """
 
     outcome: Outcome
     objective: float
     bound: float
     values: tuple[float, ...]
-    num_checks: int
+    work: int
     hit_clock: bool
 
 
@@ -107,7 +109,7 @@ class LinearModel:
 
         problem = pulp.LpProblem("longhaul", pulp.LpMinimize)
         columns = [
-            pulp.LpVariable(
+            problem.add_variable(
                 f"x{number:07d}",  # PuLP sorts by name: keep our order
                 lowBound=None if math.isinf(column.low) else column.low,
                 upBound=None if math.isinf(column.high) else column.high,
@@ -115,17 +117,18 @@ class LinearModel:
             )
             for number, column in enumerate(self._variables)
         ]
-        problem.addVariables(columns)
-        problem.setObjective(_expression(columns, self._objective))
+        every = dict.fromkeys(range(len(columns)), 0.0)  # PuLP forgets variables that it meets nowhere
+        problem.setObjective(_expression(columns, {**every, **self._objective}))
         for row in self._rows:
             for constraint in _constraints(columns, row):
                 problem.addConstraint(constraint)
-        runner = _runner(limits, start)
+        num_nonzeros = max(1, sum(len(row.terms) for row in self._rows))
+        runner = _runner(limits, max(1, limits.max_work // num_nonzeros), start)
         try:
             problem.solve(runner)
         except (pulp.PulpError, ValueError, KeyError, RuntimeError) as error:
             raise SolverFailure(f"HiGHS failed: {type(error).__name__}: {error}") from error
-        return _read(problem.solverModel, columns, runner, limits)
+        return _read(problem.solverModel, columns, runner.num_checks * num_nonzeros)
 
 
 def _expression(columns: list[Any], terms: Mapping[int, float]) -> Any:
@@ -144,7 +147,7 @@ def _constraints(columns: list[Any], row: _Row) -> list[Any]:
     return [pulp.LpConstraint(expression, sense, rhs=side) for sense, side in sides if not math.isinf(side)]
 
 
-def _runner(limits: WorkLimits, start: SequenceOf[float] | None) -> Any:
+def _runner(limits: WorkLimits, max_checks: int, start: SequenceOf[float] | None) -> Any:
     """PuLP's HiGHS with a start, a count of check points, and a status table that knows every HiGHS status."""
     import highspy
     import pulp
@@ -152,13 +155,17 @@ def _runner(limits: WorkLimits, start: SequenceOf[float] | None) -> Any:
     class Runner(pulp.HiGHS):  # type: ignore[misc]
         num_checks = 0
 
+        def createAndConfigureSolver(self, lp: Any) -> None:
+            with _silent_stdout():
+                super().createAndConfigureSolver(lp)
+            lp.solverModel.setCallback(self.check, None)
+            lp.solverModel.startCallback(highspy.cb.HighsCallbackType.kCallbackMipInterrupt)
+
         def callSolver(self, lp: Any) -> None:
             if start is not None:
                 places = list(range(len(start)))
                 if lp.solverModel.setSolution(len(places), places, list(start)) == highspy.HighsStatus.kError:
                     raise pulp.PulpError("the initial solution was refused")
-            lp.solverModel.setCallback(self.check, None)  # here, not in PuLP's constructor: that would print a banner
-            lp.solverModel.startCallback(highspy.cb.HighsCallbackType.kCallbackMipInterrupt)
             if lp.solverModel.run() == highspy.HighsStatus.kError:
                 raise pulp.PulpError("run() returned an error")
 
@@ -168,7 +175,7 @@ def _runner(limits: WorkLimits, start: SequenceOf[float] | None) -> Any:
         def check(self, kind: int, _message: str, _data: Any, answer: Any, _user: Any) -> None:
             if kind == int(highspy.cb.HighsCallbackType.kCallbackMipInterrupt):
                 self.num_checks += 1
-                answer.user_interrupt = self.num_checks > limits.max_checks
+                answer.user_interrupt = self.num_checks > max_checks
 
     return Runner(
         msg=False, threads=1, timeLimit=max(limits.time_limit_s, 1e-3), gapRel=limits.relative_gap,
@@ -176,7 +183,7 @@ def _runner(limits: WorkLimits, start: SequenceOf[float] | None) -> Any:
     )
 
 
-def _read(highs: Any, columns: list[Any], runner: Any, limits: WorkLimits) -> Solution:
+def _read(highs: Any, columns: list[Any], work: int) -> Solution:
     import highspy
 
     status, info = highs.getModelStatus(), highs.getInfo()
@@ -184,8 +191,8 @@ def _read(highs: Any, columns: list[Any], runner: Any, limits: WorkLimits) -> So
     hit_clock = status == known.kTimeLimit
     if status in (known.kInfeasible, known.kUnboundedOrInfeasible):
         return Solution(outcome=Outcome.INFEASIBLE, objective=math.inf, bound=math.inf, values=(),
-                        num_checks=runner.num_checks, hit_clock=False)
-    stopped = (known.kTimeLimit, known.kSolutionLimit, known.kInterrupt, known.kHighsInterrupt, known.kIterationLimit)
+                        work=work, hit_clock=False)
+    stopped = (known.kTimeLimit, known.kSolutionLimit, known.kInterrupt, known.kIterationLimit)
     if status != known.kOptimal and status not in stopped:
         raise SolverFailure(f"HiGHS ended with status {highs.modelStatusToString(status)}")
     has_integers = any(highs.getColIntegrality(column.index)[1] == highspy.HighsVarType.kInteger for column in columns)
@@ -197,4 +204,18 @@ def _read(highs: Any, columns: list[Any], runner: Any, limits: WorkLimits) -> So
         outcome = Outcome.OPTIMAL
     values = tuple(float(value) for value in highs.getSolution().col_value) if found else ()
     return Solution(outcome=outcome, objective=objective, bound=bound, values=values,
-                    num_checks=runner.num_checks, hit_clock=hit_clock)
+                    work=work, hit_clock=hit_clock)
+
+
+@contextmanager
+def _silent_stdout() -> Iterator[None]:
+    """HiGHS 1.16 prints a banner when it is made, before any option can stop it: our stdout carries JSON."""
+    kept = os.dup(1)
+    sink = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(sink, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(sink)
+        os.close(kept)

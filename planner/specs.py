@@ -38,14 +38,16 @@ def model_names() -> tuple[str, ...]:
 
 
 def guesses(cluster: ClusterSpec) -> tuple[str, ...]:
-    """The parts of a cluster whose source admits a guess, as ``part: source``."""
+    """The parts of a cluster whose source admits a guess, as ``part: source`` (``part`` where all of it is one)."""
     parts = {
         "device": cluster.device.source,
         "host": cluster.host.source,
         "intra-node link": cluster.intra_node.source,
         "inter-node link": cluster.inter_node.source,
     }
-    return tuple(f"{part}: {source}" for part, source in parts.items() if "guess" in source.lower())
+    return tuple(
+        part if source == "guess" else f"{part}: {source}" for part, source in parts.items() if "guess" in source
+    )
 
 
 def _names(folder: str) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from planner.cost import CostModel, PlanLimits
 from planner.errors import SpecError
 from planner.greedy import Lane, Schedule, fill_lanes
 from planner.plan import AttentionKind
-from planner.shapes import GroupShape, describe_shapes, price_table, require_fits, shapes_of_degree
+from planner.shapes import GroupShape, describe_shapes, flexsp_degrees, price_table, require_fits, shapes_of_degree
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,14 +29,31 @@ class StaticResult:
     note: str
 
 
+Layout = tuple[GroupShape, ...]  # the shape of each block, in rank order
+
+
 def static_schedule(
     lengths: SequenceOf[int], *, num_ranks: int, cost: CostModel, limits: PlanLimits, degree: int | None = None
 ) -> StaticResult:
-    """Best homogeneous layout: of ``degree`` where it is given, else of every degree that is possible.
+    """Best homogeneous layout: of ``degree`` where it is given, else of FlexSP's degrees.
 
     Raises SpecError on an impossible degree, InfeasibleError where a sequence fits none of the layouts.
     """
-    layouts = _layouts(num_ranks, cost, limits, degree)
+    layouts = _layouts_of_degree(degree, num_ranks, cost, limits) if degree is not None else usual_layouts(
+        num_ranks, cost, limits
+    )
+    if not layouts:
+        raise SpecError(_refusal(degree, num_ranks, cost, limits))
+    best = best_layout(lengths, layouts, num_ranks)
+    if best is None:
+        shapes = tuple(dict.fromkeys(shape for layout in layouts for shape in layout))
+        require_fits(price_table(lengths, shapes), cost, limits)
+        raise SpecError("no single degree fits every sequence of this step: use --strategy flexsp")
+    return best
+
+
+def best_layout(lengths: SequenceOf[int], layouts: SequenceOf[Layout], num_ranks: int) -> StaticResult | None:
+    """The quickest of these layouts, the first among equals; None where none fits every sequence."""
     results = []
     for layout in layouts:
         distinct = tuple(dict.fromkeys(layout))
@@ -50,43 +67,25 @@ def static_schedule(
         schedule = fill_lanes(table, lanes, [(row, places) for row in order.tolist()], num_ranks)
         results.append((schedule, makespan_bound_s(table, num_ranks), describe_shapes(layout)))
     if not results:
-        shapes = tuple(dict.fromkeys(shape for layout in layouts for shape in layout))
-        require_fits(price_table(lengths, shapes), cost, limits)
-        raise SpecError("no single degree fits every sequence: use --strategy flexsp")
+        return None
     schedule, _, note = min(results, key=lambda result: result[0].makespan_s)
     return StaticResult(schedule=schedule, bound_s=min(bound_s for _, bound_s, _ in results), note=note)
 
 
 def possible_degrees(num_ranks: int, cost: CostModel, limits: PlanLimits) -> tuple[int, ...]:
     """The degrees ``static_schedule`` takes here, ascending."""
-    priced = sorted({fit.degree for fit in cost.times if fit.degree <= num_ranks})
+    priced = sorted({fit.degree for fit in cost.times})
     return tuple(degree for degree in priced if _layouts_of_degree(degree, num_ranks, cost, limits))
 
 
-def _layouts(
-    num_ranks: int, cost: CostModel, limits: PlanLimits, degree: int | None
-) -> list[tuple[GroupShape, ...]]:
-    possible = possible_degrees(num_ranks, cost, limits)
-    if degree is not None and degree not in possible:
-        known = ", ".join(map(str, possible)) or "none"
-        raise SpecError(
-            f"degree {degree} is not possible on {num_ranks} ranks with attention {_kinds_text(limits)} "
-            f"(possible: {known}): {_refusal(degree, num_ranks, limits)}"
-        )
-    chosen = possible if degree is None else (degree,)
-    layouts = [layout for each in chosen for layout in _layouts_of_degree(each, num_ranks, cost, limits)]
-    if not layouts:
-        raise SpecError(
-            f"the cost model prices no degree that is allowed on {num_ranks} ranks with attention "
-            f"{_kinds_text(limits)}: calibrate again for this number of ranks"
-        )
-    return layouts
+def usual_layouts(num_ranks: int, cost: CostModel, limits: PlanLimits) -> list[Layout]:
+    """The layouts of FlexSP's degrees, ascending."""
+    degrees = flexsp_degrees(num_ranks)
+    return [layout for degree in degrees for layout in _layouts_of_degree(degree, num_ranks, cost, limits)]
 
 
-def _layouts_of_degree(
-    degree: int, num_ranks: int, cost: CostModel, limits: PlanLimits
-) -> list[tuple[GroupShape, ...]]:
-    """One layout (shape of each block, in rank order) per kind; the smaller last block keeps the kind if it can."""
+def _layouts_of_degree(degree: int, num_ranks: int, cost: CostModel, limits: PlanLimits) -> list[Layout]:
+    """One layout per kind; the smaller last block keeps the kind if it can."""
     if not 1 <= degree <= num_ranks:
         return []
     num_blocks, rest = divmod(num_ranks, degree)
@@ -95,20 +94,25 @@ def _layouts_of_degree(
         ends = shapes_of_degree(rest, cost, limits) if rest else ()
         if rest and not ends:
             continue
-        end = next((candidate for candidate in ends if candidate.kind is shape.kind), ends[0]) if rest else None
-        layouts.append((shape,) * num_blocks + ((end,) if end is not None else ()))
+        same_kind = tuple(end for end in ends if end.kind is shape.kind)
+        layouts.append((shape,) * num_blocks + (same_kind or ends)[:1])
     return layouts
 
 
-def _kinds_text(limits: PlanLimits) -> str:
-    return " or ".join(limits.kinds) or "local"
-
-
-def _refusal(degree: int, num_ranks: int, limits: PlanLimits) -> str:
+def _refusal(degree: int | None, num_ranks: int, cost: CostModel, limits: PlanLimits) -> str:
+    kinds = " or ".join(limits.kinds) or "local"
+    if degree is None:
+        return (
+            f"the cost model prices no degree that is allowed on {num_ranks} ranks with attention {kinds}: "
+            "calibrate again for this number of ranks"
+        )
     if degree < 1:
-        return "a degree is at least 1"
-    if degree > num_ranks:
-        return "a group cannot have more ranks than there are"
-    if AttentionKind.RING not in limits.kinds and degree > limits.max_ulysses_degree:
-        return f"ulysses needs a query head per rank, at most degree {limits.max_ulysses_degree}"
-    return "the cost model does not price it (or the ranks left over), calibrate with this degree"
+        reason = "a degree is at least 1"
+    elif degree > num_ranks:
+        reason = "a group cannot have more ranks than there are"
+    elif AttentionKind.RING not in limits.kinds and degree > limits.max_ulysses_degree:
+        reason = f"ulysses needs a query head per rank, so at most degree {limits.max_ulysses_degree}"
+    else:
+        reason = "the cost model prices no such group, or none for the ranks left over: calibrate with this degree"
+    known = ", ".join(map(str, possible_degrees(num_ranks, cost, limits))) or "none"
+    return f"degree {degree} is not possible on {num_ranks} ranks with attention {kinds}: {reason} (possible: {known})"

@@ -11,10 +11,13 @@ from planner.bounds import makespan_bound_s
 from planner.codec import suggest
 from planner.cost import CostModel, PlanLimits
 from planner.errors import SpecError
-from planner.greedy import Schedule, greedy_schedule
+from planner.flexsp import flexsp_schedule
+from planner.greedy import greedy_schedule
 from planner.plan import SolveStatus, StepPlan
 from planner.shapes import PriceTable, allowed_shapes, price_table, require_fits
-from planner.static import static_schedule
+from planner.solver import SolverFailure
+from planner.static import best_layout, static_schedule, usual_layouts
+from planner.units import format_seconds
 from planner.verify import verify_plan
 
 STRATEGIES = ("flexsp", "static")
@@ -47,7 +50,7 @@ def plan_step(
     if strategy == "static":
         found = _static(lengths, num_ranks, cost, limits, degree)
     else:
-        found = _greedy(_priced(lengths, num_ranks, cost, limits), num_ranks)
+        found = _flexsp(lengths, num_ranks, cost, limits, started_s + limits.time_limit_s)
     return _finish(found, lengths, step, strategy, num_ranks, cost, limits, started_s)
 
 
@@ -94,6 +97,48 @@ def _greedy(table: PriceTable, num_ranks: int) -> _Found:
     return _Found(groups=schedule.groups, status=SolveStatus.GREEDY, bound_s=bound_s, note="greedy list schedule")
 
 
+def _flexsp(
+    lengths: SequenceOf[int], num_ranks: int, cost: CostModel, limits: PlanLimits, deadline_s: float
+) -> _Found:
+    """The best of greedy, best static and FlexSP's rounds. Rounds are not searched where greedy is proven good."""
+    table = _priced(lengths, num_ranks, cost, limits)
+    bound_s = makespan_bound_s(table, num_ranks)
+    best, winner = greedy_schedule(table, num_ranks), "greedy"
+    notes, hit_limit = [], False
+    if not _proven(best.makespan_s, bound_s, cost, limits):
+        homogeneous = best_layout(lengths, usual_layouts(num_ranks, cost, limits), num_ranks)
+        if homogeneous is not None and homogeneous.schedule.makespan_s < best.makespan_s:
+            best, winner = homogeneous.schedule, f"static ({homogeneous.note})"
+        try:
+            result = flexsp_schedule(
+                table, num_ranks=num_ranks, max_local_tokens=cost.max_local_tokens(limits.device_budget_bytes),
+                limits=limits, incumbent_s=best.makespan_s, deadline_s=deadline_s,
+            )
+        except SolverFailure as error:
+            result = None
+            notes.append(f"solver failed: {error}")
+        if result is not None:
+            hit_limit = result.hit_limit
+            notes.append(
+                f"flexsp {result.num_rounds} rounds, sum of makespans {format_seconds(result.makespans_s)}, "
+                f"{result.num_programs} programs"
+            )
+            if result.schedule.makespan_s < best.makespan_s:
+                best, winner = result.schedule, "flexsp"
+    status = SolveStatus.GREEDY
+    if _proven(best.makespan_s, bound_s, cost, limits):
+        status = SolveStatus.OPTIMAL
+    elif winner != "greedy":
+        status = SolveStatus.LIMIT if hit_limit else SolveStatus.GAP
+    return _Found(groups=best.groups, status=status, bound_s=bound_s, note="; ".join([f"{winner} plan", *notes]))
+
+
+def _proven(makespan_s: float, bound_s: float, cost: CostModel, limits: PlanLimits) -> bool:
+    """Within the relative gap of what no plan can beat, as shares of the whole step."""
+    step_s = makespan_s + cost.step_fixed_s
+    return makespan_s - bound_s <= limits.relative_gap * step_s
+
+
 def _static(
     lengths: SequenceOf[int], num_ranks: int, cost: CostModel, limits: PlanLimits, degree: int | None
 ) -> _Found:
@@ -114,6 +159,3 @@ def _finish(
     )
     verify_plan(plan, lengths, num_ranks=num_ranks, cost=cost, limits=limits)
     return plan
-
-
-__all__ = ["STRATEGIES", "Schedule", "check_strategy", "greedy_step", "plan_step"]

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from planner.plan import Span
-if TYPE_CHECKING:
-    from trainer.token_store import SampleIndex, TokenStore
+from trainer.training_data import TrainingData
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,28 +26,29 @@ class TokenRows:
 class SpanReader:
     """Reads one step's spans. ``sample_ids[i]`` is the sample behind the step's sequence i."""
 
-    store: TokenStore
-    samples: SampleIndex
+    data: TrainingData
     sample_ids: tuple[int, ...]
     device: torch.device
 
-    def read(self, spans: SequenceOf[Span]) -> TokenRows:
-        """Reads one token more than the span: the label of its last row."""
-        ids = [self._ids(span) for span in spans]
-        return token_rows(ids, spans, self.device)
+    def __call__(self, spans: tuple[Span, ...]) -> TokenRows:
+        """Reads one token more than each span: the label of its last row."""
+        return token_rows([self._ids(span) for span in spans], spans, self.device)
 
-    def _ids(self, span: Span) -> np.ndarray:
-        sample = self.sample_ids[span.sequence]
-        start = int(self.samples.start[sample]) + span.start_token
-        return self.store.read(int(self.samples.document[sample]), start, start + span.num_tokens + 1)
+    def _ids(self, span: Span) -> npt.NDArray[np.int64]:
+        samples, sample = self.data.samples, self.sample_ids[span.sequence]
+        first = int(samples.start[sample])
+        document = int(samples.document[sample])
+        return self.data.store.read(document, first + span.start_token, first + span.stop_token + 1)
 
 
-def token_rows(ids: SequenceOf[np.ndarray], spans: SequenceOf[Span], device: torch.device) -> TokenRows:
+def token_rows(
+    ids: SequenceOf[npt.NDArray[np.int64]], spans: SequenceOf[Span], device: torch.device
+) -> TokenRows:
     """Pack spans into rows; ``ids[i]`` holds span i's tokens and the one that follows."""
 
-    def tensor(parts: list[np.ndarray]) -> torch.Tensor:
+    def tensor(parts: list[npt.NDArray[np.int64]]) -> torch.Tensor:
         joined = np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, dtype=np.int64)
-        return torch.from_numpy(joined).to(device, non_blocking=True)
+        return torch.from_numpy(joined).to(device)
 
     return TokenRows(
         tokens_T=tensor([part[:-1] for part in ids]),

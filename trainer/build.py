@@ -68,6 +68,7 @@ def build_runtime(
         optimizer=ShardedAdamW(model, config.optimizer, mesh),
         wait_clock=clock,
         peak=PeakMemory(device),
+        compute_dtype=dtype,
     )
 
 

@@ -237,6 +237,9 @@ def config_to_yaml(config: TrainConfig) -> str:
 def _parse_recipe(text: str, *, where: str) -> TrainConfig:
     try:
         data = yaml.load(text, Loader=_UniqueKeys)  # a SafeLoader: plain values only
+    except yaml.MarkedYAMLError as error:
+        place = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise SpecError(f"{where}{place}: not valid YAML ({error.problem})") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise SpecError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
     if data is None:

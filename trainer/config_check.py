@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import glob
 import math
 import operator
 from collections.abc import Callable, Iterator
@@ -122,16 +121,24 @@ def _choice(name: str, value: str, built: tuple[str, ...], later: tuple[str, ...
 
 def _wrong_paths(config: TrainConfig) -> Iterator[str]:
     path = config.data.path
-    if path is not None and not (path and (Path(path).exists() or glob.glob(path, recursive=True))):
-        yield f"data.path {path!r}: no such file or folder, and no file matches it as a pattern"
+    if path is not None and not set(path) & set("*?[") and not (path and _holds(path, Path.exists)):
+        yield f"data.path {path!r}: no such file or folder"  # what matches a pattern is found with the corpus
     files = {"data.tokenizer": config.data.tokenizer, "plan.cost": config.plan.cost}
     for name, file in files.items():
-        if file is not None and (name, file) != ("plan.cost", "auto") and not Path(file).is_file():
+        if file is not None and (name, file) != ("plan.cost", "auto") and not _holds(file, Path.is_file):
             yield f"{name} {file!r}: no such file"
     folders = {"run.dir": config.run.dir, "data.cache_dir": config.data.cache_dir}
     for name, folder in folders.items():
-        if folder is not None and (not folder or (Path(folder).exists() and not Path(folder).is_dir())):
+        if folder is not None and (not folder or (_holds(folder, Path.exists) and not _holds(folder, Path.is_dir))):
             yield f"{name} {folder!r} is not a folder"
+
+
+def _holds(path: str, test: Callable[[Path], bool]) -> bool:
+    """``test(path)``, False for names the file system refuses (too long, in a folder that may not be read)."""
+    try:
+        return test(Path(path))
+    except (OSError, ValueError):
+        return False
 
 
 def _wrong_texts(config: TrainConfig) -> Iterator[str]:
@@ -160,6 +167,7 @@ def _wrong_sizes(config: TrainConfig) -> Iterator[str]:
         return
     if world_size % tensor_parallel:
         yield f"parallel.tensor_parallel ({tensor_parallel}) must divide run.world_size ({world_size})"
+        return
     if plan.degree is None:
         return
     if plan.strategy != "static":
@@ -181,9 +189,10 @@ def _wrong_model(config: TrainConfig) -> Iterator[str]:
     shares = config.parallel.tensor_parallel
     if shares < 1:
         return
-    for name in ("num_query_heads", "num_kv_heads", "ffn_dim"):
-        if getattr(spec, name) % shares:
-            yield f"parallel.tensor_parallel ({shares}) must divide {name} ({getattr(spec, name)}) of model {spec.name}"
+    sizes = {name: getattr(spec, name) for name in ("num_query_heads", "num_kv_heads", "ffn_dim")}
+    uneven = " and ".join(f"{name} ({size})" for name, size in sizes.items() if size % shares)
+    if uneven:
+        yield f"parallel.tensor_parallel ({shares}) must divide {uneven} of model {spec.name}"
     heads, degree = spec.num_query_heads // shares, config.plan.degree
     if config.plan.attention == "ulysses" and degree is not None and degree > heads:
         yield (

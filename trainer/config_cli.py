@@ -7,18 +7,20 @@ tyro owns the schema's help and the short forms (``tyro.conf.arg(aliases=...)`` 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import typing
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import tyro
 
-from planner.codec import from_plain, suggest
+from planner.codec import from_plain
 from planner.errors import SpecError
 
 T = TypeVar("T")
 
 _BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+_NOTHING = ("none", "null")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -104,8 +106,8 @@ def _take(options: dict[str, Option], waiting: list[str]) -> tuple[Option, Any]:
         if not has_value and waiting and not waiting[0].startswith("--"):
             waiting.pop(0)
         raise SpecError(f"unknown option {flag}{_nearest(name, options)}")
-    if not has_value and option.kind is bool:
-        text = waiting.pop(0) if waiting and waiting[0].lower() in _BOOLEANS else "true"
+    if not has_value and bool in option.kinds:
+        text = waiting.pop(0) if waiting and waiting[0].lower() in (*_BOOLEANS, *_NOTHING) else "true"
     elif not has_value:
         if not waiting or waiting[0].startswith("--"):
             raise SpecError(f"{flag}: a value is missing")
@@ -120,20 +122,22 @@ def _without_no(name: str) -> str:
 
 
 def _nearest(name: str, options: dict[str, Option]) -> str:
-    """A suggestion over whole names first, then over the last part, so ``--step-count`` style slips are found too."""
-    hint = suggest(name, options)
-    if "did you mean" in hint:
-        return hint
-    by_field = {flag.rpartition(".")[2].removeprefix("--"): flag for flag in options}
-    hint = suggest(name.rpartition(".")[2].removeprefix("--"), by_field)
-    if "did you mean" in hint:
-        return f" (did you mean {by_field[hint.split(chr(39))[1]]!r}?)"
-    return "; --help lists them"
+    """A suggestion over whole names first, then over the last part, so that a wrong section is found too."""
+    whole = difflib.get_close_matches(name, options, n=1)
+    if whole:
+        return f" (did you mean {whole[0]}?)"
+    by_field = {_last_part(flag): flag for flag in options}
+    close = difflib.get_close_matches(_last_part(name), by_field, n=1)
+    return f" (did you mean {by_field[close[0]]}?)" if close else "; --help lists them all"
+
+
+def _last_part(flag: str) -> str:
+    return flag.removeprefix("--").rpartition(".")[2]
 
 
 def _plain(option: Option, text: str) -> Any:
     """The value a YAML reader would have given for this field: text stays text only where the field is text."""
-    if type(None) in option.kinds and text.lower() in ("none", "null"):
+    if type(None) in option.kinds and text.lower() in _NOTHING:
         return None
     if bool in option.kinds:
         return _BOOLEANS.get(text.lower(), text)

@@ -6,7 +6,6 @@ told, what is wrong is a SpecError with the file (and line) in it.
 
 from __future__ import annotations
 
-import glob
 import json
 import os
 import sys
@@ -67,8 +66,14 @@ def find_corpus(path: str | None, *, text_field: str = "text") -> CorpusSource:
         return CorpusSource(name=path, files=(root,), text_field=text_field, strict=True)
     if exists:
         raise SpecError(f"corpus {path!r}: neither a regular file nor a folder")
-    matches = (Path(match) for match in sorted(glob.glob(path, recursive=True)))
-    files = tuple(match for match in matches if match.is_file() and not match.name.endswith(OFFSETS_SUFFIX))
+    try:
+        matches = sorted(Path(root.anchor).glob(str(root.relative_to(root.anchor))))
+        files = tuple({
+            match.resolve(): match  # a file that links lead to twice is still one file
+            for match in reversed(matches) if match.is_file() and not match.name.endswith(OFFSETS_SUFFIX)
+        }.values())[::-1]
+    except (OSError, ValueError, NotImplementedError):  # not a pattern that pathlib takes
+        files = ()
     if not files:
         raise SpecError(f"corpus {path!r}: no such file or folder, and no file matches it as a pattern")
     return CorpusSource(name=path, files=files, text_field=text_field, strict=True)
@@ -112,7 +117,8 @@ def _walk(root: Path, skip_folders: frozenset[str]) -> Iterator[Path]:
 
     for folder, subfolders, names in os.walk(root, onerror=refuse):
         subfolders[:] = sorted(
-            name for name in subfolders if not name.startswith((".", "__pycache__")) and name not in skip_folders
+            name for name in subfolders
+            if not name.startswith(".") and name != "__pycache__" and name not in skip_folders
         )
         for name in sorted(names):
             file = Path(folder, name)

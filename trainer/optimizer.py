@@ -19,7 +19,7 @@ from trainer.initialize import is_tensor_sharded, tensor_partial_grads
 
 
 def learning_rate(config: OptimizerConfig, *, step: int, num_steps: int) -> float:
-    """Linear warm-up over ``warmup_steps``, then a cosine from ``lr`` down to ``lr * min_lr_ratio`` at the last step."""
+    """Linear warm-up over ``warmup_steps``, then a cosine from ``lr`` to ``lr * min_lr_ratio`` at the last step."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     progress = (step - config.warmup_steps) / max(1, num_steps - 1 - config.warmup_steps)
@@ -66,7 +66,7 @@ class ShardedAdamW:
         return total.cpu()
 
     def step(self, *, lr: float, grad_norm: float) -> None:
-        """Clip to ``clip_norm`` by the global norm and update. Call only after ``squared_norm`` of all ranks is summed."""
+        """Clip to ``clip_norm`` by ``grad_norm`` (the root of all ranks' ``squared_norm``) and update."""
         scale = min(1.0, self._config.clip_norm / (grad_norm + 1e-6))
         for name, parameter in self._parameters.items():
             grad = local_shard(_grad(parameter))
@@ -76,6 +76,10 @@ class ShardedAdamW:
         self.adamw.step()
         for shard in self.named_shards.values():
             shard.grad = None
+
+    def forget_state(self) -> None:
+        """Back to the state before the first step."""
+        self.adamw.state.clear()
 
     def materialize_state(self) -> None:
         """Create zeroed moments, so that a checkpoint can be loaded into them before the first step."""

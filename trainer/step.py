@@ -35,19 +35,22 @@ class Runtime:
     optimizer: ShardedAdamW
     wait_clock: WaitClock
     peak: PeakMemory
+    compute_dtype: torch.dtype
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepOutcome:
     """What a step did, the same on every rank. ``loss``: mean over all tokens of the step (nats).
 
-    ``busy_s`` and ``peak_bytes``: by data rank, tensor rank 0. ``measured_s``: wall time seen by this rank.
+    By data rank (tensor rank 0): ``busy_s``, seconds in microbatches without waiting for peers; ``span_s``, the same
+    with the waiting; ``peak_bytes``. ``measured_s``: wall time seen by this rank.
     """
 
     loss: float
     grad_norm: float
     measured_s: float
     busy_s: tuple[float, ...]
+    span_s: tuple[float, ...]
     peak_bytes: tuple[int, ...]
     stop_requested: bool
 
@@ -65,9 +68,9 @@ def train_step(
     runtime.peak.reset()
     runtime.wait_clock.restart()
     # 1. forward and backward of this rank's microbatches, gradients summed once at the end
-    loss_sum, busy_s = accumulate_gradients(runtime, program, read_spans, num_tokens=num_tokens)
+    loss_sum, span_s = accumulate_gradients(runtime, program, read_spans, num_tokens=num_tokens)
     # 2. one small sum tells every rank the loss, the gradient norm, who waited and who wants to stop
-    shared = _share(runtime, loss_sum, runtime.optimizer.squared_norm(), stop, busy_s)
+    shared = _share(runtime, loss_sum, runtime.optimizer.squared_norm(), stop, span_s)
     loss, grad_norm = shared.loss_sum / num_tokens, math.sqrt(shared.squared_norm)
     if not math.isfinite(loss) or not math.isfinite(grad_norm):
         raise NumericError(f"step {program.step}: loss {loss}, gradient norm {grad_norm}: stopped before the update")
@@ -76,7 +79,7 @@ def train_step(
     runtime.optimizer.zero_grad()
     return StepOutcome(
         loss=loss, grad_norm=grad_norm, measured_s=time.perf_counter() - start_s, busy_s=shared.busy_s,
-        peak_bytes=shared.peak_bytes, stop_requested=shared.stop,
+        span_s=shared.span_s, peak_bytes=shared.peak_bytes, stop_requested=shared.stop,
     )
 
 
@@ -85,7 +88,7 @@ def accumulate_gradients(
 ) -> tuple[float, float]:
     """Gradients of (sum of token losses / num_tokens) over all ranks, in every parameter's ``.grad``.
 
-    Returns this rank's sum of token losses and the seconds its microbatches took without waiting for peers.
+    Returns this rank's sum of token losses and the seconds from its first microbatch to the end of its last.
     """
     device = runtime.mesh.device
     losses = torch.zeros((), dtype=torch.float64, device=device)
@@ -104,8 +107,8 @@ def accumulate_gradients(
             run(read_spans(microbatch.spans), bind_attention(runtime, microbatch))
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        busy_s = time.perf_counter() - start_s - runtime.wait_clock.waited_s
-    return losses.item(), busy_s
+        span_s = time.perf_counter() - start_s
+    return losses.item(), span_s
 
 
 def bind_attention(runtime: Runtime, microbatch: RankMicrobatch) -> MicrobatchAttention:
@@ -125,22 +128,26 @@ class _Shared:
     squared_norm: float
     stop: bool
     busy_s: tuple[float, ...]
+    span_s: tuple[float, ...]
     peak_bytes: tuple[int, ...]
 
 
-def _share(runtime: Runtime, loss_sum: float, squared_norm: torch.Tensor, stop: bool, busy_s: float) -> _Shared:
+def _share(runtime: Runtime, loss_sum: float, squared_norm: torch.Tensor, stop: bool, span_s: float) -> _Shared:
     mesh = runtime.mesh
-    counts = mesh.tensor_rank == 0  # tensor ranks hold the same loss and run the same microbatches
     size = mesh.data_size
-    stats = torch.zeros(3 + 2 * size, dtype=torch.float64)
-    stats[0] = loss_sum if counts else 0.0
-    stats[1] = squared_norm
-    stats[2] = float(stop)
-    if counts:
-        stats[3 + mesh.data_rank] = busy_s
-        stats[3 + size + mesh.data_rank] = runtime.peak.read_bytes()
-    values = comm.all_reduce_sum(stats, mesh.control_group).tolist()
+    totals = torch.zeros(3, dtype=torch.float64)
+    by_rank = torch.zeros(3, size, dtype=torch.float64)
+    totals[1] = squared_norm
+    totals[2] = float(stop)
+    if mesh.tensor_rank == 0:  # tensor ranks hold the same loss and run the same microbatches
+        totals[0] = loss_sum
+        waited_s = runtime.wait_clock.waited_s
+        by_rank[:, mesh.data_rank] = torch.tensor(
+            [span_s - waited_s, span_s, runtime.peak.read_bytes()], dtype=torch.float64
+        )
+    stats = comm.all_reduce_sum(torch.cat((totals, by_rank.flatten())), mesh.control_group)
+    (loss, norm, stops), (busy, span, peak) = stats[:3].tolist(), stats[3:].view(3, size).tolist()
     return _Shared(
-        loss_sum=values[0], squared_norm=values[1], stop=values[2] > 0, busy_s=tuple(values[3 : 3 + size]),
-        peak_bytes=tuple(int(value) for value in values[3 + size :]),
+        loss_sum=loss, squared_norm=norm, stop=stops > 0, busy_s=tuple(busy), span_s=tuple(span),
+        peak_bytes=tuple(int(value) for value in peak),
     )

@@ -72,8 +72,7 @@ def load_tokenizer(path: str | None) -> TextTokenizer:
     import tokenizers  # 0.1 s that a run on bytes does not pay
 
     try:
-        with open(path, "rb") as file:
-            content = file.read()
+        content = Path(path).read_bytes()
     except OSError as error:
         raise SpecError(f"tokenizer {path}: cannot be read ({error.strerror})") from None
     try:

@@ -47,7 +47,7 @@ _MUTATORS = {
 }
 _FOREIGN_TEXT = {
     "a path of somebody's machine": re.compile(r"(?<![\w.~}])/(?:work|root|home|Users|mnt|opt|scratch)/\w"),
-    "a package registry": re.compile(r"(?:pypi|pythonhosted)\.(?:org|python)|download\.pytorch\.|(?:extra-)?index-url"),
+    "a package registry": re.compile(r"(?:pypi|pythonhosted)\.(?:org|python)|download\.pytorch\.|index[-]url"),
 }
 
 
@@ -127,9 +127,9 @@ def _is_unit(node: ast.AST) -> bool:
     """1e9, 2**30, 1024**3, 10**12, 1 << 30 and the like; powers that are limits of integers (2**63) are not units."""
     if isinstance(node, ast.Constant):
         return type(node.value) in (int, float) and float(node.value) in _UNIT_NUMBERS
-    if not (isinstance(node, ast.BinOp) and isinstance(node.left, ast.Constant) and isinstance(node.right, ast.Constant)):
+    if not isinstance(node, ast.BinOp):
         return False
-    base, exponent = node.left.value, node.right.value
+    base, exponent = getattr(node.left, "value", None), getattr(node.right, "value", None)
     if isinstance(node.op, ast.Pow):
         return (base in (2, 2.0) and exponent in (20, 30, 40)) or (base == 10 and exponent in (6, 9, 12, 15)) or (
             base in (1000, 1024)
@@ -235,7 +235,7 @@ def check_foreign_text(path: str, text: str) -> list[str]:
 
 
 def third_party_imports(tree: ast.AST) -> set[str]:
-    """Top-level names of imports from outside that the code cannot do without (not inside ``try: except ImportError``)."""
+    """Top-level names of imports from outside that the code needs: those in ``try: except ImportError`` it does not."""
     optional = {
         line
         for node in ast.walk(tree)

@@ -1,0 +1,206 @@
+"""FlexSP (Wang et al., arXiv 2412.01523): rounds of sequence-parallel groups of different degree side by side.
+
+As published: for M = M_min .. M_min + M' - 1 rounds the blaster cuts the sorted sequences into M rounds; in each round
+lengths are bucketed and a mixed-integer program chooses groups and members for the smallest makespan; the M with the
+smallest sum of makespans wins. Degree 1 is among the choices.
+
+Where this differs, and why:
+
+- Every round first gets a packing without a solver; programs are solved only where that packing is further than the
+  relative gap from the round's proven bound, best M first, and only while the sum of the rounds' bounds could still
+  beat the best plan known.
+- The paper's sum of makespans assumes that all ranks wait between rounds. Our runtime has no such barrier, so among the
+  values of M the plan with the smallest simulated time wins, never more than its sum.
+- M counts up past values that cannot be packed (sequences do not tile memory); the paper's code returns nothing there.
+- Sequences are dealt into their buckets' places by length, not at random: same inputs, same plan.
+
+Known limits of the method itself, kept: rounds are of equal token count although cost is quadratic in length; buckets
+price sequences too high (their longest member), so that even a program solved to the end may lose to another plan; all
+groups of a round start together, so a rank's spare time at the end of one round is not planned for.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from planner.assemble import GroupChoice
+from planner.blaster import blast_rows
+from planner.bounds import makespan_bound_s
+from planner.cost import PlanLimits
+from planner.greedy import Schedule
+from planner.round_packing import RoundPacking, pack_round
+from planner.round_program import RoundSolve, solve_round
+from planner.shapes import IntArray, PriceTable
+from planner.solver import WorkLimits
+
+MIN_SOLVE_S = 0.02
+WORK_PER_NODE = 1000  # max_nodes times this is the step's solver work: seconds at 64 ranks, less on small steps
+
+
+@dataclass(slots=True)
+class _Trial:
+    """One value of M: a table, a packing and a bound for each round."""
+
+    tables: list[PriceTable]
+    packings: list[RoundPacking]
+    bounds_s: list[float]
+
+    @property
+    def makespans_s(self) -> float:
+        """The published objective: the sum of the rounds' makespans."""
+        return sum(packing.makespan_s for packing in self.packings)
+
+    @property
+    def bound_s(self) -> float:
+        """No packing of these rounds has a smaller published objective."""
+        return sum(self.bounds_s)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FlexspResult:
+    """The best rounds found. ``hit_limit``: a solver's work limit or the clock ended the search before the rounds
+    were closed to the relative gap."""
+
+    schedule: Schedule
+    num_rounds: int
+    makespans_s: float
+    num_programs: int
+    hit_limit: bool
+
+
+@dataclass(slots=True)
+class _Budget:
+    """Solver work left for the step (see ``planner.solver``), beside a wall-clock guard."""
+
+    limits: PlanLimits
+    deadline_s: float
+    work_left: int
+    num_programs: int = 0
+    hit_limit: bool = False
+
+    def share(self, num_programs: int) -> WorkLimits | None:
+        """Limits for the next of ``num_programs`` programs still to solve, or None where nothing is left."""
+        left_s = self.deadline_s - time.perf_counter()
+        if self.work_left <= 0 or left_s < MIN_SOLVE_S:
+            self.hit_limit = True
+            return None
+        return WorkLimits(
+            max_nodes=self.limits.max_nodes, max_work=-(-self.work_left // num_programs),
+            time_limit_s=left_s / num_programs, relative_gap=self.limits.relative_gap,
+        )
+
+    def spend(self, solve: RoundSolve) -> None:
+        self.work_left -= solve.work
+        self.num_programs += solve.work > 0
+        self.hit_limit = self.hit_limit or not solve.closed
+
+
+def flexsp_schedule(
+    table: PriceTable, *, num_ranks: int, max_local_tokens: int, limits: PlanLimits, incumbent_s: float,
+    deadline_s: float,
+) -> FlexspResult | None:
+    """Best FlexSP plan of all rows, or None where no number of rounds could be packed.
+
+    ``max_local_tokens``: tokens of a microbatch that one rank can hold. ``incumbent_s``: makespan of the best plan
+    known so far; ``deadline_s``: when to stop, by ``time.perf_counter``. Raises SolverFailure.
+    """
+    trials = _trials(table, num_ranks, max_local_tokens, limits, deadline_s)
+    if not trials:
+        return None
+    budget = _Budget(limits, deadline_s, limits.max_nodes * WORK_PER_NODE)
+    best_s = min([incumbent_s, *(trial.makespans_s for trial in trials)])
+    for trial in sorted(trials, key=lambda each: each.makespans_s):
+        if trial.bound_s < best_s * (1 - limits.relative_gap):
+            _improve(trial, num_ranks, budget)
+            best_s = min(best_s, trial.makespans_s)
+    placed = [(place_rounds(trial.tables, trial.packings, num_ranks), trial) for trial in trials]
+    schedule, trial = min(placed, key=lambda item: (item[0].makespan_s, len(item[1].packings)))
+    return FlexspResult(
+        schedule=schedule, num_rounds=len(trial.packings), makespans_s=trial.makespans_s,
+        num_programs=budget.num_programs, hit_limit=budget.hit_limit,
+    )
+
+
+def _trials(
+    table: PriceTable, num_ranks: int, max_local_tokens: int, limits: PlanLimits, deadline_s: float
+) -> list[_Trial]:
+    trials: list[_Trial] = []
+    tried: set[int] = set()
+    longest = int(table.lengths.max())
+    fewest = -(-int(table.lengths.sum()) // (num_ranks * max_local_tokens))
+    for num_rounds in range(fewest, table.num_rows + 1):
+        if len(trials) == limits.num_round_trials or time.perf_counter() > deadline_s:
+            break
+        rounds = blast_rows(table.lengths, num_rounds)
+        if len(rounds) not in tried:
+            trial = _packed_rounds(table, rounds, num_ranks)
+            trials += [trial] if trial is not None else []
+        tried.add(len(rounds))
+        if max(int(table.lengths[rows].sum()) for rows in rounds) == longest:
+            break  # more rounds would be cut the same
+    return trials
+
+
+def _packed_rounds(table: PriceTable, rounds: tuple[IntArray, ...], num_ranks: int) -> _Trial | None:
+    trial = _Trial([], [], [])
+    for rows in rounds:
+        part = one_kind_per_degree(table.take_rows(rows))
+        packing = pack_round(part, num_ranks)
+        if packing is None:
+            return None
+        trial.tables.append(part)
+        trial.packings.append(packing)
+        trial.bounds_s.append(makespan_bound_s(part, num_ranks))
+    return trial
+
+
+def one_kind_per_degree(table: PriceTable) -> PriceTable:
+    """Keep one attention kind for each degree: of those that hold the most of these rows, the cheapest for all."""
+    best: dict[int, tuple[tuple[int, float], int]] = {}
+    for column, degree in enumerate(table.degrees.tolist()):
+        total_s = float(table.marginal_s[:, column].sum() + table.fixed_s[column])
+        key = (-int(table.fits[:, column].sum()), total_s)
+        if degree not in best or key < best[degree][0]:
+            best[degree] = (key, column)
+    return table.take_shapes([column for _, column in best.values()])
+
+
+def _improve(trial: _Trial, num_ranks: int, budget: _Budget) -> None:
+    """Solve the rounds whose packing is not proven good enough, the widest gap first."""
+    gaps_s = [packing.makespan_s - bound for packing, bound in zip(trial.packings, trial.bounds_s, strict=True)]
+    threshold = budget.limits.relative_gap
+    waiting = [i for i, gap_s in enumerate(gaps_s) if gap_s > threshold * trial.packings[i].makespan_s]
+    waiting.sort(key=lambda place: (-gaps_s[place], place))
+    for done, place in enumerate(waiting):
+        work = budget.share(len(waiting) - done)
+        if work is None:
+            return
+        solve = solve_round(trial.tables[place], num_ranks, budget.limits.num_buckets, work)
+        budget.spend(solve)
+        if solve.packing is not None and solve.packing.makespan_s < trial.packings[place].makespan_s:
+            trial.packings[place] = solve.packing
+
+
+def place_rounds(tables: list[PriceTable], packings: list[RoundPacking], num_ranks: int) -> Schedule:
+    """Ranks for every group: consecutive and aligned to the degree, larger degrees first; among the blocks still free
+    in the round the one whose ranks end their earlier rounds first."""
+    free_s = np.zeros(num_ranks)
+    groups = []
+    for table, packing in zip(tables, packings, strict=True):
+        taken = np.zeros(num_ranks, dtype=bool)
+        for group in packing.groups:
+            degree = table.shapes[group.column].degree
+            starts = [first for first in range(0, num_ranks - degree + 1, degree)
+                      if not taken[first : first + degree].any()]
+            first = min(starts, key=lambda start: (free_s[start : start + degree].max(), start))
+            block = slice(first, first + degree)
+            taken[block] = True
+            group_s = table.marginal_s[list(group.rows), group.column].sum() + table.fixed_s[group.column]
+            free_s[block] = free_s[block].max() + group_s
+            sequences = tuple(sorted(table.rows[list(group.rows)].tolist()))
+            kind = table.shapes[group.column].kind
+            groups.append(GroupChoice(kind, tuple(range(first, first + degree)), sequences))
+    return Schedule(tuple(groups), float(free_s.max()))

@@ -1,0 +1,99 @@
+"""Random legal plans and everything needed to verify them. Pure functions of a ``random.Random``."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, replace
+
+from planner.assemble import GroupChoice, assemble_plan
+from planner.cost import CostModel, MemoryFit, PlanLimits, Provenance, TimeFit
+from planner.plan import AttentionGroup, AttentionKind, Microbatch, SolveStatus, StepPlan
+from planner.simulate import price_microbatch, simulate, step_lengths
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """A plan with the step, ranks, cost model and limits it is legal for. The budget is the plan's peak, to a byte."""
+
+    plan: StepPlan
+    lengths: tuple[int, ...]
+    num_ranks: int
+    cost: CostModel
+    limits: PlanLimits
+
+
+def toy_cost(rng: random.Random, num_ranks: int) -> CostModel:
+    """Different positive coefficients for every kind and degree up to ``num_ranks``."""
+    shapes = [(AttentionKind.LOCAL, 1)]
+    shapes += [(kind, d) for kind in (AttentionKind.ULYSSES, AttentionKind.RING) for d in range(2, num_ranks + 1)]
+    times = tuple(
+        TimeFit(
+            kind=kind, degree=degree, s_per_token2=rng.uniform(1e-9, 2e-9) / degree,
+            s_per_token=rng.uniform(1e-6, 2e-6) / degree, s_per_sequence=rng.uniform(1e-6, 2e-6),
+            fixed_s=rng.uniform(1e-3, 2e-3),
+        )
+        for kind, degree in shapes
+    )
+    return CostModel(
+        times=times, memory=MemoryFit(fixed_bytes=10**9, bytes_per_token=rng.uniform(1e5, 2e5)), step_fixed_s=0.05,
+        peak_flop_per_s=1e12, provenance=Provenance(source="derived", cluster="toy", model="toy"),
+    )
+
+
+def random_choice(rng: random.Random, num_ranks: int, sequences: tuple[int, ...]) -> GroupChoice:
+    degree = rng.choice((1, 1, 2, 3, rng.randint(1, num_ranks)))
+    degree = min(degree, num_ranks)
+    kind = AttentionKind.LOCAL if degree == 1 else rng.choice((AttentionKind.ULYSSES, AttentionKind.RING))
+    return GroupChoice(kind, tuple(rng.sample(range(num_ranks), degree)), sequences)
+
+
+def random_case(rng: random.Random, lengths: tuple[int, ...] | None = None) -> Case:
+    """A legal plan over random groups, some of its microbatches holding several groups that may share ranks."""
+    num_ranks = rng.randint(2, 9)
+    if lengths is None:
+        lengths = tuple(int(rng.paretovariate(0.8) * 30) % 20_000 + 1 for _ in range(rng.randint(3, 30)))
+    cost = toy_cost(rng, num_ranks)
+    order = rng.sample(range(len(lengths)), len(lengths))
+    choices = []
+    while order:
+        size = rng.randint(1, 5)
+        choices.append(random_choice(rng, num_ranks, tuple(order[:size])))
+        order = order[size:]
+    plan = assemble_plan(
+        step=rng.randint(0, 99), strategy="random", num_ranks=num_ranks, lengths=lengths, groups=choices, cost=cost,
+        status=SolveStatus.GREEDY, bound_s=0.0, wall_s=0.01,
+    )
+    if rng.random() < 0.5:
+        plan = reprice(replace(plan, microbatches=merged(rng, plan.microbatches)), cost)
+    limits = PlanLimits(
+        device_budget_bytes=plan.peak_bytes, max_ulysses_degree=num_ranks,
+        kinds=(AttentionKind.ULYSSES, AttentionKind.RING),
+    )
+    return Case(plan=plan, lengths=lengths, num_ranks=num_ranks, cost=cost, limits=limits)
+
+
+def merged(rng: random.Random, microbatches: tuple[Microbatch, ...]) -> tuple[Microbatch, ...]:
+    """Neighbours put into one microbatch over the union of their ranks (Zeppelin's shape)."""
+    rest, found = list(microbatches), []
+    while rest:
+        size = rng.randint(1, 3)
+        part, rest = rest[:size], rest[size:]
+        groups: tuple[AttentionGroup, ...] = tuple(group for microbatch in part for group in microbatch.groups)
+        ranks = tuple(sorted({rank for group in groups for rank in group.ranks}))
+        found.append(Microbatch(ranks=ranks, groups=groups, predicted_s=0.0, peak_bytes=0))
+    return tuple(found)
+
+
+def reprice(plan: StepPlan, cost: CostModel) -> StepPlan:
+    """The plan with every stated price made true again."""
+    lengths = step_lengths(plan)
+    microbatches = []
+    for microbatch in plan.microbatches:
+        price = price_microbatch(microbatch, lengths, cost)
+        microbatches.append(replace(microbatch, predicted_s=price.seconds, peak_bytes=price.peak_bytes(cost)))
+    plan = replace(plan, microbatches=tuple(microbatches))
+    simulation = simulate(plan, cost)
+    return replace(
+        plan, predicted_s=simulation.step_s, peak_bytes=simulation.peak_bytes,
+        solver=replace(plan.solver, objective_s=simulation.step_s),
+    )

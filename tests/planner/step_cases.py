@@ -1,0 +1,47 @@
+"""A cost model with round numbers, and random steps for it."""
+
+from __future__ import annotations
+
+import random
+
+from planner.cost import CostModel, MemoryFit, PlanLimits, Provenance, TimeFit
+from planner.plan import AttentionKind
+
+LOCAL, ULYSSES, RING = AttentionKind.LOCAL, AttentionKind.ULYSSES, AttentionKind.RING
+
+
+def make_cost(
+    num_ranks: int, *, kinds: tuple[AttentionKind, ...] = (ULYSSES,), fixed_s: float = 2e-3, step_fixed_s: float = 0.02
+) -> CostModel:
+    """Local and every degree of ``kinds`` up to ``num_ranks``: work shared evenly, dearer per token the more ranks
+    share it. 20 kB a token beside 100 MB."""
+    shapes = [(LOCAL, 1)] + [(kind, degree) for kind in kinds for degree in range(2, num_ranks + 1)]
+    times = tuple(
+        TimeFit(
+            kind=kind, degree=degree, s_per_token2=4e-8 / degree,
+            s_per_token=1e-4 / degree + (0.0 if degree == 1 else 8e-6 + (2e-6 if kind is RING else 0.0)),
+            s_per_sequence=2e-4, fixed_s=fixed_s * (1 + 0.1 * (degree - 1)),
+        )
+        for kind, degree in shapes
+    )
+    return CostModel(
+        times=times, memory=MemoryFit(fixed_bytes=10**8, bytes_per_token=20_000.0), step_fixed_s=step_fixed_s,
+        peak_flop_per_s=1e12, provenance=Provenance(source="derived", cluster="test", model="test"),
+    )
+
+
+def make_limits(
+    *, rank_tokens: int = 4096, kinds: tuple[AttentionKind, ...] = (ULYSSES,), max_ulysses_degree: int = 64,
+    max_nodes: int = 200, relative_gap: float = 0.02, time_limit_s: float = 60.0,
+) -> PlanLimits:
+    """Limits under which a rank of ``make_cost`` holds ``rank_tokens`` tokens, to the byte."""
+    return PlanLimits(
+        device_budget_bytes=10**8 + 20_000 * rank_tokens, max_ulysses_degree=max_ulysses_degree, kinds=kinds,
+        max_nodes=max_nodes, relative_gap=relative_gap, time_limit_s=time_limit_s,
+    )
+
+
+def skewed_lengths(seed: int, num_sequences: int, longest: int) -> list[int]:
+    """Log-normal lengths, as documents have: median 330 tokens, a long tail cut at ``longest``."""
+    draw = random.Random(seed)
+    return [min(int(draw.lognormvariate(5.8, 1.2)) + 1, longest) for _ in range(num_sequences)]

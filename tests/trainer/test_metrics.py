@@ -1,0 +1,118 @@
+"""The step record, its file, and what rank 0 shows of it."""
+
+import dataclasses
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trainer.metrics import MetricsLog, StepReport, read_metrics
+from trainer.progress import Progress, sparkline
+
+REPORT = StepReport(
+    step=0, loss=3.25, grad_norm=1.5, lr=1e-3, num_tokens=16000, num_sequences=7, max_sequence_tokens=4096,
+    strategy="flexsp", plan_status="optimal", predicted_s=0.4, measured_s=0.5, bound_s=0.39, gap=0.025, plan_s=0.0123,
+    plan_wait_s=0.0, idle_fraction=0.1, imbalance=0.05, peak_bytes=3 * 10**8, predicted_peak_bytes=3 * 10**8,
+    tokens_per_s=32000.0, model_flops=1.5e12, mfu=None, padding_tokens=0, num_microbatches=2, group_summary="4 | 2+1+1",
+)
+
+
+def report(step: int, **changes: Any) -> StepReport:
+    return dataclasses.replace(REPORT, step=step, **changes)
+
+
+def test_the_keys_that_scripts_depend_on_are_there() -> None:
+    promised = (
+        "step loss grad_norm lr num_tokens num_sequences max_sequence_tokens strategy plan_status predicted_s "
+        "measured_s bound_s gap plan_s plan_wait_s idle_fraction peak_bytes predicted_peak_bytes tokens_per_s "
+        "model_flops mfu"
+    ).split()
+    assert set(promised) <= {field.name for field in dataclasses.fields(StepReport)}
+
+
+def test_each_step_is_on_disk_as_soon_as_it_is_appended(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "metrics.jsonl"
+    log = MetricsLog(path)
+    log.append(report(0))
+    assert read_metrics(path) == [dataclasses.asdict(REPORT)]
+    log.close()
+
+
+def test_resume_repeats_no_step_and_drops_a_torn_line(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with MetricsLog(path) as log:
+        for step in range(5):
+            log.append(report(step, loss=1.0))
+    with path.open("a") as file:
+        file.write('{"step": 5, "loss": 1.')
+    with MetricsLog(path, first_step=3) as log:
+        for step in range(3, 6):
+            log.append(report(step, loss=2.0))
+    assert [(record["step"], record["loss"]) for record in read_metrics(path)] == [
+        (0, 1.0), (1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0), (5, 2.0),
+    ]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_fresh_run_in_an_old_folder_starts_an_empty_file(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 0}\nnot json\n[1]\n{"other": 2}\n')
+    MetricsLog(path).close()
+    assert path.read_text() == ""
+
+
+def test_numbers_that_json_cannot_hold_become_null(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with MetricsLog(path) as log:
+        log.append(report(0, loss=float("nan"), grad_norm=float("inf"), gap=float("-inf")))
+    record = json.loads(path.read_text(), parse_constant=lambda word: pytest.fail(f"invalid JSON: {word}"))
+    assert (record["loss"], record["grad_norm"], record["gap"], record["lr"]) == (None, None, None, 1e-3)
+
+
+def test_plain_progress_is_one_aligned_line_a_step() -> None:
+    stream = io.StringIO()
+    times_s = iter(range(0, 1000, 2))
+    progress = Progress(120, stream=stream, clock=lambda: float(next(times_s)))
+    progress.note("128 documents")
+    for step, loss in ((0, 5.5), (1, 11.25), (99, 0.125)):
+        progress.step(report(step, loss=loss))
+    progress.close()
+    note, *lines = stream.getvalue().splitlines()
+    assert note == "128 documents"
+    assert [line.index("tok/s") for line in lines] == [lines[0].index("tok/s")] * 3
+    assert lines[1].startswith("step   2/120  loss 11.2500     32K tok/s  step   500 ms (predicted   400 ms)")
+    assert "plan  12.3 ms optimal gap   2.5%  imbalance   5.0%  padding 0" in lines[1]
+    assert lines[1].endswith("flexsp: 4 | 2+1+1")
+    assert "eta     40 s" in lines[2]  # 20 steps are left at the 2 s that the clock measured, not at measured_s
+
+
+def test_plain_progress_thins_out_but_always_shows_the_last_step() -> None:
+    stream = io.StringIO()
+    progress = Progress(10, first_step=3, stream=stream, every=4)
+    for step in range(3, 10):
+        progress.step(report(step))
+    assert [line.split("/")[0] for line in stream.getvalue().splitlines()] == ["step  4", "step  8", "step 10"]
+
+
+def test_terminal_panel_shows_what_the_run_promises() -> None:
+    stream = io.StringIO()
+    progress = Progress(10, is_terminal=True, stream=stream, clock=lambda: 0.0)
+    progress.note("resumed from step 0")
+    for step in range(10):
+        progress.step(report(step, loss=5.0 - step / 10))
+    progress.close()
+    progress.close()
+    shown = stream.getvalue()
+    for text in ("resumed from step 0", "step 10/10", "loss 4.1000", "32K tokens/s", "padding 0", "plan 12.3 ms",
+                 "gap 2.5%", "predicted 400 ms", "imbalance 5.0%", "eta"):
+        assert text in shown, text
+
+
+def test_sparkline_spans_lowest_to_highest() -> None:
+    assert sparkline([0.0, 7.0, 3.0], is_ascii=True) == "_#~"
+    assert sparkline([2.0, 2.0]) == "\u2581\u2581"
+    assert sparkline([1.0, float("nan"), float("inf"), 2.0], is_ascii=True) == "_??#"
+    assert sparkline([float("nan")]) == "?"
+    assert sparkline([]) == ""

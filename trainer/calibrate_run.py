@@ -1,0 +1,57 @@
+"""``longhaul calibrate`` on one rank: build the model of a training run, measure, write ``machine.yaml``."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+import yaml
+
+from parallel import comm
+from planner.codec import to_plain
+from planner.errors import EXIT_OK
+from planner.machine import MACHINE_FILE, MachineProfile
+from planner.units import format_seconds
+from trainer.build import build_runtime
+from trainer.calibration import Calibration, calibrate
+from trainer.config import TrainConfig, model_spec
+from trainer.cost_source import make_limits, priced_pairs
+from trainer.rank_env import RankEnv
+from trainer.tokenizer import load_tokenizer
+
+
+def calibrate_rank(config: TrainConfig, env: RankEnv) -> int:
+    """Measure as one of the run's ranks; rank 0 writes ``RUN_DIR/machine.yaml`` and prints a summary. Collective."""
+    spec = model_spec(config, vocab_size=load_tokenizer(config.data.tokenizer).vocab_size)
+    runtime = build_runtime(config, env, spec)
+    try:
+        limits = make_limits(config, runtime, env.local_world_size)
+        pairs = priced_pairs(config, runtime.mesh.data_size, limits.max_ulysses_degree)
+        measured = calibrate(runtime, pairs, max_length=config.data.max_length, machine=platform.node())
+        if runtime.mesh.rank == 0:
+            profile = MachineProfile(
+                name=platform.node(), device=runtime.mesh.device.type, num_ranks=runtime.mesh.world_size,
+                samples=measured.operations, cost=measured.cost,
+            )
+            text = yaml.safe_dump(to_plain(profile), sort_keys=False)
+            (Path(config.run.dir) / MACHINE_FILE).write_text(text, encoding="utf-8")
+            print("\n".join(summary_lines(measured)), flush=True)
+    finally:
+        comm.shutdown()
+    return EXIT_OK
+
+
+def summary_lines(measured: Calibration) -> list[str]:
+    """What was measured, for people: operations by size, then the fit of whole microbatches."""
+    lines = [
+        f"{sample.op:<11} size {sample.size:>9,}: {format_seconds(sample.seconds):>8}, "
+        f"{sample.work / sample.seconds / 1e9:.3g} G{'FLOP' if sample.op in ('linear', 'attention') else 'B'}/s a rank"
+        for sample in measured.operations
+    ]
+    origin = measured.cost.provenance
+    return [
+        *lines,
+        f"step without sequences (gather, reduce, optimizer): {format_seconds(measured.cost.step_fixed_s)}",
+        f"fit of {origin.num_samples} microbatches of {origin.model}: mean error {origin.mean_relative_error:.1%}, "
+        f"worst {origin.max_relative_error:.1%}",
+    ]

@@ -1,0 +1,188 @@
+"""Measure this machine with the very code that trains on it, and fit the cost model the planner uses.
+
+Whole microbatches of made-up tokens run through model, engine and links, every rank at work at once as in a real
+step, over a small design of length sets for each attention kind and degree. What the planner predicts is then what
+was measured, interpolated, instead of a sum of parts measured apart.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import numpy as np
+import torch
+
+from parallel import comm
+from parallel.engine import MicrobatchAttention
+from parallel.program import compile_rank_program
+from parallel.sharding import gathered_step
+from planner.cost import CostModel, MemoryFit, Provenance
+from planner.fitting import GroupSample, SizeSample, best_rate, fit_group_times
+from planner.plan import (
+    AttentionGroup,
+    AttentionKind,
+    Microbatch,
+    Sequence,
+    SolveReport,
+    SolveStatus,
+    StepPlan,
+)
+from trainer.batch import token_rows
+from trainer.machine_samples import measure_operations
+from trainer.step import Runtime, bind_attention, train_step
+
+_REPEATS = 2
+_BUDGET_S = 15.0
+"""For all pairs together; each pair gets an equal part, and at least its first three length sets."""
+_LEAST_SETS = 3
+_EMPTY_STEPS = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """The fitted model and what it was fitted from."""
+
+    cost: CostModel
+    operations: tuple[SizeSample, ...]
+    groups: tuple[GroupSample, ...]
+    relative_errors: tuple[float, ...]
+
+
+def calibrate(
+    runtime: Runtime, pairs: tuple[tuple[AttentionKind, int], ...], *, max_length: int, machine: str
+) -> Calibration:
+    """Measure every (kind, degree) of ``pairs`` and fit. Collective; weights are unchanged afterwards, and optimizer
+    state is empty: call it before training or loading. Sequences go up to ``max_length`` as far as the time budget
+    (about 15 s in all) allows."""
+    operations = measure_operations(runtime, max_length=max_length)
+    samples: list[GroupSample] = []
+    memory: list[tuple[int, int]] = []
+    with gathered_step(runtime.model, lambda: _run_empty(runtime)):
+        runtime.peak.reset()
+        _run_empty(runtime)
+        empty_bytes = _highest(runtime, runtime.peak.read_bytes())
+        for kind, degree in pairs:
+            spent_s = 0.0
+            for number, lengths in enumerate(length_design(max_length, degree)):
+                if number >= _LEAST_SETS and spent_s > _BUDGET_S / len(pairs):
+                    break
+                sample, wall_s, peak_bytes = _measure_group(runtime, kind, degree, lengths, warm_up=number == 0)
+                samples.append(sample)
+                spent_s += wall_s
+                memory.append((-(-sum(lengths) // degree), peak_bytes))
+    runtime.optimizer.zero_grad()
+    step_fixed_s, fixed_bytes = _measure_empty_step(runtime)
+    times, errors = fit_group_times(samples)
+    fixed_bytes = max(fixed_bytes, empty_bytes)
+    per_token = max((peak - fixed_bytes) / tokens for tokens, peak in memory if tokens >= 64)
+    cost = CostModel(
+        times=times,
+        memory=MemoryFit(fixed_bytes=fixed_bytes, bytes_per_token=max(per_token, 1.0)),
+        step_fixed_s=step_fixed_s,
+        peak_flop_per_s=best_rate(operations, "linear"),
+        provenance=Provenance(
+            source="measured", cluster=machine, model=runtime.model.spec.name,
+            measured_on=datetime.now(UTC).date().isoformat(), torch_version=torch.__version__,
+            num_samples=len(samples), mean_relative_error=statistics.fmean(map(abs, errors)),
+            max_relative_error=max(map(abs, errors)),
+        ),
+    )
+    return Calibration(cost=cost, operations=operations, groups=tuple(samples), relative_errors=errors)
+
+
+def length_design(max_length: int, degree: int) -> tuple[tuple[int, ...], ...]:
+    """Length sets of one group that tell s^2, s, count and fixed cost apart, the most telling ones first."""
+    small, middle = max(max_length // 32, 16), max(max_length // 4, 32)
+    designs = (
+        (small,) * degree,
+        (middle,) * degree,
+        (max_length,),
+        (small,) * (6 * degree),
+        (max_length // 2, small),
+        (max(small // 4, 8),) * (12 * degree),
+    )
+    return tuple(dict.fromkeys(designs))
+
+
+def _measure_group(
+    runtime: Runtime, kind: AttentionKind, degree: int, lengths: tuple[int, ...], *, warm_up: bool
+) -> tuple[GroupSample, float, int]:
+    """The sample, the wall seconds spent on it, and the highest peak of any rank (bytes)."""
+    plan = _design_plan(runtime.mesh.data_size, kind, degree, lengths)
+    (microbatch,) = compile_rank_program(plan, runtime.mesh.data_rank).microbatches or (None,)
+    start_s = time.perf_counter()
+    times = []
+    runtime.peak.reset()
+    for repeat in range(_REPEATS + warm_up):
+        comm.barrier(runtime.mesh.control_group)
+        began_s = time.perf_counter()
+        if microbatch is not None:
+            rows = token_rows(
+                [np.full(span.num_tokens + 1, span.start_token % 7) for span in microbatch.spans],
+                microbatch.spans, runtime.mesh.device,
+            )
+            attention = bind_attention(runtime, microbatch)
+            runtime.model(rows.tokens_T, rows.positions_T, rows.labels_T, attention).backward()
+            if runtime.mesh.device.type == "cuda":
+                torch.cuda.synchronize(runtime.mesh.device)
+        seconds = _slowest(runtime, time.perf_counter() - began_s)
+        if repeat >= warm_up:
+            times.append(seconds)
+    peak_bytes = _highest(runtime, runtime.peak.read_bytes())
+    sample = GroupSample(kind=kind, degree=degree, lengths=lengths, seconds=statistics.median(times))
+    return sample, _slowest(runtime, time.perf_counter() - start_s), peak_bytes
+
+
+def _design_plan(num_ranks: int, kind: AttentionKind, degree: int, lengths: tuple[int, ...]) -> StepPlan:
+    """As many equal groups side by side as fit, each with its own copy of the sequences; left-over ranks idle."""
+    groups = []
+    sequences: list[Sequence] = []
+    for first in range(0, num_ranks - degree + 1, degree):
+        numbers = tuple(range(len(sequences), len(sequences) + len(lengths)))
+        sequences += [Sequence(number, size) for number, size in zip(numbers, lengths, strict=True)]
+        groups.append(AttentionGroup(kind=kind, ranks=tuple(range(first, first + degree)), sequences=numbers))
+    report = SolveReport(status=SolveStatus.STATIC, objective_s=0.0, bound_s=0.0)
+    microbatches = tuple(
+        Microbatch(ranks=group.ranks, groups=(group,), predicted_s=0.0, peak_bytes=0) for group in groups
+    )
+    return StepPlan(
+        step=0, strategy="calibrate", num_ranks=num_ranks, sequences=tuple(sequences), microbatches=microbatches,
+        predicted_s=0.0, peak_bytes=0, cost_digest="", solver=report,
+    )
+
+
+def _measure_empty_step(runtime: Runtime) -> tuple[float, int]:
+    """Seconds and peak bytes of a step without sequences: gather, reduce, optimizer at learning rate zero."""
+    program = compile_rank_program(_design_plan(runtime.mesh.data_size, AttentionKind.LOCAL, 1, ()), 0)
+    times = []
+    peak_bytes = 0
+    for repeat in range(_EMPTY_STEPS + 1):
+        comm.barrier(runtime.mesh.control_group)
+        outcome = train_step(runtime, program, _no_rows(runtime), num_tokens=1, lr=0.0)
+        if repeat:
+            times.append(_slowest(runtime, outcome.measured_s))
+        peak_bytes = max(peak_bytes, *outcome.peak_bytes)
+    runtime.optimizer.forget_state()
+    return statistics.median(times), peak_bytes
+
+
+def _no_rows(runtime: Runtime) -> Callable[..., object]:
+    return lambda spans: token_rows([], [], runtime.mesh.device)
+
+
+def _run_empty(runtime: Runtime) -> None:
+    rows = token_rows([], [], runtime.mesh.device)
+    runtime.model(rows.tokens_T, rows.positions_T, rows.labels_T, MicrobatchAttention(())).backward()
+
+
+def _slowest(runtime: Runtime, seconds: float) -> float:
+    value = torch.tensor([seconds], dtype=torch.float64)
+    return float(comm.all_reduce_max(value, runtime.mesh.control_group))
+
+
+def _highest(runtime: Runtime, num_bytes: int) -> int:
+    return int(_slowest(runtime, float(num_bytes)))

@@ -1,0 +1,262 @@
+"""One rank's run, from joining the group to the last checkpoint. ``run_rank`` is what launchers call."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from parallel import comm
+from parallel.agree import agree_on_plan
+from parallel.program import compile_rank_program
+from planner.codec import from_plain, to_plain
+from planner.cost import CostModel, PlanLimits
+from planner.errors import EXIT_OK, EXIT_PREEMPTED, InfeasibleError
+from planner.plan import StepPlan, digest_of, plan_to_json
+from planner.step_planner import plan_step
+from planner.verify import verify_plan
+from trainer.batch import SpanReader
+from trainer.build import build_runtime
+from trainer.checkpoint import (
+    TrainingState,
+    check_same_run,
+    load_tensors,
+    newest_checkpoint,
+    save_checkpoint,
+    weights_digest,
+)
+from trainer.config import TrainConfig
+from trainer.cost_source import make_limits, obtain_cost
+from trainer.ledger import LedgerPosition
+from trainer.metrics import MetricsLog, keep_steps_before
+from trainer.optimizer import learning_rate
+from trainer.plan_feed import PlanFeed, PlanTaken
+from trainer.preflight import CHECKPOINTS
+from trainer.progress import Progress
+from trainer.rank_env import RankEnv
+from trainer.report import make_report
+from trainer.step import Runtime, train_step
+from trainer.stop_flag import StopFlag
+from trainer.training_data import TrainingData, open_training_data
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Session:
+    """Everything a run's loop needs, after set-up."""
+
+    config: TrainConfig
+    runtime: Runtime
+    data: TrainingData
+    cost: CostModel
+    limits: PlanLimits
+    folder: Path
+    first_step: int
+
+    @property
+    def is_main(self) -> bool:
+        return self.runtime.mesh.rank == 0
+
+
+def run_rank(config: TrainConfig, env: RankEnv, *, cache_root: Path) -> int:
+    """Train as rank ``env.rank``. Returns the exit code: 0 done, 75 stopped by a signal and saved. Collective.
+
+    Raises the LonghaulErrors of its parts, on all ranks where one rank's trouble concerns all.
+    """
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, world_size=env.world_size))
+    data = open_training_data(config, cache_root)
+    runtime = build_runtime(config, env, data.spec)
+    try:
+        session, notes = _open_session(config, env, runtime, data, cache_root)
+        with StopFlag() as stop, _feed(session) as feed, _display(session, notes) as display:
+            return _train(session, stop, feed, display)
+    finally:
+        comm.shutdown()
+
+
+def _open_session(
+    config: TrainConfig, env: RankEnv, runtime: Runtime, data: TrainingData, cache_root: Path
+) -> tuple[_Session, list[str]]:
+    limits = make_limits(config, runtime, env.local_world_size)
+    cost, source = obtain_cost(config, runtime, limits, cache_root)
+    _require_longest_fits(config, runtime, data, cost, limits)
+    folder = Path(config.run.dir)
+    first_step, resumed = 0, list[str]()
+    if config.run.resume:
+        first_step, resumed = _resume(runtime, data, folder, _run_identity(config, data))
+    mesh, spec = runtime.mesh, data.spec
+    notes = [
+        *data.describe(),
+        f"model: {spec.name}, {spec.num_params:,} parameters, {spec.num_layers} layers, {spec.num_query_heads} query "
+        f"heads, {spec.num_kv_heads} KV heads",
+        f"ranks: {mesh.data_size} data x {mesh.tensor_size} tensor on {mesh.device.type}, {config.run.dtype}, "
+        f"attention kernel {runtime.engine.kernel.name}",
+        source,
+        *resumed,
+    ]
+    session = _Session(
+        config=config, runtime=runtime, data=data, cost=cost, limits=limits, folder=folder, first_step=first_step
+    )
+    return session, notes
+
+
+def _require_longest_fits(
+    config: TrainConfig, runtime: Runtime, data: TrainingData, cost: CostModel, limits: PlanLimits
+) -> None:
+    """Raises InfeasibleError before the first step where the longest sequence fits no group at all."""
+    longest = int(data.samples.num_tokens.max())
+    plan_step(
+        [longest], step=0, num_ranks=runtime.mesh.data_size, cost=cost, limits=limits, strategy=config.plan.strategy,
+        degree=config.plan.degree,
+    )
+
+
+def _run_identity(config: TrainConfig, data: TrainingData) -> dict[str, object]:
+    """What a checkpoint and the run that resumes from it must share for the weights to fit and the steps to repeat."""
+    return {
+        "model": digest_of(data.spec),
+        "run.seed": config.run.seed,
+        "run.steps": config.run.steps,
+        "parallel.tensor_parallel": config.parallel.tensor_parallel,
+        "optimizer": to_plain(config.optimizer),
+    }
+
+
+def _resume(
+    runtime: Runtime, data: TrainingData, folder: Path, identity: dict[str, object]
+) -> tuple[int, list[str]]:
+    path, manifest, complaints = newest_checkpoint(folder / CHECKPOINTS)
+    check_same_run(path, manifest["run"], identity)
+    load_tensors(runtime, path, manifest)
+    data.ledger.restore(from_plain(LedgerPosition, manifest["ledger"], where=str(path)))
+    passed_over = [f"resume: passed over a checkpoint: {line}" for line in complaints]
+    return manifest["next_step"], [*passed_over, f"resume: step {manifest['next_step']} from {path}"]
+
+
+@contextmanager
+def _feed(session: _Session) -> Iterator[PlanFeed | None]:
+    """The planner's child process, on rank 0 only."""
+    if not session.is_main:
+        yield None
+        return
+    plan = session.config.plan
+    feed = PlanFeed(
+        num_ranks=session.runtime.mesh.data_size, cost=session.cost, limits=session.limits, strategy=plan.strategy,
+        degree=plan.degree, ahead=plan.ahead,
+    )
+    try:
+        yield feed
+    finally:
+        feed.close()
+
+
+@dataclass(frozen=True, slots=True)
+class _Display:
+    """What rank 0 shows and writes."""
+
+    progress: Progress
+    metrics: MetricsLog
+    plans: Path
+
+
+@contextmanager
+def _display(session: _Session, notes: list[str]) -> Iterator[_Display | None]:
+    if not session.is_main:
+        yield None
+        return
+    folder = session.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    plans = folder / "plans.jsonl"
+    keep_steps_before(plans, session.first_step)
+    progress = Progress(session.config.run.steps, session.first_step)
+    for line in notes:
+        progress.note(line)
+    try:
+        with MetricsLog(folder / "metrics.jsonl", first_step=session.first_step) as metrics:
+            yield _Display(progress, metrics, plans)
+    finally:
+        progress.close()
+
+
+def _train(session: _Session, stop: StopFlag, feed: PlanFeed | None, display: _Display | None) -> int:
+    config, runtime = session.config, session.runtime
+    num_steps, every = config.run.steps, config.run.checkpoint_every
+    saved_step, outcome_loss, stopped = session.first_step, float("nan"), False
+    for step in range(session.first_step, num_steps):
+        sample_ids, lengths = session.data.batch(step)
+        taken = _take_plan(session, feed, step, lengths)
+        plan = _agree(session, taken, step, lengths)
+        program = compile_rank_program(plan, runtime.mesh.data_rank)
+        lr = learning_rate(config.optimizer, step=step, num_steps=num_steps)
+        reader = SpanReader(session.data, sample_ids, runtime.mesh.device)
+        outcome = train_step(runtime, program, reader, num_tokens=plan.num_tokens, lr=lr, stop=stop.requested)
+        outcome_loss, stopped = outcome.loss, outcome.stop_requested
+        if display is not None and isinstance(taken, PlanTaken):
+            report = make_report(
+                plan, outcome, lr=lr, spec=session.data.spec, plan_wait_s=taken.wait_s,
+                flop_per_s=session.cost.peak_flop_per_s * runtime.mesh.world_size,
+            )
+            display.metrics.append(report)
+            with display.plans.open("a", encoding="utf-8") as file:
+                file.write(plan_to_json(plan) + "\n")
+            display.progress.step(report)
+        if stopped or step + 1 == num_steps or (every and (step + 1) % every == 0):
+            _save(session, step + 1)
+            saved_step = step + 1
+        if stopped:
+            break
+    _finish(session, display, saved_step, outcome_loss)
+    return EXIT_PREEMPTED if stopped and saved_step < num_steps else EXIT_OK
+
+
+def _take_plan(
+    session: _Session, feed: PlanFeed | None, step: int, lengths: tuple[int, ...]
+) -> PlanTaken | InfeasibleError | None:
+    """Rank 0: this step's plan, after asking for the next ones. Others: None."""
+    if feed is None:
+        return None
+    plan = session.config.plan
+    for later in range(step, min(step + 1 + plan.ahead, session.config.run.steps)):
+        feed.submit(later, session.data.batch(later)[1])
+    try:
+        return feed.take(step, lengths, plan.wait_budget_s)
+    except InfeasibleError as error:
+        return error
+
+
+def _agree(
+    session: _Session, taken: PlanTaken | InfeasibleError | None, step: int, lengths: tuple[int, ...]
+) -> StepPlan:
+    mesh = session.runtime.mesh
+
+    def verify(plan: StepPlan) -> None:
+        verify_plan(plan, lengths, num_ranks=mesh.data_size, cost=session.cost, limits=session.limits)
+
+    offered = taken.plan if isinstance(taken, PlanTaken) else taken
+    return agree_on_plan(offered, source=0, group=mesh.control_group, verify=verify)
+
+
+def _save(session: _Session, next_step: int) -> None:
+    state = TrainingState(
+        next_step=next_step,
+        ledger=to_plain(session.data.ledger.position(next_step)),
+        run=_run_identity(session.config, session.data),
+    )
+    folder = session.folder / CHECKPOINTS
+    save_checkpoint(session.runtime, folder, state, keep=session.config.run.keep_checkpoints)
+
+
+def _finish(session: _Session, display: _Display | None, next_step: int, loss: float) -> None:
+    """Say where the run stands, and leave it in ``summary.json`` with the hash of the weights. Collective."""
+    digest = weights_digest(session.runtime)
+    if display is None:
+        return
+    entropy = session.data.store.meta.unigram_entropy_nats
+    summary = {"next_step": next_step, "loss": loss, "unigram_entropy_nats": entropy, "weights_sha256": digest}
+    (session.folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    display.progress.note(
+        f"done: {next_step} steps, loss {loss:.3f} (unigram entropy {entropy:.3f}), weights sha256 {digest[:16]}, "
+        f"run folder {session.folder}"
+    )

@@ -1,0 +1,234 @@
+"""Plans made ahead in a child process, so that no step waits for a planner longer than it is willing to.
+
+A worker thread owns the child: it hands over one request at a time, the earliest step first, and reads the answer.
+``take`` waits for an answer up to a budget; where the child is late, dead or hung, the step gets the greedy plan, made
+here in milliseconds and marked LATE. A child that died or hung is replaced, a few times.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+import planner
+from planner.codec import to_plain
+from planner.cost import CostModel, PlanLimits
+from planner.errors import InfeasibleError, LonghaulError, PlanError, SpecError
+from planner.plan import SolveStatus, StepPlan, plan_from_json
+from planner.service import ServiceHeader, StepRequest, error_from_plain
+from planner.step_planner import check_strategy, greedy_step
+from planner.units import format_seconds
+
+CLOSE_WAIT_S = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanTaken:
+    """A step's plan, how long ``take`` blocked for it, and whether it is the greedy one for want of the child's."""
+
+    plan: StepPlan
+    wait_s: float
+    late: bool
+
+
+class PlanFeed:
+    """Use: ``submit`` steps as soon as their lengths are known, up to ``ahead`` beyond the one running; ``take`` them
+    in order; ``close``. Not for use from several threads.
+
+    A child that has not answered one request for ``hang_s`` (default: three planner time limits and ten seconds) is
+    killed. ``max_restarts`` children are started beyond the first; after that every plan is greedy.
+    """
+
+    def __init__(
+        self, *, num_ranks: int, cost: CostModel, limits: PlanLimits, strategy: str, degree: int | None, ahead: int,
+        hang_s: float | None = None, max_restarts: int = 3,
+    ) -> None:
+        """Starts the child. Raises SpecError on an unknown strategy or ``ahead`` below 0."""
+        check_strategy(strategy, degree)
+        if ahead < 0:
+            raise SpecError(f"planning ahead by {ahead} steps is not possible; 0 or more")
+        self._header = ServiceHeader(num_ranks=num_ranks, cost=cost, limits=limits, strategy=strategy, degree=degree)
+        self._ahead = ahead
+        self._hang_s = 3 * limits.time_limit_s + 10 if hang_s is None else hang_s
+        self._restarts_left = max_restarts
+        self._changed = threading.Condition()  # guards everything below
+        self._waiting: dict[int, tuple[int, ...]] = {}
+        self._asked: tuple[int, float] | None = None  # the step the child works on, since when
+        self._answers: dict[int, StepPlan | LonghaulError | str] = {}  # a plan, the user's error, or why there is none
+        self._submitted: dict[int, tuple[int, ...]] = {}
+        self._gone = ""  # why no more plans will come
+        self._closed = False
+        self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the children
+        self._child = self._start_child()
+        self._worker = threading.Thread(target=self._work, name="plan-feed", daemon=True)
+        self._worker.start()
+
+    def __enter__(self) -> PlanFeed:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def submit(self, step: int, lengths: SequenceOf[int]) -> None:
+        """Ask for a step's plan; returns at once. Raises PlanError when more than ``ahead`` + 1 are open."""
+        with self._changed:
+            if len(self._submitted) > self._ahead and step not in self._submitted:
+                raise PlanError(f"step {step} submitted with {len(self._submitted)} steps open, ahead is {self._ahead}")
+            self._submitted[step] = self._waiting[step] = tuple(lengths)
+            self._changed.notify_all()
+
+    def take(self, step: int, lengths: SequenceOf[int], wait_budget_s: float) -> PlanTaken:
+        """This step's plan, waiting at most ``wait_budget_s`` seconds; the greedy one where the child has none by then.
+
+        A step never submitted is submitted now. Raises InfeasibleError and SpecError as ``plan_step`` does, PlanError
+        where the step was submitted with other lengths.
+        """
+        started_s = time.perf_counter()
+        sizes = tuple(lengths)
+        with self._changed:
+            if step not in self._submitted:
+                self._submitted[step] = self._waiting[step] = sizes
+                self._changed.notify_all()
+            if self._submitted[step] != sizes:
+                raise PlanError(f"step {step} was submitted with other lengths than it is taken with")
+            self._changed.wait_for(lambda: step in self._answers or self._gone, timeout=max(0.0, wait_budget_s))
+            answer = self._answers.pop(step, None) or self._gone or (
+                f"no plan within {format_seconds(time.perf_counter() - started_s)}"
+            )
+            self._forget_until(step)
+            self._kill_if_hung()
+        if isinstance(answer, StepPlan):
+            return PlanTaken(plan=answer, wait_s=time.perf_counter() - started_s, late=False)
+        if isinstance(answer, InfeasibleError | SpecError):
+            raise answer
+        plan = self._late_plan(step, sizes, str(answer))
+        return PlanTaken(plan=plan, wait_s=time.perf_counter() - started_s, late=True)
+
+    def close(self) -> None:
+        """End the child and the worker. Safe to call twice."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._worker.join(CLOSE_WAIT_S)
+        if self._worker.is_alive():  # it waits for a child that is planning or hung
+            self._child.kill()
+            self._worker.join(CLOSE_WAIT_S)
+        self._end_child()
+        self._stderr.close()
+
+    def _late_plan(self, step: int, lengths: tuple[int, ...], reason: str) -> StepPlan:
+        header = self._header
+        plan = greedy_step(lengths, step=step, num_ranks=header.num_ranks, cost=header.cost, limits=header.limits)
+        report = replace(plan.solver, status=SolveStatus.LATE, note=f"greedy plan: {reason}")
+        return replace(plan, strategy=header.strategy, solver=report)
+
+    def _forget_until(self, step: int) -> None:
+        """Steps are taken in order: what is asked for this step or an earlier one has no reader any more."""
+        for table in (self._submitted, self._waiting, self._answers):
+            for old in [each for each in table if each <= step]:
+                del table[old]
+
+    def _kill_if_hung(self) -> None:
+        if self._asked is not None and time.perf_counter() - self._asked[1] > self._hang_s:
+            self._child.kill()  # works on a stopped process too; the worker reads the end of file and replaces it
+
+    def _work(self) -> None:
+        """The worker: one request out, one answer in, until closed or out of children."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._closed)
+                if self._closed:
+                    return
+                step = min(self._waiting)
+                lengths = self._waiting.pop(step)
+                self._asked = (step, time.perf_counter())
+            answer = self._ask(step, lengths)
+            with self._changed:
+                self._asked = None
+                if self._closed:
+                    return
+                if isinstance(answer, str) and not self._replace_child():
+                    self._gone = f"{answer}; no more restarts"
+                if step in self._submitted:
+                    self._answers[step] = answer
+                self._changed.notify_all()
+                if self._gone:
+                    return
+
+    def _ask(self, step: int, lengths: tuple[int, ...]) -> StepPlan | LonghaulError | str:
+        """The child's plan or error; a string where the child broke down, saying how."""
+        request = to_plain(StepRequest(step=step, lengths=lengths))
+        try:
+            line = self._exchange(json.dumps(request) + "\n")
+            data = json.loads(line)
+            if data["step"] != step:
+                return f"planner process answered step {data['step']}, asked was step {step}"
+            return error_from_plain(data["error"]) if "error" in data else plan_from_json(data["plan"])
+        except (OSError, json.JSONDecodeError, KeyError, TypeError, PlanError):
+            return self._obituary()
+
+    def _exchange(self, line: str) -> str:
+        stdin, stdout = self._child.stdin, self._child.stdout
+        if stdin is None or stdout is None:
+            raise OSError("the planner process has no pipes")
+        if not self._greeted:
+            stdin.write(json.dumps(to_plain(self._header)) + "\n")
+            self._greeted = True
+        stdin.write(line)
+        stdin.flush()
+        return stdout.readline()
+
+    def _obituary(self) -> str:
+        """Ends the child and says how it died, with the last line it wrote to stderr."""
+        self._end_child()
+        code = self._child.returncode
+        cause = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
+        self._stderr.seek(0)
+        lines = self._stderr.read().decode(errors="replace").strip().splitlines()
+        return f"planner process {cause}" + (f" ({lines[-1][:200]})" if lines else "")
+
+    def _replace_child(self) -> bool:
+        """A fresh child in place of a dead one, or False where the restarts are used up."""
+        if self._restarts_left < 1:
+            return False
+        self._restarts_left -= 1
+        self._stderr.seek(0)
+        self._stderr.truncate()
+        try:
+            self._child = self._start_child()
+        except OSError:  # no memory or no processes left: do without
+            return False
+        return True
+
+    def _start_child(self) -> subprocess.Popen[str]:
+        root = Path(planner.__file__).resolve().parent.parent  # -m puts the working directory on the module path
+        self._greeted = False
+        return subprocess.Popen(
+            [sys.executable, "-m", "planner.service"], cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=self._stderr, text=True, encoding="utf-8", start_new_session=True,  # Ctrl-C stays with the parent
+        )
+
+    def _end_child(self) -> None:
+        """Close the pipes, give an idle child a moment to leave by itself, then kill it."""
+        for pipe in (self._child.stdin, self._child.stdout):
+            if pipe is not None:
+                try:
+                    pipe.close()
+                except OSError:  # a dead child's pipe cannot be flushed
+                    continue
+        try:
+            self._child.wait(CLOSE_WAIT_S)
+        except subprocess.TimeoutExpired:
+            self._child.kill()
+            self._child.wait()
