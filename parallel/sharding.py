@@ -30,9 +30,9 @@ def shard_model(model: nn.Module, layers: Iterable[nn.Module], mesh: DeviceMesh,
         policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     for module in (*layers, model):
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-    for module in _shards(model):
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
+    for shard in _shards(model):
+        shard.set_gradient_divide_factor(1.0)
+        shard.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
 
 
 @contextmanager

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from planner.cost import CostModel
 from planner.fitting import SizeSample
 
-
 MACHINE_FILE = "machine.yaml"
 """What the measuring ranks call the file in their run folder."""
 

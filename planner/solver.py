@@ -126,7 +126,7 @@ class LinearModel:
         runner = _runner(limits, max(1, limits.max_work // num_nonzeros), start)
         try:
             problem.solve(runner)
-        except (pulp.PulpError, ValueError, KeyError, RuntimeError) as error:
+        except (pulp.PulpError, OSError, ValueError, KeyError, RuntimeError) as error:
             raise SolverFailure(f"HiGHS failed: {type(error).__name__}: {error}") from error
         return _read(problem.solverModel, columns, runner.num_checks * num_nonzeros)
 
@@ -209,7 +209,8 @@ def _read(highs: Any, columns: list[Any], work: int) -> Solution:
 
 @contextmanager
 def _silent_stdout() -> Iterator[None]:
-    """HiGHS 1.16 prints a banner when it is made, before any option can stop it: our stdout carries JSON."""
+    """HiGHS 1.16 prints a banner when it is made, before any option can stop it, and our stdout carries
+    JSON. For some microseconds this is the whole process's stdout."""
     kept = os.dup(1)
     sink = os.open(os.devnull, os.O_WRONLY)
     try:

@@ -41,8 +41,15 @@ def plan_step(
     """Plan one step over sequences of these lengths (tokens) on ``num_ranks`` data ranks.
 
     ``degree`` belongs to ``static`` only (None: the best one). The same inputs give the same plan, wall times apart,
-    unless ``limits.time_limit_s`` cuts the search. Raises SpecError on bad arguments and InfeasibleError where a
-    sequence fits in no group.
+    unless ``limits.time_limit_s`` cuts the search.
+
+    The report's bound holds for every plan of the group shapes tried, whatever its rounds and order. Status: OPTIMAL
+    where the plan is within ``limits.relative_gap`` of that bound, and only there: the rounds' programs may all be
+    closed and yet prove nothing about other ways to cut the rounds. Else GREEDY where the list schedule won, LIMIT
+    where another plan won and a solver stopped early, GAP where it won and none did. STATIC always for ``static``.
+    The note names the winner.
+
+    Raises SpecError on bad arguments and InfeasibleError where a sequence fits in no group.
     """
     started_s = time.perf_counter()
     check_strategy(strategy, degree)
@@ -102,11 +109,13 @@ def _flexsp(
 ) -> _Found:
     """The best of greedy, best static and FlexSP's rounds. Rounds are not searched where greedy is proven good."""
     table = _priced(lengths, num_ranks, cost, limits)
-    bound_s = makespan_bound_s(table, num_ranks)
+    layouts = usual_layouts(num_ranks, cost, limits)
+    shapes = dict.fromkeys((*table.shapes, *(shape for layout in layouts for shape in layout)))
+    bound_s = makespan_bound_s(price_table(lengths, tuple(shapes)), num_ranks)  # static's last block may be odd
     best, winner = greedy_schedule(table, num_ranks), "greedy"
     notes, hit_limit = [], False
     if not _proven(best.makespan_s, bound_s, cost, limits):
-        homogeneous = best_layout(lengths, usual_layouts(num_ranks, cost, limits), num_ranks)
+        homogeneous = best_layout(lengths, layouts, num_ranks)
         if homogeneous is not None and homogeneous.schedule.makespan_s < best.makespan_s:
             best, winner = homogeneous.schedule, f"static ({homogeneous.note})"
         try:

@@ -103,7 +103,9 @@ class RankPool:
             self._pipes.append(ours)
             self._processes.append(process)
 
-    def run(self, target: Callable[..., Any], *args: Any, world_size: int | None = None, timeout_s: float = 300) -> list[Any]:
+    def run(
+        self, target: Callable[..., Any], *args: Any, world_size: int | None = None, timeout_s: float = 300
+    ) -> list[Any]:
         size = world_size or len(self._pipes)
         self._num_runs += 1
         init_method = f"file://{self._folder.name}/store-{self._num_runs}"

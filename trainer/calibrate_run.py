@@ -11,13 +11,15 @@ from parallel import comm
 from planner.codec import to_plain
 from planner.errors import EXIT_OK
 from planner.machine import MACHINE_FILE, MachineProfile
-from planner.units import format_seconds
+from planner.units import format_count, format_seconds
 from trainer.build import build_runtime
 from trainer.calibration import Calibration, calibrate
 from trainer.config import TrainConfig, model_spec
 from trainer.cost_source import make_limits, priced_pairs
 from trainer.rank_env import RankEnv
 from trainer.tokenizer import load_tokenizer
+
+_WORK_UNITS = {"linear": "FLOP", "attention": "FLOP", "all_to_all": "bytes", "p2p": "bytes"}
 
 
 def calibrate_rank(config: TrainConfig, env: RankEnv) -> int:
@@ -45,7 +47,7 @@ def summary_lines(measured: Calibration) -> list[str]:
     """What was measured, for people: operations by size, then the fit of whole microbatches."""
     lines = [
         f"{sample.op:<11} size {sample.size:>9,}: {format_seconds(sample.seconds):>8}, "
-        f"{sample.work / sample.seconds / 1e9:.3g} G{'FLOP' if sample.op in ('linear', 'attention') else 'B'}/s a rank"
+        f"{format_count(sample.work / sample.seconds)} {_WORK_UNITS[sample.op]}/s a rank"
         for sample in measured.operations
     ]
     origin = measured.cost.provenance

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -33,7 +32,7 @@ from planner.plan import (
 )
 from trainer.batch import token_rows
 from trainer.machine_samples import measure_operations
-from trainer.step import Runtime, bind_attention, train_step
+from trainer.step import ReadSpans, Runtime, bind_attention, train_step
 
 _REPEATS = 2
 _BUDGET_S = 15.0
@@ -170,7 +169,7 @@ def _measure_empty_step(runtime: Runtime) -> tuple[float, int]:
     return statistics.median(times), peak_bytes
 
 
-def _no_rows(runtime: Runtime) -> Callable[..., object]:
+def _no_rows(runtime: Runtime) -> ReadSpans:
     return lambda spans: token_rows([], [], runtime.mesh.device)
 
 

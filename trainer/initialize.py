@@ -9,7 +9,6 @@ import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from torch import nn
 
-from planner.model_spec import ModelSpec
 from trainer.transformer import Decoder
 
 _EMBEDDING_STD = 0.02
@@ -21,25 +20,26 @@ def initialize_weights(model: Decoder, *, seed: int) -> None:
     Matrices are normal with std fan_in^-0.5, those that write into the residual stream times (2 layers)^-0.5
     (GPT-2's rule); embedding and head 0.02; norms one; padded vocabulary rows zero.
     """
-    spec, tensor = model.spec, model.tensor
+    tensor = model.tensor
     for name, module in model.named_modules():
         if isinstance(module, nn.RMSNorm):
             nn.init.ones_(module.weight)
         elif isinstance(module, VocabParallelEmbedding | ColumnParallelLinear | RowParallelLinear):
-            full = _full_weight(f"{name}.weight", module, spec, model.padded_vocab, seed)
             dim = 1 if isinstance(module, RowParallelLinear) else 0
+            full = _full_weight(f"{name}.weight", module.weight.shape, dim, model, seed)
             with torch.no_grad():
                 module.weight.copy_(full.chunk(tensor.size, dim=dim)[tensor.rank])
 
 
-def _full_weight(name: str, module: nn.Module, spec: ModelSpec, padded_vocab: int, seed: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(_seed_of(seed, name))
+def _full_weight(name: str, slice_shape: torch.Size, dim: int, model: Decoder, seed: int) -> torch.Tensor:
+    """The whole matrix of which this tensor rank holds a slice along ``dim`` (1 writes into the residual stream)."""
+    spec, generator = model.spec, torch.Generator().manual_seed(_seed_of(seed, name))
     if name.startswith(("embedding.", "head.")):
         weight = torch.randn(spec.vocab_size, spec.hidden_dim, generator=generator) * _EMBEDDING_STD
-        return nn.functional.pad(weight, (0, 0, 0, padded_vocab - spec.vocab_size))
-    shape = (module.output_size, module.input_size)
-    residual = 1 / math.sqrt(2 * spec.num_layers) if isinstance(module, RowParallelLinear) else 1.0
-    return torch.randn(*shape, generator=generator) * (residual / math.sqrt(shape[1]))
+        return nn.functional.pad(weight, (0, 0, 0, model.padded_vocab - spec.vocab_size))
+    rows, columns = (size * (model.tensor.size if axis == dim else 1) for axis, size in enumerate(slice_shape))
+    residual = 1 / math.sqrt(2 * spec.num_layers) if dim == 1 else 1.0
+    return torch.randn(rows, columns, generator=generator) * (residual / math.sqrt(columns))
 
 
 def _seed_of(seed: int, name: str) -> int:

@@ -68,6 +68,7 @@ class PlanFeed:
         self._gone = ""  # why no more plans will come
         self._closed = False
         self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the children
+        self._greeted = False  # whether this child has its header
         self._child = self._start_child()
         self._worker = threading.Thread(target=self._work, name="plan-feed", daemon=True)
         self._worker.start()

@@ -62,7 +62,7 @@ def test_greedy_is_legal_bounded_and_priced_as_simulated(
 
 @given(lengths_lists, st.integers(1, 9), st.data())
 @settings(max_examples=60, deadline=None)
-def test_static_degrees_are_legal_and_the_best_is_the_best(lengths: list[int], num_ranks: int, data: st.DataObject) -> None:
+def test_static_degrees_are_legal_and_the_best_wins(lengths: list[int], num_ranks: int, data: st.DataObject) -> None:
     kinds = data.draw(st.sampled_from([(ULYSSES,), BOTH]))
     cost, limits = make_cost(num_ranks, kinds=kinds), make_limits(kinds=kinds, max_ulysses_degree=6)
     given_degree = data.draw(st.sampled_from(possible_degrees(num_ranks, cost, limits)))
@@ -147,7 +147,9 @@ def partitions(items: list[int]) -> Iterator[list[list[int]]]:
             yield [*rest[:index], [items[0], *rest[index]], *rest[index + 1 :]]
 
 
-def every_step_s(lengths: list[int], shapes: tuple[GroupShape, ...], num_ranks: int, cost: CostModel) -> Iterator[float]:
+def every_step_s(
+    lengths: list[int], shapes: tuple[GroupShape, ...], num_ranks: int, cost: CostModel
+) -> Iterator[float]:
     """Step times of all plans: every partition into groups, every shape and aligned place. Larger groups come first,
     which loses nothing: groups of nested blocks can be reordered so without a later finish."""
 

@@ -14,7 +14,8 @@ def rms_norm(x, weight, eps):
 
 def rotate(x_SNH, theta):
     size, half = x_SNH.shape[0], x_SNH.shape[-1] // 2
-    angles = torch.arange(size, dtype=torch.float64)[:, None] * theta ** (-torch.arange(half, dtype=torch.float64) / half)
+    powers = torch.arange(half, dtype=torch.float64) / half
+    angles = torch.arange(size, dtype=torch.float64)[:, None] * theta**-powers
     cos, sin = angles.cos().to(x_SNH.dtype)[:, None], angles.sin().to(x_SNH.dtype)[:, None]
     a, b = x_SNH[..., :half], x_SNH[..., half:]
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)

@@ -40,7 +40,8 @@ def cost_model(num_ranks):
                      fixed_s=1e-4)]
     for kind in (AttentionKind.ULYSSES, AttentionKind.RING):
         times += [
-            TimeFit(kind=kind, degree=d, s_per_token2=1e-6 / d, s_per_token=1.3e-5 / d, s_per_sequence=0.0, fixed_s=3e-4)
+            TimeFit(kind=kind, degree=d, s_per_token2=1e-6 / d, s_per_token=1.3e-5 / d, s_per_sequence=0.0,
+                    fixed_s=2e-4 * d)
             for d in range(2, num_ranks + 1)
         ]
     return CostModel(
@@ -54,7 +55,7 @@ def batches():
     rng = np.random.default_rng(3)
     steps = []
     for _ in range(NUM_STEPS):
-        lengths = np.clip(rng.lognormal(2.6, 1.0, size=7).astype(int), 1, 150)
+        lengths = np.clip(rng.lognormal(3.0, 1.1, size=7).astype(int), 1, 150)
         steps.append([rng.integers(0, SPEC.vocab_size, size=size + 1) for size in lengths])
     return steps
 
@@ -118,26 +119,28 @@ RUNS = {
 }
 
 
+@pytest.fixture(scope="module")
+def pool():
+    pool = RankPool(4)
+    yield pool
+    pool.close()
+
+
+def dense_run(pool, spec):
+    """The dense model's run, from the initial weights that the one-rank model starts with."""
+    ((_, initial, _, _),) = pool.run(train_rank, 1, "static", 1, ULYSSES, 2**40, spec, world_size=1)
+    steps = [[torch.from_numpy(ids) for ids in documents] for documents in batches()]
+    rates = [learning_rate(CONFIG.optimizer, step=step, num_steps=NUM_STEPS) for step in range(NUM_STEPS)]
+    weights = {name: torch.from_numpy(weight) for name, weight in initial.items()}
+    return dense.train(weights, spec, steps, CONFIG.optimizer, rates)
+
+
+@pytest.fixture(scope="module")
+def oracle(pool):
+    return dense_run(pool, SPEC)
+
+
 class TestEquality:
-    @pytest.fixture(scope="class")
-    def pool(self):
-        pool = RankPool(4)
-        yield pool
-        pool.close()
-
-    @pytest.fixture(scope="class")
-    def oracle(self, pool):
-        """The dense run from the initial weights that the one-rank model starts with."""
-        return self.dense_run(pool, SPEC)
-
-    @staticmethod
-    def dense_run(pool, spec):
-        (_, initial, _, _), = pool.run(train_rank, 1, "static", 1, ULYSSES, 2**40, spec, world_size=1)
-        steps = [[torch.from_numpy(ids) for ids in documents] for documents in batches()]
-        rates = [learning_rate(CONFIG.optimizer, step=step, num_steps=NUM_STEPS) for step in range(NUM_STEPS)]
-        weights = {name: torch.from_numpy(weight) for name, weight in initial.items()}
-        return dense.train(weights, spec, steps, CONFIG.optimizer, rates)
-
     @pytest.mark.parametrize("name", RUNS)
     def test_equals_dense_model(self, pool, oracle, name):
         world_size, *arguments, shapes = RUNS[name]
@@ -150,7 +153,7 @@ class TestEquality:
     def test_tied_head_under_tensor_parallelism(self, pool):
         spec = dataclasses.replace(SPEC, tied_head=True, qk_norm=False)
         losses, _, final, _ = pool.run(train_rank, 2, "static", 2, RING, 2**40, spec)[0]
-        self.compare(self.dense_run(pool, spec), losses, final)
+        self.compare(dense_run(pool, spec), losses, final)
 
     @staticmethod
     def compare(oracle, losses, final):

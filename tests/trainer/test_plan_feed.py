@@ -51,13 +51,9 @@ def check_late(taken: PlanTaken, step: int, budget_s: float, limits: PlanLimits 
     verify_plan(taken.plan, LENGTHS[step], num_ranks=4, cost=COST, limits=limits)
 
 
-def wait_for_death(pid: int) -> None:
-    deadline = time.perf_counter() + START_S
-    while time.perf_counter() < deadline:
-        with open(f"/proc/{pid}/stat") as stat:  # noqa: PTH123
-            if stat.read().split(") ")[1][0] == "Z":
-                return
-        time.sleep(0.01)
+def kill_child(feed: PlanFeed) -> None:
+    os.kill(child_pid(feed), signal.SIGKILL)
+    feed._child.wait(START_S)
 
 
 def test_plans_come_in_order_as_plan_step_makes_them(make_feed: Callable[..., PlanFeed]) -> None:
@@ -97,8 +93,7 @@ def test_no_budget_means_the_greedy_plan_now(make_feed: Callable[..., PlanFeed])
 def test_a_killed_child_is_replaced(make_feed: Callable[..., PlanFeed]) -> None:
     feed = make_feed()
     assert not feed.take(0, LENGTHS[0], START_S).late
-    os.kill(child_pid(feed), signal.SIGKILL)
-    wait_for_death(child_pid(feed))
+    kill_child(feed)
     taken = feed.take(1, LENGTHS[1], START_S)
     check_late(taken, 1, START_S)
     assert taken.wait_s < 5.0
@@ -123,8 +118,7 @@ def test_restarts_are_bounded(make_feed: Callable[..., PlanFeed]) -> None:
     feed = make_feed(max_restarts=1)
     assert not feed.take(0, LENGTHS[0], START_S).late
     for step in (1, 2):
-        os.kill(child_pid(feed), signal.SIGKILL)
-        wait_for_death(child_pid(feed))
+        kill_child(feed)
         check_late(feed.take(step, LENGTHS[step], START_S), step, START_S)
     taken = feed.take(3, LENGTHS[3], START_S)
     check_late(taken, 3, 0.0)

@@ -1,0 +1,232 @@
+"""The step on real processes: ranks without work, unequal counts, random plans, bf16, numbers that are not finite."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from parallel.engine import AttentionEngine
+from parallel.program import compile_rank_program
+from planner.errors import NumericError
+from planner.plan import AttentionGroup, AttentionKind, Microbatch, Sequence, SolveReport, SolveStatus, StepPlan
+from tests.parallel.test_attention import TOLERANCE, dense_attention
+from tests.ranks import RankPool
+from tests.trainer.test_equality import CONFIG, SPEC, full_weights
+from trainer.batch import token_rows
+from trainer.build import build_runtime
+from trainer.calibration import calibrate, length_design
+from trainer.checkpoint import weights_digest
+from trainer.rank_env import RankEnv
+from trainer.step import accumulate_gradients, train_step
+
+NUM_RANKS = 4
+CPU = torch.device("cpu")
+SMALL = dataclasses.replace(SPEC, num_layers=1, qk_norm=False)
+
+
+def start(rank, world_size, init_method, config=CONFIG, spec=SMALL):
+    env = RankEnv(rank=rank, world_size=world_size, local_rank=rank, local_world_size=world_size)
+    return build_runtime(config, env, spec, init_method=init_method)
+
+
+def plan_of(groups, lengths):
+    """Each group its own microbatch, in this order."""
+    return StepPlan(
+        step=0, strategy="test", num_ranks=NUM_RANKS,
+        sequences=tuple(Sequence(index, size) for index, size in enumerate(lengths)),
+        microbatches=tuple(
+            Microbatch(ranks=group.ranks, groups=(group,), predicted_s=1.0, peak_bytes=1) for group in groups
+        ),
+        predicted_s=1.0, peak_bytes=1, cost_digest="",
+        solver=SolveReport(status=SolveStatus.STATIC, objective_s=1.0, bound_s=0.0),
+    )
+
+
+def random_plan(seed):
+    """Any legal assignment: groups of any ranks, kinds and sizes, any number of microbatches per rank."""
+    rng = random.Random(seed)
+    lengths = [rng.choice([1, 2, 5, rng.randint(1, 40)]) for _ in range(rng.randint(1, 8))]
+    groups, waiting = [], list(range(len(lengths)))
+    while waiting:
+        taken = [waiting.pop() for _ in range(rng.randint(1, len(waiting)))]
+        degree = rng.randint(1, NUM_RANKS)
+        kind = rng.choice([AttentionKind.ULYSSES, AttentionKind.RING]) if degree > 1 else AttentionKind.LOCAL
+        ranks = tuple(rng.sample(range(NUM_RANKS), degree))
+        groups.append(AttentionGroup(kind=kind, ranks=ranks, sequences=tuple(taken)))
+    return plan_of(groups, lengths)
+
+
+def documents_of(plan, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, SMALL.vocab_size, size=sequence.num_tokens + 1) for sequence in plan.sequences]
+
+
+def reader(documents):
+    def read(spans):
+        ids = [documents[s.sequence][s.start_token : s.stop_token + 1] for s in spans]
+        return token_rows(ids, spans, CPU)
+
+    return read
+
+
+def gradients(rank, world_size, init_method, seeds):
+    """For every seed: (sum of losses over ranks, full gradients) of a random plan; rank 0's answer counts."""
+    runtime = start(rank, world_size, init_method)
+    answers = []
+    for seed in seeds:
+        plan = random_plan(seed)
+        loss, _ = accumulate_gradients(
+            runtime, compile_rank_program(plan, rank), reader(documents_of(plan, seed)), num_tokens=plan.num_tokens
+        )
+        grads = {name: p.grad.full_tensor().clone().numpy() for name, p in runtime.model.named_parameters()}
+        answers.append((loss, grads))
+        runtime.optimizer.zero_grad()
+    return answers, full_weights(runtime)
+
+
+def alone(rank, world_size, init_method, seeds):
+    """The same sequences, all on one rank."""
+    runtime = start(rank, world_size, init_method)
+    answers = []
+    for seed in seeds:
+        plan = random_plan(seed)
+        group = AttentionGroup(
+            kind=AttentionKind.LOCAL, ranks=(0,), sequences=tuple(range(len(plan.sequences)))
+        )
+        whole = dataclasses.replace(plan_of([group], [s.num_tokens for s in plan.sequences]), num_ranks=1)
+        loss, _ = accumulate_gradients(
+            runtime, compile_rank_program(whole, 0), reader(documents_of(plan, seed)), num_tokens=plan.num_tokens
+        )
+        answers.append((loss, {name: p.grad.full_tensor().numpy() for name, p in runtime.model.named_parameters()}))
+        runtime.optimizer.zero_grad()
+    return answers
+
+
+def float64_attention(rank, world_size, init_method):
+    """Engine over real gloo messages against dense attention: worst relative error of any kind."""
+    runtime = start(rank, world_size, init_method)
+    worst = 0.0
+    for kind in (AttentionKind.RING, AttentionKind.ULYSSES):
+        lengths = [37, 5, 90]
+        plan = plan_of([AttentionGroup(kind=kind, ranks=(2, 0, 3, 1), sequences=(0, 1, 2))], lengths)
+        generator = torch.Generator().manual_seed(4)
+        shapes = [(8, 16), (2, 16), (2, 16), (8, 16)]
+        documents = [
+            [torch.randn(size, *shape, generator=generator, dtype=torch.float64) for shape in shapes]
+            for size in lengths
+        ]
+        (microbatch,) = compile_rank_program(plan, rank).microbatches
+        engine = AttentionEngine(runtime.engine.kernel, runtime.engine.wire, CPU)
+        rows = [
+            torch.cat([documents[s.sequence][part][s.start_token : s.stop_token] for s in microbatch.spans])
+            for part in range(4)
+        ]
+        leaves = [x.requires_grad_() for x in rows[:3]]
+        out = engine.bind(microbatch, num_query_heads=8, num_kv_heads=2, head_dim=16)(*leaves)
+        got = (out.detach(), *torch.autograd.grad(out, leaves, rows[3]))
+        wanted = [[], [], [], []]
+        for document in documents:
+            dense_leaves = [x.clone().requires_grad_() for x in document[:3]]
+            dense = dense_attention(*dense_leaves)
+            parts = (dense.detach(), *torch.autograd.grad(dense, dense_leaves, document[3]))
+            for whole, part in zip(wanted, parts, strict=True):
+                whole.append(part)
+        for ours, whole in zip(got, wanted, strict=True):
+            expected = torch.cat([whole[s.sequence][s.start_token : s.stop_token] for s in microbatch.spans])
+            worst = max(worst, ((ours - expected).norm() / expected.norm()).item())
+    return worst
+
+
+def bf16_losses(rank, world_size, init_method):
+    config = dataclasses.replace(CONFIG, run=dataclasses.replace(CONFIG.run, dtype="bf16"))
+    runtime = start(rank, world_size, init_method, config)
+    plan = random_plan(3)
+    program, read = compile_rank_program(plan, rank), reader(documents_of(plan))
+    losses = [train_step(runtime, program, read, num_tokens=plan.num_tokens, lr=1e-2).loss for _ in range(12)]
+    return losses, {str(p.dtype) for p in runtime.optimizer.named_shards.values()}
+
+
+def numeric_failure(rank, world_size, init_method):
+    """Rank 2's weights turn bad; every rank must stop before the update."""
+    runtime = start(rank, world_size, init_method)
+    plan = plan_of([AttentionGroup(kind=AttentionKind.LOCAL, ranks=(2,), sequences=(0,))], [9])
+    if rank == 2:
+        runtime.optimizer.named_shards["norm.weight"].fill_(math.inf)
+    before = weights_digest(runtime)
+    try:
+        train_step(
+            runtime, compile_rank_program(plan, rank), reader(documents_of(plan)), num_tokens=plan.num_tokens, lr=1e-2
+        )
+    except NumericError as error:
+        return str(error), before == weights_digest(runtime)
+    return "no error", False
+
+
+def calibration(rank, world_size, init_method):
+    runtime = start(rank, world_size, init_method)
+    before = weights_digest(runtime)
+    pairs = ((AttentionKind.LOCAL, 1), (AttentionKind.ULYSSES, 2), (AttentionKind.RING, 3))
+    measured = calibrate(runtime, pairs, max_length=128, machine="here")
+    return measured, before == weights_digest(runtime), len(runtime.optimizer.adamw.state)
+
+
+@pytest.fixture(scope="module")
+def pool():
+    pool = RankPool(NUM_RANKS)
+    yield pool
+    pool.close()
+
+
+class TestStep:
+    def test_random_plans_give_the_gradients_of_one_rank(self, pool):
+        seeds = tuple(range(24))
+        assert any(
+            {rank for m in random_plan(seed).microbatches for rank in m.ranks} != set(range(NUM_RANKS))
+            for seed in seeds
+        ), "some plan must leave a rank without work"
+        results = pool.run(gradients, seeds)
+        wanted = pool.run(alone, seeds, world_size=1)[0]
+        for number, (loss, grads) in enumerate(wanted):
+            total = sum(answers[number][0] for answers, _ in results)
+            assert total == pytest.approx(loss, rel=1e-5)
+            for name, grad in grads.items():
+                ours = results[0][0][number][1][name]
+                error = np.linalg.norm(ours - grad) / max(np.linalg.norm(grad), 1e-3)
+                assert error < 1e-5, (number, name, error)
+
+    def test_float64_attention_over_real_messages(self, pool):
+        assert max(pool.run(float64_attention)) < TOLERANCE
+
+    def test_bf16_trains_with_fp32_weights(self, pool):
+        losses, dtypes = pool.run(bf16_losses)[0]
+        assert losses[-1] < 0.8 * losses[0] and dtypes == {"torch.float32"}
+
+    def test_not_finite_stops_all_ranks_before_the_update(self, pool):
+        for message, unchanged in pool.run(numeric_failure):
+            assert "step 0" in message and "before the update" in message and unchanged
+
+    def test_calibration_leaves_the_run_untouched_and_prices_everything(self, pool):
+        (measured, unchanged, num_states), *_ = pool.run(calibration)
+        assert unchanged and num_states == 0
+        assert {(fit.kind, fit.degree) for fit in measured.cost.times} == {
+            (AttentionKind.LOCAL, 1), (AttentionKind.ULYSSES, 2), (AttentionKind.RING, 3)
+        }
+        assert {sample.op for sample in measured.operations} == {"linear", "attention", "p2p", "all_to_all"}
+        assert measured.cost.step_fixed_s > 0 and measured.cost.peak_flop_per_s > 0
+        assert measured.cost.memory.fixed_bytes > 0 and measured.cost.memory.bytes_per_token >= 1
+        assert all(fit.group_s(num_tokens=128, num_tokens2=128**2, num_sequences=1) > 0 for fit in measured.cost.times)
+
+
+def test_length_design_separates_the_coefficients():
+    for degree in (1, 2, 3, 8):
+        rows = [
+            [sum(size * size for size in lengths), sum(lengths), len(lengths), 1]
+            for lengths in length_design(2048, degree)
+        ]
+        scaled = np.asarray(rows, dtype=float) / np.linalg.norm(rows, axis=0)
+        assert np.linalg.matrix_rank(scaled, tol=1e-3) == 4
