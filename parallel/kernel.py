@@ -195,8 +195,7 @@ def _row_index(rows: tuple[Rows, ...], device: torch.device) -> torch.Tensor | s
     """A slice where the rows are one run (no copy), else an index tensor."""
     if all(before[1] == after[0] for before, after in zip(rows, rows[1:], strict=False)):
         return slice(rows[0][0], rows[-1][1])
-    index = [row for start, stop in rows for row in range(start, stop)]
-    return torch.tensor(index, dtype=torch.int64, device=device)
+    return torch.cat([torch.arange(start, stop) for start, stop in rows]).to(device)
 
 
 def _cumulative(rows: tuple[Rows, ...], device: torch.device) -> torch.Tensor:

@@ -68,7 +68,7 @@ class PlanFeed:
         self._gone = ""  # why no more plans will come
         self._closed = False
         self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the children
-        self._greeted = False  # whether this child has its header
+        self._greeted: bool = False  # whether this child has its header
         self._child = self._start_child()
         self._worker = threading.Thread(target=self._work, name="plan-feed", daemon=True)
         self._worker.start()
@@ -82,9 +82,14 @@ class PlanFeed:
         self.close()
 
     def submit(self, step: int, lengths: SequenceOf[int]) -> None:
-        """Ask for a step's plan; returns at once. Raises PlanError when more than ``ahead`` + 1 are open."""
+        """Ask for a step's plan; returns at once, and does nothing for a step already asked for.
+
+        Raises PlanError when more than ``ahead`` + 1 steps would be open.
+        """
         with self._changed:
-            if len(self._submitted) > self._ahead and step not in self._submitted:
+            if step in self._submitted:
+                return
+            if len(self._submitted) > self._ahead:
                 raise PlanError(f"step {step} submitted with {len(self._submitted)} steps open, ahead is {self._ahead}")
             self._submitted[step] = self._waiting[step] = tuple(lengths)
             self._changed.notify_all()

@@ -85,7 +85,7 @@ def test_mistakes_in_files_name_file_and_place(tmp_path: Path) -> None:
     path = write(tmp_path, yaml.safe_dump({key: good[key] for key in good if key != "head_dim"}))
     assert "missing key 'head_dim'" in refusal(load_model, path)
     path = write(tmp_path, yaml.safe_dump({**good, "num_kv_heads": 3}))
-    assert "num_query_heads (8) must be a multiple of num_kv_heads (3)" in refusal(load_model, path)
+    assert "num_query_heads (4) must be a multiple of num_kv_heads (3)" in refusal(load_model, path)
     path = write(tmp_path, yaml.safe_dump({**good, "num_layers": "many"}))
     assert f"model {path}.num_layers: expected int, got 'many'" in refusal(load_model, path)
     path = write(tmp_path, "name: x\nnum_layers: [1, 2\nhidden: 3\n")
