@@ -12,16 +12,18 @@ kernel is launched once per document. There are no default coefficients: a CostM
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from planner.errors import PlanError
+from planner.errors import PlanError, SpecError
 from planner.plan import AttentionKind, Sharding, digest_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TimeFit:
-    """Coefficients of one (kind, degree). All are seconds for one forward plus backward of one microbatch."""
+    """Coefficients of one (kind, degree). All are seconds for one forward plus backward of one microbatch, and none
+    may be negative: the planner's bounds rest on more work never being cheaper. Raises SpecError otherwise."""
 
     kind: AttentionKind
     degree: int
@@ -29,6 +31,12 @@ class TimeFit:
     s_per_token: float
     s_per_sequence: float
     fixed_s: float
+
+    def __post_init__(self) -> None:
+        for name in ("s_per_token2", "s_per_token", "s_per_sequence", "fixed_s"):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise SpecError(f"{self.kind} of degree {self.degree}: {name} must be 0 or more and finite, got {value}")
 
     def group_s(self, *, num_tokens: float, num_tokens2: float, num_sequences: int) -> float:
         """Seconds for sequences with these sums of lengths and of squared lengths."""

@@ -31,6 +31,14 @@ def test_group_seconds_by_hand() -> None:
         simple_cost().group_s(RING, 2, (3,))
 
 
+@pytest.mark.parametrize("value", [-1e-9, float("inf"), float("nan")])
+@pytest.mark.parametrize("name", ["s_per_token2", "s_per_token", "s_per_sequence", "fixed_s"])
+def test_coefficients_are_finite_and_not_negative(name: str, value: float) -> None:
+    good = {"s_per_token2": 0.0, "s_per_token": 0.0, "s_per_sequence": 0.0, "fixed_s": 0.0}
+    with pytest.raises(SpecError, match=f"{name} must be 0 or more"):
+        TimeFit(kind=RING, degree=3, **(good | {name: value}))
+
+
 @settings(max_examples=200, deadline=None)
 @given(budget=st.integers(0, 10**12), per_token=st.floats(1.0, 1e7), fixed=st.integers(0, 10**11))
 def test_max_local_tokens_is_the_largest_that_fits(budget: int, per_token: float, fixed: int) -> None:
