@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -95,16 +96,38 @@ def launch(config: TrainConfig, *, worker_module: str = "launch.worker") -> int:
 
 
 def write_config(config: TrainConfig) -> Path:
-    """Write ``RUN_DIR/config.yaml``, every setting resolved, and return its path. Raises SpecError."""
+    """Write ``RUN_DIR/config.yaml``, every setting resolved, and return its path. Raises SpecError.
+
+    Its paths are absolute: whoever goes on with the run from that file may stand in another folder.
+    """
     from trainer.config import config_to_yaml
 
-    path = Path(config.run.dir).resolve() / "config.yaml"
+    path = Path(config.run.dir).absolute() / "config.yaml"
+    config = _with_absolute_paths(config, run_dir=path.parent)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(config_to_yaml(config), encoding="utf-8")
     except OSError as error:
         raise SpecError(f"--run-dir {config.run.dir}: cannot be written ({error.strerror})") from None
     return path
+
+
+def _with_absolute_paths(config: TrainConfig, *, run_dir: Path) -> TrainConfig:
+    def absolute(path: str | None) -> str | None:
+        return None if path is None else str(Path(path).absolute())
+
+    model, data, plan = config.model, config.data, config.plan
+    preset = model.preset if not model.preset.endswith((".yaml", ".yml")) else str(Path(model.preset).absolute())
+    cost = plan.cost if plan.cost == "auto" else str(Path(plan.cost).absolute())
+    return dataclasses.replace(
+        config,
+        run=dataclasses.replace(config.run, dir=str(run_dir)),
+        model=dataclasses.replace(model, preset=preset),
+        data=dataclasses.replace(
+            data, path=absolute(data.path), tokenizer=absolute(data.tokenizer), cache_dir=absolute(data.cache_dir)
+        ),
+        plan=dataclasses.replace(plan, cost=cost),
+    )
 
 
 def _agent_config(world_size: int, logs_dir: Path, run_id: str) -> LaunchConfig:

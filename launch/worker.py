@@ -49,9 +49,10 @@ def main(work: Work | None = None) -> NoReturn:
 
 
 def run(config: TrainConfig | Path, env: RankEnv, *, is_watched: bool, work: Work | None = None) -> int:
-    """Train (or do other ``work``) as rank ``env.rank`` and return the exit code; ``config`` may be the path of a resolved configuration.
+    """Train (or do other ``work``) as rank ``env.rank`` and return the exit code.
 
-    ``is_watched``: our own launcher reads the failure file and reports; otherwise rank 0 reports on stderr.
+    ``config``: may be the path of a resolved configuration. ``is_watched``: our own launcher reads the failure file
+    and reports; otherwise rank 0 reports on stderr.
     An exception nobody expected is reported by the same path and ends the process from the exception hook.
     """
 
@@ -90,7 +91,9 @@ def run(config: TrainConfig | Path, env: RankEnv, *, is_watched: bool, work: Wor
 
 def _train(config: TrainConfig, env: RankEnv) -> int:
     # Imported here: torch reads its variables when it is imported, and run() sets them first.
-    warnings.filterwarnings("ignore", message="Transformer Engine and Apex")  # megatron-core, once per module
+    # megatron-core: once per module, and advice for GPUs that it gives on CPUs too
+    warnings.filterwarnings("ignore", message="Transformer Engine and Apex")
+    warnings.filterwarnings("ignore", message="When using async grad allreduce")
     from trainer.loop import run_rank
 
     return run_rank(config, env, cache_root=environment.cache_root())

@@ -7,8 +7,11 @@ was measured, interpolated, instead of a sum of parts measured apart.
 
 from __future__ import annotations
 
+import ctypes
 import statistics
+import sys
 import time
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -34,11 +37,19 @@ from trainer.batch import token_rows
 from trainer.machine_samples import measure_operations
 from trainer.step import ReadSpans, Runtime, bind_attention, train_step
 
-_REPEATS = 2
-_BUDGET_S = 15.0
-"""For all pairs together; each pair gets an equal part, and at least its first three length sets."""
-_LEAST_SETS = 3
+CALIBRATION_VERSION = 2
+"""Goes up with every change of what is measured or how it is fitted: older stored results are then measured again."""
+_REPEAT_S = 0.4
+"""A length set is repeated until this much time is measured, but at least twice and at most four times."""
+_LEAST_REPEATS = 2
+_MOST_REPEATS = 4
+_BUDGET_S = 18.0
+"""For all pairs together; each pair gets an equal part, and at least its first four length sets."""
+_LEAST_SETS = 4
 _EMPTY_STEPS = 5
+_FULL_SHARE = 4
+"""Memory is fitted on the sets with at least 1/4 of the most tokens: with few tokens, what the allocator and lazily
+loaded code take is most of what is seen."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,12 +67,12 @@ def calibrate(
 ) -> Calibration:
     """Measure every (kind, degree) of ``pairs`` and fit. Collective; weights are unchanged afterwards, and optimizer
     state is empty: call it before training or loading. Sequences go up to ``max_length`` as far as the time budget
-    (about 15 s in all) allows."""
+    (a few seconds for each pair) allows."""
     operations = measure_operations(runtime, max_length=max_length)
     samples: list[GroupSample] = []
     memory: list[tuple[int, int]] = []
     with gathered_step(runtime.model, lambda: _run_empty(runtime)):
-        runtime.peak.reset()
+        _reset_peak(runtime)
         _run_empty(runtime)
         empty_bytes = _highest(runtime, runtime.peak.read_bytes())
         for kind, degree in pairs:
@@ -76,11 +87,11 @@ def calibrate(
     runtime.optimizer.zero_grad()
     step_fixed_s, fixed_bytes = _measure_empty_step(runtime)
     times, errors = fit_group_times(samples)
-    fixed_bytes = max(fixed_bytes, empty_bytes)
-    per_token = max((peak - fixed_bytes) / tokens for tokens, peak in memory if tokens >= 64)
     cost = CostModel(
         times=times,
-        memory=MemoryFit(fixed_bytes=fixed_bytes, bytes_per_token=max(per_token, 1.0)),
+        memory=MemoryFit(
+            fixed_bytes=max(fixed_bytes, empty_bytes), bytes_per_token=bytes_per_token(memory, empty_bytes)
+        ),
         step_fixed_s=step_fixed_s,
         peak_flop_per_s=best_rate(operations, "linear"),
         provenance=Provenance(
@@ -94,29 +105,41 @@ def calibrate(
 
 
 def length_design(max_length: int, degree: int) -> tuple[tuple[int, ...], ...]:
-    """Length sets of one group that tell s^2, s, count and fixed cost apart, the most telling ones first."""
-    small, middle = max(max_length // 32, 16), max(max_length // 4, 32)
+    """Length sets of one group that tell s^2, s, count and fixed cost apart, the most telling ones first.
+
+    One set more than coefficients, so that the error of the fit says something. Groups of less than four stop at half
+    of ``max_length``: two short looks at the quadratic part are worth more than one long one, and cost less.
+    """
+    small, middle = max(max_length // 32, 16), max(max_length // 8, 32)
+    long = max_length if degree >= 4 else max(max_length // 2, 64)
     designs = (
         (small,) * degree,
         (middle,) * degree,
-        (max_length,),
+        (long,),
         (small,) * (6 * degree),
-        (max_length // 2, small),
         (max(small // 4, 8),) * (12 * degree),
     )
     return tuple(dict.fromkeys(designs))
 
 
+def bytes_per_token(peaks: SequenceOf[tuple[int, int]], empty_bytes: int) -> float:
+    """Most bytes that a local token adds to the peak of an empty microbatch. ``peaks``: (local tokens, peak bytes)."""
+    most_tokens = max(tokens for tokens, _ in peaks)
+    full = [(tokens, peak) for tokens, peak in peaks if tokens * _FULL_SHARE >= most_tokens]
+    return max(1.0, *((peak - empty_bytes) / tokens for tokens, peak in full))
+
+
 def _measure_group(
     runtime: Runtime, kind: AttentionKind, degree: int, lengths: tuple[int, ...], *, warm_up: bool
 ) -> tuple[GroupSample, float, int]:
-    """The sample, the wall seconds spent on it, and the highest peak of any rank (bytes)."""
+    """The sample, the wall seconds spent on it, and the highest peak of any rank (bytes). Of two repeats the quicker
+    one counts: what another process did to the machine meanwhile is no property of the plan."""
     plan = _design_plan(runtime.mesh.data_size, kind, degree, lengths)
     (microbatch,) = compile_rank_program(plan, runtime.mesh.data_rank).microbatches or (None,)
     start_s = time.perf_counter()
-    times = []
-    runtime.peak.reset()
-    for repeat in range(_REPEATS + warm_up):
+    times: list[float] = []
+    _reset_peak(runtime)
+    for repeat in range(_MOST_REPEATS + warm_up):
         comm.barrier(runtime.mesh.control_group)
         began_s = time.perf_counter()
         if microbatch is not None:
@@ -131,8 +154,10 @@ def _measure_group(
         seconds = _slowest(runtime, time.perf_counter() - began_s)
         if repeat >= warm_up:
             times.append(seconds)
+        if len(times) >= _LEAST_REPEATS and sum(times) >= _REPEAT_S:
+            break
     peak_bytes = _highest(runtime, runtime.peak.read_bytes())
-    sample = GroupSample(kind=kind, degree=degree, lengths=lengths, seconds=statistics.median(times))
+    sample = GroupSample(kind=kind, degree=degree, lengths=lengths, seconds=statistics.median_low(times))
     return sample, _slowest(runtime, time.perf_counter() - start_s), peak_bytes
 
 
@@ -159,6 +184,7 @@ def _measure_empty_step(runtime: Runtime) -> tuple[float, int]:
     program = compile_rank_program(_design_plan(runtime.mesh.data_size, AttentionKind.LOCAL, 1, ()), 0)
     times = []
     peak_bytes = 0
+    _reset_peak(runtime)
     for repeat in range(_EMPTY_STEPS + 1):
         comm.barrier(runtime.mesh.control_group)
         outcome = train_step(runtime, program, _no_rows(runtime), num_tokens=1, lr=0.0)
@@ -176,6 +202,16 @@ def _no_rows(runtime: Runtime) -> ReadSpans:
 def _run_empty(runtime: Runtime) -> None:
     rows = token_rows([], [], runtime.mesh.device)
     runtime.model(rows.tokens_T, rows.positions_T, rows.labels_T, MicrobatchAttention(())).backward()
+
+
+def _reset_peak(runtime: Runtime) -> None:
+    """Start a measurement of memory. On CPU the C library keeps freed memory for later: the resident set would still
+    show what the set before needed, so it is given back first (glibc; elsewhere peaks err on the high side)."""
+    if runtime.mesh.device.type == "cpu" and sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
+    runtime.peak.reset()
 
 
 def _slowest(runtime: Runtime, seconds: float) -> float:

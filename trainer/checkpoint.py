@@ -12,9 +12,10 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -22,15 +23,15 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
 from parallel import comm
+from parallel.mesh import RankMesh
 from planner.errors import CheckpointError, LonghaulError
-from planner.units import MIB
+from trainer.checkpoint_files import FORMAT, file_sha256, list_checkpoints, newest_checkpoint, write_manifest
 from trainer.optimizer import local_shard
 from trainer.step import Runtime
 
-MANIFEST = "manifest.json"
-FORMAT = 1
+T = TypeVar("T")
 _NO_FILE = "-" * 64
-_BLOCK_BYTES = MIB
+_REASON_BYTES = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,98 +49,92 @@ def save_checkpoint(runtime: Runtime, folder: Path, state: TrainingState, *, kee
 
     Raises LonghaulError on every rank if any rank could not write; the older checkpoints are then untouched.
     """
-    group = runtime.mesh.control_group
+    mesh = runtime.mesh
     final = folder / f"step-{state.next_step:08d}"
     partial = final.with_name(final.name + ".tmp")
-    if runtime.mesh.rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    comm.barrier(group)
+    own = partial / f"__{mesh.rank}_0.distcp"
     try:
-        dcp.save(
-            _tensors(runtime), storage_writer=dcp.FileSystemWriter(partial, sync_files=True), process_group=group
-        )
-    except CheckpointException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        reasons = "; ".join(f"rank {rank}: {reason[0]}" for rank, reason in sorted(error.failures.items()))
-        raise LonghaulError(f"checkpoint {final} could not be written ({reasons}); older ones are untouched") from None
-    own = partial / f"__{runtime.mesh.rank}_0.distcp"
-    digests = comm.all_gather_bytes((_sha256(own) if own.exists() else _NO_FILE).encode(), group)
-    if runtime.mesh.rank == 0:
-        _publish(partial, final, [digest.decode() for digest in digests], state)
+        _together(mesh, lambda: _make_folder(partial) if mesh.rank == 0 else None)
+        _together(mesh, lambda: _write_tensors(runtime, partial))
+        digest = _together(mesh, lambda: file_sha256(own) if own.exists() else _NO_FILE)
+        digests = [part.decode() for part in comm.all_gather_bytes(digest.encode(), mesh.control_group)]
+        _together(mesh, lambda: _publish(partial, final, digests, state) if mesh.rank == 0 else None)
+    except _NotWritten as error:
+        if mesh.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise LonghaulError(f"checkpoint {final} could not be written ({error}); older ones are untouched") from None
+    if mesh.rank == 0:
         for old in list_checkpoints(folder)[:-keep]:
-            shutil.rmtree(old)
-    comm.barrier(group)
+            shutil.rmtree(old, ignore_errors=True)  # what cannot be deleted is no reason to stop training
     return final
+
+
+class _NotWritten(Exception):
+    """Some rank could not write; raised on all. The text says which and why."""
+
+
+def _together(mesh: RankMesh, work: Callable[[], T]) -> T:
+    """``work`` on every rank at once. Where the disk fails one rank, all raise _NotWritten: no rank may go on alone
+    and wait for one that stopped. Collective."""
+    reason, result = "", None
+    try:
+        result = work()
+    except OSError as error:
+        reason = f"{error.strerror or error}: {error.filename}" if error.filename else str(error)
+    text = reason.encode()[:_REASON_BYTES].ljust(_REASON_BYTES)
+    reasons = [part.decode(errors="ignore").strip() for part in comm.all_gather_bytes(text, mesh.control_group)]
+    if any(reasons):
+        raise _NotWritten("; ".join(f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason))
+    return cast(T, result)
+
+
+def _make_folder(partial: Path) -> None:
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+
+
+def _write_tensors(runtime: Runtime, partial: Path) -> None:
+    """Raises OSError where this rank, or another, could not write."""
+    writer = dcp.FileSystemWriter(partial, sync_files=True)
+    try:
+        dcp.save(_tensors(runtime), storage_writer=writer, process_group=runtime.mesh.control_group)
+    except CheckpointException as error:  # on every rank, with the failures of all
+        own = error.failures.get(runtime.mesh.rank)
+        if own is not None:
+            raise OSError(str(own[0])) from None
 
 
 def _publish(partial: Path, final: Path, digests: list[str], state: TrainingState) -> None:
     by_name = {f"__{rank}_0.distcp": digest for rank, digest in enumerate(digests)}
     files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": by_name.get(path.name) or _sha256(path)}
+        path.name: {"bytes": path.stat().st_size, "sha256": by_name.get(path.name) or file_sha256(path)}
         for path in sorted(partial.iterdir())
     }
     manifest = {
         "format": FORMAT, "files": files, "next_step": state.next_step, "ledger": state.ledger,
         "run": state.run, "torch": torch.__version__, "world_size": len(digests),
     }
-    path = partial / MANIFEST
-    with path.open("w", encoding="utf-8") as file:
-        json.dump(manifest, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
+    write_manifest(partial, manifest)
     if final.exists():
         shutil.rmtree(final)
     partial.rename(final)
     _sync_folder(final.parent)
 
 
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Published checkpoints, oldest first (not verified)."""
-    return sorted(path for path in folder.glob("step-*") if path.suffix != ".tmp" and (path / MANIFEST).exists())
-
-
-def verify_checkpoint(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint whose every file has its recorded size and hash. Raises CheckpointError."""
-    try:
-        manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        files = manifest["files"]
-        if manifest["format"] != FORMAT:
-            raise CheckpointError(f"{path}: format {manifest['format']}, this version reads {FORMAT}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: unreadable manifest ({error})") from None
-    for name, recorded in files.items():
-        file = path / name
-        if not file.is_file() or file.stat().st_size != recorded["bytes"] or _sha256(file) != recorded["sha256"]:
-            raise CheckpointError(f"{path}: {name} is missing, cut short or damaged")
-    return manifest
-
-
-def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any], list[str]]:
-    """The newest checkpoint that verifies, its manifest, and a line for each newer one that had to be passed over.
-
-    Raises CheckpointError if there is none.
-    """
-    complaints: list[str] = []
-    for path in reversed(list_checkpoints(folder)):
+def choose_checkpoint(mesh: RankMesh, folder: Path) -> tuple[Path, dict[str, Any], list[str]]:
+    """``newest_checkpoint`` as rank 0 finds it, the same on every rank. Collective. Raises CheckpointError on all."""
+    payload = None
+    if mesh.rank == 0:
         try:
-            return path, verify_checkpoint(path), complaints
+            path, manifest, complaints = newest_checkpoint(folder)
+            payload = json.dumps([path.name, manifest, complaints]).encode()
         except CheckpointError as error:
-            complaints.append(str(error))
-    detail = f" ({'; '.join(complaints)})" if complaints else ""
-    raise CheckpointError(
-        f"no loadable checkpoint in {folder}{detail}; start without --resume or name another --run-dir"
-    )
-
-
-def check_same_run(path: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
-    """Raises CheckpointError naming the first setting in which this run differs from the one that saved."""
-    for key, value in current.items():
-        if saved.get(key) != value:
-            raise CheckpointError(
-                f"{path} was saved with {key} = {saved.get(key)!r}, this run has {value!r}: "
-                "resume with the same setting or start in another --run-dir"
-            )
+            payload = json.dumps([str(error)]).encode()
+    found = json.loads(comm.broadcast_bytes(payload, source=0, group=mesh.control_group))
+    if len(found) == 1:
+        raise CheckpointError(found[0])
+    name, manifest, complaints = found
+    return folder / name, manifest, complaints
 
 
 def load_tensors(runtime: Runtime, path: Path, manifest: dict[str, Any]) -> None:
@@ -186,14 +181,6 @@ def weights_digest(runtime: Runtime) -> str:
         full = parameter.full_tensor() if isinstance(parameter, DTensor) else local_shard(parameter)
         total.update(name.encode())
         total.update(full.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return total.hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    total = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK_BYTES):
-            total.update(block)
     return total.hexdigest()
 
 

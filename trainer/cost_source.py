@@ -7,27 +7,22 @@ import platform
 from pathlib import Path
 
 import torch
-import yaml
 
 from parallel import comm
 from planner.codec import from_plain, to_plain
 from planner.cost import CostModel, PlanLimits
 from planner.errors import SpecError
-from planner.machine import MachineProfile
 from planner.plan import AttentionKind, digest_of
 from planner.units import KIB, parse_bytes
-from trainer.calibration import calibrate
+from trainer.calibration import CALIBRATION_VERSION, calibrate
 from trainer.config import TrainConfig
+from trainer.plan_inputs import KINDS, load_cost, plan_limits
 from trainer.step import Runtime
 
+RUN_COST = "cost.json"
+"""A run's own cost model, in its folder."""
 _USABLE_SHARE = 0.8
 """Of a device's memory: the rest is for what no plan can see (fragmentation, other processes)."""
-
-KINDS = {
-    "auto": (AttentionKind.ULYSSES, AttentionKind.RING),
-    "ulysses": (AttentionKind.ULYSSES,),
-    "ring": (AttentionKind.RING,),
-}
 
 
 def make_limits(config: TrainConfig, runtime: Runtime, local_world_size: int) -> PlanLimits:
@@ -39,14 +34,7 @@ def make_limits(config: TrainConfig, runtime: Runtime, local_world_size: int) ->
         device_budget_bytes = -int(comm.all_reduce_max(lowest, runtime.mesh.control_group))
     else:
         device_budget_bytes = parse_bytes(budget, what="--plan.device-budget")
-    return PlanLimits(
-        device_budget_bytes=device_budget_bytes,
-        max_ulysses_degree=runtime.model.spec.num_query_heads // runtime.mesh.tensor_size,
-        kinds=KINDS[config.plan.attention],
-        max_nodes=config.plan.max_nodes,
-        time_limit_s=config.plan.time_limit_s,
-        relative_gap=config.plan.relative_gap,
-    )
+    return plan_limits(config, runtime.model.spec, device_budget_bytes=device_budget_bytes)
 
 
 def device_memory_bytes(device: torch.device, local_world_size: int) -> int:
@@ -75,53 +63,71 @@ def priced_pairs(config: TrainConfig, num_ranks: int, max_ulysses_degree: int) -
 def obtain_cost(
     config: TrainConfig, runtime: Runtime, limits: PlanLimits, cache_root: Path
 ) -> tuple[CostModel, str]:
-    """The run's cost model and one line saying where it is from. Collective; every rank gets rank 0's numbers."""
+    """The run's cost model and one line saying where it is from. Collective; every rank gets rank 0's numbers.
+
+    A resumed run takes the one it began with (``RUN_DIR/cost.json``): the same prices give the same plans.
+    """
     if config.plan.cost != "auto":
         cost = load_cost(config.plan.cost)
         return cost, f"cost model: {config.plan.cost} ({cost.provenance.source})"
     mesh = runtime.mesh
     pairs = priced_pairs(config, mesh.data_size, limits.max_ulysses_degree)
-    path = cache_root / "cost" / f"{_cache_key(config, runtime, pairs)}.json"
-    payload = None
+    key = _cost_key(config, runtime, pairs)
+    own, cached = Path(config.run.dir) / RUN_COST, cache_root / "cost" / f"{key}.json"
+    places = [own, cached] if config.run.resume else [cached]
+    found = _shared(runtime, _first_stored(places, key) if mesh.rank == 0 else None)
+    if found:
+        cost, how = _decode(found), "from an earlier run on this machine"
+    else:
+        measured = calibrate(runtime, pairs, max_length=config.data.max_length, machine=platform.node()).cost
+        found = _shared(runtime, json.dumps({"key": key, "cost": to_plain(measured)}).encode())
+        cost, how = _decode(found), "now"
     if mesh.rank == 0:
-        payload = path.read_bytes() if path.exists() else b""
-    cached = comm.broadcast_bytes(payload, source=0, group=mesh.control_group)
-    if cached:
-        cost = from_plain(CostModel, json.loads(cached), where=str(path))
-        return cost, f"cost model: measured on this machine on {cost.provenance.measured_on}, cached in {path}"
-    cost = calibrate(runtime, pairs, max_length=config.data.max_length, machine=platform.node()).cost
-    payload = json.dumps(to_plain(cost)).encode() if mesh.rank == 0 else None
-    shared = comm.broadcast_bytes(payload, source=0, group=mesh.control_group)
-    cost = from_plain(CostModel, json.loads(shared), where="calibration")
-    if mesh.rank == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".new")
-        partial.write_bytes(shared)
-        partial.replace(path)
+        for path in (own, cached):
+            _store(path, found)
+    origin = cost.provenance
     return cost, (
-        f"cost model: measured now, {cost.provenance.num_samples} samples, mean error of the fit "
-        f"{cost.provenance.mean_relative_error:.1%}, worst {cost.provenance.max_relative_error:.1%}; cached in {path}"
+        f"cost model: measured {how} ({origin.measured_on}), {origin.num_samples} samples, error of the fit "
+        f"{origin.mean_relative_error:.1%} in the mean, {origin.max_relative_error:.1%} at worst; kept in {cached}"
     )
 
 
-def load_cost(file: str) -> CostModel:
-    """A cost model from JSON or YAML: the model itself, or the machine file that ``longhaul calibrate`` writes."""
-    try:
-        data = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise SpecError(f"--plan.cost {file}: cannot be read ({str(error).splitlines()[0]})") from None
-    if isinstance(data, dict) and "cost" in data:
-        return from_plain(MachineProfile, data, where=file).cost
-    return from_plain(CostModel, data, where=file)
+def _shared(runtime: Runtime, payload: bytes | None) -> bytes:
+    mesh = runtime.mesh
+    return comm.broadcast_bytes(payload if mesh.rank == 0 else None, source=0, group=mesh.control_group)
 
 
-def _cache_key(config: TrainConfig, runtime: Runtime, pairs: tuple[tuple[AttentionKind, int], ...]) -> str:
+def _first_stored(places: list[Path], key: str) -> bytes:
+    """The first of these files that holds a cost model made under ``key``; empty where none does."""
+    for path in places:
+        try:
+            payload = path.read_bytes()
+            if json.loads(payload)["key"] == key:
+                _decode(payload)
+                return payload
+        except (OSError, ValueError, KeyError, TypeError):  # absent, cut short or from another version: measure again
+            continue
+    return b""
+
+
+def _decode(payload: bytes) -> CostModel:
+    return from_plain(CostModel, json.loads(payload)["cost"], where="stored cost model")
+
+
+def _store(path: Path, payload: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".new")
+    partial.write_bytes(payload)
+    partial.replace(path)
+
+
+def _cost_key(config: TrainConfig, runtime: Runtime, pairs: tuple[tuple[AttentionKind, int], ...]) -> str:
     mesh = runtime.mesh
     device = torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else platform.processor()
-    return digest_of(
-        {
-            "host": platform.node(), "device": device, "torch": torch.__version__, "world_size": mesh.world_size,
-            "tensor_size": mesh.tensor_size, "dtype": config.run.dtype, "model": to_plain(runtime.model.spec),
-            "max_length": config.data.max_length, "pairs": [[str(kind), degree] for kind, degree in pairs],
-        }
-    )[:24]
+    conditions = {
+        "calibration": CALIBRATION_VERSION, "host": platform.node(), "device": device, "torch": torch.__version__,
+        "world_size": mesh.world_size, "tensor_size": mesh.tensor_size, "dtype": config.run.dtype,
+        "model": to_plain(runtime.model.spec), "max_length": config.data.max_length,
+        "pairs": [[str(kind), degree] for kind, degree in pairs],
+    }
+    return digest_of(conditions)[:24]

@@ -15,26 +15,19 @@ from parallel.program import compile_rank_program
 from planner.codec import from_plain, to_plain
 from planner.cost import CostModel, PlanLimits
 from planner.errors import EXIT_OK, EXIT_PREEMPTED, InfeasibleError
-from planner.plan import StepPlan, digest_of, plan_to_json
-from planner.step_planner import plan_step
+from planner.plan import StepPlan, plan_to_json
 from planner.verify import verify_plan
 from trainer.batch import SpanReader
 from trainer.build import build_runtime
-from trainer.checkpoint import (
-    TrainingState,
-    check_same_run,
-    load_tensors,
-    newest_checkpoint,
-    save_checkpoint,
-    weights_digest,
-)
+from trainer.checkpoint import TrainingState, choose_checkpoint, load_tensors, save_checkpoint, weights_digest
+from trainer.checkpoint_files import CHECKPOINTS, check_same_run, run_identity
 from trainer.config import TrainConfig
 from trainer.cost_source import make_limits, obtain_cost
 from trainer.ledger import LedgerPosition
-from trainer.metrics import MetricsLog, keep_steps_before
+from trainer.metrics import METRICS, MetricsLog, keep_steps_before, read_metrics
 from trainer.optimizer import learning_rate
 from trainer.plan_feed import PlanFeed, PlanTaken
-from trainer.preflight import CHECKPOINTS
+from trainer.plan_inputs import require_longest_fits
 from trainer.progress import Progress
 from trainer.rank_env import RankEnv
 from trainer.report import make_report
@@ -81,11 +74,11 @@ def _open_session(
 ) -> tuple[_Session, list[str]]:
     limits = make_limits(config, runtime, env.local_world_size)
     cost, source = obtain_cost(config, runtime, limits, cache_root)
-    _require_longest_fits(config, runtime, data, cost, limits)
+    require_longest_fits(config, data, runtime.mesh.data_size, cost, limits)
     folder = Path(config.run.dir)
     first_step, resumed = 0, list[str]()
     if config.run.resume:
-        first_step, resumed = _resume(runtime, data, folder, _run_identity(config, data))
+        first_step, resumed = _resume(runtime, data, folder, run_identity(config, data.spec))
     mesh, spec = runtime.mesh, data.spec
     notes = [
         *data.describe(),
@@ -102,32 +95,10 @@ def _open_session(
     return session, notes
 
 
-def _require_longest_fits(
-    config: TrainConfig, runtime: Runtime, data: TrainingData, cost: CostModel, limits: PlanLimits
-) -> None:
-    """Raises InfeasibleError before the first step where the longest sequence fits no group at all."""
-    longest = int(data.samples.num_tokens.max())
-    plan_step(
-        [longest], step=0, num_ranks=runtime.mesh.data_size, cost=cost, limits=limits, strategy=config.plan.strategy,
-        degree=config.plan.degree,
-    )
-
-
-def _run_identity(config: TrainConfig, data: TrainingData) -> dict[str, object]:
-    """What a checkpoint and the run that resumes from it must share for the weights to fit and the steps to repeat."""
-    return {
-        "model": digest_of(data.spec),
-        "run.seed": config.run.seed,
-        "run.steps": config.run.steps,
-        "parallel.tensor_parallel": config.parallel.tensor_parallel,
-        "optimizer": to_plain(config.optimizer),
-    }
-
-
 def _resume(
     runtime: Runtime, data: TrainingData, folder: Path, identity: dict[str, object]
 ) -> tuple[int, list[str]]:
-    path, manifest, complaints = newest_checkpoint(folder / CHECKPOINTS)
+    path, manifest, complaints = choose_checkpoint(runtime.mesh, folder / CHECKPOINTS)
     check_same_run(path, manifest["run"], identity)
     load_tensors(runtime, path, manifest)
     data.ledger.restore(from_plain(LedgerPosition, manifest["ledger"], where=str(path)))
@@ -174,7 +145,7 @@ def _display(session: _Session, notes: list[str]) -> Iterator[_Display | None]:
     for line in notes:
         progress.note(line)
     try:
-        with MetricsLog(folder / "metrics.jsonl", first_step=session.first_step) as metrics:
+        with MetricsLog(folder / METRICS, first_step=session.first_step) as metrics:
             yield _Display(progress, metrics, plans)
     finally:
         progress.close()
@@ -183,7 +154,7 @@ def _display(session: _Session, notes: list[str]) -> Iterator[_Display | None]:
 def _train(session: _Session, stop: StopFlag, feed: PlanFeed | None, display: _Display | None) -> int:
     config, runtime = session.config, session.runtime
     num_steps, every = config.run.steps, config.run.checkpoint_every
-    saved_step, outcome_loss, stopped = session.first_step, float("nan"), False
+    saved_step, stopped = session.first_step, False
     for step in range(session.first_step, num_steps):
         sample_ids, lengths = session.data.batch(step)
         taken = _take_plan(session, feed, step, lengths)
@@ -192,7 +163,7 @@ def _train(session: _Session, stop: StopFlag, feed: PlanFeed | None, display: _D
         lr = learning_rate(config.optimizer, step=step, num_steps=num_steps)
         reader = SpanReader(session.data, sample_ids, runtime.mesh.device)
         outcome = train_step(runtime, program, reader, num_tokens=plan.num_tokens, lr=lr, stop=stop.requested)
-        outcome_loss, stopped = outcome.loss, outcome.stop_requested
+        stopped = outcome.stop_requested
         if display is not None and isinstance(taken, PlanTaken):
             report = make_report(
                 plan, outcome, lr=lr, spec=session.data.spec, plan_wait_s=taken.wait_s,
@@ -207,7 +178,7 @@ def _train(session: _Session, stop: StopFlag, feed: PlanFeed | None, display: _D
             saved_step = step + 1
         if stopped:
             break
-    _finish(session, display, saved_step, outcome_loss)
+    _finish(session, display, saved_step)
     return EXIT_PREEMPTED if stopped and saved_step < num_steps else EXIT_OK
 
 
@@ -242,21 +213,24 @@ def _save(session: _Session, next_step: int) -> None:
     state = TrainingState(
         next_step=next_step,
         ledger=to_plain(session.data.ledger.position(next_step)),
-        run=_run_identity(session.config, session.data),
+        run=run_identity(session.config, session.data.spec),
     )
     folder = session.folder / CHECKPOINTS
     save_checkpoint(session.runtime, folder, state, keep=session.config.run.keep_checkpoints)
 
 
-def _finish(session: _Session, display: _Display | None, next_step: int, loss: float) -> None:
+def _finish(session: _Session, display: _Display | None, next_step: int) -> None:
     """Say where the run stands, and leave it in ``summary.json`` with the hash of the weights. Collective."""
     digest = weights_digest(session.runtime)
     if display is None:
         return
-    entropy = session.data.store.meta.unigram_entropy_nats
+    num_steps, entropy = session.config.run.steps, session.data.store.meta.unigram_entropy_nats
+    records = read_metrics(session.folder / METRICS)  # not the loop's last outcome: there may be no step left to do
+    loss = records[-1]["loss"] if records else None
     summary = {"next_step": next_step, "loss": loss, "unigram_entropy_nats": entropy, "weights_sha256": digest}
     (session.folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     display.progress.note(
-        f"done: {next_step} steps, loss {loss:.3f} (unigram entropy {entropy:.3f}), weights sha256 {digest[:16]}, "
-        f"run folder {session.folder}"
+        f"{'done' if next_step == num_steps else 'stopped'}: {next_step} of {num_steps} steps, "
+        + ("" if loss is None else f"loss {loss:.3f} (unigram entropy {entropy:.3f}), ")
+        + f"weights sha256 {digest[:16]}, run folder {session.folder}"
     )

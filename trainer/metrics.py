@@ -9,6 +9,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+METRICS = "metrics.jsonl"
+"""Name of the metrics file in a run folder."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepReport:

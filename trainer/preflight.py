@@ -1,21 +1,28 @@
-"""What can be found wrong before any process starts: data, world size, run folder. No torch."""
+"""What can be found wrong before any process starts: data, world size, run folder, cost file. No torch."""
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
 
+from planner.codec import from_plain
 from planner.errors import SpecError
+from planner.units import parse_bytes
+from trainer.checkpoint_files import CHECKPOINTS, check_same_run, list_checkpoints, newest_checkpoint, run_identity
 from trainer.config import RunConfig, TrainConfig
-from trainer.training_data import open_training_data
+from trainer.ledger import LedgerPosition
+from trainer.plan_inputs import load_cost, plan_limits, require_longest_fits
+from trainer.training_data import TrainingData, open_training_data
 
-CHECKPOINTS = "checkpoints"
+_NO_BUDGET_BYTES = 2**62
 
 
 def preflight(config: TrainConfig, cache_root: Path) -> None:
     """Open the corpus (tokenising it once, so that the ranks only map it) and check the run against it.
 
-    Raises SpecError in one line each: no data, more ranks than sequences, a run folder that already holds a run.
+    Raises the error that the ranks would find later: SpecError for no data, more ranks than sequences, a run folder
+    that already holds a run or a cost file that does not serve; InfeasibleError for a sequence that fits no group;
+    CheckpointError for a resume without a checkpoint, or with other settings than it was saved with.
     """
     data = open_training_data(config, cache_root)
     data_ranks = config.run.world_size // config.parallel.tensor_parallel
@@ -24,18 +31,34 @@ def preflight(config: TrainConfig, cache_root: Path) -> None:
             f"the corpus has {len(data.samples)} sequences for {data_ranks} data ranks: "
             "lower --world-size or give more data with --data"
         )
-    saved = saved_steps(Path(config.run.dir))
-    if saved and not config.run.resume:
+    _check_run_folder(config, data)
+    _check_cost_file(config, data, data_ranks)
+
+
+def _check_run_folder(config: TrainConfig, data: TrainingData) -> None:
+    folder = Path(config.run.dir) / CHECKPOINTS
+    if config.run.resume:
+        # Only the manifests: the ranks hash the files, and pass over a checkpoint that is damaged.
+        path, manifest, _ = newest_checkpoint(folder, verify=False)
+        check_same_run(path, manifest["run"], run_identity(config, data.spec))
+        data.ledger.restore(from_plain(LedgerPosition, manifest["ledger"], where=str(path)))
+        return
+    saved = list_checkpoints(folder)
+    if saved:
         raise SpecError(
-            f"{config.run.dir} already holds a run (checkpoint at step {saved[-1]}): "
+            f"{config.run.dir} already holds a run ({saved[-1].name}): "
             "add --resume to go on, or --run-dir for a new one"
         )
 
 
-def saved_steps(run_dir: Path) -> list[int]:
-    """Steps of the checkpoints in a run folder, ascending (not verified)."""
-    names = [path.name for path in (run_dir / CHECKPOINTS).glob("step-*") if path.suffix != ".tmp"]
-    return sorted(int(name.removeprefix("step-")) for name in names if name.removeprefix("step-").isdigit())
+def _check_cost_file(config: TrainConfig, data: TrainingData, data_ranks: int) -> None:
+    """What the ranks will measure themselves (cost, memory) cannot be checked here."""
+    if config.plan.cost == "auto":
+        return
+    budget = config.plan.device_budget
+    budget_bytes = _NO_BUDGET_BYTES if budget == "auto" else parse_bytes(budget, what="--plan.device-budget")
+    limits = plan_limits(config, data.spec, device_budget_bytes=budget_bytes)
+    require_longest_fits(config, data, data_ranks, load_cost(config.plan.cost), limits)
 
 
 def with_free_run_dir(config: TrainConfig) -> TrainConfig:
@@ -44,7 +67,7 @@ def with_free_run_dir(config: TrainConfig) -> TrainConfig:
     if config.run.dir != default or config.run.resume:
         return config
     candidate, number = default, 1
-    while saved_steps(Path(candidate)):
+    while list_checkpoints(Path(candidate) / CHECKPOINTS):
         number += 1
         candidate = f"{default}-{number}"
     return dataclasses.replace(config, run=dataclasses.replace(config.run, dir=candidate))

@@ -4,15 +4,15 @@ import os
 import signal
 import time
 from pathlib import Path
-from typing import Any
 
 from launch import worker
 from planner.errors import EXIT_PREEMPTED, NumericError
+from trainer.config import TrainConfig
 from trainer.rank_env import RankEnv
 
 
-def behave(config: Any, env: RankEnv) -> int:
-    run_dir = Path(config).parent
+def behave(config: TrainConfig, env: RankEnv) -> int:
+    run_dir = Path(config.run.dir)
     behaviour = (run_dir / "behaviour").read_text()
     (run_dir / f"pid-{env.rank}").write_text(str(os.getpid()))
     if behaviour == "bug" and env.rank == 1:
@@ -42,5 +42,4 @@ def _wait_for_stop(run_dir: Path, env: RankEnv, *, is_deaf: bool) -> int:
 
 
 if __name__ == "__main__":
-    worker._train = behave
-    worker.main()
+    worker.main(behave)

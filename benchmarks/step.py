@@ -1,0 +1,157 @@
+"""Tokens per second of flexsp against the best static degree, in one run on CPU ranks that this command starts.
+
+    python -m benchmarks.step [--steps 12] [--out benchmarks/results/step.md]
+
+Memory is part of the comparison, as in the FlexSP paper: with the default ``--capacity-tokens`` the longest sequence
+needs all ranks, so a static degree has to serve every sequence with the group that only the longest ones need.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import warnings
+from collections.abc import Sequence as SequenceOf
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from benchmarks.step_report import markdown, this_setting
+from benchmarks.step_results import StepRun, StepSettings
+from launch import environment
+from launch.worker import die_with_parent, leave
+from planner.codec import from_plain, to_plain
+from planner.errors import EXIT_OK, LonghaulError, SpecError
+from planner.specs import load_model, model_names
+
+_EXIT_FAILURE = 1
+
+
+def main(arguments: SequenceOf[str] | None = None) -> int:
+    """Run the benchmark, print the report and write it where asked. Returns the exit code."""
+    options = _parser().parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    try:
+        settings = _settings(options)
+        for path in (options.out, options.json):
+            if path is not None and not path.absolute().parent.is_dir():
+                raise SpecError(f"{path}: folder {path.parent} does not exist")
+    except SpecError as error:
+        print(f"benchmarks.step: error: {error}", file=sys.stderr)
+        return error.exit_code
+    num_cores = environment.num_cores()
+    environment.apply(environment.rank_process_settings(
+        local_world_size=settings.num_ranks, is_single_node=True, num_cores=num_cores
+    ))
+    with tempfile.TemporaryDirectory(prefix="longhaul-bench-") as folder:
+        code = _run_ranks(settings, Path(folder))
+        if code != EXIT_OK:
+            return code
+        result = from_plain(StepRun, json.loads((Path(folder) / "result.json").read_text()), where="result")
+    setting = this_setting(" ".join(("python -m benchmarks.step", *words)), num_cores=num_cores)
+    report = markdown(result, setting)
+    if options.out is not None:
+        options.out.write_text(report, encoding="utf-8")
+    if options.json is not None:
+        facts = {"setting": to_plain(setting), "run": to_plain(result)}
+        options.json.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    print(report)
+    return EXIT_OK
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__.splitlines()[0])
+    parser.add_argument("--ranks", type=int, default=4, help="processes to start (%(default)s)")
+    parser.add_argument("--steps", type=int, default=8, help="batches; each strategy runs each once (%(default)s)")
+    parser.add_argument("--max-length", type=int, default=4096, help="longest sequence, tokens (%(default)s)")
+    parser.add_argument("--tokens-per-step", type=int, default=16384, help="most tokens in a batch (%(default)s)")
+    parser.add_argument(
+        "--capacity-tokens", type=int,
+        help="tokens of a microbatch that one rank may hold: the device budget (max length / ranks, rounded up)",
+    )
+    parser.add_argument(
+        "--attention", choices=("ulysses", "ring", "auto"), default="ulysses",
+        help="how groups of two and more share attention; auto: both (%(default)s)",
+    )
+    parser.add_argument("--model", default="tiny", help=f"{', '.join(model_names())} or a YAML file (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of lengths, tokens and weights (%(default)s)")
+    parser.add_argument("--out", type=Path, help="also write the report to this file (Markdown)")
+    parser.add_argument("--json", type=Path, help="write every measured step to this file")
+    return parser
+
+
+def _settings(options: argparse.Namespace) -> StepSettings:
+    """Raises SpecError on numbers that cannot work together."""
+    for name, lowest in (("ranks", 2), ("steps", 1), ("max_length", 32), ("seed", 0)):
+        if getattr(options, name) < lowest:
+            raise SpecError(f"--{name.replace('_', '-')} {getattr(options, name)}: at least {lowest}")
+    if options.tokens_per_step < options.max_length:
+        raise SpecError(
+            f"--tokens-per-step {options.tokens_per_step}: less than one sequence of --max-length {options.max_length}"
+        )
+    load_model(options.model)
+    needed = -(-options.max_length // options.ranks)
+    capacity = needed if options.capacity_tokens is None else options.capacity_tokens
+    if capacity < needed:
+        raise SpecError(
+            f"--capacity-tokens {capacity}: {options.ranks} ranks cannot hold a sequence of {options.max_length} "
+            f"tokens; at least {needed}"
+        )
+    return StepSettings(
+        num_ranks=options.ranks, num_batches=options.steps, tokens_per_batch=options.tokens_per_step,
+        max_length=options.max_length, capacity_tokens=capacity, attention=options.attention, model=options.model,
+        seed=options.seed,
+    )
+
+
+def _run_ranks(settings: StepSettings, folder: Path) -> int:
+    """Start all ranks and wait. The first that fails ends the others; its exit code is returned."""
+    context = multiprocessing.get_context("spawn")
+    ranks = [
+        context.Process(target=run_rank, args=(settings, rank, folder, os.getpid()), daemon=True)
+        for rank in range(settings.num_ranks)
+    ]
+    for rank in ranks:
+        rank.start()
+    try:
+        return _first_failure(ranks)
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.join()
+
+
+def _first_failure(ranks: SequenceOf[BaseProcess]) -> int:
+    waiting = list(ranks)
+    while waiting:
+        ended = wait([rank.sentinel for rank in waiting])
+        for rank in [rank for rank in waiting if rank.sentinel in ended]:
+            waiting.remove(rank)
+            rank.join()
+            if rank.exitcode != EXIT_OK:
+                return _EXIT_FAILURE if rank.exitcode is None or rank.exitcode < 0 else rank.exitcode
+    return EXIT_OK
+
+
+def run_rank(settings: StepSettings, rank: int, folder: Path, parent_pid: int) -> None:
+    """A rank's process. Rank 0 says what went wrong: the planner's errors reach all ranks."""
+    die_with_parent(parent_pid)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent, which kills the ranks
+    warnings.filterwarnings("ignore", message="Transformer Engine and Apex")  # megatron-core, once per module
+    from benchmarks.step_worker import measure_rank  # torch reads its variables here, after the parent set them
+
+    try:
+        measure_rank(settings, rank, folder)
+    except LonghaulError as error:
+        if rank == 0:
+            print(f"benchmarks.step: error: {error}", file=sys.stderr)
+        leave(error.exit_code)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,178 @@
+"""One rank of the step benchmark: calibrate, plan everything, then run every batch with every strategy in turn."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.lengths import skewed_batches
+from benchmarks.step_results import BATCH_BEST, FLEXSP, MeasuredStep, StepRun, StepSettings, loss_spread, static_name
+from parallel import comm
+from parallel.agree import agree_on_plan
+from parallel.program import compile_rank_program
+from planner.codec import to_plain
+from planner.cost import CostModel, PlanLimits
+from planner.errors import InfeasibleError, NumericError
+from planner.plan import Span, StepPlan, digest_of
+from planner.specs import load_model
+from planner.static import possible_degrees
+from planner.step_planner import plan_step
+from planner.verify import verify_plan
+from trainer.batch import TokenRows, token_rows
+from trainer.build import build_runtime
+from trainer.config import DataConfig, PlanConfig, RunConfig, TrainConfig
+from trainer.cost_source import obtain_cost
+from trainer.plan_inputs import plan_limits
+from trainer.rank_env import RankEnv
+from trainer.step import Runtime, StepOutcome, train_step
+
+_LOSS_TOLERANCE = 1e-4
+
+
+def measure_rank(settings: StepSettings, rank: int, folder: Path) -> None:
+    """Take part as ``rank``; rank 0 writes ``folder/result.json``, a StepRun. Collective.
+
+    Raises the planner's SpecError or InfeasibleError on all ranks, NumericError where strategies disagree on a loss.
+    """
+    config = TrainConfig(
+        run=RunConfig(dir=str(folder), seed=settings.seed, world_size=settings.num_ranks, device="cpu"),
+        data=DataConfig(max_length=settings.max_length),
+        plan=PlanConfig(attention=settings.attention),  # type: ignore[arg-type]
+    )
+    env = RankEnv(
+        rank=rank, world_size=settings.num_ranks, local_rank=rank, local_world_size=settings.num_ranks
+    )
+    runtime = build_runtime(config, env, load_model(settings.model), init_method=f"file://{folder / 'store'}")
+    try:
+        run = _measure(settings, config, runtime, folder)
+        if rank == 0:
+            (folder / "result.json").write_text(json.dumps(to_plain(run)), encoding="utf-8")
+    finally:
+        comm.shutdown()
+
+
+def _measure(settings: StepSettings, config: TrainConfig, runtime: Runtime, folder: Path) -> StepRun:
+    limits = plan_limits(config, runtime.model.spec, device_budget_bytes=0)  # the budget comes with the cost model
+    cost, _ = obtain_cost(config, runtime, limits, folder)  # an empty folder: measured now, as a training run would
+    limits = dataclasses.replace(limits, device_budget_bytes=cost.device_bytes(settings.capacity_tokens))
+    batches = skewed_batches(
+        num_batches=settings.num_batches, tokens_per_batch=settings.tokens_per_batch,
+        max_length=settings.max_length, seed=settings.seed,
+    )
+    plans, misfits = _plan_all(settings, runtime, cost, limits, batches)
+    load_before = os.getloadavg()[0]
+    run = StepRun(
+        settings=settings, batches=batches, budget_bytes=limits.device_budget_bytes, cost_origin=cost.provenance,
+        steps=_run_all(settings, runtime, plans, batches), misfits=misfits, num_threads=torch.get_num_threads(),
+        load_before=load_before, load_after=os.getloadavg()[0],
+    )
+    spread = loss_spread(run)
+    if not spread <= _LOSS_TOLERANCE:
+        raise NumericError(f"strategies differ by {spread:.1e} in the loss of one batch: they did not do the same work")
+    return run
+
+
+def _plan_all(
+    settings: StepSettings, runtime: Runtime, cost: CostModel, limits: PlanLimits, batches: tuple[tuple[int, ...], ...]
+) -> tuple[dict[str, tuple[StepPlan, ...]], tuple[tuple[str, int], ...]]:
+    """The plans of every strategy that fits all batches, by batch; and of the others, how many batches do not fit."""
+    degrees = possible_degrees(settings.num_ranks, cost, limits)
+    choices: dict[str, tuple[str, int | None]] = {FLEXSP: ("flexsp", None), BATCH_BEST: ("static", None)}
+    choices |= {static_name(degree): ("static", degree) for degree in degrees}
+    plans, misfits = {}, []
+    for name, (strategy, degree) in choices.items():
+        found: list[StepPlan] = []
+        for number, lengths in enumerate(batches):
+            try:
+                found.append(_plan(runtime, cost, limits, lengths, number, strategy, degree))
+            except InfeasibleError:
+                if degree is None:  # not even all degrees together can hold it: nothing to compare
+                    raise
+        if len(found) == len(batches):
+            plans[name] = tuple(found)
+        else:
+            misfits.append((name, len(batches) - len(found)))
+    return plans, tuple(misfits)
+
+
+def _plan(
+    runtime: Runtime, cost: CostModel, limits: PlanLimits, lengths: tuple[int, ...], step: int, strategy: str,
+    degree: int | None,
+) -> StepPlan:
+    """Rank 0 plans, all agree, as in training."""
+    mesh = runtime.mesh
+    plan: StepPlan | InfeasibleError | None = None
+    if mesh.rank == 0:
+        try:
+            plan = plan_step(
+                lengths, step=step, num_ranks=mesh.data_size, cost=cost, limits=limits, strategy=strategy,
+                degree=degree,
+            )
+        except InfeasibleError as error:
+            plan = error
+    return agree_on_plan(
+        plan, source=0, group=mesh.control_group,
+        verify=lambda received: verify_plan(
+            received, lengths, num_ranks=mesh.data_size, cost=cost, limits=limits
+        ),
+    )
+
+
+def _run_all(
+    settings: StepSettings, runtime: Runtime, plans: dict[str, tuple[StepPlan, ...]],
+    batches: tuple[tuple[int, ...], ...],
+) -> tuple[MeasuredStep, ...]:
+    names = list(plans)
+    steps = []
+    for name in names:
+        _run(runtime, plans[name][0], _reader(settings, batches[0], 0, runtime))  # warm-up
+    for number, lengths in enumerate(batches):
+        read = _reader(settings, lengths, number, runtime)
+        for name in turn_order(names, number):
+            plan = plans[name][number]
+            outcome, measured_s = _run(runtime, plan, read)
+            steps.append(MeasuredStep(
+                batch=number, strategy=name, num_tokens=plan.num_tokens, predicted_s=plan.predicted_s,
+                measured_s=measured_s, plan_s=plan.solver.wall_s, gap=plan.solver.gap, status=plan.solver.status.value,
+                winner=plan.solver.note.partition(" ")[0], work=digest_of(plan.microbatches), loss=outcome.loss,
+            ))
+    return tuple(steps)
+
+
+def turn_order(names: list[str], number: int) -> list[str]:
+    """Who goes when in batch ``number``: everyone is first in turn, and every second batch runs backwards, because a
+    step after one of the same shape is quicker (its memory is already there)."""
+    first = number % len(names)
+    turned = names[first:] + names[:first]
+    return turned[::-1] if number % 2 else turned
+
+
+def _run(
+    runtime: Runtime, plan: StepPlan, read: Callable[[tuple[Span, ...]], TokenRows]
+) -> tuple[StepOutcome, float]:
+    """The step's outcome and the seconds of the slowest rank."""
+    program = compile_rank_program(plan, runtime.mesh.data_rank)
+    comm.barrier(runtime.mesh.control_group)
+    outcome = train_step(runtime, program, read, num_tokens=plan.num_tokens, lr=0.0)
+    slowest = comm.all_reduce_max(torch.tensor([outcome.measured_s], dtype=torch.float64), runtime.mesh.control_group)
+    return outcome, float(slowest)
+
+
+def _reader(
+    settings: StepSettings, lengths: tuple[int, ...], number: int, runtime: Runtime
+) -> Callable[[tuple[Span, ...]], TokenRows]:
+    """Reads spans of random documents; every rank draws the same ones."""
+    rng = np.random.default_rng((settings.seed, number))
+    documents = [rng.integers(0, runtime.model.spec.vocab_size, size=length + 1) for length in lengths]
+
+    def read(spans: tuple[Span, ...]) -> TokenRows:
+        ids = [documents[span.sequence][span.start_token : span.stop_token + 1] for span in spans]
+        return token_rows(ids, spans, runtime.mesh.device)
+
+    return read

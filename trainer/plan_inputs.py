@@ -1,0 +1,83 @@
+"""What the planner of a run is given: limits from the settings, a cost model from a file. No torch, so that mistakes
+are found before any process starts."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import yaml
+
+from planner.codec import from_plain
+from planner.cost import CostModel, PlanLimits
+from planner.errors import SpecError
+from planner.machine import MachineProfile
+from planner.model_spec import ModelSpec
+from planner.plan import AttentionKind, Sharding
+from planner.step_planner import plan_step
+from trainer.config import TrainConfig
+from trainer.training_data import TrainingData
+
+KINDS = {
+    "auto": (AttentionKind.ULYSSES, AttentionKind.RING),
+    "ulysses": (AttentionKind.ULYSSES,),
+    "ring": (AttentionKind.RING,),
+}
+
+
+def plan_limits(config: TrainConfig, spec: ModelSpec, *, device_budget_bytes: int) -> PlanLimits:
+    """What plans of this run may use of each device and of the solver."""
+    return PlanLimits(
+        device_budget_bytes=device_budget_bytes,
+        max_ulysses_degree=spec.num_query_heads // config.parallel.tensor_parallel,
+        kinds=KINDS[config.plan.attention],
+        max_nodes=config.plan.max_nodes,
+        time_limit_s=config.plan.time_limit_s,
+        relative_gap=config.plan.relative_gap,
+    )
+
+
+def load_cost(file: str) -> CostModel:
+    """A cost model from JSON or YAML: the model itself, or the machine file that ``longhaul calibrate`` writes.
+
+    Raises SpecError naming the file and the key that is wrong.
+    """
+    where = f"--plan.cost {file}"
+    try:
+        data = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except yaml.MarkedYAMLError as error:
+        place = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise SpecError(f"{where}{place}: not valid YAML or JSON ({error.problem})") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise SpecError(f"{where}: cannot be read ({' '.join(str(error).split())})") from None
+    if isinstance(data, dict) and "cost" in data:
+        cost = from_plain(MachineProfile, data, where=where).cost
+    else:
+        cost = from_plain(CostModel, data, where=where)
+    _check_cost(cost, where)
+    return cost
+
+
+def _check_cost(cost: CostModel, where: str) -> None:
+    numbers = {
+        "memory.fixed_bytes": cost.memory.fixed_bytes, "memory.bytes_per_token": cost.memory.bytes_per_token,
+        "step_fixed_s": cost.step_fixed_s, "peak_flop_per_s": cost.peak_flop_per_s,
+    }
+    for name, value in numbers.items():
+        if not 0 <= value < math.inf:
+            raise SpecError(f"{where}: {name} must be 0 or more and finite, got {value}")
+    if not cost.degrees(AttentionKind.LOCAL):
+        raise SpecError(f"{where}: times holds no local group of degree 1, which every planner starts from")
+    if cost.sharding is not Sharding.GATHER_ONCE:
+        raise SpecError(f"{where}: priced for sharding {cost.sharding}; training runs {Sharding.GATHER_ONCE} only")
+
+
+def require_longest_fits(
+    config: TrainConfig, data: TrainingData, num_ranks: int, cost: CostModel, limits: PlanLimits
+) -> None:
+    """Raises InfeasibleError where the corpus's longest sequence fits no group of ``num_ranks`` data ranks at all,
+    SpecError where the cost model does not price what the settings ask for."""
+    plan_step(
+        [int(data.samples.num_tokens.max())], step=0, num_ranks=num_ranks, cost=cost, limits=limits,
+        strategy=config.plan.strategy, degree=config.plan.degree,
+    )
