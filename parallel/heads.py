@@ -28,7 +28,8 @@ class HeadLayout:
     def __post_init__(self) -> None:
         if not 1 <= self.degree <= self.num_query_heads or self.num_query_heads % self.num_kv_heads:
             raise PlanError(
-                f"cannot split {self.num_query_heads} query heads ({self.num_kv_heads} KV heads) over {self.degree} ranks"
+                f"cannot split {self.num_query_heads} query heads ({self.num_kv_heads} KV heads) "
+                f"over {self.degree} ranks"
             )
 
     def query_heads(self, index: int) -> tuple[int, int]:

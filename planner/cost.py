@@ -36,7 +36,8 @@ class TimeFit:
         for name in ("s_per_token2", "s_per_token", "s_per_sequence", "fixed_s"):
             value = getattr(self, name)
             if not 0 <= value < math.inf:
-                raise SpecError(f"{self.kind} of degree {self.degree}: {name} must be 0 or more and finite, got {value}")
+                which = f"{self.kind} of degree {self.degree}"
+                raise SpecError(f"{which}: {name} must be 0 or more and finite, got {value}")
 
     def group_s(self, *, num_tokens: float, num_tokens2: float, num_sequences: int) -> float:
         """Seconds for sequences with these sums of lengths and of squared lengths."""

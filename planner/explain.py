@@ -18,7 +18,7 @@ GROUP_COLUMNS = ("microbatch", "attention", "ranks", "seqs", "tokens", "longest"
 
 _STATUS_WORDS = {
     SolveStatus.OPTIMAL: "proven optimal",
-    SolveStatus.GAP: "within the allowed gap",
+    SolveStatus.FEASIBLE: "not proven optimal",
     SolveStatus.LIMIT: "stopped at the solver limit",
     SolveStatus.GREEDY: "greedy plan",
     SolveStatus.STATIC: "static plan",

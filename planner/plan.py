@@ -36,10 +36,11 @@ class Sharding(StrEnum):
 
 
 class SolveStatus(StrEnum):
-    """How the plan was found. Only OPTIMAL is a proof; LATE means the step did not wait for the planner."""
+    """How the plan was found. Only OPTIMAL is a proof (to within the gap asked for); LATE: the planner was not done in
+    time and the step took the greedy plan."""
 
     OPTIMAL = "optimal"
-    GAP = "gap"
+    FEASIBLE = "feasible"
     LIMIT = "limit"
     GREEDY = "greedy"
     STATIC = "static"

@@ -88,7 +88,8 @@ def _check_coverage(group: AttentionGroup, lengths: SequenceOf[int], tasks: Sequ
             raise PlanError(f"{walk}: task crosses documents: {task}")
         by_sequence[task.query.sequence].append(task)
     for index, owed in by_sequence.items():
-        borders = sorted({0, lengths[index]} | {edge for t in owed for edge in (t.query.start_token, t.query.stop_token)})
+        edges = {edge for t in owed for edge in (t.query.start_token, t.query.stop_token)}
+        borders = sorted({0, lengths[index]} | edges)
         for start, stop in zip(borders, borders[1:], strict=False):
             over = [t for t in owed if t.query.start_token <= start and stop <= t.query.stop_token]
             triangles = [t for t in over if t.causal]

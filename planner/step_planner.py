@@ -46,7 +46,7 @@ def plan_step(
     The report's bound holds for every plan of the group shapes tried, whatever its rounds and order. Status: OPTIMAL
     where the plan is within ``limits.relative_gap`` of that bound, and only there: the rounds' programs may all be
     closed and yet prove nothing about other ways to cut the rounds. Else GREEDY where the list schedule won, LIMIT
-    where another plan won and a solver stopped early, GAP where it won and none did. STATIC always for ``static``.
+    where another plan won and a solver stopped early, FEASIBLE where it won and none did. STATIC always for ``static``.
     The note names the winner.
 
     Raises SpecError on bad arguments and InfeasibleError where a sequence fits in no group.
@@ -138,7 +138,7 @@ def _flexsp(
     if _proven(best.makespan_s, bound_s, cost, limits):
         status = SolveStatus.OPTIMAL
     elif winner != "greedy":
-        status = SolveStatus.LIMIT if hit_limit else SolveStatus.GAP
+        status = SolveStatus.LIMIT if hit_limit else SolveStatus.FEASIBLE
     return _Found(groups=best.groups, status=status, bound_s=bound_s, note="; ".join([f"{winner} plan", *notes]))
 
 

@@ -53,7 +53,8 @@ def format_bytes(num_bytes: float) -> str:
     """1.5 GiB and the like: binary units, three digits."""
     for scale, name in ((TIB, "TiB"), (GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
         if abs(num_bytes) >= scale:
-            return f"{num_bytes / scale:.3g} {name}" if abs(num_bytes) < 1000 * scale else f"{num_bytes / scale:.0f} {name}"
+            number = num_bytes / scale
+            return f"{number:.3g} {name}" if abs(number) < 1000 else f"{number:.0f} {name}"
     return f"{num_bytes:.0f} B"
 
 

@@ -39,7 +39,7 @@ SETTINGS = StepSettings(
 def step(batch, strategy, num_tokens, predicted_s, measured_s, loss=5.0, work=""):
     return MeasuredStep(
         batch=batch, strategy=strategy, num_tokens=num_tokens, predicted_s=predicted_s, measured_s=measured_s,
-        plan_s=0.004, gap=0.1, status="gap", winner="flexsp", work=work or strategy, loss=loss,
+        plan_s=0.004, gap=0.1, status="feasible", winner="flexsp", work=work or strategy, loss=loss,
     )
 
 

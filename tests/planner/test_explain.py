@@ -24,7 +24,7 @@ from tests.planner.test_simulate import second_cost
 LOCAL, ULYSSES, RING = AttentionKind.LOCAL, AttentionKind.ULYSSES, AttentionKind.RING
 
 
-def planned(bound_s: float = 4.4, status: SolveStatus = SolveStatus.GAP) -> PlannedStep:
+def planned(bound_s: float = 4.4, status: SolveStatus = SolveStatus.FEASIBLE) -> PlannedStep:
     cost = second_cost()
     plan = assemble_plan(
         step=7, strategy="flexsp", num_ranks=4, lengths=[8, 3, 2, 3], cost=cost, status=status, bound_s=bound_s,
@@ -41,7 +41,7 @@ def test_step_row() -> None:
     row = dict(zip(STEP_COLUMNS, step_row(planned()), strict=True))
     assert row == {
         "step": "7", "seqs": "4", "tokens": "16", "longest": "8", "microbatches": "4", "seconds": "5.5 s",
-        "bound": "4.4 s", "gap": "20.0%", "idle": "20.0%", "peak": "140 B", "status": "gap",
+        "bound": "4.4 s", "gap": "20.0%", "idle": "20.0%", "peak": "140 B", "status": "feasible",
     }
     unknown = dict(zip(STEP_COLUMNS, step_row(planned(bound_s=0.0, status=SolveStatus.GREEDY)), strict=True))
     assert (unknown["bound"], unknown["gap"], unknown["status"]) == ("-", "-", "greedy")

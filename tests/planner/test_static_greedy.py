@@ -170,7 +170,7 @@ def every_step_s(
             groups.sort(key=lambda group: -len(group.ranks))
             plan = assemble_plan(
                 step=0, strategy="all", num_ranks=num_ranks, lengths=lengths, groups=groups, cost=cost,
-                status=SolveStatus.GAP, bound_s=0.0, wall_s=0.0, cost_digest="",
+                status=SolveStatus.FEASIBLE, bound_s=0.0, wall_s=0.0, cost_digest="",
             )
             yield plan.predicted_s
 
