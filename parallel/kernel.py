@@ -138,12 +138,13 @@ class CudaFlashKernel:
         self, dout_TNH: torch.Tensor, q_TNH: torch.Tensor, k_SKH: torch.Tensor, v_SKH: torch.Tensor,
         out_TNH: torch.Tensor, lse_TN: torch.Tensor, pairs: Pairs, scale: float,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        no_rng = torch.zeros(2, dtype=torch.uint64, device=q_TNH.device)  # without dropout the kernel never reads it
+        device = q_TNH.device
+        no_rng = torch.zeros(2, dtype=torch.uint64, device=device)  # without dropout the kernel never reads it
         grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = torch.ops.aten._flash_attention_backward(
             dout_TNH[pairs.query_index], q_TNH[pairs.query_index], k_SKH[pairs.key_index], v_SKH[pairs.key_index],
             out_TNH[pairs.query_index], lse_TN[pairs.query_index].transpose(0, 1).contiguous(),
-            pairs.cu_queries, pairs.cu_keys, pairs.max_query, pairs.max_key, 0.0, pairs.causal, no_rng, no_rng,
-            scale=scale,
+            pairs.cu_queries, pairs.cu_keys, pairs.max_query, pairs.max_key, 0.0, pairs.causal, no_rng,
+            torch.empty(0, device=device), scale=scale,
         )
         return grads
 
