@@ -10,6 +10,7 @@ KIB = 2**10
 MIB = 2**20
 GIB = 2**30
 TIB = 2**40
+MICROSECONDS_PER_S = 10**6
 
 _SCALES = {
     "": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "P": 10**15,
@@ -53,7 +54,8 @@ def format_bytes(num_bytes: float) -> str:
     """1.5 GiB and the like: binary units, three digits."""
     for scale, name in ((TIB, "TiB"), (GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
         if abs(num_bytes) >= scale:
-            return f"{num_bytes / scale:.3g} {name}" if abs(num_bytes) < 1000 * scale else f"{num_bytes / scale:.0f} {name}"
+            digits = ".3g" if abs(num_bytes) < 1000 * scale else ".0f"
+            return f"{num_bytes / scale:{digits}} {name}"
     return f"{num_bytes:.0f} B"
 
 

@@ -46,6 +46,7 @@ def make_limits(config: TrainConfig, runtime: Runtime, local_world_size: int) ->
         max_nodes=config.plan.max_nodes,
         time_limit_s=config.plan.time_limit_s,
         relative_gap=config.plan.relative_gap,
+        devices_per_node=max(1, local_world_size // runtime.mesh.tensor_size),
     )
 
 
