@@ -23,6 +23,7 @@ LAYER_LAUNCH_S = 2.5e-4  # about 60 kernels of one layer, forward and backward, 
 RING_EXPOSED_SHARE = 1 / 3  # see _ring_s_per_token
 ZERO3_EXPOSED_SHARE = 1 / 3  # prefetching hides the rest: a guess that gives FlexSP's released beta1 within 3 %
 MAX_DEGREE = 64
+"""The largest ulysses group, and the largest ring up to which every integer is priced."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +67,8 @@ def derive_cost(
     element_bytes: int = 2,
     sharding: Sharding = Sharding.GATHER_ONCE,
 ) -> CostModel:
-    """Coefficients for ``num_ranks`` data ranks: local, ulysses at powers of two and ``num_ranks``, ring at any degree.
+    """Coefficients for ``num_ranks`` data ranks: local, ulysses at powers of two and ``num_ranks``, ring at
+    any degree up to ``MAX_DEGREE`` and at 32 degrees an octave beyond it.
 
     ``element_bytes``: of activations and gathered weights. Raises SpecError where the ranks do not fit the cluster or
     tensor parallelism does not divide the heads.
@@ -87,7 +89,7 @@ def derive_cost(
     fixed_s = model.num_layers * LAYER_LAUNCH_S + (_zero3_s(setting) if sharding is Sharding.ZERO3 else 0.0)
     times = [_fit(setting, AttentionKind.LOCAL, 1, fixed_s)]
     times += [_fit(setting, AttentionKind.ULYSSES, degree, fixed_s) for degree in _ulysses_degrees(setting)]
-    times += [_fit(setting, AttentionKind.RING, degree, fixed_s) for degree in range(2, min(num_ranks, MAX_DEGREE) + 1)]
+    times += [_fit(setting, AttentionKind.RING, degree, fixed_s) for degree in _ring_degrees(num_ranks)]
     return CostModel(
         times=tuple(times),
         memory=_memory(setting, sharding),
@@ -106,6 +108,16 @@ def _ulysses_degrees(setting: _Setting) -> list[int]:
     if 2 <= setting.num_ranks <= setting.query_heads:
         powers.add(setting.num_ranks)
     return sorted(powers)
+
+
+def _ring_degrees(num_ranks: int) -> list[int]:
+    """Every degree up to ``MAX_DEGREE``, 32 an octave beyond it (steps of 1.6 to 3.1 %), and ``num_ranks`` itself."""
+    degrees = list(range(2, min(num_ranks, MAX_DEGREE) + 1))
+    degree = MAX_DEGREE
+    while degree < num_ranks:
+        degree = min(num_ranks, degree + 2 ** (degree.bit_length() - 6))
+        degrees.append(degree)
+    return degrees
 
 
 def _fit(setting: _Setting, kind: AttentionKind, degree: int, fixed_s: float) -> TimeFit:
@@ -225,6 +237,11 @@ def _notes(setting: _Setting, sharding: Sharding) -> tuple[str, ...]:
         "gradient reduction and parameter gather not overlapped with compute",
         "activations kept in full, logits in chunks (not counted), learned positions sharded like weights",
     ]
+    if setting.model.num_experts > 1:
+        notes.append(
+            "guess: experts evenly loaded, at the efficiency of dense products, gathered like all weights (no expert "
+            "parallelism)"
+        )
     if setting.tensor_parallel > 1:
         notes.append("tensor parallel: activations and weights divided evenly, all-reduces not overlapped")
     if sharding is Sharding.ZERO3:

@@ -13,11 +13,24 @@ from planner.simulate import price_groups, run_schedule
 
 @dataclass(frozen=True, slots=True)
 class GroupChoice:
-    """Sequences (indices into the step) that these ranks run together as one microbatch."""
+    """Sequences (indices into the step) whose attention these ranks share."""
 
     kind: AttentionKind
     ranks: tuple[int, ...]
     sequences: tuple[int, ...]
+
+
+MicrobatchChoice = GroupChoice | tuple[GroupChoice, ...]  # one group alone, or several that run as one microbatch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """A strategy's answer: microbatches in global order. ``bound_s`` (seconds) leaves ``step_fixed_s`` out."""
+
+    groups: tuple[MicrobatchChoice, ...]
+    status: SolveStatus
+    bound_s: float
+    note: str
 
 
 def assemble_plan(
@@ -26,7 +39,7 @@ def assemble_plan(
     strategy: str,
     num_ranks: int,
     lengths: SequenceOf[int],
-    groups: Iterable[GroupChoice],
+    groups: Iterable[MicrobatchChoice],
     cost: CostModel,
     status: SolveStatus,
     bound_s: float,
@@ -34,24 +47,22 @@ def assemble_plan(
     note: str = "",
     cost_digest: str | None = None,
 ) -> StepPlan:
-    """One microbatch per group, in the given order, which becomes the plan's global order.
+    """One microbatch per entry of ``groups``, in the given order, which becomes the plan's global order. The groups of
+    an entry that holds several may share ranks; they run in their order too.
 
     ``lengths[i]``: tokens of sequence i. ``bound_s``: proven lower bound of the whole step, ``step_fixed_s`` included
     (0 where none is known); where rounding puts it above the simulated step, it is lowered to it. ``cost_digest``
     saves hashing the cost model again where the caller holds its digest. Raises PlanError where the cost model cannot
     price a group.
     """
-    attention = [
-        AttentionGroup(kind=choice.kind, ranks=tuple(choice.ranks), sequences=tuple(choice.sequences))
-        for choice in groups
-    ]
-    prices = [price_groups(group.ranks, (group,), lengths, cost) for group in attention]
+    work = [_attention_groups(choice) for choice in groups]
+    prices = [price_groups(_ranks(attention), attention, lengths, cost) for attention in work]
     simulation = run_schedule(prices, num_ranks=num_ranks, cost=cost)
     microbatches = tuple(
         Microbatch(
-            ranks=group.ranks, groups=(group,), predicted_s=price.seconds, peak_bytes=price.peak_bytes(cost)
+            ranks=price.ranks, groups=attention, predicted_s=price.seconds, peak_bytes=price.peak_bytes(cost)
         )
-        for group, price in zip(attention, prices, strict=True)
+        for attention, price in zip(work, prices, strict=True)
     )
     report = SolveReport(
         status=status,
@@ -72,6 +83,21 @@ def assemble_plan(
         cost_digest=cost.digest if cost_digest is None else cost_digest,
         solver=report,
     )
+
+
+def _attention_groups(choice: MicrobatchChoice) -> tuple[AttentionGroup, ...]:
+    choices = (choice,) if isinstance(choice, GroupChoice) else choice
+    return tuple(
+        AttentionGroup(kind=group.kind, ranks=tuple(group.ranks), sequences=tuple(group.sequences))
+        for group in choices
+    )
+
+
+def _ranks(groups: tuple[AttentionGroup, ...]) -> tuple[int, ...]:
+    """The ranks of one microbatch: in group order where it has one group, else ascending."""
+    if len(groups) == 1:
+        return groups[0].ranks
+    return tuple(sorted({rank for group in groups for rank in group.ranks}))
 
 
 def _rounded_bound(bound_s: float, step_s: float) -> float:

@@ -1,26 +1,49 @@
 """What no plan can beat: a proven lower bound on the step time under the cost model.
 
-Let C be the time of the last rank to finish, ``step_fixed_s`` aside, in any plan whose groups have the table's shapes.
+Let C be the time of the last rank to finish, ``step_fixed_s`` aside, in any plan whose groups have the given shapes.
 
-- A sequence alone on a shape takes ``marginal_s + fixed_s``; in company it takes no less. So every sequence runs on a
-  shape where that is at most C, and C is at least the longest sequence's best time (the critical path).
-- The ranks are busy for at most num_ranks * C rank seconds in all. A group's fixed time is paid once and its memory is
-  finite, so a sequence that takes the share ``load / capacity`` of a group owes at least that share of it:
-  sum over sequences of min over shapes allowed at C of degree * (marginal_s + fixed_s * load / capacity)
-  <= num_ranks * C.
-- A rank that works at all pays at least one ``fixed_s``, so without the shares:
-  sum of min degree * marginal_s <= num_ranks * (C - min fixed_s).
+- *Critical path.* A sequence alone on a shape takes ``marginal_s + fixed_s``; in company it takes no less. So every
+  sequence runs on a shape where that is at most C, and C is at least the longest sequence's best time.
+- *Work.* A group keeps ``degree`` ranks busy for fixed_s plus its members' marginal_s, and all ranks together are busy
+  for at most num_ranks * C rank seconds.
+- *Fixed times.* A group's fixed_s is paid once. Its members' shares of its memory add up to at most 1 (that is the
+  memory bound on the number of microbatches), and so do their shares ``marginal_s / (C - fixed_s)`` of the time it has
+  left (that is the clock's bound). Any mix of the two with weights w and 1 - w adds up to at most 1 as well, so for
+  every w in 0 .. 1 each member may be charged that mix of the fixed time:
 
-A smaller C allows fewer shapes, so both left sides fall as C grows: the smallest C that meets all three is found by
-bisection over the times where the allowed shapes change. Nothing here depends on rounds or orders: it bounds every
-strategy that forms these shapes. All coefficients must be at least 0.
+      sum over sequences of min over shapes allowed at C of
+          degree * (marginal_s + fixed_s * (w * memory share + (1 - w) * marginal_s / (C - fixed_s)))  <=  num_ranks * C
+
+  This is the dual side of a linear program that lets every sequence choose fractions of shapes.
+
+A smaller C allows fewer shapes and raises every charge, so the left side falls as C grows: the smallest C that
+satisfies the inequality is bracketed by bisection and the lower end of the bracket is returned. The memory share of a
+ring counts tokens / (degree * tokens a rank holds), never more than what the zigzag layout takes. Nothing depends on
+rounds, placement or order, and a microbatch of several groups takes no less than its groups one by one: the bound holds
+for every strategy that forms these shapes. All coefficients must be at least 0.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+
 import numpy as np
 
-from planner.shapes import FloatArray, IntArray, PriceTable
+from planner.plan import AttentionKind
+from planner.shapes import BoolArray, FloatArray, GroupShape, IntArray, PriceTable, price_table
+
+MEMORY_WEIGHTS = (1.0, 0.0, 0.5, 0.75, 0.25)
+MAX_EVALUATIONS = 60
+RELATIVE_WIDTH = 1e-10
+
+
+@dataclass(frozen=True, slots=True)
+class BoundPart:
+    """Rows of one table, each standing for ``counts`` sequences of its length."""
+
+    table: PriceTable
+    counts: FloatArray
 
 
 def makespan_bound_s(table: PriceTable, num_ranks: int) -> float:
@@ -30,21 +53,146 @@ def makespan_bound_s(table: PriceTable, num_ranks: int) -> float:
     """
     if not table.num_rows:
         return 0.0
-    alone_s = _alone_s(table)
-    with_shares = _smallest_makespan(alone_s, _rank_seconds(table), num_ranks, offset_s=0.0)
-    without_shares = table.degrees * table.marginal_s
-    return max(with_shares, _smallest_makespan(alone_s, without_shares, num_ranks, offset_s=float(table.fixed_s.min())))
+    _, places, counts = np.unique(table.lengths, return_index=True, return_counts=True)
+    return bound_of_parts((BoundPart(table.take_rows(places), counts.astype(np.float64)),), num_ranks)
 
 
-def cheapest_columns(table: PriceTable, makespan_s: float) -> IntArray:
-    """Per sequence the shape with the fewest rank seconds among those that run it within ``makespan_s``.
+def step_bound_s(lengths: SequenceOf[int] | IntArray, shapes: SequenceOf[GroupShape], num_ranks: int) -> float:
+    """``makespan_bound_s`` of sequences of these lengths (tokens) on these shapes, fast for many of both."""
+    return bound_of_parts(bound_parts(lengths, shapes, num_ranks), num_ranks)
 
-    Where none does, the quickest one.
+
+def bound_parts(
+    lengths: SequenceOf[int] | IntArray, shapes: SequenceOf[GroupShape], num_ranks: int
+) -> tuple[BoundPart, ...]:
+    """Price each distinct length once. Lengths that local runs within a certain lower bound need only the shapes that
+    could ever charge them less than local does; the few longer ones are priced on all shapes."""
+    distinct, counts = np.unique(np.asarray(lengths, dtype=np.int64), return_counts=True)
+    weights = counts.astype(np.float64)
+    local = next((shape for shape in shapes if shape.kind is AttentionKind.LOCAL), None)
+    if local is None or not len(distinct):
+        return (BoundPart(price_table(distinct, shapes), weights),) if len(distinct) else ()
+    settled = settled_lengths(distinct, weights, shapes, local, num_ranks)
+    parts = []
+    if settled.any():
+        rivals = [shape for shape in shapes if shape is local or not _dominates(local, shape)]
+        parts.append(BoundPart(price_table(distinct[settled], rivals), weights[settled]))
+    if not settled.all():
+        parts.append(BoundPart(price_table(distinct[~settled], shapes), weights[~settled]))
+    return tuple(parts)
+
+
+def settled_lengths(
+    lengths: IntArray, counts: FloatArray, shapes: SequenceOf[GroupShape], local: GroupShape, num_ranks: int
+) -> BoolArray:
+    """Which lengths fit ``local`` and run there alone within a simple lower bound on the makespan: the longest
+    sequence's best time, and the work at the cheapest coefficients over all shapes."""
+    tokens = lengths.astype(np.float64)
+    coefficients = np.array(
+        [(s.fit.s_per_token2, s.fit.s_per_token, s.fit.s_per_sequence, s.fit.fixed_s) for s in shapes]
+    )
+    degrees = np.array([[shape.degree] for shape in shapes], dtype=np.float64)
+    cheapest = (coefficients * degrees).min(axis=0)
+    work_s = float((cheapest[0] * tokens**2 + cheapest[1] * tokens + cheapest[2]) @ counts) / num_ranks
+    longest = price_table(lengths[[int(np.argmax(lengths))]], shapes)
+    least_s = max(work_s, float(_alone_s(longest).min()))
+    fit = local.fit
+    local_s = fit.s_per_token2 * tokens**2 + fit.s_per_token * tokens + fit.s_per_sequence + fit.fixed_s
+    settled: BoolArray = (lengths <= local.capacity_tokens) & (local_s <= least_s)
+    return settled
+
+
+def _dominates(local: GroupShape, shape: GroupShape) -> bool:
+    """Local charges every sequence it may run no more rank seconds than ``shape``, whatever the weights."""
+    degree, here, there = shape.degree, local.fit, shape.fit
+    capacity = group_tokens(shape)
+    return (
+        here.s_per_token2 <= degree * there.s_per_token2
+        and here.s_per_token <= degree * there.s_per_token
+        and here.s_per_sequence <= degree * there.s_per_sequence
+        and here.fixed_s <= there.fixed_s
+        and here.fixed_s * capacity <= degree * there.fixed_s * local.capacity_tokens
+    )
+
+
+def group_tokens(shape: GroupShape) -> int:
+    """Tokens that all ranks of the group hold together at most."""
+    return shape.capacity_tokens * (shape.degree if shape.kind is AttentionKind.RING else 1)
+
+
+def bound_of_parts(parts: SequenceOf[BoundPart], num_ranks: int) -> float:
+    """The bound for all parts together (seconds, 0 without parts)."""
+    works = [_Work.of(part) for part in parts]
+    best_s = max((float(work.alone_s.min(axis=1).max()) for work in works), default=0.0)
+    for memory_weight in MEMORY_WEIGHTS if works else ():
+        best_s = _raise_bound(works, num_ranks, memory_weight, best_s)
+    return best_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Work:
+    """A part ready to be charged: arrays of row by shape, vectors by shape, ``counts`` by row."""
+
+    counts: FloatArray
+    alone_s: FloatArray
+    rank_seconds: FloatArray  # degree * marginal_s
+    memory_rank_seconds: FloatArray  # degree * fixed_s * memory share
+    fixed_s: FloatArray
+
+    @classmethod
+    def of(cls, part: BoundPart) -> _Work:
+        table = part.table
+        return cls(
+            counts=part.counts, alone_s=_alone_s(table), rank_seconds=table.degrees * table.marginal_s,
+            memory_rank_seconds=table.degrees * table.fixed_s * _memory_shares(table), fixed_s=table.fixed_s,
+        )
+
+    def charge_s(self, makespan_s: float, memory_weight: float) -> float:
+        """Least rank seconds of all rows in a step that takes ``makespan_s``."""
+        spare_s = makespan_s - self.fixed_s  # negative only where no row is allowed
+        clock_weight = np.where(spare_s > 0, (1 - memory_weight) * self.fixed_s / np.maximum(spare_s, 1e-300), 0.0)
+        charges = self.rank_seconds * (1 + clock_weight) + memory_weight * self.memory_rank_seconds
+        return float(np.where(self.alone_s <= makespan_s, charges, np.inf).min(axis=1) @ self.counts)
+
+
+def _raise_bound(works: SequenceOf[_Work], num_ranks: int, memory_weight: float, low_s: float) -> float:
+    """The largest proven bound at this weight, at least ``low_s`` (itself proven, and no less than the critical path).
+
+    ``needed(C)`` falls with C, so C < needed(C) proves C impossible and needed(C) possible, and C >= needed(C) proves
+    C possible and everything below needed(C) impossible.
     """
+
+    def needed_s(makespan_s: float) -> float:
+        return sum(work.charge_s(makespan_s, memory_weight) for work in works) / num_ranks
+
+    high_s = needed_s(low_s)
+    if high_s <= low_s:
+        return low_s
+    trial_s = high_s
+    for _ in range(MAX_EVALUATIONS):
+        need_s = needed_s(trial_s)
+        if need_s > trial_s:
+            low_s, high_s = trial_s, min(high_s, need_s)
+        else:
+            low_s, high_s = max(low_s, need_s), trial_s
+        if high_s - low_s <= RELATIVE_WIDTH * high_s:
+            break
+        trial_s = need_s if low_s < need_s < high_s else (low_s + high_s) / 2
+    return low_s
+
+
+def cheapest_columns(table: PriceTable, makespan_s: float, memory_weight: float = 1.0) -> IntArray:
+    """Per sequence the shape with the fewest rank seconds among those that run it within ``makespan_s``, its fixed time
+    shared out as in the bound. Where none does, the quickest one."""
     alone_s = _alone_s(table)
     limit_s = np.maximum(makespan_s * (1 + 1e-9), alone_s.min(axis=1))
     allowed = table.fits & (alone_s <= limit_s[:, None])
-    columns: IntArray = np.argmin(np.where(allowed, _rank_seconds(table), np.inf), axis=1)
+    shares = memory_weight * _memory_shares(table)
+    if memory_weight < 1:
+        spare_s = np.maximum(limit_s[:, None] - table.fixed_s, 1e-300)
+        shares = shares + (1 - memory_weight) * np.minimum(table.marginal_s / spare_s, 1.0)
+    charges = table.degrees * (table.marginal_s + table.fixed_s * shares)
+    columns: IntArray = np.argmin(np.where(allowed, charges, np.inf), axis=1)
     return columns
 
 
@@ -53,28 +201,7 @@ def _alone_s(table: PriceTable) -> FloatArray:
     return times
 
 
-def _rank_seconds(table: PriceTable) -> FloatArray:
-    shares = table.fixed_s * table.load_tokens / np.maximum(table.capacity_tokens, 1)
-    seconds: FloatArray = table.degrees * (table.marginal_s + shares)
-    return seconds
-
-
-def _smallest_makespan(alone_s: FloatArray, rank_seconds: FloatArray, num_ranks: int, *, offset_s: float) -> float:
-    """Smallest C with ``alone_s.min(axis=1) <= C`` and work(C) <= num_ranks * (C - offset_s)."""
-    critical_s = float(alone_s.min(axis=1).max())
-
-    def needed_s(makespan_s: float) -> float:
-        work = np.where(alone_s <= makespan_s, rank_seconds, np.inf).min(axis=1).sum()
-        return float(work) / num_ranks + offset_s
-
-    steps = np.unique(alone_s[np.isfinite(alone_s) & (alone_s > critical_s)])
-    low, high = 0, len(steps)  # the answer lies below steps[high] (if any) and at or above steps[low - 1]
-    while low < high:
-        middle = (low + high) // 2
-        if needed_s(steps[middle]) <= steps[middle]:
-            high = middle
-        else:
-            low = middle + 1
-    start_s = float(steps[low - 1]) if low else critical_s
-    found_s = max(start_s, needed_s(start_s))
-    return min(found_s, float(steps[low])) if low < len(steps) else found_s
+def _memory_shares(table: PriceTable) -> FloatArray:
+    capacities = np.array([max(group_tokens(shape), 1) for shape in table.shapes], dtype=np.float64)
+    shares: FloatArray = table.lengths[:, None] / capacities
+    return shares

@@ -116,8 +116,8 @@ class CostModel:
         spare = budget_bytes - self.memory.fixed_bytes
         if spare < 0 or self.memory.bytes_per_token <= 0:
             return 0 if spare < 0 else 2**62
-        tokens = int(spare / self.memory.bytes_per_token)
-        while tokens > 0 and self.device_bytes(tokens) > budget_bytes:  # float rounding, at most once
+        tokens = int(spare / self.memory.bytes_per_token) + 1  # device_bytes cuts fractions off: one more may fit
+        while tokens > 0 and self.device_bytes(tokens) > budget_bytes:
             tokens -= 1
         return tokens
 
@@ -129,7 +129,8 @@ class PlanLimits:
     ``device_budget_bytes``: peak bytes allowed per device. ``max_ulysses_degree``: query heads per tensor rank.
     ``kinds``: attention kinds allowed for groups of two and more. Solver work is counted in nodes
     (``max_nodes``), so the same inputs give the same plan; ``time_limit_s`` only guards. ``num_buckets`` (Q) and
-    ``num_round_trials`` (M') are FlexSP's 16 and 5.
+    ``num_round_trials`` (M') are FlexSP's 16 and 5. ``devices_per_node``: consecutive data ranks that share a node
+    (None: all of them).
     """
 
     device_budget_bytes: int
@@ -140,3 +141,12 @@ class PlanLimits:
     relative_gap: float = 0.02
     num_buckets: int = 16
     num_round_trials: int = 5
+    devices_per_node: int | None = None
+
+    def node_size(self, num_ranks: int) -> int:
+        """Data ranks of a full node, at most ``num_ranks``. Raises SpecError where ``devices_per_node`` is below 1."""
+        if self.devices_per_node is None:
+            return num_ranks
+        if self.devices_per_node < 1:
+            raise SpecError(f"devices_per_node must be at least 1, got {self.devices_per_node}")
+        return min(self.devices_per_node, num_ranks)

@@ -5,16 +5,25 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from planner.breakdown import MemorySplit, TimeSplit
 from planner.cost import CostModel
-from planner.plan import AttentionGroup, AttentionKind, SolveStatus, StepPlan
+from planner.plan import AttentionGroup, AttentionKind, Microbatch, Sharding, SolveStatus, StepPlan
 from planner.simulate import Simulation, step_lengths
 from planner.units import format_bytes, format_count, format_seconds
+
+if TYPE_CHECKING:
+    from planner.knobs import Knob  # brings the planners
+
+DERIVED_BAND = 0.2
+"""Relative. No derived cost model has been checked against a cluster yet; the width is a guess and said to be one."""
 
 STEP_COLUMNS = (
     "step", "seqs", "tokens", "longest", "microbatches", "seconds", "bound", "gap", "idle", "peak", "status",
 )
 GROUP_COLUMNS = ("microbatch", "attention", "ranks", "seqs", "tokens", "longest", "start", "seconds", "peak")
+COMPARISON_COLUMNS = ("strategy", "step", "ratio to best", "idle", "peak", "own gap", "plan ms")
 
 _STATUS_WORDS = {
     SolveStatus.OPTIMAL: "proven optimal",
@@ -34,20 +43,119 @@ class PlannedStep:
     simulation: Simulation
 
 
-def verdict(steps: SequenceOf[PlannedStep], num_devices: int) -> str:
-    """One line: how fast, how full, how good."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """What one strategy makes of the batches: a plan for each of them, or why it refuses one (then no plans)."""
+
+    strategy: str
+    steps: tuple[PlannedStep, ...] = ()
+    refusal: str = ""
+
+    @property
+    def mean_step_s(self) -> float:
+        return sum(step.plan.predicted_s for step in self.steps) / len(self.steps)
+
+
+def best_candidate(candidates: SequenceOf[Candidate]) -> Candidate | None:
+    """The fastest of those that planned every batch, the first one of equals; None where all refuse."""
+    return min((found for found in candidates if found.steps), key=lambda found: found.mean_step_s, default=None)
+
+
+def comparison_row(candidate: Candidate, best: Candidate) -> tuple[str, ...]:
+    """One row under ``COMPARISON_COLUMNS`` for a candidate with plans. Own gap: to the bound of what this strategy
+    could have planned, so a narrow strategy may have a small one and yet be slow."""
+    plans = [step.plan for step in candidate.steps]
+    gap = "-"
+    if all(plan.solver.bound_s > 0 for plan in plans):
+        gap = f"{sum(plan.solver.gap for plan in plans) / len(plans):.1%}"
+    return (
+        candidate.strategy,
+        format_seconds(candidate.mean_step_s),
+        f"{candidate.mean_step_s / best.mean_step_s:.3f}",
+        f"{sum(step.simulation.idle_fraction for step in candidate.steps) / len(plans):.1%}",
+        format_bytes(max(plan.peak_bytes for plan in plans)),
+        gap,
+        f"{1000 * sum(plan.solver.wall_s for plan in plans) / len(plans):.1f}",
+    )
+
+
+def verdict(steps: SequenceOf[PlannedStep], memory: MemorySplit) -> str:
+    """One line: which rank is tightest and what is left. A plan that does not fit is none: planning raises then.
+    ``memory``: of the fullest rank of all steps."""
+    plan = steps[0].plan
+    fits = "FITS with zero3" if plan.sharding is Sharding.ZERO3 else "FITS"
+    return (
+        f"{fits}: rank {memory.rank} is the tightest of {plan.num_ranks}, {format_bytes(memory.peak_bytes)} of "
+        f"{format_bytes(memory.budget_bytes)}, headroom {format_bytes(memory.headroom_bytes)} "
+        f"({memory.headroom_bytes / memory.budget_bytes:.0%})"
+    )
+
+
+def speed_line(steps: SequenceOf[PlannedStep], num_devices: int, cost: CostModel) -> str:
+    """One line: how fast, within what band, how good. The band is the worst error of a measured fit, or
+    ``DERIVED_BAND`` of a model from data sheets, which nothing has checked."""
     total_s = sum(step.plan.predicted_s for step in steps)
+    step_s = total_s / len(steps)
     tokens_per_s = sum(step.plan.num_tokens for step in steps) / total_s
     idle = sum(step.simulation.idle_fraction for step in steps) / len(steps)
-    peak = max(step.plan.peak_bytes for step in steps)
     known = [step.plan.solver.gap for step in steps if step.plan.solver.bound_s > 0]
     gap = f"gap to the proven bound at most {max(known):.1%}" if len(known) == len(steps) else "no bound known"
     plural = "step" if len(steps) == 1 else "steps"
     return (
-        f"{steps[0].plan.strategy}: {format_seconds(total_s / len(steps))} a step over {len(steps)} {plural}, "
-        f"{format_count(tokens_per_s)} tokens/s ({format_count(tokens_per_s / num_devices)} per device), "
-        f"idle {idle:.1%}, peak {format_bytes(peak)} a device, {gap}"
+        f"{steps[0].plan.strategy}: {format_seconds(step_s)} a step over {len(steps)} {plural} "
+        f"({band_text(step_s, cost)}), {format_count(tokens_per_s)} tokens/s "
+        f"({format_count(tokens_per_s / num_devices)} per device), idle {idle:.1%}, {gap}"
     )
+
+
+def band(cost: CostModel) -> float:
+    """Relative half-width of the band around a predicted time."""
+    origin = cost.provenance
+    return origin.max_relative_error if origin.source == "measured" else DERIVED_BAND
+
+
+def band_text(step_s: float, cost: CostModel) -> str:
+    """``3.2 to 4.8 s, +-20 % assumed for a derived cost model``."""
+    width = band(cost)
+    why = "assumed for a derived cost model"
+    if cost.provenance.source == "measured":
+        why = f"worst error of {cost.provenance.num_samples} samples"
+    low, high = format_seconds(max(0.0, step_s * (1 - width))), format_seconds(step_s * (1 + width))
+    return f"{low} to {high}, +-{width:.0%} {why}"
+
+
+def time_line(step: int, split: TimeSplit) -> str:
+    """Where the seconds of this step go, one line."""
+    parts = [("compute", split.work_s), ("exposed communication", split.communication_s)]
+    if split.communication_s is None:
+        parts = [("compute and communication (measured together)", split.work_s)]
+    parts += [("waiting for slower ranks", split.waiting_s), ("gather, reduce, optimizer once a step", split.fixed_s)]
+    known = [(name, seconds) for name, seconds in parts if seconds is not None]
+    total_s = sum(seconds for _, seconds in known)
+    words = [f"{name} {seconds / total_s:.1%} ({format_seconds(seconds)})" for name, seconds in known]
+    return f"time of step {step}: {', '.join(words)}"
+
+
+def memory_line(split: MemorySplit) -> str:
+    """Where the fullest rank's bytes go, one line."""
+    return (
+        f"memory of rank {split.rank}: weights, gradients, optimizer and buffers {format_bytes(split.fixed_bytes)}, "
+        f"activations {format_bytes(split.activation_bytes)}, budget {format_bytes(split.budget_bytes)}"
+    )
+
+
+def knob_lines(knobs: SequenceOf[Knob] | None) -> list[str]:
+    """What to change first, with the predicted gain of the greedy planner."""
+    if knobs is None:
+        return ["what would help: not tried, the step is too large for it or has no greedy plan to start from"]
+    if not knobs:
+        return ["what would help: none of the settings tried gains 1 % or more"]
+    lines = [
+        f"  - {knob.change}: {knob.gain:+.0%} tokens/s"
+        + (f" ({knob.gain_per_device:+.0%} per device)" if abs(knob.gain - knob.gain_per_device) > 1e-9 else "")
+        for knob in knobs
+    ]
+    return ["what would help most (greedy plans of the first step, one thing changed):", *lines]
 
 
 def step_row(step: PlannedStep) -> tuple[str, ...]:
@@ -78,7 +186,7 @@ def group_rows(step: PlannedStep) -> list[tuple[str, ...]]:
             sizes = [lengths[sequence] for sequence in group.sequences]
             rows.append((
                 str(index),
-                _shape(group.kind, group.degree),
+                shape_name(group.kind, group.degree),
                 rank_ranges(group.ranks),
                 str(len(sizes)),
                 format_count(sum(sizes)),
@@ -95,7 +203,8 @@ def shape_line(plan: StepPlan) -> str:
     groups: list[AttentionGroup] = [group for microbatch in plan.microbatches for group in microbatch.groups]
     counts = Counter((group.kind, group.degree) for group in groups)
     shapes = sorted(counts, key=lambda shape: (-shape[1], shape[0]))
-    return ", ".join(f"{counts[shape]} x {_shape(*shape)}" if counts[shape] > 1 else _shape(*shape) for shape in shapes)
+    times = {shape: f"{counts[shape]} x " if counts[shape] > 1 else "" for shape in shapes}
+    return ", ".join(f"{times[shape]}{shape_name(*shape)}" for shape in shapes)
 
 
 def solver_line(plan: StepPlan) -> str:
@@ -108,8 +217,8 @@ def solver_line(plan: StepPlan) -> str:
     return f"solver: {_STATUS_WORDS[solver.status]}, {proof}, found in {format_seconds(solver.wall_s)}{note}"
 
 
-def provenance_lines(cost: CostModel, guesses: SequenceOf[str] = ()) -> list[str]:
-    """Where the predictions come from. What is only guessed is marked ``guess``."""
+def provenance_lines(cost: CostModel, sources: SequenceOf[tuple[str, str]] = ()) -> list[str]:
+    """Where the predictions come from; ``sources``: (part, source). What is guessed comes last, marked ``guess``."""
     origin = cost.provenance
     head = f"cost model: {origin.source} for {origin.model} on {origin.cluster}"
     if origin.num_samples:
@@ -117,10 +226,15 @@ def provenance_lines(cost: CostModel, guesses: SequenceOf[str] = ()) -> list[str
             f", {origin.num_samples} samples on {origin.measured_on or 'this machine'}, "
             f"mean error {origin.mean_relative_error:.1%}, worst {origin.max_relative_error:.1%}"
         )
-    marked = [f"guess: {text}" for text in guesses]
-    marked += [note for note in origin.notes if note.startswith("guess")]
-    plain = [note for note in origin.notes if not note.startswith("guess")]
+    texts = [_source_text(part, source) for part, source in sources]
+    texts += origin.notes
+    marked = [text if text.startswith("guess") else f"guess in {text}" for text in texts if "guess" in text]
+    plain = [text for text in texts if "guess" not in text]
     return [head, *(f"  - {line}" for line in plain + marked)]
+
+
+def _source_text(part: str, source: str) -> str:
+    return f"guess: {part}{source.removeprefix('guess')}" if source.startswith("guess") else f"{part}: {source}"
 
 
 def rank_ranges(ranks: SequenceOf[int]) -> str:
@@ -134,5 +248,20 @@ def rank_ranges(ranks: SequenceOf[int]) -> str:
     return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
-def _shape(kind: AttentionKind, degree: int) -> str:
+def groups_by_rank(microbatch: Microbatch) -> dict[int, list[AttentionGroup]]:
+    """The groups of a microbatch that each of its ranks is in, in the order it runs them."""
+    found: dict[int, list[AttentionGroup]] = {rank: [] for rank in microbatch.ranks}
+    for group in microbatch.groups:
+        for rank in group.ranks:
+            found[rank].append(group)
+    return found
+
+
+def group_names(groups: SequenceOf[AttentionGroup]) -> str:
+    """``ring 8 + local``: the different shapes, in order."""
+    return " + ".join(dict.fromkeys(shape_name(group.kind, group.degree) for group in groups))
+
+
+def shape_name(kind: AttentionKind, degree: int) -> str:
+    """``ulysses 8``, ``local``."""
     return str(kind) if kind is AttentionKind.LOCAL else f"{kind} {degree}"

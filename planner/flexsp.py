@@ -22,19 +22,23 @@ groups of a round start together, so a rank's spare time at the end of one round
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
 import numpy as np
 
-from planner.assemble import GroupChoice
+from planner.assemble import Found, GroupChoice
 from planner.blaster import blast_rows
 from planner.bounds import makespan_bound_s
-from planner.cost import PlanLimits
-from planner.greedy import Schedule
+from planner.cost import CostModel, PlanLimits
+from planner.greedy import Schedule, greedy_schedule
+from planner.plan import SolveStatus
 from planner.round_packing import RoundPacking, pack_round
 from planner.round_program import RoundSolve, solve_round
-from planner.shapes import IntArray, PriceTable
-from planner.solver import WorkLimits
+from planner.shapes import IntArray, PriceTable, allowed_shapes, price_table, require_fits
+from planner.solver import SolverFailure, WorkLimits
+from planner.static import best_layout, usual_layouts
+from planner.units import format_seconds
 
 MIN_SOLVE_S = 0.02
 WORK_PER_NODE = 1000  # max_nodes times this is the step's solver work: seconds at 64 ranks, less on small steps
@@ -96,6 +100,56 @@ class _Budget:
         self.work_left -= solve.work
         self.num_programs += solve.work > 0
         self.hit_limit = self.hit_limit or not solve.closed
+
+
+def plan_flexsp(
+    lengths: SequenceOf[int], *, num_ranks: int, cost: CostModel, limits: PlanLimits, degree: int | None,
+    deadline_s: float,
+) -> Found:
+    """The strategy ``flexsp``: the best of greedy, best static and FlexSP's rounds, which are not searched where
+    greedy is proven good. ``degree`` is not for it: it chooses its own.
+
+    Raises SpecError where no shape is priced, InfeasibleError where a sequence fits none.
+    """
+    table = price_table(lengths, allowed_shapes(num_ranks, cost, limits))
+    require_fits(table, cost, limits)
+    layouts = usual_layouts(num_ranks, cost, limits)
+    shapes = dict.fromkeys((*table.shapes, *(shape for layout in layouts for shape in layout)))
+    bound_s = makespan_bound_s(price_table(lengths, tuple(shapes)), num_ranks)  # static's last block may be odd
+    best, winner = greedy_schedule(table, num_ranks), "greedy"
+    notes, hit_limit = [], False
+    if not _proven(best.makespan_s, bound_s, cost, limits):
+        homogeneous = best_layout(lengths, layouts, num_ranks)
+        if homogeneous is not None and homogeneous.schedule.makespan_s < best.makespan_s:
+            best, winner = homogeneous.schedule, f"static ({homogeneous.note})"
+        try:
+            result = flexsp_schedule(
+                table, num_ranks=num_ranks, max_local_tokens=cost.max_local_tokens(limits.device_budget_bytes),
+                limits=limits, incumbent_s=best.makespan_s, deadline_s=deadline_s,
+            )
+        except SolverFailure as error:
+            result = None
+            notes.append(f"solver failed: {error}")
+        if result is not None:
+            hit_limit = result.hit_limit
+            notes.append(
+                f"flexsp {result.num_rounds} rounds, sum of makespans {format_seconds(result.makespans_s)}, "
+                f"{result.num_programs} programs"
+            )
+            if result.schedule.makespan_s < best.makespan_s:
+                best, winner = result.schedule, "flexsp"
+    status = SolveStatus.GREEDY
+    if _proven(best.makespan_s, bound_s, cost, limits):
+        status = SolveStatus.OPTIMAL
+    elif winner != "greedy":
+        status = SolveStatus.LIMIT if hit_limit else SolveStatus.FEASIBLE
+    return Found(groups=best.groups, status=status, bound_s=bound_s, note="; ".join([f"{winner} plan", *notes]))
+
+
+def _proven(makespan_s: float, bound_s: float, cost: CostModel, limits: PlanLimits) -> bool:
+    """Within the relative gap of what no plan can beat, as shares of the whole step."""
+    step_s = makespan_s + cost.step_fixed_s
+    return makespan_s - bound_s <= limits.relative_gap * step_s
 
 
 def flexsp_schedule(

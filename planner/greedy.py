@@ -9,13 +9,16 @@ unequal numbers of microbatches.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
 import numpy as np
 
-from planner.assemble import GroupChoice
+from planner.assemble import Found, GroupChoice
 from planner.bounds import cheapest_columns, makespan_bound_s
-from planner.shapes import IntArray, PriceTable
+from planner.cost import CostModel, PlanLimits
+from planner.plan import SolveStatus
+from planner.shapes import FloatArray, IntArray, PriceTable, allowed_shapes, price_table, require_fits
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +43,18 @@ class _OpenBatch:
 
     spare_tokens: int
     rows: list[int]
+
+
+def plan_greedy(lengths: SequenceOf[int], *, num_ranks: int, cost: CostModel, limits: PlanLimits) -> Found:
+    """The greedy plan of sequences of these lengths (tokens) on FlexSP's shapes, with the bound of those shapes.
+
+    Raises SpecError where no shape is priced, InfeasibleError where a sequence fits none.
+    """
+    table = price_table(lengths, allowed_shapes(num_ranks, cost, limits))
+    require_fits(table, cost, limits)
+    schedule = greedy_schedule(table, num_ranks)
+    bound_s = makespan_bound_s(table, num_ranks)
+    return Found(groups=schedule.groups, status=SolveStatus.GREEDY, bound_s=bound_s, note="greedy list schedule")
 
 
 def greedy_schedule(table: PriceTable, num_ranks: int) -> Schedule:
@@ -69,17 +84,18 @@ def _schedule_columns(table: PriceTable, columns: IntArray, num_ranks: int) -> S
 
 
 def fill_lanes(
-    table: PriceTable, lanes: list[Lane], order: Iterable[tuple[int, IntArray]], num_ranks: int
+    table: PriceTable, lanes: list[Lane], order: Iterable[tuple[int, IntArray]], num_ranks: int,
+    busy_s: FloatArray | None = None,
 ) -> Schedule:
     """Give each row, in this order, to the lane (one of the places in ``lanes`` beside it) where it finishes first.
 
     Any two lanes must be disjoint or nested, and a row for an outer lane must come before all rows for the lanes inside
     it: then the ranks of a lane are always free at the same time, and this is what the simulator will say. A row must
-    fit at least one of its lanes.
+    fit at least one of its lanes. ``busy_s``: when each rank is free for all this (default: at once).
     """
     columns = np.array([lane.column for lane in lanes])
     first_ranks = np.array([lane.first_rank for lane in lanes])
-    rank_free_s = np.zeros(num_ranks)
+    rank_free_s = np.zeros(num_ranks) if busy_s is None else busy_s.copy()
     spare_tokens = np.full(len(lanes), -1, dtype=np.int64)  # of each lane's emptiest microbatch; -1: there is none
     batches: list[list[_OpenBatch]] = [[] for _ in lanes]
     for row, places in order:

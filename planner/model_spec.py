@@ -10,7 +10,11 @@ from planner.errors import SpecError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
-    """A Llama-family decoder: RMSNorm, RoPE, grouped-query attention, SwiGLU. No biases."""
+    """A Llama-family decoder: RMSNorm, RoPE, grouped-query attention, SwiGLU. No biases.
+
+    With ``num_experts`` > 1 every layer holds that many MLPs of ``ffn_dim`` and a router that sends each token to
+    ``active_experts`` of them: memory counts all weights, FLOPs the active ones. The trainer builds dense models only.
+    """
 
     name: str
     num_layers: int
@@ -26,6 +30,8 @@ class ModelSpec:
     tied_head: bool = False
     gated_mlp: bool = True
     learned_positions: int = 0
+    num_experts: int = 1
+    active_experts: int = 1
     source: str = ""
 
     def __post_init__(self) -> None:
@@ -33,6 +39,11 @@ class ModelSpec:
         for name in sizes:
             if getattr(self, name) < 1:
                 raise SpecError(f"model {self.name}: {name} must be at least 1, got {getattr(self, name)}")
+        if not 1 <= self.active_experts <= self.num_experts:
+            raise SpecError(
+                f"model {self.name}: active_experts ({self.active_experts}) must be at least 1 and at most "
+                f"num_experts ({self.num_experts})"
+            )
         if self.num_query_heads % self.num_kv_heads:
             raise SpecError(
                 f"model {self.name}: num_query_heads ({self.num_query_heads}) must be a multiple of "
@@ -43,22 +54,40 @@ class ModelSpec:
 
     @property
     def layer_linear_params(self) -> int:
-        """Weights of one layer's matrix products: qkv, output projection, MLP (two or three matrices)."""
+        """Weights of one layer's matrix products: qkv, output projection, router, all experts' MLPs."""
+        return self._layer_params(self.num_experts)
+
+    @property
+    def layer_active_params(self) -> int:
+        """The weights of ``layer_linear_params`` that one token meets."""
+        return self._layer_params(self.active_experts)
+
+    def _layer_params(self, num_mlps: int) -> int:
         heads = self.num_query_heads + 2 * self.num_kv_heads
         attention = self.hidden_dim * heads * self.head_dim + self.num_query_heads * self.head_dim * self.hidden_dim
-        return attention + (3 if self.gated_mlp else 2) * self.hidden_dim * self.ffn_dim
+        router = self.hidden_dim * self.num_experts if self.num_experts > 1 else 0
+        return attention + router + num_mlps * (3 if self.gated_mlp else 2) * self.hidden_dim * self.ffn_dim
 
     @property
     def num_params(self) -> int:
+        """All parameters, every expert included."""
+        return self._all_params(self.layer_linear_params)
+
+    @property
+    def num_active_params(self) -> int:
+        """The parameters one token meets: what a mixture of experts is named after. All of them in a dense model."""
+        return self._all_params(self.layer_active_params)
+
+    def _all_params(self, layer_params: int) -> int:
         norms = self.num_layers * (2 * self.hidden_dim + (2 * self.head_dim if self.qk_norm else 0)) + self.hidden_dim
         embeddings = self.vocab_size * self.hidden_dim * (1 if self.tied_head else 2)
         positions = self.learned_positions * self.hidden_dim
-        return self.num_layers * self.layer_linear_params + norms + embeddings + positions
+        return self.num_layers * layer_params + norms + embeddings + positions
 
     def linear_flop(self, num_tokens: int) -> float:
-        """Forward plus backward FLOPs of all matrix products with weights: 6 per weight and token (Kaplan et al.,
-        arXiv 2001.08361, section 2.1), the output head included, the embedding look-up not."""
-        weights = self.num_layers * self.layer_linear_params + self.hidden_dim * self.vocab_size
+        """Forward plus backward FLOPs of all matrix products with active weights: 6 per weight and token (Kaplan et
+        al., arXiv 2001.08361, section 2.1), the output head included, the embedding look-up not."""
+        weights = self.num_layers * self.layer_active_params + self.hidden_dim * self.vocab_size
         return 6.0 * weights * num_tokens
 
     def attention_flop(self, lengths: Iterable[int]) -> float:
@@ -80,9 +109,11 @@ class ModelSpec:
 
         Inputs of both norms and their normalised outputs (4 x hidden), q and attention output (2 x query heads), k
         and v, q and k before RoPE, gate, up, their activation and product (4 x ffn; without a gate only up and its
-        activation, 2 x ffn), and the fp32 log-sum-exp.
+        activation, 2 x ffn), and the fp32 log-sum-exp. A mixture keeps the MLP's part once for each active expert,
+        with that expert's copy of the token going in and coming out (2 x hidden).
         """
         query = self.num_query_heads * self.head_dim
         kv = self.num_kv_heads * self.head_dim
-        elements = 4 * self.hidden_dim + 3 * query + 3 * kv + (4 if self.gated_mlp else 2) * self.ffn_dim
+        mlp = (4 if self.gated_mlp else 2) * self.ffn_dim + (2 * self.hidden_dim if self.num_experts > 1 else 0)
+        elements = 4 * self.hidden_dim + 3 * query + 3 * kv + self.active_experts * mlp
         return elements * element_bytes + 4 * self.num_query_heads

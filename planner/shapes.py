@@ -124,7 +124,34 @@ def allowed_shapes(num_ranks: int, cost: CostModel, limits: PlanLimits) -> tuple
     return shapes
 
 
-def price_table(lengths: SequenceOf[int], shapes: SequenceOf[GroupShape]) -> PriceTable:
+def ring_shapes(
+    strategy: str, degrees: Iterable[int], num_ranks: int, cost: CostModel, limits: PlanLimits
+) -> tuple[GroupShape, ...]:
+    """Local, and ring of those of ``degrees`` (2 .. num_ranks) that the cost model prices, ascending.
+
+    Raises SpecError naming ``strategy`` where local is not priced, or no ring is and there are several ranks.
+    """
+    wanted = set(degrees) if AttentionKind.RING in limits.kinds else set()
+    per_rank = min(cost.max_local_tokens(limits.device_budget_bytes), UNLIMITED_TOKENS)
+    fits = [
+        fit for fit in cost.times
+        if fit.kind is AttentionKind.LOCAL or (fit.kind is AttentionKind.RING and fit.degree in wanted)
+    ]
+    shapes = sorted((GroupShape(fit=fit, capacity_tokens=per_rank) for fit in fits), key=lambda shape: shape.degree)
+    if not shapes or shapes[0].kind is not AttentionKind.LOCAL:
+        raise SpecError(f"strategy {strategy} runs short sequences on single ranks: the cost model prices no local "
+                        "group, calibrate again")
+    if num_ranks > 1 and len(shapes) == 1:
+        fix = (
+            "the cost model prices none that it could form: calibrate again for this number of ranks"
+            if AttentionKind.RING in limits.kinds
+            else f"this run allows only attention {', '.join(limits.kinds)}: use --attention auto or ring"
+        )
+        raise SpecError(f"strategy {strategy} shares long sequences over rings, and {fix}")
+    return tuple(shapes)
+
+
+def price_table(lengths: SequenceOf[int] | IntArray, shapes: SequenceOf[GroupShape]) -> PriceTable:
     """Price sequences of these lengths (tokens) on every shape."""
     sizes = np.asarray(lengths, dtype=np.int64)
     tokens = sizes.astype(np.float64)[:, None]
@@ -147,10 +174,16 @@ def price_table(lengths: SequenceOf[int], shapes: SequenceOf[GroupShape]) -> Pri
 
 
 def ring_peak_tokens(lengths: IntArray, degree: int) -> IntArray:
-    """The most tokens one rank of a ring of ``degree`` gets of each sequence (``layout``'s zigzag, vectorised)."""
-    cuts = lengths[:, None] * np.arange(2 * degree + 1, dtype=np.int64) // (2 * degree)
-    chunks = np.diff(cuts, axis=1)
-    peaks: IntArray = (chunks[:, :degree] + chunks[:, : degree - 1 : -1]).max(axis=1)
+    """The most tokens one rank of a ring of ``degree`` gets of each sequence (``layout``'s zigzag).
+
+    Of 2 * degree chunks a remainder of r tokens makes r one token longer. A rank holds a chunk and its mirror image;
+    both are long for some rank exactly where some multiple j / r of the whole, 0 < j < r, falls strictly inside a
+    chunk: where r does not divide 2 * degree.
+    """
+    chunks = 2 * degree
+    rest = lengths % chunks
+    longer = np.where(rest == 0, 0, np.where(chunks % np.maximum(rest, 1) == 0, 1, 2))
+    peaks: IntArray = 2 * (lengths // chunks) + longer
     return peaks
 
 

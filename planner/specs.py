@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from planner.cluster import ClusterSpec
 from planner.codec import from_plain, suggest
+from planner.cost import CostModel
 from planner.errors import SpecError
 from planner.model_spec import ModelSpec
 from planner.units import parse_bytes, parse_rate
@@ -37,17 +38,29 @@ def model_names() -> tuple[str, ...]:
     return _names("models")
 
 
-def guesses(cluster: ClusterSpec) -> tuple[str, ...]:
-    """The parts of a cluster whose source admits a guess, as ``part: source`` (``part`` where all of it is one)."""
-    parts = {
-        "device": cluster.device.source,
-        "host": cluster.host.source,
-        "intra-node link": cluster.intra_node.source,
-        "inter-node link": cluster.inter_node.source,
-    }
-    return tuple(
-        part if source == "guess" else f"{part}: {source}" for part, source in parts.items() if "guess" in source
+def sources(cluster: ClusterSpec, model: ModelSpec) -> tuple[tuple[str, str], ...]:
+    """Where the numbers of a cluster and a model come from, as (part, source). A guess says ``guess``."""
+    return (
+        (f"device {cluster.device.name}", cluster.device.source),
+        ("host", cluster.host.source),
+        ("intra-node link", cluster.intra_node.source),
+        ("inter-node link", cluster.inter_node.source),
+        (f"model {model.name}", model.source or "no source given"),
     )
+
+
+def load_cost(path: str) -> CostModel:
+    """A measured cost model: the file ``longhaul calibrate`` writes, or the cost model in it alone.
+
+    Raises SpecError: unreadable file, malformed YAML, unknown or missing key, impossible value.
+    """
+    from planner.machine import MachineProfile  # here: it brings numpy
+
+    where = f"cost file {path}"
+    data = _read_yaml(Path(path), "cost")
+    if isinstance(data, dict) and "cost" in data:
+        return from_plain(MachineProfile, data, where=where).cost
+    return from_plain(CostModel, data, where=where)
 
 
 def _names(folder: str) -> tuple[str, ...]:

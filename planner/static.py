@@ -12,11 +12,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from planner.assemble import Found
 from planner.bounds import makespan_bound_s
 from planner.cost import CostModel, PlanLimits
 from planner.errors import SpecError
 from planner.greedy import Lane, Schedule, fill_lanes
-from planner.plan import AttentionKind
+from planner.plan import AttentionKind, SolveStatus
 from planner.shapes import GroupShape, describe_shapes, flexsp_degrees, price_table, require_fits, shapes_of_degree
 
 
@@ -30,6 +31,17 @@ class StaticResult:
 
 
 Layout = tuple[GroupShape, ...]  # the shape of each block, in rank order
+
+
+def plan_static(
+    lengths: SequenceOf[int], *, num_ranks: int, cost: CostModel, limits: PlanLimits, degree: int | None,
+    deadline_s: float,
+) -> Found:
+    """The strategy ``static``: ``static_schedule`` as a step's answer. Takes milliseconds, so no deadline binds it."""
+    result = static_schedule(lengths, num_ranks=num_ranks, cost=cost, limits=limits, degree=degree)
+    return Found(
+        groups=result.schedule.groups, status=SolveStatus.STATIC, bound_s=result.bound_s, note=result.note
+    )
 
 
 def static_schedule(
@@ -76,6 +88,12 @@ def possible_degrees(num_ranks: int, cost: CostModel, limits: PlanLimits) -> tup
     """The degrees ``static_schedule`` takes here, ascending."""
     priced = sorted({fit.degree for fit in cost.times})
     return tuple(degree for degree in priced if _layouts_of_degree(degree, num_ranks, cost, limits))
+
+
+def every_layout(num_ranks: int, cost: CostModel, limits: PlanLimits) -> list[Layout]:
+    """The layouts of all degrees that ``static_schedule`` takes here, ascending."""
+    degrees = sorted({fit.degree for fit in cost.times})
+    return [layout for degree in degrees for layout in _layouts_of_degree(degree, num_ranks, cost, limits)]
 
 
 def usual_layouts(num_ranks: int, cost: CostModel, limits: PlanLimits) -> list[Layout]:

@@ -117,7 +117,7 @@ class PlanConfig:
     """How steps are planned."""
 
     strategy: Annotated[str, short("--strategy")] = "flexsp"
-    """Planner: flexsp, static (later adaptive, hdp, zeppelin)."""
+    """Planner: flexsp, static, hdp, zeppelin, megatron and more; an unknown name lists them all."""
     degree: Annotated[int | None, short("--degree")] = None
     """Ranks per attention group, for strategy static only (none: the best one)."""
     attention: Annotated[Literal["auto", "ulysses", "ring", "usp"], short("--attention")] = "auto"

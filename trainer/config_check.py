@@ -18,8 +18,6 @@ from planner.units import parse_bytes
 if TYPE_CHECKING:
     from trainer.config import TrainConfig
 
-BUILT_STRATEGIES = ("flexsp", "static")
-LATER_STRATEGIES = ("adaptive", "hdp", "zeppelin")
 BUILT_POLICIES = ("auto", "keep")
 LATER_POLICIES = ("recompute", "swap", "seco", "spaco")
 BUILT_ATTENTION = ("auto", "ulysses", "ring")
@@ -94,7 +92,10 @@ def _out_of_range(config: TrainConfig) -> Iterator[str]:
 
 
 def _not_built_yet(config: TrainConfig) -> Iterator[str]:
-    yield from _choice("plan.strategy", config.plan.strategy, BUILT_STRATEGIES, LATER_STRATEGIES)
+    if config.plan.strategy != type(config.plan)().strategy:  # loading every planner takes longer than all other checks
+        from planner.step_planner import STRATEGIES
+
+        yield from _choice("plan.strategy", config.plan.strategy, tuple(STRATEGIES), ())
     yield from _choice("plan.attention", config.plan.attention, BUILT_ATTENTION, ("usp",))
     yield from _choice("memory.policy", config.memory.policy, BUILT_POLICIES, LATER_POLICIES)
     if config.parallel.pipeline_parallel > 1:
@@ -186,6 +187,8 @@ def _wrong_model(config: TrainConfig) -> Iterator[str]:
     except SpecError as error:
         yield str(error)
         return
+    if spec.num_experts > 1 or spec.learned_positions or not spec.gated_mlp:
+        yield f"model.preset ({spec.name}) is a shape to plan with: training builds dense gated decoders with RoPE"
     shares = config.parallel.tensor_parallel
     if shares < 1:
         return

@@ -21,6 +21,7 @@ from trainer.step import Runtime
 
 RUN_COST = "cost.json"
 """A run's own cost model, in its folder."""
+_FEW_RANKS = 8
 _USABLE_SHARE = 0.8
 """Of a device's memory: the rest is for what no plan can see (fragmentation, other processes)."""
 
@@ -34,7 +35,10 @@ def make_limits(config: TrainConfig, runtime: Runtime, local_world_size: int) ->
         device_budget_bytes = -int(comm.all_reduce_max(lowest, runtime.mesh.control_group))
     else:
         device_budget_bytes = parse_bytes(budget, what="--plan.device-budget")
-    return plan_limits(config, runtime.model.spec, device_budget_bytes=device_budget_bytes)
+    return plan_limits(
+        config, runtime.model.spec, device_budget_bytes=device_budget_bytes,
+        devices_per_node=max(1, local_world_size // runtime.mesh.tensor_size),
+    )
 
 
 def device_memory_bytes(device: torch.device, local_world_size: int) -> int:
@@ -48,9 +52,11 @@ def device_memory_bytes(device: torch.device, local_world_size: int) -> int:
 
 
 def priced_pairs(config: TrainConfig, num_ranks: int, max_ulysses_degree: int) -> tuple[tuple[AttentionKind, int], ...]:
-    """The (kind, degree) pairs a run's planner may choose from: powers of two, all ranks, a given degree and the
-    group left over beside it."""
+    """The (kind, degree) pairs a run's planner may choose from: powers of two and all ranks, a given degree and the
+    group left over beside it, or every degree for planners that use any and few ranks."""
     degrees = {1 << power for power in range(1, num_ranks.bit_length()) if 1 << power <= num_ranks} | {num_ranks}
+    if config.plan.strategy not in ("flexsp", "static") and num_ranks <= _FEW_RANKS:
+        degrees = set(range(2, num_ranks + 1))
     if config.plan.degree is not None:
         degrees = {config.plan.degree, num_ranks % config.plan.degree}
     pairs = [(AttentionKind.LOCAL, 1)]

@@ -25,8 +25,11 @@ KINDS = {
 }
 
 
-def plan_limits(config: TrainConfig, spec: ModelSpec, *, device_budget_bytes: int) -> PlanLimits:
-    """What plans of this run may use of each device and of the solver."""
+def plan_limits(
+    config: TrainConfig, spec: ModelSpec, *, device_budget_bytes: int, devices_per_node: int | None = None
+) -> PlanLimits:
+    """What plans of this run may use of each device and of the solver. ``devices_per_node``: data ranks of a node,
+    None for one node."""
     return PlanLimits(
         device_budget_bytes=device_budget_bytes,
         max_ulysses_degree=spec.num_query_heads // config.parallel.tensor_parallel,
@@ -34,6 +37,7 @@ def plan_limits(config: TrainConfig, spec: ModelSpec, *, device_budget_bytes: in
         max_nodes=config.plan.max_nodes,
         time_limit_s=config.plan.time_limit_s,
         relative_gap=config.plan.relative_gap,
+        devices_per_node=devices_per_node,
     )
 
 

@@ -6,12 +6,23 @@ import json
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from launch.plan_command import run
+from launch.cli import main
+from launch.plan_command import _parser, run
+from launch.plan_job import read_job
+from planner.analytic import derive_cost
+from planner.codec import to_plain
 from planner.errors import InfeasibleError, SpecError
+from planner.specs import load_cluster, load_model
+from planner.step_planner import STRATEGIES
 
 ROOT = Path(__file__).parents[2]
 STEP_KEYS = {
@@ -76,11 +87,15 @@ def test_table_for_people(lengths: str, capsys: pytest.CaptureFixture[str]) -> N
     assert run(["--lengths", lengths, "--batch-tokens", "4K", "--steps", "2", "--strategy", "static", "--degree", "2",
                 "--attention", "ring"]) == 0
     out = capsys.readouterr().out
-    first = out.splitlines()[0]
-    assert first.startswith("static: ") and "over 2 steps" in first and "tokens/s" in first
-    for words in ("tiny on laptop-cpu", "ring 2", "solver: static plan", "cost model: derived for tiny"):
+    first, second, third, fourth = out.splitlines()[:4]
+    assert first.startswith("FITS: rank ") and "headroom" in first and "of 2 GiB" in first
+    assert second.startswith("static: ") and "over 2 steps" in second and "tokens/s" in second
+    assert "+-20% assumed for a derived cost model" in second
+    assert third.startswith("time of step 0: compute ") and "exposed communication" in third
+    assert fourth.startswith("memory of rank ") and "activations" in fourth
+    for words in ("tiny on laptop-cpu", "ring 2", "solver: static plan", "cost model: derived for tiny",
+                  "what would help most", "guess: device CPU process", f"lengths {lengths}: a file of yours"):
         assert words in out
-    assert "guess: device" in out
 
 
 def test_max_length_drops_and_says_so(lengths: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -119,7 +134,7 @@ def test_a_sequence_that_fits_nowhere_is_infeasible(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("flags", "words"), [
-    (["--strategy", "zeppelin"], "not built yet"),
+    (["--strategy", "all", "--degree", "2"], "--degree belongs to --strategy static"),
     (["--strategy", "flexps"], "did you mean 'flexsp'?"),
     (["--degree", "4"], "--degree"),
     (["--strategy", "static", "--degree", "0"], "--degree: expected a whole number of at least 1, got '0'"),
@@ -135,8 +150,11 @@ def test_a_sequence_that_fits_nowhere_is_infeasible(tmp_path: Path) -> None:
     (["--device-budget", "40 GiB"], "not within the 3 GiB of CPU process"),
     (["--cluster", "laptop"], "did you mean 'laptop-cpu'?"),
     (["--model", "tinny"], "did you mean 'tiny'?"),
-    (["--trace", "t.json"], "--trace comes with the planner issue"),
-    (["--html", "t.html"], "--html comes with the planner issue"),
+    (["--trace", "no/such/folder/t.json"], "--trace: folder no/such/folder does not exist"),
+    (["--html", "no/such/folder/t.html"], "--html: folder no/such/folder does not exist"),
+    (["--trace", "."], "--trace: . is a folder; name a file"),
+    (["--seed", "1"], "--seed belongs to named lengths"),
+    (["--cost", "no.yaml"], "cost file no.yaml: cannot be read"),
     (["--json", "no/such/folder/x.json"], "folder no/such/folder does not exist"),
     (["--lenghts", "x"], "unknown argument '--lenghts' (did you mean '--lengths'?)"),
     (["--batch", "4"], "unknown argument '--batch'"),
@@ -150,8 +168,135 @@ def test_mistakes_are_one_line(lengths: str, flags: list[str], words: str) -> No
 
 
 def test_lengths_are_needed() -> None:
-    with pytest.raises(SpecError, match="--lengths FILE is needed"):
+    with pytest.raises(SpecError, match=r"--lengths FILE\|NAME is needed.*wikipedia"):
         run([])
+
+
+@pytest.mark.parametrize(("name", "words"), [
+    ("wikpedia", "'wikpedia' is neither a file nor known lengths (did you mean 'wikipedia'?)"),
+    ("zzz", "known: byted, commoncrawl"), ("no/such.txt", "cannot be read"), (".", "cannot be read"),
+])
+def test_unknown_lengths(name: str, words: str) -> None:
+    with pytest.raises(SpecError) as refused:
+        run(["--lengths", name])
+    assert words in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(("text", "words"), [("5\n-3\n", "line 2: '-3'"), ("", "holds no lengths"), ("0\n", "line 1")])
+def test_bad_lengths_files(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "lengths.txt"
+    path.write_text(text)
+    with pytest.raises(SpecError) as refused:
+        run(["--lengths", str(path)])
+    assert words in str(refused.value) and refused.value.exit_code == 2
+
+
+def test_a_malformed_file_is_one_line_and_exit_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "model.yaml"
+    path.write_text("name: [x\n")
+    assert main(["plan", "--lengths", "wikipedia", "--model", str(path)]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and len(err.splitlines()) == 1 and "not valid YAML" in err
+
+
+NAMED = ("--lengths", "prolong", "--max-length", "4K", "--strategy", "static", "--degree", "4")
+
+
+def test_named_lengths(capsys: pytest.CaptureFixture[str]) -> None:
+    result = planned(capsys, *NAMED, "--steps", "2")
+    assert [step["num_sequences"] for step in result["steps"]] == [512, 512]
+    mean = sum(step["num_tokens"] for step in result["steps"]) / 1024
+    assert mean == pytest.approx(3052 * 0.4812 / 0.8034, rel=0.1)  # documents up to 4K: their tokens over their number
+    assert planned(capsys, *NAMED, "--steps", "1")["steps"][0]["num_tokens"] == result["steps"][0]["num_tokens"]
+    other = planned(capsys, *NAMED, "--steps", "1", "--seed", "7")
+    assert other["steps"][0]["num_tokens"] != result["steps"][0]["num_tokens"]
+    assert run([*NAMED, "--steps", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "lengths prolong: quantiles of 77,932 documents" in out and "sequences over 4096 tokens dropped" in out
+    with pytest.raises(SpecError, match="the shortest of prolong has 575 tokens"):
+        run(["--lengths", "prolong", "--max-length", "500"])
+
+
+@settings(max_examples=20, deadline=None)
+@given(num_tokens=st.integers(1, 30_000), num_steps=st.integers(1, 4))
+def test_enough_is_drawn_for_batches_of_tokens(num_tokens: int, num_steps: int) -> None:
+    flags = ["--lengths", "wikipedia", "--batch-tokens", str(num_tokens), "--steps", str(num_steps)]
+    batches = read_job(_parser().parse_args(flags)).batches
+    longer = read_job(_parser().parse_args([*flags[:-1], str(num_steps + 1)])).batches
+    assert len(batches) == num_steps and longer[:num_steps] == batches
+    assert all(sum(batch) <= num_tokens or len(batch) == 1 for batch in batches)
+
+
+def test_all_compares_every_strategy(lengths: str, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--lengths", lengths, "--batch-sequences", "20", "--steps", "2", "--strategy", "all")
+    result = planned(capsys, *flags)
+    assert result["strategy"] == "all" and [row["strategy"] for row in result["comparison"]] == list(STRATEGIES)
+    known = [row for row in result["comparison"] if "refused" not in row]
+    assert all(set(row["summary"]) == SUMMARY_KEYS and len(row["steps"]) == 2 for row in known)
+    means = [row["summary"]["mean_step_s"] for row in known]
+    assert result["summary"]["mean_step_s"] == min(means) and max(means) > min(means)
+    assert all(set(step) == STEP_KEYS for row in known for step in row["steps"])
+    assert run(list(flags)) == 0
+    out = capsys.readouterr().out
+    assert "ratio to best" in out and all(f"│ {row['strategy']} " in out for row in known)
+
+
+def test_a_strategy_that_cannot_is_a_line_not_the_end(
+    lengths: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(lengths: object, **_: object) -> NoReturn:
+        raise InfeasibleError("no room for it", binding="memory", needed_bytes=2, available_bytes=1)
+
+    monkeypatch.setitem(STRATEGIES, "hdp", refuse)
+    flags = ("--lengths", lengths, "--steps", "1", "--strategy", "all")
+    result = planned(capsys, *flags)
+    assert {"strategy": "hdp", "refused": "step 0: no room for it"} in result["comparison"] and result["steps"]
+    assert run(list(flags)) == 0
+    assert "hdp refuses step 0: no room for it" in capsys.readouterr().out
+    for name in STRATEGIES:
+        monkeypatch.setitem(STRATEGIES, name, refuse)
+    with pytest.raises(InfeasibleError, match="DOES NOT FIT: tiny on laptop-cpu: no room for it"):
+        run(list(flags))
+
+
+def test_trace_and_page(lengths: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("plotly")
+    trace, page = tmp_path / "t.json", tmp_path / "p.html"
+    assert run(["--lengths", lengths, "--strategy", "all", "--trace", str(trace), "--html", str(page)]) == 0
+    assert {event["ph"] for event in json.loads(trace.read_text())["traceEvents"]} == {"M", "X"}
+    text = page.read_text()
+    assert "FITS: rank" in text and "every strategy on the same batches" in text
+    assert "FITS: rank" in capsys.readouterr().out
+
+
+def test_a_page_without_plotly_is_refused_before_planning(lengths: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from planner import html_report
+
+    monkeypatch.setattr(html_report, "find_spec", lambda name: None)
+    with pytest.raises(SpecError, match="--html needs plotly"):
+        run(["--lengths", lengths, "--html", "page.html"])
+    assert not Path("page.html").exists()
+
+
+def test_a_measured_cost_is_used_and_its_band_shown(
+    lengths: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    derived = derive_cost(load_cluster("laptop-cpu"), load_model("tiny"), num_ranks=4)
+    origin = replace(
+        derived.provenance, source="measured", num_samples=12, measured_on="box", max_relative_error=0.07, notes=()
+    )
+    doubled = tuple(replace(fit, fixed_s=2 * fit.fixed_s + 1.0) for fit in derived.times)
+    path = tmp_path / "machine.yaml"
+    path.write_text(yaml.safe_dump(to_plain(replace(derived, times=doubled, provenance=origin))))
+    flags = ["--lengths", lengths, "--strategy", "static", "--degree", "4", "--steps", "1"]
+    slow, fast = planned(capsys, *flags, "--cost", str(path)), planned(capsys, *flags)
+    assert slow["steps"][0]["predicted_s"] > fast["steps"][0]["predicted_s"] + 1.0
+    assert run([*flags, "--cost", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "+-7% worst error of 12 samples" in out and "measured together" in out
+    assert "cost model: measured for tiny" in out
+    assert run([*flags, "--cost", str(path), "--model", "llama-7b", "--cluster", "h200-8"]) == 0
+    assert "was measured for model tiny, not for llama-7b" in capsys.readouterr().out
 
 
 def test_help_is_quick_and_loads_nothing_heavy() -> None:

@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
 # "path" or "path:function" -> why it may be too long. Only breaches that exist may stand here.
 SIZE_EXCEPTIONS: dict[str, str] = {}
 MODULE_TO_DISTRIBUTION = {"yaml": "pyyaml", "pynvml": "nvidia-ml-py", "megatron": "megatron-core"}
-# Detected at run time and used only if found; never a requirement.
-OPTIONAL_MODULES = {"flash_attn"}
+# Used only if found (plotly: asked for by name, in the extra `report`); never a requirement.
+OPTIONAL_MODULES = {"flash_attn", "plotly"}
 
 
 def sources() -> dict[str, str]:

@@ -40,6 +40,13 @@ def test_coefficients_are_finite_and_not_negative(name: str, value: float) -> No
 
 
 @settings(max_examples=200, deadline=None)
+@given(tokens=st.integers(0, 10**6), per_token=st.floats(1.0, 1e6), fixed=st.integers(0, 10**9))
+def test_a_budget_made_for_some_tokens_holds_them(tokens: int, per_token: float, fixed: int) -> None:
+    cost = simple_cost(per_token, fixed)
+    assert cost.max_local_tokens(cost.device_bytes(tokens)) >= tokens
+
+
+@settings(max_examples=200, deadline=None)
 @given(budget=st.integers(0, 10**12), per_token=st.floats(1.0, 1e7), fixed=st.integers(0, 10**11))
 def test_max_local_tokens_is_the_largest_that_fits(budget: int, per_token: float, fixed: int) -> None:
     cost = simple_cost(per_token, fixed)

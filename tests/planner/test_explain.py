@@ -5,19 +5,31 @@ from __future__ import annotations
 from dataclasses import replace
 
 from planner.assemble import GroupChoice, assemble_plan
+from planner.breakdown import memory_split, time_split
 from planner.explain import (
+    COMPARISON_COLUMNS,
     GROUP_COLUMNS,
     STEP_COLUMNS,
+    Candidate,
     PlannedStep,
+    band,
+    band_text,
+    best_candidate,
+    comparison_row,
     group_rows,
+    knob_lines,
+    memory_line,
     provenance_lines,
     rank_ranges,
     shape_line,
     solver_line,
+    speed_line,
     step_row,
+    time_line,
     verdict,
 )
-from planner.plan import AttentionKind, SolveStatus
+from planner.knobs import Knob
+from planner.plan import AttentionKind, Sharding, SolveStatus
 from planner.simulate import simulate
 from tests.planner.test_simulate import second_cost
 
@@ -64,10 +76,61 @@ def test_lines() -> None:
     )
     greedy = planned(bound_s=0.0, status=SolveStatus.GREEDY).plan
     assert "no lower bound known" in solver_line(greedy) and "greedy" in solver_line(greedy)
-    line = verdict([step, step], num_devices=4)
-    for part in ("flexsp: 5.5 s a step over 2 steps", "3 tokens/s (1 per device)", "idle 20.0%", "peak 140 B", "20.0%"):
+    line = speed_line([step, step], 4, second_cost())
+    for part in ("flexsp: 5.5 s a step over 2 steps", "3 tokens/s (1 per device)", "idle 20.0%", "at most 20.0%"):
         assert part in line
-    assert "no bound known" in verdict([step, planned(bound_s=0.0)], num_devices=4)
+    assert "no bound known" in speed_line([step, planned(bound_s=0.0)], 4, second_cost())
+
+
+def test_verdict_names_the_tightest_rank() -> None:
+    step = planned()
+    split = memory_split(step.simulation, second_cost(), budget_bytes=200)
+    assert (split.rank, split.fixed_bytes, split.activation_bytes, split.headroom_bytes) == (0, 100, 40, 60)
+    assert verdict([step], split) == "FITS: rank 0 is the tightest of 4, 140 B of 200 B, headroom 60 B (30%)"
+    lean = replace(step, plan=replace(step.plan, sharding=Sharding.ZERO3))
+    assert verdict([lean], split).startswith("FITS with zero3: ")
+    assert "activations 40 B, budget 200 B" in memory_line(split)
+
+
+def test_the_band_says_where_it_is_from() -> None:
+    cost = second_cost()
+    assert band_text(5.0, cost) == "4 s to 6 s, +-20% assumed for a derived cost model"
+    origin = replace(cost.provenance, source="measured", num_samples=40, max_relative_error=0.1)
+    measured = replace(cost, provenance=origin)
+    assert (band(cost), band(measured)) == (0.2, 0.1)
+    assert band_text(5.0, measured) == "4.5 s to 5.5 s, +-10% worst error of 40 samples"
+
+
+def test_the_parts_of_a_step_add_up() -> None:
+    step, cost = planned(), second_cost()
+    free = replace(cost, times=tuple(replace(fit, s_per_token=0.75 * fit.s_per_token) for fit in cost.times))
+    split = time_split(step.plan, step.simulation, cost, free)
+    # 16 rank seconds of work on 4 ranks (8 tokens twice 4 s, 3, 2 x 1, 3): 4 s each, of 5 s until the last is done.
+    assert (split.work_s, split.communication_s, split.waiting_s, split.fixed_s) == (3.0, 1.0, 1.0, 0.5)
+    line = time_line(7, split)
+    for part in ("time of step 7: compute 54.5% (3 s)", "exposed communication 18.2% (1 s)", "ranks 18.2%", "9.1%"):
+        assert part in line
+    together = time_split(step.plan, step.simulation, cost, None)
+    assert together.work_s == 4.0 and together.communication_s is None
+    assert "compute and communication (measured together) 72.7% (4 s)" in time_line(7, together)
+
+
+def test_comparison() -> None:
+    fast = Candidate(strategy="a", steps=(planned(),))
+    slow = Candidate(strategy="b", steps=(replace(planned(), plan=replace(planned().plan, predicted_s=11.0)),))
+    refused = Candidate(strategy="c", refusal="step 0: no room")
+    assert best_candidate((refused, slow, fast)) is fast and best_candidate((refused,)) is None
+    row = dict(zip(COMPARISON_COLUMNS, comparison_row(slow, fast), strict=True))
+    assert row == {
+        "strategy": "b", "step": "11 s", "ratio to best": "2.000", "idle": "20.0%", "peak": "140 B", "own gap": "20.0%",
+        "plan ms": "250.0",
+    }
+
+
+def test_knob_lines() -> None:
+    knobs = (Knob(change="x", gain=0.9, gain_per_device=-0.05), Knob(change="y", gain=0.1, gain_per_device=0.1))
+    assert knob_lines(knobs)[1:] == ["  - x: +90% tokens/s (-5% per device)", "  - y: +10% tokens/s"]
+    assert "not tried" in knob_lines(None)[0] and "none of the settings" in knob_lines(())[0]
 
 
 def test_every_status_has_words() -> None:
@@ -79,8 +142,12 @@ def test_provenance_marks_guesses() -> None:
     cost = second_cost()
     assert provenance_lines(cost) == ["cost model: derived for hand on hand"]
     origin = replace(cost.provenance, notes=("guess: 4 us", "data-sheet FLOPs"))
-    lines = provenance_lines(replace(cost, provenance=origin), ("host",))
-    assert lines[1:] == ["  - data-sheet FLOPs", "  - guess: host", "  - guess: 4 us"]
+    sources = (("host", "guess"), ("link", "table; latency is a guess"), ("disk", "guess (slow)"), ("device", "sheet"))
+    lines = provenance_lines(replace(cost, provenance=origin), sources)
+    assert lines[1:] == [
+        "  - device: sheet", "  - data-sheet FLOPs", "  - guess: host", "  - guess in link: table; latency is a guess",
+        "  - guess: disk (slow)", "  - guess: 4 us",
+    ]
     measured = replace(
         cost.provenance, source="measured", num_samples=40, measured_on="box", mean_relative_error=0.03,
         max_relative_error=0.2,

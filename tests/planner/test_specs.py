@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,9 @@ import yaml
 from planner.codec import to_plain
 from planner.errors import SpecError
 from planner.lengths_file import batches_of_sequences, batches_of_tokens, drop_longer, read_lengths
-from planner.specs import cluster_names, guesses, load_cluster, load_model, model_names
+from planner.specs import cluster_names, load_cluster, load_cost, load_model, model_names, sources
 from planner.units import GIB
+from tests.planner.test_simulate import second_cost
 
 
 def write(tmp_path: Path, text: str, name: str = "mine.yaml") -> str:
@@ -28,19 +30,33 @@ def refusal(load: object, *arguments: object) -> str:
     return message
 
 
-@pytest.mark.parametrize("name", ["a100-40g-64", "h100-8", "h200-8", "h200-64", "laptop-cpu"])
-def test_built_in_clusters(name: str) -> None:
+@pytest.mark.parametrize(("name", "num_ranks"), [
+    ("a100-40g-64", 64), ("a800-8", 8), ("bytescale-1024", 1024), ("h100-8", 8), ("h100-1024", 1024),
+    ("h100-12288", 12288), ("h200-8", 8), ("h200-64", 64), ("laptop-cpu", 4), ("zeppelin-a", 16),
+])
+def test_built_in_clusters(name: str, num_ranks: int) -> None:
     assert name in cluster_names()
     cluster = load_cluster(name)
     assert cluster.name == name
     for part in (cluster.device, cluster.host, cluster.intra_node, cluster.inter_node):
         assert part.source, "every number says where it comes from"
-    assert cluster.num_ranks == {"laptop-cpu": 4}.get(name, int(name.rsplit("-", 1)[-1]) if "cpu" not in name else 4)
+    assert cluster.num_ranks == num_ranks
 
 
-# Parameter counts as published (Llama 2 7B, Llama 3 8B, Qwen3 8B) or as FlexSP's shapes give at a 384K context.
+def test_every_built_in_file_loads() -> None:
+    for name in cluster_names():
+        assert load_cluster(name).name == name
+    for name in model_names():
+        assert load_model(name).name == name and load_model(name).source
+
+
+# Parameter counts of the published checkpoints, or what FlexSP's shapes give at a 384K context. Qwen2.5 has 129,024
+# parameters more: its biases.
 @pytest.mark.parametrize(("name", "num_params", "relative"), [
     ("llama-7b", 6_738_415_616, 0), ("llama-3-8b", 8_030_261_248, 0), ("qwen3-8b", 8_190_735_360, 0),
+    ("llama-13b", 13_015_864_320, 0), ("llama-30b", 32_528_943_616, 0), ("llama-70b", 68_976_648_192, 0),
+    ("llama-3-70b", 70_553_706_496, 0), ("qwen2.5-7b", 7_615_616_512 - 129_024, 0), ("qwen3-32b", 32_762_123_264, 0),
+    ("mixtral-8x7b", 46_702_792_704, 0), ("mixtral-8x22b", 140_620_634_112, 0),
     ("gpt-7b", 8.43e9, 1e-3), ("gpt-13b", 15.07e9, 1e-3), ("gpt-30b", 35.13e9, 1e-3), ("tiny", 853_376, 0),
 ])
 def test_built_in_models_have_their_published_size(name: str, num_params: float, relative: float) -> None:
@@ -50,6 +66,21 @@ def test_built_in_models_have_their_published_size(name: str, num_params: float,
     assert model.num_params == pytest.approx(num_params, rel=relative, abs=0)
 
 
+@pytest.mark.parametrize(("name", "num_active"), [("mixtral-8x7b", 12.88e9), ("mixtral-8x22b", 39.15e9)])
+def test_a_mixture_computes_with_its_active_experts_only(name: str, num_active: float) -> None:
+    model = load_model(name)
+    assert model.num_active_params == pytest.approx(num_active, rel=1e-3)
+    table = model.vocab_size * model.hidden_dim  # the input embedding is looked up, not multiplied
+    norms = (2 * model.num_layers + 1) * model.hidden_dim
+    assert model.linear_flop(10) == 60 * (model.num_active_params - table - norms)
+    dense = replace(model, num_experts=1, active_experts=1)
+    assert dense.num_params == dense.num_active_params < model.num_active_params
+    assert dense.saved_bytes_per_token(2) < model.saved_bytes_per_token(2) < 2 * dense.saved_bytes_per_token(2)
+    assert dense.attention_flop([7]) == model.attention_flop([7])
+    with pytest.raises(SpecError, match=r"active_experts \(9\) must be at least 1 and at most num_experts \(8\)"):
+        replace(model, active_experts=9)
+
+
 def test_units_are_converted_and_plain_numbers_kept() -> None:
     cluster = load_cluster("a100-40g-64")
     assert cluster.device.memory_bytes == 40 * GIB
@@ -57,9 +88,23 @@ def test_units_are_converted_and_plain_numbers_kept() -> None:
     assert cluster.inter_node.bytes_per_s == 4.5e9 and cluster.inter_node.latency_s == 30e-6
 
 
-def test_guesses_are_marked() -> None:
-    assert guesses(load_cluster("laptop-cpu")) == ("device", "host", "intra-node link", "inter-node link")
-    assert any(line.startswith("host: guess") for line in guesses(load_cluster("h200-8")))
+def test_every_number_has_a_source_and_guesses_say_so() -> None:
+    parts = dict(sources(load_cluster("laptop-cpu"), load_model("tiny")))
+    assert set(parts) == {"device CPU process", "host", "intra-node link", "inter-node link", "model tiny"}
+    assert {part for part, source in parts.items() if source == "guess"} == set(parts) - {"model tiny"}
+    hidden = dict(sources(load_cluster("bytescale-1024"), load_model("llama-7b")))
+    assert hidden["device unpublished (A100-SXM4-80GB assumed)"].startswith("guess")
+
+
+def test_a_measured_cost_file(tmp_path: Path) -> None:
+    cost = second_cost()
+    alone = write(tmp_path, yaml.safe_dump(to_plain(cost)))
+    assert load_cost(alone) == cost
+    machine = {"name": "box", "device": "cpu", "num_ranks": 4, "samples": [], "cost": to_plain(cost)}
+    assert load_cost(write(tmp_path, yaml.safe_dump(machine))) == cost
+    assert "cannot be read" in refusal(load_cost, str(tmp_path / "none.yaml"))
+    assert "missing key 'times'" in refusal(load_cost, write(tmp_path, "memory: {fixed_bytes: 1, bytes_per_token: 1}"))
+    assert "not valid YAML" in refusal(load_cost, write(tmp_path, "cost: [1, 2\n"))
 
 
 def test_a_cluster_file_of_ones_own(tmp_path: Path) -> None:

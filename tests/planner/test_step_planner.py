@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planner import step_planner
+from planner import flexsp
 from planner.codec import to_plain
 from planner.errors import InfeasibleError, SpecError
 from planner.plan import AttentionKind, SolveStatus, plan_digest, plan_from_json
@@ -65,8 +65,6 @@ def test_skewed_lengths_gain_over_the_best_static_degree() -> None:
 @pytest.mark.parametrize(
     ("strategy", "degree", "message"),
     [
-        ("hdp", None, "strategy 'hdp' is not built yet; available: flexsp, static"),
-        ("adaptive", None, "not built yet"),
         ("flexps", None, "unknown strategy 'flexps' .did you mean 'flexsp'"),
         ("flexsp", 2, "chooses its own degrees"),
     ],
@@ -98,7 +96,7 @@ def test_a_broken_solver_leaves_a_plan_and_a_note(monkeypatch: pytest.MonkeyPatc
     def broken(*_: Any, **__: Any) -> None:
         raise SolverFailure("HiGHS failed: test")
 
-    monkeypatch.setattr(step_planner, "flexsp_schedule", broken)
+    monkeypatch.setattr(flexsp, "flexsp_schedule", broken)
     cost, limits = make_cost(4), make_limits(relative_gap=0.0)
     lengths = skewed_lengths(3, 12, 4096)
     plan = plan_step(lengths, step=0, num_ranks=4, cost=cost, limits=limits, strategy="flexsp")

@@ -158,11 +158,12 @@ BAD_FLAGS = [
     (["--strategy", "static", "--degree", "5"], "plan.degree (5) must be at most 4"),
     (["--strategy", "static", "--degree", "0"], "plan.degree must be at least 1, got 0"),
     (["--strategy", "flexps"], "plan.strategy 'flexps' is unknown (did you mean 'flexsp'?)"),
-    (["--strategy", "adaptive"], "plan.strategy adaptive is not built yet; available: flexsp, static"),
-    (["--strategy", "hdp"], "plan.strategy hdp is not built yet"),
-    (["--strategy", "zeppelin"], "plan.strategy zeppelin is not built yet"),
+    (["--strategy", "zepelin"], "plan.strategy 'zepelin' is unknown (did you mean 'zeppelin'?)"),
+    (["--strategy", "megatron", "--degree", "2"], "plan.degree is for plan.strategy static only, not megatron"),
     (["--attention", "usp"], "plan.attention usp is not built yet; available: auto, ulysses, ring"),
     (["--memory", "seco"], "memory.policy seco is not built yet; available: auto, keep"),
+    (["--model", "mixtral-8x7b"], "model.preset (mixtral-8x7b) is a shape to plan with"),
+    (["--model", "gpt-7b"], "model.preset (gpt-7b) is a shape to plan with: training builds dense gated decoders"),
     (["--pipeline-parallel", "2"], "parallel.pipeline_parallel 2 is not built yet; available: 1"),
     (["--model", "tinny"], "unknown model 'tinny' (did you mean 'tiny'?)"),
     (["--model.num-kv-heads", "3"], "num_query_heads (4) must be a multiple of num_kv_heads (3)"),
@@ -188,7 +189,7 @@ def test_ulysses_cannot_split_more_ranks_than_heads() -> None:
 
 def test_all_mistakes_are_said_at_once() -> None:
     assert len(refusal(["--stps", "1", "--seed", "x", "foo"])) == 3
-    assert len(refusal(["--steps", "0", "--strategy", "hdp", "--data", "nowhere"])) == 3
+    assert len(refusal(["--steps", "0", "--strategy", "hpd", "--data", "nowhere"])) == 3
 
 
 BAD_RECIPES = [

@@ -146,8 +146,8 @@ def test_the_users_errors_come_through(make_feed: Callable[..., PlanFeed]) -> No
     with pytest.raises(InfeasibleError):  # the greedy plan says the same when the child has no time
         feed.take(2, [5, 100_000], 0.0)
     assert not feed.take(3, LENGTHS[3], START_S).late
-    with pytest.raises(SpecError, match="not built yet"):
-        make_feed(strategy="hdp")
+    with pytest.raises(SpecError, match="unknown strategy 'hpd' .did you mean 'hdp'"):
+        make_feed(strategy="hpd")
 
 
 def test_misuse_is_refused(make_feed: Callable[..., PlanFeed]) -> None:

@@ -1,0 +1,209 @@
+"""From the flags of ``longhaul plan`` to what is to be planned: machine, model, cost model, limits, batches."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from planner.analytic import derive_cost
+from planner.breakdown import free_links
+from planner.cluster import ClusterSpec
+from planner.codec import suggest
+from planner.cost import CostModel, PlanLimits
+from planner.errors import SpecError
+from planner.length_generators import generate_lengths, length_names, length_table
+from planner.lengths_file import batches_of_sequences, batches_of_tokens, drop_longer, read_lengths
+from planner.model_spec import ModelSpec
+from planner.plan import AttentionKind, Sharding
+from planner.specs import load_cluster, load_cost, load_model, sources
+from planner.units import format_bytes, parse_bytes, parse_tokens
+
+KINDS = {
+    "auto": (AttentionKind.ULYSSES, AttentionKind.RING),
+    "ulysses": (AttentionKind.ULYSSES,),
+    "ring": (AttentionKind.RING,),
+}
+_MAX_DRAWN = 10_000_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """Everything the flags asked for, read and checked. ``sources``: (part, source) of the numbers used."""
+
+    cluster: ClusterSpec
+    model: ModelSpec
+    cost: CostModel
+    is_measured: bool
+    limits: PlanLimits
+    batches: tuple[tuple[int, ...], ...]
+    lengths_name: str
+    remarks: tuple[str, ...]
+    sources: tuple[tuple[str, str], ...]
+
+    def price(self, cluster: ClusterSpec, budget_bytes: int, longest: int) -> CostModel:
+        """The cost model of this model on another cluster, or the measured one, which knows no other."""
+        return self.cost if self.is_measured else _derive(cluster, self.model, budget_bytes, longest)[0]
+
+    @property
+    def free_cost(self) -> CostModel | None:
+        """The cost model without communication, None where the cost model was measured as a whole."""
+        if self.is_measured:
+            return None
+        cluster = free_links(self.cluster)
+        return derive_cost(cluster, self.model, num_ranks=cluster.num_ranks, sharding=self.cost.sharding)
+
+
+def read_job(flags: argparse.Namespace) -> Job:
+    """Raises SpecError on the first flag or file that is wrong."""
+    if flags.attention not in KINDS:
+        raise SpecError(f"--attention: {flags.attention!r} is none of auto, ulysses, ring")
+    if flags.lengths is None:
+        raise SpecError(
+            "longhaul plan: --lengths FILE|NAME is needed: a file of one sequence length (tokens) a line, or one of "
+            f"{', '.join(length_names())}"
+        )
+    cluster, model = load_cluster(flags.cluster), load_model(flags.model)
+    batches, remarks = _batches(flags)
+    limits = PlanLimits(
+        device_budget_bytes=_budget_bytes(flags.device_budget, cluster),
+        max_ulysses_degree=model.num_query_heads,
+        kinds=KINDS[flags.attention],
+        devices_per_node=cluster.devices_per_node,
+    )
+    longest = max(max(batch) for batch in batches)
+    if flags.cost is None:
+        cost, remark = _derive(cluster, model, limits.device_budget_bytes, longest)
+    else:
+        cost, remark = load_cost(flags.cost), ""
+        if cost.provenance.model != model.name:
+            remark = f"--cost {flags.cost} was measured for model {cost.provenance.model}, not for {model.name}"
+    return Job(
+        cluster=cluster, model=model, cost=cost, is_measured=flags.cost is not None, limits=limits, batches=batches,
+        lengths_name=flags.lengths, remarks=(*remarks, *([remark] if remark else [])),
+        sources=(*sources(cluster, model), *_length_source(flags.lengths)),
+    )
+
+
+def count(text: str | None, flag: str) -> int | None:
+    """A whole number of at least 1 from a flag, None where it was not given. Raises SpecError."""
+    if text is None:
+        return None
+    if not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise SpecError(f"{flag}: expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def _derive(cluster: ClusterSpec, model: ModelSpec, budget_bytes: int, longest: int) -> tuple[CostModel, str]:
+    """Priced for gather_once, which training runs; where the longest sequence does not fit beside a whole copy of the
+    model, priced for zero3, and the remark says so."""
+    num_ranks = cluster.num_ranks
+    cost = derive_cost(cluster, model, num_ranks=num_ranks)
+    if cost.max_local_tokens(budget_bytes) * num_ranks >= longest:
+        return cost, ""
+    lean = derive_cost(cluster, model, num_ranks=num_ranks, sharding=Sharding.ZERO3)
+    remark = (
+        f"priced with zero3: gather_once needs {format_bytes(cost.memory.fixed_bytes)} a device before the first token "
+        f"and leaves too little of {format_bytes(budget_bytes)} for {longest} tokens; training runs gather_once only"
+    )
+    return lean, remark
+
+
+def _batches(flags: argparse.Namespace) -> tuple[tuple[tuple[int, ...], ...], list[str]]:
+    """The steps to plan, and what to say about sequences that were left out."""
+    if flags.batch_sequences is not None and flags.batch_tokens is not None:
+        raise SpecError("longhaul plan: give --batch-sequences or --batch-tokens, not both")
+    num_steps = count(flags.steps, "--steps") or 1
+    num_tokens = _tokens(flags.batch_tokens, "--batch-tokens")
+    num_sequences = count(flags.batch_sequences, "--batch-sequences") or 512
+    max_tokens = _tokens(flags.max_length, "--max-length")
+    if _is_name(flags.lengths):
+        lengths, num_dropped = _drawn(flags, num_steps, num_sequences, num_tokens, max_tokens)
+    else:
+        if flags.seed is not None:
+            raise SpecError("--seed belongs to named lengths; a file's lengths are taken in order: leave it out")
+        lengths, num_dropped = read_lengths(flags.lengths), 0
+        if max_tokens is not None:
+            lengths, num_dropped = drop_longer(lengths, max_tokens)
+    remarks = []
+    if max_tokens is not None:
+        remarks.append(f"{num_dropped} of {len(lengths) + num_dropped} sequences over {max_tokens} tokens dropped")
+    found: Iterator[tuple[int, ...]] = (
+        batches_of_tokens(lengths, num_tokens) if num_tokens else batches_of_sequences(lengths, num_sequences)
+    )
+    return tuple(islice(found, num_steps)), remarks
+
+
+def _is_name(text: str) -> bool:
+    """Whether ``--lengths`` names a corpus. A file of that name in the current folder is reached as ``./name``.
+    Raises SpecError where it is neither name nor file."""
+    if text in length_names():
+        return True
+    if "/" not in text and not Path(text).exists():
+        raise SpecError(f"--lengths: {text!r} is neither a file nor known lengths{suggest(text, length_names())}")
+    return False
+
+
+def _drawn(
+    flags: argparse.Namespace, num_steps: int, num_sequences: int, num_tokens: int | None, max_tokens: int | None
+) -> tuple[tuple[int, ...], int]:
+    """As many lengths as the steps take, and how many longer ones were passed over on the way."""
+    table = length_table(flags.lengths)
+    if max_tokens is not None and max_tokens < table.shortest:
+        raise SpecError(
+            f"every sequence is longer than --max-length {max_tokens}; the shortest of {table.name} has "
+            f"{table.shortest} tokens"
+        )
+    kept: list[int] = []
+    total = num_dropped = 0
+    for length in generate_lengths(table.name, seed=_seed(flags.seed)):
+        if max_tokens is not None and length > max_tokens:
+            num_dropped += 1
+        else:
+            kept.append(length)
+            total += min(length, num_tokens or length)  # a longer sequence is one batch
+        # A batch of tokens ends where the next sequence does not fit: one batch more than asked ends the last one.
+        enough = total >= (num_steps + 1) * num_tokens if num_tokens else len(kept) == num_steps * num_sequences
+        if enough:
+            break
+        if len(kept) + num_dropped >= _MAX_DRAWN:
+            raise SpecError(f"{_MAX_DRAWN} sequences of {table.name} are not enough: ask for fewer steps or tokens")
+    return tuple(kept), num_dropped
+
+
+def _length_source(name: str) -> tuple[tuple[str, str], ...]:
+    if name not in length_names():
+        return ((f"lengths {name}", "a file of yours"),)
+    table = length_table(name)
+    lines = ((f"lengths {name}", table.source),)
+    return (*lines, (f"lengths {name}", table.note)) if table.note else lines
+
+
+def _seed(text: str | None) -> int:
+    if text is None:
+        return 0
+    if not (text.isascii() and text.isdigit() and len(text) < 19):
+        raise SpecError(f"--seed: expected a whole number of at least 0, got {text!r}")
+    return int(text)
+
+
+def _budget_bytes(text: str | None, cluster: ClusterSpec) -> int:
+    device = cluster.device
+    if text is None:
+        return device.memory_bytes - device.reserved_bytes
+    budget = parse_bytes(text, what="--device-budget")
+    if not 0 < budget <= device.memory_bytes:
+        memory = format_bytes(device.memory_bytes)
+        raise SpecError(f"--device-budget: {text} is not within the {memory} of {device.name}")
+    return budget
+
+
+def _tokens(text: str | None, flag: str) -> int | None:
+    if text is None:
+        return None
+    tokens = parse_tokens(text, what=flag)
+    if tokens < 1:
+        raise SpecError(f"{flag}: expected at least 1 token, got {text!r}")
+    return tokens

@@ -1,0 +1,203 @@
+"""What ``longhaul plan`` says about its plans: JSON for scripts, lines and tables for people, a page to look at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from launch.plan_job import Job
+from planner.breakdown import MemorySplit, memory_split, time_split
+from planner.explain import (
+    COMPARISON_COLUMNS,
+    GROUP_COLUMNS,
+    STEP_COLUMNS,
+    Candidate,
+    PlannedStep,
+    best_candidate,
+    comparison_row,
+    group_rows,
+    knob_lines,
+    memory_line,
+    provenance_lines,
+    shape_line,
+    solver_line,
+    speed_line,
+    step_row,
+    time_line,
+    verdict,
+)
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from planner.html_report import Page
+
+PLAN_JSON_SCHEMA = 1
+MAX_GROUP_ROWS = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """``steps``: the plans told in detail. ``strategy``: what was asked for. ``candidates``: of ``all``, else none."""
+
+    job: Job
+    strategy: str
+    steps: tuple[PlannedStep, ...]
+    candidates: tuple[Candidate, ...]
+
+    @property
+    def memory(self) -> MemorySplit:
+        """Of the fullest rank of all steps."""
+        fullest = max(self.steps, key=lambda step: step.simulation.peak_bytes)
+        return memory_split(fullest.simulation, self.job.cost, self.job.limits.device_budget_bytes)
+
+
+def as_json(result: Result) -> dict[str, Any]:
+    """Schema 1. With ``all``, ``steps`` and ``summary`` are the fastest strategy's, and ``comparison`` has them all."""
+    job = result.job
+    value = {
+        "schema": PLAN_JSON_SCHEMA,
+        "model": job.model.name,
+        "cluster": job.cluster.name,
+        "strategy": result.strategy,
+        "steps": [_step_json(step) for step in result.steps],
+        "summary": _summary_json(result.steps, job.cluster.num_ranks),
+    }
+    if result.candidates:
+        value["comparison"] = [_candidate_json(candidate, job.cluster.num_ranks) for candidate in result.candidates]
+    return value
+
+
+def _candidate_json(candidate: Candidate, num_devices: int) -> dict[str, Any]:
+    if not candidate.steps:
+        return {"strategy": candidate.strategy, "refused": candidate.refusal}
+    return {
+        "strategy": candidate.strategy,
+        "steps": [_step_json(step) for step in candidate.steps],
+        "summary": _summary_json(candidate.steps, num_devices),
+    }
+
+
+def _summary_json(steps: tuple[PlannedStep, ...], num_devices: int) -> dict[str, float]:
+    plans = [step.plan for step in steps]
+    total_s = sum(plan.predicted_s for plan in plans)
+    tokens_per_s = sum(plan.num_tokens for plan in plans) / total_s
+    return {
+        "mean_step_s": total_s / len(plans),
+        "tokens_per_s": tokens_per_s,
+        "tokens_per_s_per_device": tokens_per_s / num_devices,
+        "mean_gap": sum(plan.solver.gap for plan in plans) / len(plans),
+        "max_gap": max(plan.solver.gap for plan in plans),
+        "mean_solve_s": sum(plan.solver.wall_s for plan in plans) / len(plans),
+    }
+
+
+def _step_json(step: PlannedStep) -> dict[str, Any]:
+    plan, solver = step.plan, step.plan.solver
+    return {
+        "step": plan.step,
+        "num_sequences": len(plan.sequences),
+        "num_tokens": plan.num_tokens,
+        "predicted_s": plan.predicted_s,
+        "bound_s": solver.bound_s,
+        "gap": solver.gap,
+        "solve_s": solver.wall_s,
+        "status": solver.status.value,
+        "num_microbatches": len(plan.microbatches),
+        "peak_bytes": plan.peak_bytes,
+        "idle_fraction": step.simulation.idle_fraction,
+    }
+
+
+def show(result: Result) -> None:
+    """Print everything for people, the answer first."""
+    from rich.console import Console
+
+    console = Console(highlight=False, markup=False)
+    if not console.is_terminal:
+        console.width = max(console.width, 120)  # a pipe has no width of its own
+    job, first = result.job, result.steps[0]
+    for line in headline(result):
+        console.print(line, style="bold", soft_wrap=True)
+    console.print(_time_line(result), soft_wrap=True)
+    console.print(memory_line(result.memory), soft_wrap=True)
+    for remark in job.remarks:
+        console.print(f"note: {remark}", soft_wrap=True)
+    _show_comparison(console, result)
+    title = f"{first.plan.strategy}: {job.model.name} on {job.cluster.name}, lengths {job.lengths_name}"
+    _show_table(console, title, STEP_COLUMNS, [step_row(step) for step in result.steps])
+    rows = group_rows(first)
+    title = f"step {first.plan.step}: {shape_line(first.plan)}"
+    _show_table(console, title, GROUP_COLUMNS, rows[:MAX_GROUP_ROWS])
+    if len(rows) > MAX_GROUP_ROWS:
+        console.print(f"... and {len(rows) - MAX_GROUP_ROWS} more groups")
+    console.print(solver_line(first.plan), soft_wrap=True)
+    for line in _knobs(job):
+        console.print(line, soft_wrap=True)
+    for line in provenance_lines(job.cost, job.sources):
+        console.print(line, style=None if line.startswith("cost model") else "dim", soft_wrap=True)
+
+
+def headline(result: Result) -> tuple[str, str]:
+    """Whether it fits, and how fast it is."""
+    speed = speed_line(result.steps, result.job.cluster.num_ranks, result.job.cost)
+    return verdict(result.steps, result.memory), speed
+
+
+def page(result: Result) -> Page:
+    """The same for ``planner.html_report``."""
+    from planner.html_report import Page
+
+    job, first = result.job, result.steps[0]
+    return Page(
+        title=f"{first.plan.strategy}: {job.model.name} on {job.cluster.name}, lengths {job.lengths_name}",
+        lines=(
+            *headline(result), _time_line(result), memory_line(result.memory), solver_line(first.plan),
+            *(f"note: {remark}" for remark in job.remarks), *_refusals(result),
+        ),
+        sources=tuple(provenance_lines(job.cost, job.sources)),
+        step=first,
+        lengths=tuple(length for batch in job.batches for length in batch),
+        candidates=result.candidates,
+        fixed_bytes=job.cost.memory.fixed_bytes,
+        budget_bytes=job.limits.device_budget_bytes,
+    )
+
+
+def _time_line(result: Result) -> str:
+    first, job = result.steps[0], result.job
+    return time_line(first.plan.step, time_split(first.plan, first.simulation, job.cost, job.free_cost))
+
+
+def _knobs(job: Job) -> list[str]:
+    from planner.knobs import Setting, best_knobs
+
+    start = Setting(change="", cluster=job.cluster, limits=job.limits, lengths=job.batches[0])
+    return knob_lines(best_knobs(start, job.price))
+
+
+def _show_comparison(console: Console, result: Result) -> None:
+    best = best_candidate(result.candidates)
+    if best is None:
+        return
+    planned = sorted((found for found in result.candidates if found.steps), key=lambda found: found.mean_step_s)
+    rows = [comparison_row(candidate, best) for candidate in planned]
+    _show_table(console, f"every strategy on the same batches ({len(best.steps)})", COMPARISON_COLUMNS, rows)
+    for line in _refusals(result):
+        console.print(line, soft_wrap=True)
+
+
+def _refusals(result: Result) -> list[str]:
+    return [f"{found.strategy} refuses {found.refusal}" for found in result.candidates if found.refusal]
+
+
+def _show_table(console: Console, title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="")
+    for name in columns:
+        is_text = name in ("attention", "ranks", "status", "strategy")
+        table.add_column(name, justify="left" if is_text else "right")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)

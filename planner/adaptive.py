@@ -1,0 +1,160 @@
+"""Longhaul's own strategy: one search over group size, attention kind, packing, placement and order.
+
+A plan is a list of microbatches, one group each, that ranks work off without barriers. The search aims at a target time
+between the proven bound and the best plan so far and builds a whole schedule for it in milliseconds
+(``adaptive_build``): for each long sequence the cheapest shape, any integer degree, that is quick enough; packing,
+placement and order follow from the target. It builds in two ways, for scarce time and for scarce memory, prices fixed
+times in two ways, and bisects the target for the most promising ones. All is counted, nothing depends on the clock but
+the guard of ``limits.time_limit_s``.
+
+Then the published strategies get their chance (``adaptive_rivals``): if one has the better plan, that is the plan.
+
+The memory policy is to keep all activations: the only one the runtime executes so far.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from planner.adaptive_build import Draft, Target, build_draft
+from planner.adaptive_rivals import Match, best_rival
+from planner.adaptive_shop import Workshop
+from planner.assemble import Found, GroupChoice, MicrobatchChoice
+from planner.bounds import bound_of_parts, bound_parts, settled_lengths
+from planner.cost import CostModel, PlanLimits
+from planner.plan import AttentionKind, SolveStatus
+from planner.shapes import GroupShape, allowed_shapes, require_fits, shapes_of_degree
+
+MAX_BUILDS = 12
+MIN_BUILDS = 4
+ROWS_AND_RANKS = 60_000  # builds times sequences and ranks: large steps get fewer builds
+NUM_FINALISTS = 2
+MEMORY_WEIGHTS = (0.0, 1.0)
+CLOSE_ENOUGH = 1e-3  # of the makespan: no more builds
+GOOD_ENOUGH = 1.5e-2  # of the makespan: no other way to share out fixed times is tried
+
+
+@dataclass(slots=True)
+class _Search:
+    """The best draft so far, and how often one was built."""
+
+    shop: Workshop
+    bound_s: float
+    deadline_s: float
+    max_builds: int
+    best: Draft | None = None
+    num_builds: int = 0
+
+    def build(self, target: Target) -> Draft:
+        draft = build_draft(self.shop, target)
+        self.num_builds += 1
+        if self.best is None or draft.makespan_s < self.best.makespan_s:
+            self.best = draft
+        return draft
+
+    @property
+    def done(self) -> bool:
+        if self.best is None:
+            return False
+        spent = self.num_builds >= self.max_builds or time.perf_counter() > self.deadline_s
+        return spent or self.within(CLOSE_ENOUGH)
+
+    def within(self, gap: float) -> bool:
+        return self.best is not None and self.best.makespan_s <= self.bound_s * (1 + gap)
+
+
+def plan_adaptive(
+    lengths: SequenceOf[int], *, num_ranks: int, cost: CostModel, limits: PlanLimits, degree: int | None,
+    deadline_s: float,
+) -> Found:
+    """The strategy ``adaptive``. ``degree`` is not for it: it chooses its own. ``bound_s`` holds for every plan of all
+    shapes that the cost model prices and the limits allow here.
+
+    Raises SpecError where no shape is priced, InfeasibleError where a sequence fits none.
+    """
+    shapes = every_shape(num_ranks, cost, limits)
+    sizes = np.asarray(lengths, dtype=np.int64)
+    settled = np.zeros(len(sizes), dtype=np.bool_)
+    if shapes[0].kind is AttentionKind.LOCAL:
+        settled = settled_lengths(sizes, np.ones(len(sizes)), shapes, shapes[0], num_ranks)
+    shop = Workshop(lengths, shapes, settled.tolist(), num_ranks=num_ranks, node_size=limits.node_size(num_ranks))
+    require_fits(shop.long, cost, limits)
+    bound_s = bound_of_parts(bound_parts(sizes, shapes, num_ranks), num_ranks)
+    max_builds = min(max(ROWS_AND_RANKS // (len(sizes) + num_ranks), MIN_BUILDS), MAX_BUILDS)
+    search = _Search(shop, bound_s, deadline_s, max_builds)
+    draft = _search(search)
+    makespan_s, note = draft.makespan_s, f"adaptive, {search.num_builds} builds"
+    groups: tuple[MicrobatchChoice, ...] = _choices(shop, draft)
+    rival = best_rival(
+        Match(
+            lengths=lengths, num_ranks=num_ranks, cost=cost, limits=limits, beat_s=makespan_s, bound_s=bound_s,
+            deadline_s=deadline_s,
+        )
+    )
+    if rival is not None:
+        groups, makespan_s, note = rival.groups, rival.makespan_s, f"{rival.name} plan, {note}"
+    proven = makespan_s - bound_s <= limits.relative_gap * (makespan_s + cost.step_fixed_s)
+    status = SolveStatus.OPTIMAL if proven else SolveStatus.FEASIBLE
+    return Found(groups=groups, status=status, bound_s=bound_s, note=note)
+
+
+def every_shape(num_ranks: int, cost: CostModel, limits: PlanLimits) -> tuple[GroupShape, ...]:
+    """All shapes that the cost model prices and the limits allow on so many ranks, degrees ascending.
+
+    Raises SpecError where there are none.
+    """
+    degrees = sorted({fit.degree for fit in cost.times if fit.degree <= num_ranks})
+    shapes = tuple(shape for degree in degrees for shape in shapes_of_degree(degree, cost, limits))
+    return shapes or allowed_shapes(num_ranks, cost, limits)
+
+
+def _search(search: _Search) -> Draft:
+    """Build for the bound in each way, then bisect the target of the best spread and the best packed way; where the
+    first one is good already, of that one only."""
+    bound_s = search.bound_s
+    best: dict[bool, tuple[float, Target]] = {}
+    for weight in MEMORY_WEIGHTS:
+        for packed in (False, True):
+            if search.done or (packed in best and search.within(GOOD_ENOUGH)):
+                break
+            way = Target(makespan_s=bound_s, alone_s=bound_s, memory_weight=weight, packed=packed)
+            makespan_s = search.build(way).makespan_s
+            if packed not in best or makespan_s < best[packed][0]:
+                best[packed] = (makespan_s, way)
+    finalists = sorted(best.values(), key=lambda item: (item[0], item[1].packed))
+    if search.within(GOOD_ENOUGH):
+        del finalists[1:]
+    for number, (makespan_s, way) in enumerate(finalists):
+        left = search.max_builds - search.num_builds
+        _bisect(search, way, makespan_s, -(-left // (NUM_FINALISTS - number)))
+    assert search.best is not None
+    return search.best
+
+
+def _bisect(search: _Search, way: Target, reached_s: float, num_builds: int) -> None:
+    """Aim lower and lower as long as the aim is met, higher where it is not."""
+    low_s, high_s = search.bound_s, reached_s
+    for _ in range(num_builds):
+        if search.done:
+            return
+        target_s = (low_s + high_s) / 2
+        draft = search.build(replace(way, makespan_s=target_s, alone_s=target_s))
+        if draft.makespan_s <= target_s * (1 + CLOSE_ENOUGH):
+            high_s = draft.makespan_s
+        else:
+            low_s, high_s = target_s, min(high_s, draft.makespan_s)
+
+
+def _choices(shop: Workshop, draft: Draft) -> tuple[GroupChoice, ...]:
+    return tuple(
+        GroupChoice(
+            shop.shapes[batch.column].kind,
+            tuple(range(batch.first_rank, batch.first_rank + batch.degree)),
+            tuple(sorted(batch.rows)),
+        )
+        for batch in draft.batches
+    )

@@ -1,0 +1,164 @@
+"""The published strategies as candidates for ``adaptive``: each one that might have the better plan is run.
+
+A strategy is left out where a bound of its own proves that it cannot win. The rest depends on the size of the step,
+sequences times ranks. Small: all are run, FlexSP only where adaptive's gap is above ``limits.relative_gap``, since its
+programs take seconds. Middling: greedy and the list schedules of rings, and above that gap the most promising static
+layouts. Large: greedy, floored rings and those layouts, above that gap only. So adaptive is never behind a strategy
+that was run; of one that was not run (FlexSP, Zeppelin and Megatron's rule beyond small steps) only its gap says how
+far behind it can be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+
+import numpy as np
+
+from planner.assemble import Found, GroupChoice, MicrobatchChoice
+from planner.bounds import group_tokens
+from planner.cost import CostModel, PlanLimits
+from planner.errors import InfeasibleError, SpecError
+from planner.flexsp import plan_flexsp
+from planner.greedy import plan_greedy
+from planner.hdp import plan_hdp, plan_hdp_floor, plan_hdp_naive, smallest_columns
+from planner.megatron_rule import plan_megatron
+from planner.plan import AttentionGroup, SolveStatus
+from planner.shapes import GroupShape, price_table, ring_shapes
+from planner.simulate import price_groups, run_schedule
+from planner.static import best_layout, every_layout
+from planner.zeppelin import plan_zeppelin
+
+MAX_LAYOUTS = 3  # beyond small steps
+SMALL_STEP = 2**13
+MIDDLING_STEP = 2**16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rival:
+    """A better plan. ``makespan_s`` leaves ``step_fixed_s`` out."""
+
+    name: str
+    groups: tuple[MicrobatchChoice, ...]
+    makespan_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Match:
+    """The step, and what is to be beaten: ``beat_s`` (makespan) with ``bound_s`` proven."""
+
+    lengths: SequenceOf[int]
+    num_ranks: int
+    cost: CostModel
+    limits: PlanLimits
+    beat_s: float
+    bound_s: float
+    deadline_s: float
+
+    @property
+    def size(self) -> int:
+        return len(self.lengths) * self.num_ranks
+
+    @property
+    def small(self) -> bool:
+        return self.size <= SMALL_STEP
+
+    @property
+    def open(self) -> bool:
+        """The gap is above the one asked for."""
+        gap_s = self.limits.relative_gap * (self.beat_s + self.cost.step_fixed_s)
+        return self.beat_s - self.bound_s > gap_s
+
+
+def best_rival(match: Match) -> Rival | None:
+    """The best plan of the strategies that were run, where it beats ``match.beat_s``."""
+    best: Rival | None = None
+    for name, run in _candidates(match):
+        try:
+            found = run()
+        except (SpecError, InfeasibleError):  # not possible with these kinds, degrees or lengths
+            continue
+        makespan_s = _makespan_s(found, match)
+        if makespan_s < (match.beat_s if best is None else best.makespan_s):
+            best = Rival(name=name, groups=found.groups, makespan_s=makespan_s)
+    return best
+
+
+def _candidates(match: Match) -> list[tuple[str, Callable[[], Found]]]:
+    if match.beat_s <= match.bound_s or (match.size > MIDDLING_STEP and not match.open):
+        return []
+
+    def run(strategy: Callable[..., Found]) -> Callable[[], Found]:
+        return lambda: strategy(
+            match.lengths, num_ranks=match.num_ranks, cost=match.cost, limits=match.limits, degree=None,
+            deadline_s=match.deadline_s,
+        )
+
+    def greedy() -> Found:
+        return plan_greedy(match.lengths, num_ranks=match.num_ranks, cost=match.cost, limits=match.limits)
+
+    runs = [("greedy", greedy), ("hdp-floor", run(plan_hdp_floor))]
+    if match.small or match.open:
+        runs.append(("static", lambda: _static(match)))
+    if match.size <= MIDDLING_STEP and _hdp_may_win(match):
+        runs += [("hdp", run(plan_hdp)), ("hdp-naive", run(plan_hdp_naive))]
+    if match.small:
+        runs += [("zeppelin", run(plan_zeppelin)), ("megatron", run(plan_megatron))]
+    if match.small and match.open:
+        runs.append(("flexsp", run(plan_flexsp)))
+    return runs
+
+
+def _hdp_may_win(match: Match) -> bool:
+    """Its degrees follow from memory, so the longest sequence's time is known."""
+    degrees = range(2, match.num_ranks + 1)
+    try:
+        shapes = ring_shapes("hdp", degrees, match.num_ranks, match.cost, match.limits)
+    except SpecError:
+        return False
+    longest = price_table([max(match.lengths)], shapes)
+    column = int(smallest_columns(longest, np.inf)[0])
+    return float(longest.marginal_s[0, column] + longest.fixed_s[column]) < match.beat_s
+
+
+def _static(match: Match) -> Found:
+    """The best layout of any degree, of those that their work and the longest sequence do not rule out."""
+    layouts = every_layout(match.num_ranks, match.cost, match.limits)
+    bounds_s = [_layout_bound_s(layout, match) for layout in layouts]
+    hopeful = [place for place, bound_s in enumerate(bounds_s) if bound_s < match.beat_s]
+    if not match.small:
+        hopeful = sorted(hopeful, key=lambda place: (bounds_s[place], place))[:MAX_LAYOUTS]
+    layouts = [layouts[place] for place in hopeful]
+    result = best_layout(match.lengths, layouts, match.num_ranks) if layouts else None
+    if result is None:
+        raise SpecError("no layout may win")
+    return Found(
+        groups=result.schedule.groups, status=SolveStatus.STATIC, bound_s=result.bound_s, note=result.note
+    )
+
+
+def _layout_bound_s(layout: SequenceOf[GroupShape], match: Match) -> float:
+    """Work at the cheapest coefficients of the layout's shapes, memory's share of fixed times, the longest's time."""
+    sizes = np.asarray(match.lengths, dtype=np.float64)
+    tokens, squares, longest = float(sizes.sum()), float(sizes @ sizes), int(sizes.max())
+    shapes = tuple(dict.fromkeys(layout))
+    work_s = min(s.degree * s.fit.s_per_token2 for s in shapes) * squares
+    work_s += min(s.degree * s.fit.s_per_token for s in shapes) * tokens
+    work_s += min(s.degree * s.fit.s_per_sequence for s in shapes) * len(sizes)
+    work_s += min(s.degree * s.fit.fixed_s / max(group_tokens(s), 1) for s in shapes) * tokens
+    alone_s = min(
+        s.fit.group_s(num_tokens=longest, num_tokens2=longest * longest, num_sequences=1) for s in shapes
+    )
+    return max(work_s / match.num_ranks, alone_s)
+
+
+def _makespan_s(found: Found, match: Match) -> float:
+    prices = []
+    for choice in found.groups:
+        choices = (choice,) if isinstance(choice, GroupChoice) else choice
+        groups = [AttentionGroup(kind=each.kind, ranks=each.ranks, sequences=each.sequences) for each in choices]
+        ranks = tuple(sorted({rank for each in choices for rank in each.ranks}))
+        prices.append(price_groups(ranks, groups, match.lengths, match.cost))
+    step_s = run_schedule(prices, num_ranks=match.num_ranks, cost=match.cost).step_s
+    return step_s - match.cost.step_fixed_s

@@ -1,0 +1,88 @@
+"""Priced steps as a Chrome trace, for ui.perfetto.dev: a process per node, a thread per rank, an event per microbatch.
+
+Format: JSON object of the Trace Event Format, complete events (``ph: X``) with times in microseconds. Steps follow one
+another; each ends with what every rank does once a step (``step_fixed_s``: gather, reduce, optimizer).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from collections.abc import Sequence as SequenceOf
+from typing import Any
+
+from planner.cluster import ClusterSpec
+from planner.explain import PlannedStep, group_names, groups_by_rank
+from planner.plan import Microbatch
+from planner.simulate import step_lengths
+from planner.units import MICROSECONDS_PER_S
+
+
+def chrome_trace(steps: SequenceOf[PlannedStep], cluster: ClusterSpec) -> dict[str, Any]:
+    """The value to write with ``json.dumps``. Data rank r is device r of the cluster."""
+    num_ranks = steps[0].plan.num_ranks
+    events = list(_names(num_ranks, cluster))
+    start_s = 0.0
+    for step in steps:
+        events.extend(_step_events(step, cluster, start_s))
+        start_s += step.simulation.step_s
+    return {
+        "traceEvents": events,
+        "displayTimeUnit": "ms",
+        "otherData": {"cluster": cluster.name, "strategy": steps[0].plan.strategy, "simulated": "true"},
+    }
+
+
+def _names(num_ranks: int, cluster: ClusterSpec) -> Iterator[dict[str, Any]]:
+    for node in range(cluster.node_of(num_ranks - 1) + 1):
+        yield {"ph": "M", "name": "process_name", "pid": node, "args": {"name": f"node {node}"}}
+        yield {"ph": "M", "name": "process_sort_index", "pid": node, "args": {"sort_index": node}}
+    for rank in range(num_ranks):
+        place = {"pid": cluster.node_of(rank), "tid": rank}
+        yield {"ph": "M", "name": "thread_name", **place, "args": {"name": f"rank {rank}"}}
+        yield {"ph": "M", "name": "thread_sort_index", **place, "args": {"sort_index": rank}}
+
+
+def _step_events(step: PlannedStep, cluster: ClusterSpec, start_s: float) -> Iterator[dict[str, Any]]:
+    plan, simulation = step.plan, step.simulation
+    lengths = step_lengths(plan)
+    groups = [groups_by_rank(microbatch) for microbatch in plan.microbatches]
+    details = [_details(index, microbatch, lengths) for index, microbatch in enumerate(plan.microbatches)]
+    for event in simulation.events:
+        yield _event(
+            group_names(groups[event.microbatch][event.rank]), "microbatch", event.rank, cluster,
+            start_s + event.start_s, event.stop_s - event.start_s, {"step": plan.step, **details[event.microbatch]},
+        )
+    last_s = max(simulation.rank_finish_s)
+    for rank in range(plan.num_ranks):
+        yield _event(
+            "gather, reduce, optimizer", "step", rank, cluster, start_s + last_s, simulation.step_s - last_s,
+            {"step": plan.step},
+        )
+
+
+def _details(index: int, microbatch: Microbatch, lengths: SequenceOf[int]) -> dict[str, Any]:
+    """What is said about every event of one microbatch."""
+    sizes = [lengths[sequence] for group in microbatch.groups for sequence in group.sequences]
+    return {
+        "microbatch": index,
+        "num_ranks": len(microbatch.ranks),
+        "num_sequences": len(sizes),
+        "num_tokens": sum(sizes),
+        "longest_tokens": max(sizes),
+        "peak_bytes": microbatch.peak_bytes,
+    }
+
+
+def _event(
+    name: str, category: str, rank: int, cluster: ClusterSpec, start_s: float, seconds: float, args: dict[str, Any]
+) -> dict[str, Any]:
+    return {
+        "ph": "X",
+        "name": name,
+        "cat": category,
+        "pid": cluster.node_of(rank),
+        "tid": rank,
+        "ts": start_s * MICROSECONDS_PER_S,
+        "dur": seconds * MICROSECONDS_PER_S,
+        "args": args,
+    }

@@ -1,0 +1,302 @@
+"""A priced step as one HTML page that needs nothing else: plotly's script is inside, nothing is loaded from anywhere.
+
+plotly comes with the extra ``report`` and is imported only here, on use.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+from collections import defaultdict
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+from planner.errors import SpecError
+from planner.explain import Candidate, PlannedStep, best_candidate, group_names, groups_by_rank, shape_name
+from planner.plan import AttentionKind
+from planner.simulate import Event, step_lengths
+from planner.units import GIB, KIB, format_bytes, format_count, format_seconds
+
+MAX_RANKS_SHOWN = 256
+"""More rows than a screen has lines: of larger clusters every n-th rank is drawn, and the fullest one."""
+
+_FONT = "system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', sans-serif"
+_INK, _MUTED, _GRID = "#1f2933", "#616e7c", "#e4e7eb"
+_PLAIN, _STRONG, _ALERT, _FIXED = "#9fb3c8", "#2b6cb0", "#c53030", "#d9e2ec"
+# Light to dark with the degree, one hue for each kind.
+_HUES = {
+    AttentionKind.LOCAL: ("#9fb3c8",),
+    AttentionKind.ULYSSES: ("#90cdf4", "#63b3ed", "#4299e1", "#3182ce", "#2b6cb0", "#2c5282", "#1a365d"),
+    AttentionKind.RING: ("#fbd38d", "#f6ad55", "#ed8936", "#dd6b20", "#c05621", "#9c4221", "#652b19"),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Page:
+    """What the page shows. ``lines``: the answer in words. ``step``: drawn in detail. ``lengths``: tokens of all
+    sequences of all steps. ``candidates``: of a comparison, else none."""
+
+    title: str
+    lines: tuple[str, ...]
+    sources: tuple[str, ...]
+    step: PlannedStep
+    lengths: tuple[int, ...]
+    candidates: tuple[Candidate, ...]
+    fixed_bytes: int
+    budget_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Figure:
+    """A plotly figure and the heading above it."""
+
+    title: str
+    plot: Any
+    is_wide: bool = False
+
+
+def require_plotly() -> None:
+    """Raises SpecError, with the remedy, where plotly is not installed."""
+    if find_spec("plotly") is None:
+        raise SpecError("--html needs plotly, which is not installed: pip install 'longhaul[report]'")
+
+
+def html_page(page: Page) -> str:
+    """The whole document. Raises SpecError where plotly is not installed."""
+    require_plotly()
+    ranks = _shown_ranks(page.step)
+    figures = [_timeline(page.step, ranks), _lengths(page.lengths), _memory(page, ranks)]
+    if page.candidates:
+        figures.append(_comparison(page.candidates))
+    verdict, *lines = page.lines
+    return _DOCUMENT.format(
+        title=html.escape(page.title),
+        font=_FONT,
+        ink=_INK,
+        muted=_MUTED,
+        grid=_GRID,
+        alert=_ALERT,
+        verdict=html.escape(verdict),
+        lines="\n".join(f"<p>{html.escape(line)}</p>" for line in lines),
+        figures="\n".join(_embed(figure, is_first=index == 0) for index, figure in enumerate(figures)),
+        sources="\n".join(_source_item(line) for line in page.sources),
+    )
+
+
+def _shown_ranks(step: PlannedStep) -> tuple[int, ...]:
+    num_ranks, peaks = step.plan.num_ranks, step.simulation.rank_peak_bytes
+    stride = math.ceil(num_ranks / MAX_RANKS_SHOWN)
+    return tuple(sorted({*range(0, num_ranks, stride), peaks.index(max(peaks))}))
+
+
+def _timeline(step: PlannedStep, ranks: tuple[int, ...]) -> _Figure:
+    """A row for each rank, a bar for each microbatch it works on, one colour for each kind and octave of degrees."""
+    import plotly.graph_objects as go
+
+    row_of = {rank: row for row, rank in enumerate(ranks)}
+    events: dict[tuple[AttentionKind, int], list[Event]] = defaultdict(list)
+    degrees: dict[tuple[AttentionKind, int], set[int]] = defaultdict(set)
+    groups = [groups_by_rank(microbatch) for microbatch in step.plan.microbatches]
+    for event in step.simulation.events:
+        if event.rank in row_of:
+            widest = max(groups[event.microbatch][event.rank], key=lambda group: group.degree)
+            events[widest.kind, widest.degree.bit_length()].append(event)
+            degrees[widest.kind, widest.degree.bit_length()].add(widest.degree)
+    hover = _hover_texts(step)
+    figure = go.Figure()
+    for key in sorted(events, key=lambda found: (-found[1], found[0])):
+        bars, few, most = events[key], min(degrees[key]), max(degrees[key])
+        figure.add_bar(
+            orientation="h", name=shape_name(key[0], few) + (f" to {most}" if most > few else ""),
+            y=[row_of[event.rank] for event in bars], x=[event.stop_s - event.start_s for event in bars],
+            base=[event.start_s for event in bars], width=1.0,
+            marker={"color": _colour(*key), "line": {"color": "white", "width": 0.5 if len(ranks) <= 96 else 0}},
+            customdata=[
+                f"rank {event.rank}: {group_names(groups[event.microbatch][event.rank])}<br>{hover[event.microbatch]}"
+                for event in bars
+            ],
+            hovertemplate="%{customdata}<extra></extra>",
+        )
+    _add_step_end(figure, step, len(ranks))
+    shown = "" if len(ranks) == step.plan.num_ranks else f" ({len(ranks)} of {step.plan.num_ranks} drawn)"
+    ticks = ranks[:: max(1, math.ceil(len(ranks) / 16))]
+    _style(figure, height=min(840, 220 + 9 * len(ranks)))
+    figure.update_layout(barmode="overlay", bargap=0, legend={"traceorder": "normal"})
+    figure.update_xaxes(title="seconds", rangemode="tozero")
+    figure.update_yaxes(
+        title="rank", tickvals=[row_of[rank] for rank in ticks], ticktext=[str(rank) for rank in ticks],
+        range=[len(ranks) - 0.5, -0.5], showgrid=False,
+    )
+    return _Figure(title=f"Step {step.plan.step}: what each rank does{shown}", plot=figure, is_wide=True)
+
+
+def _add_step_end(figure: Any, step: PlannedStep, num_rows: int) -> None:
+    """What every rank does once a step, after the last microbatch."""
+    last_s = max(step.simulation.rank_finish_s)
+    fixed_s = step.simulation.step_s - last_s
+    if fixed_s <= 0:
+        return
+    figure.add_bar(
+        orientation="h", name="gather, reduce, optimizer", y=list(range(num_rows)), x=[fixed_s] * num_rows,
+        base=last_s, width=1.0, marker={"color": _FIXED, "line": {"width": 0}},
+        hovertemplate=f"{format_seconds(fixed_s)}, once a step, every rank<extra></extra>",
+    )
+
+
+def _hover_texts(step: PlannedStep) -> list[str]:
+    lengths = step_lengths(step.plan)
+    texts = []
+    for index, microbatch in enumerate(step.plan.microbatches):
+        sizes = [lengths[sequence] for group in microbatch.groups for sequence in group.sequences]
+        texts.append(
+            f"microbatch {index}: {len(sizes)} sequences, {format_count(sum(sizes))} tokens, longest "
+            f"{format_count(max(sizes))}<br>{format_seconds(microbatch.predicted_s)}, peak "
+            f"{format_bytes(microbatch.peak_bytes)}"
+        )
+    return texts
+
+
+def _colour(kind: AttentionKind, degree_bits: int) -> str:
+    hues = _HUES[kind]
+    return hues[min(len(hues) - 1, max(0, degree_bits - 2))]
+
+
+def _lengths(lengths: SequenceOf[int]) -> _Figure:
+    """Shares of sequences and of tokens by powers of two of the length."""
+    import plotly.graph_objects as go
+
+    bins = [length.bit_length() - (length & (length - 1) == 0) for length in lengths]  # 2^(b-1) < length <= 2^b
+    places = range(min(bins), max(bins) + 1)
+    total = sum(lengths)
+    counts = [sum(place == found for found in bins) / len(bins) for place in places]
+    tokens = [
+        sum(length for length, found in zip(lengths, bins, strict=True) if found == place) / total for place in places
+    ]
+    labels = [_tokens_label(2**place) for place in places]
+    figure = go.Figure()
+    figure.add_bar(name="of sequences", x=labels, y=counts, marker={"color": _PLAIN})
+    figure.add_bar(name="of tokens", x=labels, y=tokens, marker={"color": _STRONG})
+    _style(figure, height=340)
+    figure.update_traces(hovertemplate="%{y:.1%} %{fullData.name}, up to %{x}<extra></extra>")
+    figure.update_xaxes(title="length up to, in tokens (1K = 1,024)", type="category")
+    figure.update_yaxes(title="share", tickformat=".0%")
+    return _Figure(title=f"{len(lengths)} sequences, {format_count(total)} tokens in all steps", plot=figure)
+
+
+def _tokens_label(tokens: int) -> str:
+    if tokens >= KIB * KIB:
+        return f"{tokens // (KIB * KIB)}M"
+    return f"{tokens // KIB}K" if tokens >= KIB else str(tokens)
+
+
+def _memory(page: Page, ranks: tuple[int, ...]) -> _Figure:
+    """Peak bytes of each drawn rank, the fixed part below, and the budget."""
+    import plotly.graph_objects as go
+
+    peaks = [page.step.simulation.rank_peak_bytes[rank] for rank in ranks]
+    names = [str(rank) for rank in ranks]
+    figure = go.Figure()
+    figure.add_bar(
+        name="weights, gradients, optimizer", x=names, y=[page.fixed_bytes / GIB] * len(ranks),
+        marker={"color": _PLAIN, "line": {"width": 0}},
+    )
+    figure.add_bar(
+        name="activations", x=names, y=[(peak - page.fixed_bytes) / GIB for peak in peaks],
+        marker={"color": _STRONG, "line": {"width": 0}},
+    )
+    _style(figure, height=340)
+    figure.add_hline(y=page.budget_bytes / GIB, line={"color": _ALERT, "width": 1.5, "dash": "dash"})
+    figure.update_layout(barmode="stack", bargap=0.1 if len(ranks) <= 64 else 0)
+    figure.update_traces(hovertemplate="rank %{x}: %{y:.2f} GiB %{fullData.name}<extra></extra>")
+    figure.update_xaxes(title="rank", type="category", nticks=16)
+    figure.update_yaxes(title="GiB", range=[0, 1.05 * max(page.budget_bytes, *peaks) / GIB])
+    title = f"Step {page.step.plan.step}: peak memory of each rank, budget {format_bytes(page.budget_bytes)}"
+    return _Figure(title=title, plot=figure)
+
+
+def _comparison(candidates: SequenceOf[Candidate]) -> _Figure:
+    """Mean step of each strategy, the fastest on top; those that refuse are named in the page's lines."""
+    import plotly.graph_objects as go
+
+    best = best_candidate(candidates)
+    planned = sorted((found for found in candidates if found.steps), key=lambda found: -found.mean_step_s)
+    best_s = best.mean_step_s if best is not None else 0.0
+    figure = go.Figure()
+    figure.add_bar(
+        orientation="h", y=[found.strategy for found in planned], x=[found.mean_step_s for found in planned],
+        marker={"color": [_STRONG if found is best else _PLAIN for found in planned]},
+        text=[f"{format_seconds(found.mean_step_s)}, {found.mean_step_s / best_s:.2f}x" for found in planned],
+        textposition="auto", hovertemplate="%{y}: %{text}<extra></extra>",
+    )
+    _style(figure, height=110 + 34 * len(planned))
+    figure.update_xaxes(title="seconds")
+    return _Figure(title="Mean step of every strategy on the same batches", plot=figure, is_wide=True)
+
+
+def _style(figure: Any, *, height: int) -> None:
+    figure.update_layout(
+        font={"family": _FONT, "size": 12, "color": _INK}, height=height, template="none",
+        margin={"l": 64, "r": 16, "t": 32, "b": 48}, paper_bgcolor="white", plot_bgcolor="white",
+        legend={"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0.0},
+    )
+    figure.update_xaxes(gridcolor=_GRID, zeroline=False, automargin=True)
+    figure.update_yaxes(gridcolor=_GRID, zeroline=False, automargin=True)
+
+
+def _embed(figure: _Figure, *, is_first: bool) -> str:
+    """One box of the page; the first one carries plotly's script."""
+    unused = ["select2d", "lasso2d", "autoScale2d"]
+    config = {"displaylogo": False, "responsive": True, "modeBarButtonsToRemove": unused}
+    plot = figure.plot.to_html(full_html=False, include_plotlyjs=is_first, config=config)
+    width = "wide" if figure.is_wide else "half"
+    return f'<section class="{width}"><h2>{html.escape(figure.title)}</h2>{plot}</section>'
+
+
+def _source_item(line: str) -> str:
+    """A line of ``provenance_lines`` as a list item; what is a guess stands out."""
+    text = html.escape(line.removeprefix("  - "))
+    for mark in ("guess in ", "guess: "):
+        if text.startswith(mark):
+            return f'<li><span class="guess">{mark.strip()}</span> {text.removeprefix(mark)}</li>'
+    return f"<li>{text}</li>"
+
+
+_DOCUMENT = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+body {{ margin: 0 auto; max-width: 1280px; padding: 20px 24px; font: 14px/1.5 {font}; color: {ink}; }}
+h1 {{ font-size: 20px; margin: 0 0 4px; }}
+h2 {{ font-size: 15px; font-weight: 600; margin: 10px 12px 0; }}
+p {{ margin: 2px 0; }}
+.verdict {{ font-size: 16px; font-weight: 600; margin: 6px 0; }}
+.figures {{ display: grid; grid-template-columns: 1fr 1fr; gap: 16px; margin: 16px 0; }}
+section {{ border: 1px solid {grid}; border-radius: 6px; min-width: 0; overflow: hidden; }}
+.wide {{ grid-column: 1 / -1; }}
+details {{ color: {muted}; }}
+ul {{ padding-left: 20px; }}
+.guess {{ color: {alert}; font-weight: 600; }}
+@media (max-width: 800px) {{ .figures {{ grid-template-columns: 1fr; }} }}
+</style>
+</head>
+<body>
+<h1>{title}</h1>
+<p class="verdict">{verdict}</p>
+{lines}
+<div class="figures">
+{figures}
+</div>
+<details open>
+<summary>Where the numbers come from</summary>
+<ul>
+{sources}
+</ul>
+</details>
+</body>
+</html>
+"""

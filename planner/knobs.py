@@ -1,0 +1,106 @@
+"""Which setting to change next: a step planned again with one thing different, several things in turn.
+
+Both sides of a comparison come from the greedy planner, which takes milliseconds; the full planner's gain differs a
+little. Gains are in tokens a second, because some changes alter the number of tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+from planner.cluster import ClusterSpec
+from planner.cost import CostModel, PlanLimits
+from planner.errors import InfeasibleError, SpecError
+from planner.plan import AttentionKind
+from planner.step_planner import greedy_step
+from planner.units import format_bytes
+
+SMALLEST_GAIN = 0.01
+MAX_WORK = 150_000
+"""Ranks times sequences above which the knobs would take longer than about a second."""
+
+Pricing = Callable[[ClusterSpec, int, int], CostModel]
+"""The cost model of a cluster for a budget (bytes a device) and a longest sequence (tokens)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """All that one plan depends on, and the words for what is different in it."""
+
+    change: str
+    cluster: ClusterSpec
+    limits: PlanLimits
+    lengths: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Knob:
+    """A change and its gain: tokens a second after over before, less 1; the same per device."""
+
+    change: str
+    gain: float
+    gain_per_device: float
+
+
+def best_knobs(start: Setting, pricing: Pricing, *, num_knobs: int = 3) -> tuple[Knob, ...] | None:
+    """The changes that gain most, best first; None where trying them would take too long, or where the greedy planner
+    finds no plan to start from."""
+    if start.cluster.num_ranks * len(start.lengths) > MAX_WORK:
+        return None
+    try:
+        before = _tokens_per_s(start, pricing)
+    except (InfeasibleError, SpecError):
+        return None
+    found = []
+    for setting in _changes(start):
+        try:
+            gain = _tokens_per_s(setting, pricing) / before
+        except (InfeasibleError, SpecError):
+            continue  # not possible here (no room, no such group): nothing to recommend
+        per_device = gain * start.cluster.num_ranks / setting.cluster.num_ranks
+        found.append(Knob(change=setting.change, gain=gain - 1, gain_per_device=per_device - 1))
+    found.sort(key=lambda knob: -knob.gain)
+    return tuple(knob for knob in found[:num_knobs] if knob.gain >= SMALLEST_GAIN)
+
+
+def _tokens_per_s(setting: Setting, pricing: Pricing) -> float:
+    cost = pricing(setting.cluster, setting.limits.device_budget_bytes, max(setting.lengths))
+    num_ranks = setting.cluster.num_ranks
+    plan = greedy_step(setting.lengths, step=0, num_ranks=num_ranks, cost=cost, limits=setting.limits)
+    return plan.num_tokens / plan.predicted_s
+
+
+def _changes(start: Setting) -> Iterator[Setting]:
+    cluster, limits, lengths = start.cluster, start.limits, start.lengths
+    budget = limits.device_budget_bytes * 5 // 4
+    yield replace(
+        start, limits=replace(limits, device_budget_bytes=budget),
+        change=f"25 % more memory a device ({format_bytes(limits.device_budget_bytes)} -> {format_bytes(budget)})",
+    )
+    nodes = 2 * cluster.num_nodes
+    yield replace(start, cluster=replace(cluster, num_nodes=nodes), change=f"twice the nodes ({nodes})")
+    yield replace(start, lengths=lengths * 2, change=f"twice the sequences a step ({2 * len(lengths)})")
+    half = max(lengths) // 2
+    kept = tuple(length for length in lengths if length <= half)
+    if kept:
+        yield replace(
+            start, lengths=kept, change=f"--max-length {half} ({len(lengths) - len(kept)} of {len(lengths)} dropped)"
+        )
+    yield from _link_changes(start)
+    for kind in (AttentionKind.ULYSSES, AttentionKind.RING):
+        if kind not in limits.kinds:
+            yield replace(
+                start, limits=replace(limits, kinds=(*limits.kinds, kind)), change=f"{kind} attention allowed as well"
+            )
+
+
+def _link_changes(start: Setting) -> Iterator[Setting]:
+    cluster = start.cluster
+    intra, inter = cluster.intra_node, cluster.inter_node
+    if cluster.num_nodes > 1:
+        faster = replace(cluster, inter_node=replace(inter, bytes_per_s=2 * inter.bytes_per_s))
+        yield replace(start, cluster=faster, change="network between nodes twice as fast")
+    else:
+        faster = replace(cluster, intra_node=replace(intra, bytes_per_s=2 * intra.bytes_per_s))
+        yield replace(start, cluster=faster, change="links inside the node twice as fast")

@@ -1,0 +1,65 @@
+"""The trace of priced steps is what the simulation says, and no rank does two things at once."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+
+from planner.chrome_trace import chrome_trace
+from planner.explain import PlannedStep
+from planner.simulate import simulate
+from planner.specs import load_cluster
+from planner.step_planner import plan_step
+from tests.planner.step_cases import RING, ULYSSES, make_cost, make_limits
+
+NUM_RANKS = 12
+
+
+def planned(strategy: str, num_steps: int = 2) -> list[PlannedStep]:
+    draw = random.Random(3)
+    cost = make_cost(NUM_RANKS, kinds=(ULYSSES, RING))
+    limits = make_limits(kinds=(ULYSSES, RING))
+    steps = []
+    for index in range(num_steps):
+        lengths = [int(draw.paretovariate(0.9) * 100) % 20_000 + 1 for _ in range(60)]
+        plan = plan_step(lengths, step=index, num_ranks=NUM_RANKS, cost=cost, limits=limits, strategy=strategy)
+        steps.append(PlannedStep(plan=plan, simulation=simulate(plan, cost)))
+    return steps
+
+
+@pytest.mark.parametrize("strategy", ["flexsp", "static"])
+def test_no_rank_overlaps_and_all_work_is_there(strategy: str) -> None:
+    steps, cluster = planned(strategy), load_cluster("h200-64")
+    trace = json.loads(json.dumps(chrome_trace(steps, cluster), allow_nan=False))
+    events = [event for event in trace["traceEvents"] if event["ph"] == "X"]
+    by_rank: dict[int, list[dict]] = {}
+    for event in events:
+        assert event["pid"] == event["tid"] // 8, "one process a node"
+        by_rank.setdefault(event["tid"], []).append(event)
+    assert sorted(by_rank) == list(range(NUM_RANKS))
+    for rank, mine in by_rank.items():
+        mine.sort(key=lambda event: event["ts"])
+        for before, after in zip(mine, mine[1:], strict=False):
+            assert after["ts"] >= before["ts"] + before["dur"] - 1e-3  # a nanosecond of rounding
+        busy_s = sum(event["dur"] for event in mine if event["cat"] == "microbatch") / 1e6
+        assert busy_s == pytest.approx(sum(step.simulation.rank_busy_s[rank] for step in steps))
+    last = max(event["ts"] + event["dur"] for event in events) / 1e6
+    assert last == pytest.approx(sum(step.simulation.step_s for step in steps))
+
+
+def test_events_say_what_they_are() -> None:
+    (step,) = planned("flexsp", num_steps=1)
+    trace = chrome_trace([step], load_cluster("h200-64"))
+    names = {event["args"]["name"] for event in trace["traceEvents"] if event["ph"] == "M" and "name" in event["args"]}
+    assert {"node 0", "node 1", "rank 0", "rank 11"} <= names and "node 2" not in names
+    first = step.plan.microbatches[0]
+    mine = [event for event in trace["traceEvents"] if event["args"].get("microbatch") == 0]
+    assert sorted(event["tid"] for event in mine) == sorted(first.ranks)
+    lengths = [step.plan.sequences[index].num_tokens for group in first.groups for index in group.sequences]
+    for event in mine:
+        group = next(group for group in first.groups if event["tid"] in group.ranks)
+        assert event["name"] == ("local" if group.degree == 1 else f"{group.kind} {group.degree}")
+        assert event["args"]["num_tokens"] == sum(lengths) and event["args"]["longest_tokens"] == max(lengths)
+        assert event["args"]["peak_bytes"] == first.peak_bytes and event["args"]["num_sequences"] == len(lengths)
