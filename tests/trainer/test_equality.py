@@ -115,6 +115,10 @@ RUNS = {
     "4 ranks ulysses 2": (4, 1, "static", 2, ULYSSES, 2**40, {("ulysses", 2)}),
     "4 ranks ulysses 4 (2 kv heads)": (4, 1, "static", 4, ULYSSES, 2**40, {("ulysses", 4)}),
     "4 ranks ring 3+1": (4, 1, "static", 3, RING, 2**40, {("ring", 3), ("local", 1)}),
+    "4 ranks adaptive": (4, 1, "adaptive", None, (*ULYSSES, *RING), 60, {("local", 1)}),
+    "4 ranks hdp": (4, 1, "hdp", None, RING, 60, {("local", 1), ("ring", 2)}),
+    "4 ranks zeppelin": (4, 1, "zeppelin", None, RING, 60, {("local", 1)}),
+    "4 ranks megatron": (4, 1, "megatron", None, RING, 60, {("local", 1)}),
     "tensor 2 x data 2": (4, 2, "static", 2, ULYSSES, 2**40, {("ulysses", 2)}),
 }
 
