@@ -38,5 +38,5 @@ $(INSTALLED): setup.py
 	@$(PYTHON) -c '$(CHECK_PYTHON)'
 	$(PYTHON) -m venv $(VENV_FLAGS) $(VENV)
 	$(if $(strip $(TORCH)),$(BIN)/python -m pip install "$(TORCH)")
-	$(BIN)/python -m pip install -e ".[dev]"
+	$(BIN)/python -m pip install -e ".[dev,report]"
 	@touch $@

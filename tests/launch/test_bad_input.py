@@ -76,7 +76,6 @@ def test_the_settings_of_these_tests_would_start(work: Path) -> None:
         (["--tensor-parallel", "4"], ["parallel.tensor_parallel (4) must divide num_kv_heads (2)"]),
         (["--model.num-query-heads", "5"], ["num_query_heads (5) must be a multiple of num_kv_heads (2)"]),
         (["--model", "huge"], ["unknown model 'huge'"]),
-        (["--strategy", "hdp"], ["plan.strategy hdp is not built yet; available: flexsp, static"]),
         (["--strategy", "flexps"], ["'flexps' is unknown", "did you mean 'flexsp'?"]),
         (["--attention", "usp"], ["plan.attention usp is not built yet"]),
         (["--memory", "swap"], ["memory.policy swap is not built yet"]),

@@ -11,33 +11,14 @@ from parallel.engine import AttentionEngine
 from parallel.kernel import CpuFlashKernel
 from parallel.program import compile_rank_program
 from planner.layout import shard_spans
-from planner.plan import (
-    AttentionGroup,
-    AttentionKind,
-    Microbatch,
-    Sequence,
-    SolveReport,
-    SolveStatus,
-    StepPlan,
-)
+from planner.plan import AttentionGroup, AttentionKind
 from planner.schedule import write_schedule
 from planner.schedule_check import check_schedules
+from tests.plans import verified_plan
 from tests.ranks import ThreadFabric, run_threads
 
 TOLERANCE = 1e-12
 CPU = torch.device("cpu")
-
-
-def make_plan(groups: list[AttentionGroup], lengths: list[int], num_ranks: int) -> StepPlan:
-    """A plan whose single microbatch holds all these groups; predictions do not matter here."""
-    ranks = tuple(sorted({rank for group in groups for rank in group.ranks}))
-    return StepPlan(
-        step=0, strategy="test", num_ranks=num_ranks,
-        sequences=tuple(Sequence(index, size) for index, size in enumerate(lengths)),
-        microbatches=(Microbatch(ranks=ranks, groups=tuple(groups), predicted_s=1.0, peak_bytes=1),),
-        predicted_s=1.0, peak_bytes=1, cost_digest="", solver=SolveReport(
-            status=SolveStatus.STATIC, objective_s=1.0, bound_s=0.0),
-    )
 
 
 def dense_attention(q_SNH, k_SKH, v_SKH):
@@ -62,7 +43,7 @@ def run_case(groups, lengths, num_ranks, heads, kv_heads, head_dim=8, seed=0, dt
         leaves = [x.clone().requires_grad_() for x in (q, k, v)]
         out = dense_attention(*leaves)
         wanted.append((out.detach(), *torch.autograd.grad(out, leaves, dout)))
-    plan = make_plan(groups, lengths, num_ranks)
+    plan = verified_plan([groups], lengths, num_ranks)
     fabric = ThreadFabric(num_ranks)
 
     def rank_main(rank):

@@ -16,7 +16,7 @@ from planner.errors import PlanError
 from planner.plan import AttentionGroup, AttentionKind, Span
 from planner.schedule import ExchangeSchedule, Task, write_schedule
 from planner.schedule_check import check_schedules
-from tests.parallel.test_attention import make_plan
+from tests.plans import verified_plan
 
 CPU = torch.device("cpu")
 
@@ -108,7 +108,7 @@ class Recorder:
 @pytest.mark.parametrize("walk", ["forward", "backward"])
 def test_next_rounds_messages_are_posted_before_this_rounds_kernels(walk):
     group = AttentionGroup(kind=AttentionKind.RING, ranks=(0, 1, 2, 3), sequences=(0,))
-    (microbatch,) = compile_rank_program(make_plan([group], [64], 4), 1).microbatches
+    (microbatch,) = compile_rank_program(verified_plan([[group]], [64], 4), 1).microbatches
     (program,) = microbatch.groups
     recorder = Recorder()
     walker = RoundWalker(
@@ -130,7 +130,7 @@ def test_rows_of_all_ranks_are_the_sequences_exactly_once():
         AttentionGroup(kind=AttentionKind.RING, ranks=(2, 0, 1), sequences=(0, 3)),
         AttentionGroup(kind=AttentionKind.ULYSSES, ranks=(3, 4), sequences=(2, 1)),
     ]
-    plan = make_plan(groups, lengths, 6)
+    plan = verified_plan([groups], lengths, 6)
     seen = [
         (span.sequence, token)
         for rank in range(6)

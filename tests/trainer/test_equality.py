@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from parallel.program import compile_rank_program
-from planner.cost import CostModel, MemoryFit, PlanLimits, Provenance, TimeFit
+from planner.cost import PlanLimits
 from planner.model_spec import ModelSpec
 from planner.plan import AttentionKind
 from planner.step_planner import plan_step
 from planner.verify import verify_plan
+from tests.plans import cost_model
 from tests.ranks import RankPool
 from tests.trainer import dense
 from trainer.batch import token_rows
@@ -32,22 +33,6 @@ SPEC = ModelSpec(
 CONFIG = TrainConfig(
     run=RunConfig(steps=NUM_STEPS, seed=7, collective_timeout_s=60), optimizer=OptimizerConfig(lr=1e-2, warmup_steps=3)
 )
-
-
-def cost_model(num_ranks):
-    """Made up for tests: short sequences are cheapest alone, long ones are cheapest shared."""
-    times = [TimeFit(kind=AttentionKind.LOCAL, degree=1, s_per_token2=1e-6, s_per_token=1e-5, s_per_sequence=0.0,
-                     fixed_s=1e-4)]
-    for kind in (AttentionKind.ULYSSES, AttentionKind.RING):
-        times += [
-            TimeFit(kind=kind, degree=d, s_per_token2=1e-6 / d, s_per_token=1.3e-5 / d, s_per_sequence=0.0,
-                    fixed_s=2e-4 * d)
-            for d in range(2, num_ranks + 1)
-        ]
-    return CostModel(
-        times=tuple(times), memory=MemoryFit(fixed_bytes=0, bytes_per_token=1), step_fixed_s=1e-4, peak_flop_per_s=1e9,
-        provenance=Provenance(source="test", cluster="test", model="test"),
-    )
 
 
 def batches():

@@ -13,8 +13,9 @@ import torch
 from parallel.engine import AttentionEngine
 from parallel.program import compile_rank_program
 from planner.errors import NumericError
-from planner.plan import AttentionGroup, AttentionKind, Microbatch, Sequence, SolveReport, SolveStatus, StepPlan
+from planner.plan import AttentionGroup, AttentionKind
 from tests.parallel.test_attention import TOLERANCE, dense_attention
+from tests.plans import verified_plan
 from tests.ranks import RankPool
 from tests.trainer.test_equality import CONFIG, SPEC, full_weights
 from trainer.batch import token_rows
@@ -34,17 +35,9 @@ def start(rank, world_size, init_method, config=CONFIG, spec=SMALL):
     return build_runtime(config, env, spec, init_method=init_method)
 
 
-def plan_of(groups, lengths):
+def plan_of(groups, lengths, num_ranks=NUM_RANKS):
     """Each group its own microbatch, in this order."""
-    return StepPlan(
-        step=0, strategy="test", num_ranks=NUM_RANKS,
-        sequences=tuple(Sequence(index, size) for index, size in enumerate(lengths)),
-        microbatches=tuple(
-            Microbatch(ranks=group.ranks, groups=(group,), predicted_s=1.0, peak_bytes=1) for group in groups
-        ),
-        predicted_s=1.0, peak_bytes=1, cost_digest="",
-        solver=SolveReport(status=SolveStatus.STATIC, objective_s=1.0, bound_s=0.0),
-    )
+    return verified_plan([[group] for group in groups], lengths, num_ranks)
 
 
 def random_plan(seed):
@@ -98,7 +91,7 @@ def alone(rank, world_size, init_method, seeds):
         group = AttentionGroup(
             kind=AttentionKind.LOCAL, ranks=(0,), sequences=tuple(range(len(plan.sequences)))
         )
-        whole = dataclasses.replace(plan_of([group], [s.num_tokens for s in plan.sequences]), num_ranks=1)
+        whole = plan_of([group], [s.num_tokens for s in plan.sequences], num_ranks=1)
         loss, _ = accumulate_gradients(
             runtime, compile_rank_program(whole, 0), reader(documents_of(plan, seed)), num_tokens=plan.num_tokens
         )

@@ -1,0 +1,45 @@
+"""Plans for tests of the runtime: made by hand, priced and verified like any other before they are run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from planner.assemble import GroupChoice, assemble_plan
+from planner.cost import CostModel, MemoryFit, PlanLimits, Provenance, TimeFit
+from planner.plan import AttentionGroup, AttentionKind, SolveStatus, StepPlan
+from planner.verify import verify_plan
+
+MOST_HEADS = 64
+
+
+def cost_model(num_ranks: int) -> CostModel:
+    """Made up: short sequences are cheapest alone, long ones are cheapest shared; one byte a token."""
+    times = [TimeFit(kind=AttentionKind.LOCAL, degree=1, s_per_token2=1e-6, s_per_token=1e-5, s_per_sequence=0.0,
+                     fixed_s=1e-4)]
+    for kind in (AttentionKind.ULYSSES, AttentionKind.RING):
+        times += [
+            TimeFit(kind=kind, degree=d, s_per_token2=1e-6 / d, s_per_token=1.3e-5 / d, s_per_sequence=0.0,
+                    fixed_s=2e-4 * d)
+            for d in range(2, num_ranks + 1)
+        ]
+    return CostModel(
+        times=tuple(times), memory=MemoryFit(fixed_bytes=0, bytes_per_token=1), step_fixed_s=1e-4, peak_flop_per_s=1e9,
+        provenance=Provenance(source="test", cluster="test", model="test"),
+    )
+
+
+def verified_plan(
+    microbatches: Sequence[Sequence[AttentionGroup]], lengths: Sequence[int], num_ranks: int
+) -> StepPlan:
+    """The plan that runs these microbatches (lists of groups) in this order. Raises PlanError if it is illegal."""
+    cost = cost_model(num_ranks)
+    limits = PlanLimits(
+        device_budget_bytes=2**40, max_ulysses_degree=MOST_HEADS, kinds=(AttentionKind.ULYSSES, AttentionKind.RING)
+    )
+    plan = assemble_plan(
+        step=0, strategy="test", num_ranks=num_ranks, lengths=lengths,
+        groups=[tuple(GroupChoice(g.kind, g.ranks, g.sequences) for g in groups) for groups in microbatches],
+        cost=cost, status=SolveStatus.STATIC, bound_s=0.0, wall_s=0.0,
+    )
+    verify_plan(plan, lengths, num_ranks=num_ranks, cost=cost, limits=limits)
+    return plan
