@@ -4,7 +4,7 @@ A strategy is left out where a bound of its own proves that it cannot win. The r
 sequences times ranks. Small: all are run, FlexSP only where adaptive's gap is above ``limits.relative_gap``, since its
 programs take seconds. Middling: greedy and the list schedules of rings, and above that gap the most promising static
 layouts. Large: greedy, floored rings and those layouts, above that gap only. So adaptive is never behind a strategy
-that was run; of one that was not run (FlexSP, Zeppelin and Megatron's rule beyond small steps) only its gap says how far
+that was run; of one that was not (FlexSP, Zeppelin and Megatron's rule beyond small steps) only its gap says how far
 behind it can be.
 """
 
