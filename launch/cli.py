@@ -66,8 +66,9 @@ def help_text() -> str:
     lines += [f"  {name:<10} {what}" for name, (_, what) in _VERBS.items()]
     lines += ["", "coming:"]
     lines += [f"  {name:<10} {what}" for name, what in _COMING.items()]
-    lines += ["", "exit codes: 0 done, 2 bad input, 75 stopped and saved, 93 do not requeue, 94 no plan fits,",
-              "            95 loss not finite, 96 no loadable checkpoint, 130 interrupted"]
+    lines += ["", "exit codes: 0 done, 1 reproduce: outside its tolerance, 2 bad input, 75 stopped and saved,",
+              "            93 do not requeue, 94 no plan fits, 95 loss not finite, 96 no loadable checkpoint,",
+              "            130 interrupted"]
     return "\n".join(lines)
 
 
@@ -125,6 +126,12 @@ def _plan(arguments: list[str]) -> int:
     return plan_command.run(arguments)
 
 
+def _reproduce(arguments: list[str]) -> int:
+    from launch import reproduce_command
+
+    return reproduce_command.run(arguments)
+
+
 def _calibrate(arguments: list[str]) -> int:
     from launch import calibrate_command
 
@@ -143,11 +150,11 @@ def _doctor(arguments: list[str]) -> int:
 _VERBS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "train": (_train, "train a model; without flags a small real run on 4 CPU ranks"),
     "plan": (_plan, "plan steps for given lengths, model and cluster; needs no accelerator and no torch"),
+    "reproduce": (_reproduce, "the published tables of the systems implemented here, row by row"),
     "calibrate": (_calibrate, "measure this machine for the planner"),
     "doctor": (_doctor, "check versions, devices and the installation"),
 }
 _COMING = {
-    "reproduce": "the published tables of the systems implemented here, row by row",
     "slurm": "print a batch script for a recipe",
     "report": "predicted and measured times of a run",
     "ckpt": "list, verify, import and export checkpoints",

@@ -1,0 +1,134 @@
+"""``longhaul reproduce SYSTEM``: a published table rebuilt here, row by row, with a verdict as the exit code."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from planner.codec import suggest
+from planner.errors import EXIT_OK, SpecError
+
+if TYPE_CHECKING:
+    from planner.reproduce.table import Reproduction
+
+EXIT_MISSED = 1
+_PUBLISHED = ("flexsp", "bytescale", "zeppelin", "memo", "b200")
+
+
+def run(arguments: list[str]) -> int:
+    """Rebuild, print, return 0 where every tolerance is met and 1 where not. Raises SpecError (2) on bad input."""
+    parser = _parser()
+    flags = parser.parse_args(arguments)
+    if flags.help:
+        print(parser.format_help(), end="")
+        return EXIT_OK
+    rebuild = _system(flags.system)
+    if flags.json not in (None, "-"):
+        _check_file(flags.json)
+    result = rebuild()
+    _write_json(result, flags.json)
+    if flags.json != "-":
+        show(result)
+    return EXIT_OK if result.met else EXIT_MISSED
+
+
+def show(result: Reproduction) -> None:
+    """Table, assumptions and verdict for people."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    table = Table(title=result.title, title_justify="left")
+    table.add_column("row")
+    for column in ("paper", "ours", "error"):
+        table.add_column(column, justify="right")
+    table.add_column("")
+    for row in result.rows:
+        ours = "none" if math.isnan(row.ours) else f"{row.ours:.4g}"
+        error = "-" if math.isinf(row.error) else f"{row.error:+.1%}"
+        table.add_row(row.name, f"{row.paper:.4g}", ours, error, "met" if row.within else "MISS")
+    console.print(table)
+    for heading, lines in (("tolerances", [rule.text() for rule in result.rules]), ("assumed", result.assumptions)):
+        console.print(heading)
+        for line in lines:
+            console.print(f"  {line}", markup=False)
+    console.print(verdict(result), markup=False)
+
+
+def verdict(result: Reproduction) -> str:
+    """The last line: met or missed, how many rows, mean and worst error."""
+    num_met = sum(row.within for row in result.rows)
+    errors = f"mean error {result.mean_error:.1%}, worst {result.worst_error:.1%}"
+    if result.met:
+        return f"{result.system}: met, {num_met} of {len(result.rows)} rows; {errors}"
+    return f"{result.system}: MISSED, {num_met} of {len(result.rows)} rows met; {errors}; " + "; ".join(result.misses())
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise SpecError(f"longhaul reproduce: {message}; see longhaul reproduce --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="longhaul reproduce", add_help=False, allow_abbrev=False,
+        description="Rebuild a published table from its own inputs. Exit code 1 where it is outside its tolerance.",
+    )
+    parser.add_argument("system", nargs="?", metavar="SYSTEM", help=f"one of {', '.join(_PUBLISHED)}; built so far: "
+                        + ", ".join(_SYSTEMS))
+    parser.add_argument("-h", "--help", action="store_true", help="show this text")
+    parser.add_argument("--json", metavar="-|FILE", help="write the result as JSON; - prints it and nothing else")
+    return parser
+
+
+def _system(name: str | None) -> Callable[[], Reproduction]:
+    available = ", ".join(_SYSTEMS)
+    if name is None:
+        raise SpecError(f"longhaul reproduce: name a system; available: {available}")
+    if name in _SYSTEMS:
+        return _SYSTEMS[name]
+    if name in _PUBLISHED:
+        raise SpecError(f"longhaul reproduce: reproduce {name} is not built yet; available: {available}")
+    raise SpecError(f"longhaul reproduce: unknown system {name!r}{suggest(name, _SYSTEMS)}; available: {available}")
+
+
+def _check_file(target: str) -> None:
+    path = Path(target)
+    if not path.parent.is_dir():
+        raise SpecError(f"--json: folder {path.parent} does not exist")
+    if path.is_dir():
+        raise SpecError(f"--json: {target} is a folder; name a file")
+
+
+def _write_json(result: Reproduction, target: str | None) -> None:
+    from planner.reproduce.table import as_json
+
+    if target is None:
+        return
+    text = json.dumps(as_json(result), indent=2, allow_nan=False)
+    if target == "-":
+        print(text)
+        return
+    try:
+        Path(target).write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise SpecError(f"--json: cannot write {target} ({error.strerror})") from None
+
+
+def _flexsp() -> Reproduction:
+    from planner.reproduce.flexsp import reproduce_flexsp
+
+    return reproduce_flexsp()
+
+
+def _memo() -> Reproduction:
+    from planner.reproduce.memo import reproduce_memo
+
+    return reproduce_memo()
+
+
+_SYSTEMS: dict[str, Callable[[], Reproduction]] = {"flexsp": _flexsp, "memo": _memo}
