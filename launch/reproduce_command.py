@@ -52,7 +52,7 @@ def show(result: Reproduction) -> None:
         error = "-" if math.isinf(row.error) else f"{row.error:+.1%}"
         table.add_row(row.name, f"{row.paper:.4g}", ours, error, "met" if row.within else "MISS")
     console.print(table)
-    for heading, lines in (("tolerances", [rule.text() for rule in result.rules]), ("assumed", result.assumptions)):
+    for heading, lines in (("tolerances", result.rule_lines()), ("assumed", result.assumptions)):
         console.print(heading)
         for line in lines:
             console.print(f"  {line}", markup=False)
@@ -131,4 +131,10 @@ def _memo() -> Reproduction:
     return reproduce_memo()
 
 
-_SYSTEMS: dict[str, Callable[[], Reproduction]] = {"flexsp": _flexsp, "memo": _memo}
+def _b200() -> Reproduction:
+    from planner.reproduce.b200 import reproduce_b200
+
+    return reproduce_b200()
+
+
+_SYSTEMS: dict[str, Callable[[], Reproduction]] = {"flexsp": _flexsp, "memo": _memo, "b200": _b200}

@@ -184,6 +184,6 @@ _ASSUMPTIONS = (
     "copy rate: the one that hides a layer's copy from the published 192K on; at 1M the host binds, not the copy",
     "optimizer and gradient reduction not counted (below 0.1 % of a step of 12 minutes)",
     "host limits: the paper's constraint, 2 TiB for 8 devices, no reserve; the shares are not printed in the paper but "
-    "worked out by hand; 13B on 16 and 30B on 32 devices is a guess",
+    "worked out by hand, so these rows check arithmetic only; 13B on 16 and 30B on 32 devices is a guess",
     "no row: the paper's 128 GB for the layer inputs at 1M contradicts its own sizes, which give 256 GiB",
 )

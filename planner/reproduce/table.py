@@ -86,6 +86,15 @@ class Reproduction:
     def worst_error(self) -> float:
         return max(abs(row.error) for row in self.rows)
 
+    def rule_lines(self) -> tuple[str, ...]:
+        """Each rule with the mean and the worst error of its rows, which the figures over all rows may hide."""
+        lines = []
+        for rule in self.rules:
+            rows = tuple(row for row in self.rows if row.rule == rule)
+            worst = max(abs(row.error) for row in rows)
+            lines.append(f"{rule.text()} (here: mean {_mean(rows):.1%}, worst {worst:.1%} of {len(rows)} rows)")
+        return tuple(lines)
+
     def misses(self) -> tuple[str, ...]:
         """One line for each row and each mean outside its rule."""
         lines = [f"{row.name}: {row.error:+.1%}" for row in self.rows if not row.within]
@@ -115,7 +124,7 @@ def as_json(result: Reproduction) -> dict[str, Any]:
         "mean_error": _finite(result.mean_error),
         "worst_error": _finite(result.worst_error),
         "met": result.met,
-        "rules": [rule.text() for rule in result.rules],
+        "rules": list(result.rule_lines()),
         "assumptions": list(result.assumptions),
         "misses": list(result.misses()),
     }

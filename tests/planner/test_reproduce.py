@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from planner.errors import SpecError
 from planner.plan import AttentionKind
-from planner.reproduce import flexsp, memo
+from planner.reproduce import b200, flexsp, memo
 from planner.reproduce.table import Reproduction, Row, Rule, as_json, load_data
 
 TEN = Rule(name="ten", below=0.1, above=0.1)
@@ -45,6 +45,7 @@ def test_a_mean_can_miss_where_every_row_is_met() -> None:
     missed = table(row(2.2, rule), row(1.8, rule), row(2.0, rule))
     assert all(each.within for each in missed.rows)
     assert missed.misses() == ("mean of time: 6.7%",)
+    assert missed.rule_lines()[0].endswith("mean 5% (here: mean 6.7%, worst 10.0% of 3 rows)")
 
 
 def test_no_answer_is_a_miss_and_null_in_json() -> None:
@@ -116,3 +117,28 @@ def test_memo_host_share_fills_the_host_exactly(
     )
     used = (num_layers - 2) * (4 + 28 * share) * hidden_dim * num_tokens
     assert used == pytest.approx(host_bytes) if share < 1 else used <= host_bytes * 1.000001
+
+
+def test_b200_predicts_all_measured_rows_within_its_tolerances() -> None:
+    result = b200.reproduce_b200()
+    assert len(result.rows) == 28
+    assert result.met, result.misses()
+    assert all(row.ours >= row.paper for row in result.rows if row.rule == b200.MEMORY)
+
+
+def test_b200_layer_is_the_sum_of_its_products_and_attention_at_their_measured_rates() -> None:
+    data = load_data(b200.B200Data, "b200")
+    step = data.steps[0]  # neither tensor nor context parallel: no collectives in a layer
+    tokens, hidden, ffn, qkv = 4096, 8192, 28672, 10240
+    products = tokens * (hidden * qkv + hidden * hidden + hidden * 2 * ffn + ffn * hidden)
+    compute_s = 1.05 * 6 * products / 2250e9 / 1000
+    assert compute_s / 0.65 < b200.layer_s(data, step) < compute_s / 0.40
+    assert data.model.layer_params == products // tokens
+
+
+def test_b200_a_pipeline_repeats_its_slowest_stage() -> None:
+    data = load_data(b200.B200Data, "b200")
+    few, more = data.steps[0], data.steps[4]
+    assert (few.pipeline, few.microbatches, more.microbatches) == (2, 4, 8)
+    stage_s = data.model.num_layers // 2 * b200.layer_s(data, few) + b200.head_s(data, few)
+    assert b200.step_s(data, more) - b200.step_s(data, few) == pytest.approx(4 * stage_s)
