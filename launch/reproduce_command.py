@@ -137,4 +137,12 @@ def _b200() -> Reproduction:
     return reproduce_b200()
 
 
-_SYSTEMS: dict[str, Callable[[], Reproduction]] = {"flexsp": _flexsp, "memo": _memo, "b200": _b200}
+def _zeppelin() -> Reproduction:
+    from planner.reproduce.zeppelin import reproduce_zeppelin
+
+    return reproduce_zeppelin()
+
+
+_SYSTEMS: dict[str, Callable[[], Reproduction]] = {
+    "flexsp": _flexsp, "memo": _memo, "b200": _b200, "zeppelin": _zeppelin,
+}

@@ -47,7 +47,6 @@ def test_exit_code_says_whether_it_was_met(
     ("arguments", "words"),
     [
         ([], "name a system; available: flexsp"),
-        (["zeppelin"], "reproduce zeppelin is not built yet; available: flexsp"),
         (["flexps"], "unknown system 'flexps' (did you mean 'flexsp'?)"),
         (["memo", "--jsn", "-"], "--jsn"),
         (["memo", "--json", "no/such/folder/x.json"], "folder no/such/folder does not exist"),
