@@ -8,7 +8,8 @@ Where this differs, and why:
 
 - Every round first gets a packing without a solver; programs are solved only where that packing is further than the
   relative gap from the round's proven bound, best M first, and only while the sum of the rounds' bounds could still
-  beat the best plan known.
+  beat the best plan known. Programs larger than 64 ranks need are left alone (``round_program.MAX_VARIABLES``): on
+  1,024 ranks HiGHS ends the guard's seconds with the packing that it was given.
 - The paper's sum of makespans assumes that all ranks wait between rounds. Our runtime has no such barrier, so among the
   values of M the plan with the smallest simulated time wins, never more than its sum.
 - M counts up past values that cannot be packed (sequences do not tile memory); the paper's code returns nothing there.
@@ -24,6 +25,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 
@@ -33,9 +35,9 @@ from planner.bounds import makespan_bound_s
 from planner.cost import CostModel, PlanLimits
 from planner.greedy import Schedule, greedy_schedule
 from planner.plan import SolveStatus
-from planner.round_packing import RoundPacking, pack_round
-from planner.round_program import RoundSolve, solve_round
-from planner.shapes import IntArray, PriceTable, allowed_shapes, price_table, require_fits
+from planner.round_packing import RoundPacking, group_s, pack_round
+from planner.round_program import MAX_VARIABLES, RoundSolve, solve_round
+from planner.shapes import BoolArray, FloatArray, IntArray, PriceTable, allowed_shapes, price_table, require_fits
 from planner.solver import SolverFailure, WorkLimits
 from planner.static import best_layout, usual_layouts
 from planner.units import format_seconds
@@ -65,14 +67,19 @@ class _Trial:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FlexspResult:
-    """The best rounds found. ``hit_limit``: a solver's work limit or the clock ended the search before the rounds
-    were closed to the relative gap."""
+    """The best rounds found. ``round_sizes``: how many of the schedule's groups each round holds, in order.
+    ``hit_limit``: a solver's work limit, the size of a program or the clock ended the search before the rounds were
+    closed to the relative gap."""
 
     schedule: Schedule
-    num_rounds: int
+    round_sizes: tuple[int, ...]
     makespans_s: float
     num_programs: int
     hit_limit: bool
+
+    @property
+    def num_rounds(self) -> int:
+        return len(self.round_sizes)
 
 
 @dataclass(slots=True)
@@ -81,6 +88,7 @@ class _Budget:
 
     limits: PlanLimits
     deadline_s: float
+    max_variables: int
     work_left: int
     num_programs: int = 0
     hit_limit: bool = False
@@ -154,27 +162,31 @@ def _proven(makespan_s: float, bound_s: float, cost: CostModel, limits: PlanLimi
 
 def flexsp_schedule(
     table: PriceTable, *, num_ranks: int, max_local_tokens: int, limits: PlanLimits, incumbent_s: float,
-    deadline_s: float,
+    deadline_s: float, barriers: bool = False, max_variables: int = MAX_VARIABLES,
 ) -> FlexspResult | None:
     """Best FlexSP plan of all rows, or None where no number of rounds could be packed.
 
     ``max_local_tokens``: tokens of a microbatch that one rank can hold. ``incumbent_s``: makespan of the best plan
-    known so far; ``deadline_s``: when to stop, by ``time.perf_counter``. Raises SolverFailure.
+    known so far; ``deadline_s``: when to stop, by ``time.perf_counter``. ``barriers``: all ranks wait for each other
+    between rounds, as published, so the smallest sum of makespans wins. Programs of more than ``max_variables`` are
+    not solved. Raises SolverFailure.
     """
     trials = _trials(table, num_ranks, max_local_tokens, limits, deadline_s)
     if not trials:
         return None
-    budget = _Budget(limits, deadline_s, limits.max_nodes * WORK_PER_NODE)
+    budget = _Budget(limits, deadline_s, max_variables, limits.max_nodes * WORK_PER_NODE)
     best_s = min([incumbent_s, *(trial.makespans_s for trial in trials)])
     for trial in sorted(trials, key=lambda each: each.makespans_s):
         if trial.bound_s < best_s * (1 - limits.relative_gap):
             _improve(trial, num_ranks, budget)
             best_s = min(best_s, trial.makespans_s)
     placed = [(place_rounds(trial.tables, trial.packings, num_ranks), trial) for trial in trials]
-    schedule, trial = min(placed, key=lambda item: (item[0].makespan_s, len(item[1].packings)))
+    schedule, trial = min(
+        placed, key=lambda item: (item[1].makespans_s if barriers else item[0].makespan_s, len(item[1].packings))
+    )
     return FlexspResult(
-        schedule=schedule, num_rounds=len(trial.packings), makespans_s=trial.makespans_s,
-        num_programs=budget.num_programs, hit_limit=budget.hit_limit,
+        schedule=schedule, round_sizes=tuple(len(packing.groups) for packing in trial.packings),
+        makespans_s=trial.makespans_s, num_programs=budget.num_programs, hit_limit=budget.hit_limit,
     )
 
 
@@ -190,7 +202,7 @@ def _trials(
             break
         rounds = blast_rows(table.lengths, num_rounds)
         if len(rounds) not in tried:
-            trial = _packed_rounds(table, rounds, num_ranks)
+            trial = _packed_rounds(table, rounds, num_ranks, deadline_s)
             trials += [trial] if trial is not None else []
         tried.add(len(rounds))
         if max(int(table.lengths[rows].sum()) for rows in rounds) == longest:
@@ -198,12 +210,14 @@ def _trials(
     return trials
 
 
-def _packed_rounds(table: PriceTable, rounds: tuple[IntArray, ...], num_ranks: int) -> _Trial | None:
+def _packed_rounds(
+    table: PriceTable, rounds: tuple[IntArray, ...], num_ranks: int, deadline_s: float
+) -> _Trial | None:
     trial = _Trial([], [], [])
     for rows in rounds:
         part = one_kind_per_degree(table.take_rows(rows))
-        packing = pack_round(part, num_ranks)
-        if packing is None:
+        packing = pack_round(part, num_ranks, deadline_s=deadline_s)
+        if packing is None or time.perf_counter() > deadline_s:
             return None
         trial.tables.append(part)
         trial.packings.append(packing)
@@ -232,7 +246,9 @@ def _improve(trial: _Trial, num_ranks: int, budget: _Budget) -> None:
         work = budget.share(len(waiting) - done)
         if work is None:
             return
-        solve = solve_round(trial.tables[place], num_ranks, budget.limits.num_buckets, work)
+        solve = solve_round(
+            trial.tables[place], num_ranks, budget.limits.num_buckets, work, max_variables=budget.max_variables
+        )
         budget.spend(solve)
         if solve.packing is not None and solve.packing.makespan_s < trial.packings[place].makespan_s:
             trial.packings[place] = solve.packing
@@ -244,17 +260,24 @@ def place_rounds(tables: list[PriceTable], packings: list[RoundPacking], num_ran
     free_s = np.zeros(num_ranks)
     groups = []
     for table, packing in zip(tables, packings, strict=True):
-        taken = np.zeros(num_ranks, dtype=bool)
-        for group in packing.groups:
-            degree = table.shapes[group.column].degree
-            starts = [first for first in range(0, num_ranks - degree + 1, degree)
-                      if not taken[first : first + degree].any()]
-            first = min(starts, key=lambda start: (free_s[start : start + degree].max(), start))
-            block = slice(first, first + degree)
-            taken[block] = True
-            group_s = table.marginal_s[list(group.rows), group.column].sum() + table.fixed_s[group.column]
-            free_s[block] = free_s[block].max() + group_s
-            sequences = tuple(sorted(table.rows[list(group.rows)].tolist()))
-            kind = table.shapes[group.column].kind
-            groups.append(GroupChoice(kind, tuple(range(first, first + degree)), sequences))
+        taken = np.zeros(num_ranks, dtype=np.bool_)
+        for column, same in groupby(packing.groups, key=lambda group: group.column):
+            shape, members = table.shapes[column], list(same)
+            # Groups of one shape only take blocks from each other, so they go to the free blocks in order.
+            blocks = _free_blocks(taken, free_s, shape.degree)[: len(members)]
+            for first, group in zip(blocks, members, strict=True):
+                block = slice(first, first + shape.degree)
+                taken[block] = True
+                free_s[block] = free_s[block].max() + group_s(table, group)
+                sequences = tuple(sorted(table.rows[list(group.rows)].tolist()))
+                groups.append(GroupChoice(shape.kind, tuple(range(first, first + shape.degree)), sequences))
     return Schedule(tuple(groups), float(free_s.max()))
+
+
+def _free_blocks(taken: BoolArray, free_s: FloatArray, degree: int) -> list[int]:
+    """First ranks of the aligned blocks of which nothing is taken, those that are free first first."""
+    num_blocks = len(taken) // degree
+    ends_s = free_s[: num_blocks * degree].reshape(num_blocks, degree).max(axis=1)
+    open_blocks = np.flatnonzero(~taken[: num_blocks * degree].reshape(num_blocks, degree).any(axis=1))
+    order = np.argsort(ends_s[open_blocks], kind="stable")
+    return [int(block) * degree for block in open_blocks[order]]

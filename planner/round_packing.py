@@ -8,6 +8,9 @@ groups, each to where it ends first.
 
 from __future__ import annotations
 
+import math
+import time
+from bisect import bisect_right, insort
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
@@ -17,6 +20,8 @@ from planner.bounds import cheapest_columns, makespan_bound_s
 from planner.shapes import PriceTable
 
 NUM_BISECTIONS = 8
+LARGE_ROUND = 1_000_000  # sequences times ranks
+NUM_LARGE_BISECTIONS = 4
 TARGET_GROWTH = 1.25
 
 
@@ -36,17 +41,38 @@ class RoundPacking:
     makespan_s: float
 
 
-def pack_round(table: PriceTable, num_ranks: int) -> RoundPacking | None:
-    """Pack all rows of the table into one round, or None where this finds no way to fit them in memory."""
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """A table as lists: faster to read one number at a time. By row and shape; ``least_loads``: by shape, the smallest
+    load of any row, so that a group with less room is full."""
+
+    marginal_s: list[list[float]]
+    loads: list[list[int]]
+    least_loads: list[int]
+
+    @classmethod
+    def of(cls, table: PriceTable) -> _Rows:
+        return cls(table.marginal_s.tolist(), table.load_tokens.tolist(), table.load_tokens.min(axis=0).tolist())
+
+
+def pack_round(table: PriceTable, num_ranks: int, *, deadline_s: float = math.inf) -> RoundPacking | None:
+    """Pack all rows of the table into one round, or None where this finds no way to fit them in memory.
+
+    After ``deadline_s`` (by ``time.perf_counter``) no further target is tried.
+    """
     failed_s, target_s = 0.0, makespan_bound_s(table, num_ranks)
     give_up_s = float(np.where(table.fits, table.marginal_s + table.fixed_s, 0.0).max(axis=1).sum())
-    while (best := _pack_within(table, num_ranks, target_s)) is None:
-        if target_s >= give_up_s:  # no time limit binds any more: it is memory that does
-            return None
+    numbers = _Rows.of(table)
+    while (best := _pack_within(table, numbers, num_ranks, target_s)) is None:
+        if target_s >= give_up_s or time.perf_counter() > deadline_s:
+            return None  # no time limit binds any more: it is memory that does
         failed_s, target_s = target_s, target_s * TARGET_GROWTH
-    for _ in range(NUM_BISECTIONS if failed_s else 0):
+    num_bisections = NUM_BISECTIONS if table.num_rows * num_ranks <= LARGE_ROUND else NUM_LARGE_BISECTIONS
+    for _ in range(num_bisections if failed_s else 0):
+        if time.perf_counter() > deadline_s:
+            break
         middle_s = (failed_s + min(target_s, best.makespan_s)) / 2
-        packing = _pack_within(table, num_ranks, middle_s)
+        packing = _pack_within(table, numbers, num_ranks, middle_s)
         if packing is None:
             failed_s = middle_s
         else:
@@ -59,26 +85,50 @@ def deal_rows(table: PriceTable, columns: SequenceOf[int]) -> RoundPacking | Non
 
     None where a row finds no room. Groups left empty are dropped.
     """
-    shape = np.asarray(columns, dtype=np.int64)
-    time_s, load = np.zeros(len(shape)), np.zeros(len(shape), dtype=np.int64)
+    return _deal(table, _Rows.of(table), columns)
+
+
+def _deal(table: PriceTable, numbers: _Rows, columns: SequenceOf[int]) -> RoundPacking | None:
+    marginal_s, loads = numbers.marginal_s, numbers.loads
+    spare = [int(table.capacity_tokens[column]) for column in columns]
     rows: list[list[int]] = [[] for _ in columns]
+    # By shape: (when it would end without the row, place) of every group with room, ascending.
+    queues: dict[int, list[tuple[float, int]]] = {}
+    for place, column in enumerate(columns):
+        queues.setdefault(column, []).append((float(table.fixed_s[column]), place))
     for row in np.lexsort((table.rows, -table.lengths)).tolist():
-        ends_s = time_s + table.marginal_s[row, shape] + table.fixed_s[shape] * (load == 0)
-        ends_s[load + table.load_tokens[row, shape] > table.capacity_tokens[shape]] = np.inf
-        best = int(np.argmin(ends_s))
-        if np.isinf(ends_s[best]):
+        best, best_at = (math.inf, -1), (-1, -1)
+        for column, queue in queues.items():
+            added_s, load = marginal_s[row][column], loads[row][column]
+            for position, (ends_s, place) in enumerate(queue):
+                if (ends_s + added_s, place) >= best:
+                    break
+                if load <= spare[place]:
+                    best, best_at = (ends_s + added_s, place), (column, position)
+                    break
+        ends_s, place = best
+        if place < 0:
             return None
-        time_s[best] = ends_s[best]
-        load[best] += table.load_tokens[row, shape[best]]
-        rows[best].append(row)
+        column, position = best_at
+        del queues[column][position]
+        rows[place].append(row)
+        spare[place] -= loads[row][column]
+        if spare[place] >= numbers.least_loads[column]:
+            insort(queues[column], (ends_s, place))
     return packing_of(table, [(column, members) for column, members in zip(columns, rows, strict=True) if members])
 
 
 def packing_of(table: PriceTable, groups: SequenceOf[tuple[int, SequenceOf[int]]]) -> RoundPacking:
-    """Price groups (column, rows): larger degrees first, longer times first, then by first row."""
+    """Price groups (column, rows; none empty): larger degrees first, longer times first, then by first row."""
     packed = [PackedGroup(column, tuple(sorted(rows))) for column, rows in groups]
-    packed.sort(key=lambda group: (-int(table.degrees[group.column]), -group_s(table, group), group.rows))
-    return RoundPacking(tuple(packed), max(group_s(table, group) for group in packed))
+    rows = np.concatenate([group.rows for group in packed])
+    sizes = np.array([len(group.rows) for group in packed])
+    columns = np.array([group.column for group in packed])
+    starts = np.cumsum(sizes) - sizes
+    times_s = np.add.reduceat(table.marginal_s[rows, np.repeat(columns, sizes)], starts) + table.fixed_s[columns]
+    keys = zip((-table.degrees[columns]).tolist(), (-times_s).tolist(), packed, strict=True)
+    order = sorted(keys, key=lambda key: (key[0], key[1], key[2].rows))
+    return RoundPacking(tuple(group for _, _, group in order), float(times_s.max()))
 
 
 def group_s(table: PriceTable, group: PackedGroup) -> float:
@@ -86,33 +136,55 @@ def group_s(table: PriceTable, group: PackedGroup) -> float:
     return float(table.marginal_s[list(group.rows), group.column].sum() + table.fixed_s[group.column])
 
 
-def _pack_within(table: PriceTable, num_ranks: int, target_s: float) -> RoundPacking | None:
+def _pack_within(table: PriceTable, numbers: _Rows, num_ranks: int, target_s: float) -> RoundPacking | None:
     columns = cheapest_columns(table, target_s)
     rows = np.arange(table.num_rows)
     degrees, alone_s = table.degrees[columns], table.marginal_s[rows, columns] + table.fixed_s[columns]
     limit_s = max(target_s * (1 + 1e-9), float(alone_s.max()))
-    shape = np.zeros(num_ranks, dtype=np.int64)
-    time_s, load = np.zeros(num_ranks), np.zeros(num_ranks, dtype=np.int64)
-    members: list[list[int]] = []
+    marginal_s, loads = numbers.marginal_s, numbers.loads
+    groups: list[tuple[int, list[int]]] = []
+    spare: list[int] = []
+    # By shape: (time so far, -place) of every group with room, ascending: among equals the first group is taken.
+    queues: dict[int, list[tuple[float, int]]] = {}
     free_ranks = num_ranks
     for row in np.lexsort((table.rows, -alone_s, -degrees)).tolist():
-        opened = shape[: len(members)]
-        ends_s = time_s[: len(members)] + table.marginal_s[row, opened]
-        loads = load[: len(members)] + table.load_tokens[row, opened]
-        ends_s[(ends_s > limit_s) | (loads > table.capacity_tokens[opened])] = -np.inf
-        place = int(np.argmax(ends_s)) if members else 0
-        if not members or np.isinf(ends_s[place]):
-            place = len(members)
+        best, best_at = (-math.inf, 0), (-1, -1)
+        for column, queue in queues.items():
+            added_s, load = marginal_s[row][column], loads[row][column]
+            position = _last_in_time(queue, added_s, limit_s)
+            while position >= 0:
+                time_s, negated = queue[position]
+                if (time_s + added_s, negated) <= best:
+                    break
+                if load <= spare[-negated]:
+                    best, best_at = (time_s + added_s, negated), (column, position)
+                    break
+                position -= 1
+        (time_s, negated), (column, position) = best, best_at
+        if column >= 0:
+            del queues[column][position]
+        else:
             column = int(columns[row])
             free_ranks -= int(table.degrees[column])
             if free_ranks < 0:
                 return None
-            shape[place], time_s[place] = column, table.fixed_s[column]
-            members.append([])
-        members[place].append(row)
-        time_s[place] += table.marginal_s[row, shape[place]]
-        load[place] += table.load_tokens[row, shape[place]]
-    used = shape[: len(members)].tolist()
-    packed = packing_of(table, list(zip(used, members, strict=True)))
-    dealt = deal_rows(table, used)
+            negated, time_s = -len(groups), float(table.fixed_s[column]) + marginal_s[row][column]
+            groups.append((column, []))
+            spare.append(int(table.capacity_tokens[column]))
+        groups[-negated][1].append(row)
+        spare[-negated] -= loads[row][column]
+        if spare[-negated] >= numbers.least_loads[column]:
+            insort(queues.setdefault(column, []), (time_s, negated))
+    packed = packing_of(table, groups)
+    dealt = _deal(table, numbers, [column for column, _ in groups])
     return packed if dealt is None or packed.makespan_s <= dealt.makespan_s else dealt
+
+
+def _last_in_time(queue: list[tuple[float, int]], added_s: float, limit_s: float) -> int:
+    """The last place of the queue whose time plus ``added_s`` is within the limit, to the last bit; -1 if none."""
+    place = bisect_right(queue, (limit_s - added_s, 1)) - 1
+    while place + 1 < len(queue) and queue[place + 1][0] + added_s <= limit_s:
+        place += 1
+    while place >= 0 and queue[place][0] + added_s > limit_s:
+        place -= 1
+    return place

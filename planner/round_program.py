@@ -15,6 +15,7 @@ for a sliver of its ranks.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -25,11 +26,13 @@ from planner.round_packing import RoundPacking, deal_rows, pack_round, packing_o
 from planner.shapes import IntArray, PriceTable
 from planner.solver import LinearModel, Outcome, Solution, SolverFailure, WorkLimits
 
+MAX_VARIABLES = 2500  # all of 64 ranks' 127 virtual groups and 16 buckets; HiGHS makes little of larger programs
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundSolve:
     """``packing`` in true lengths, None where nothing was found. ``closed``: the bucketed program was solved to the
-    gap asked for; ``work``: what the solver spent (see ``planner.solver``)."""
+    gap asked for; ``work``: what the solver spent (see ``planner.solver``), 0 where it was not needed or not asked."""
 
     packing: RoundPacking | None
     closed: bool
@@ -45,23 +48,33 @@ class _Candidate:
     counts: dict[int, int]
 
 
-def solve_round(table: PriceTable, num_ranks: int, num_buckets: int, limits: WorkLimits) -> RoundSolve:
-    """Solve the round over these rows. Raises SolverFailure where the solver breaks down."""
+def solve_round(
+    table: PriceTable, num_ranks: int, num_buckets: int, limits: WorkLimits, *, max_variables: int = MAX_VARIABLES
+) -> RoundSolve:
+    """Solve the round over these rows, whose program is left alone where it has more than ``max_variables``.
+
+    Raises SolverFailure where the solver breaks down.
+    """
+    started_s = time.perf_counter()
     buckets = bucket_rows(table.lengths, num_buckets)
     bucketed, bucket_of_row = _bucketed(table, buckets)
-    start = pack_round(bucketed.take_rows(bucket_of_row), num_ranks)
+    padded = bucketed.take_rows(bucket_of_row)
+    start = pack_round(padded, num_ranks, deadline_s=started_s + limits.time_limit_s)
     if start is None:
         return RoundSolve(packing=None, closed=False)
-    bound_s = makespan_bound_s(bucketed.take_rows(bucket_of_row), num_ranks)
+    bound_s = makespan_bound_s(padded, num_ranks)
     if start.makespan_s - bound_s <= limits.relative_gap * start.makespan_s:
         return RoundSolve(packing=_in_true_lengths(table, start), closed=True)
     start_counts = [
         (group.column, np.bincount(bucket_of_row[list(group.rows)], minlength=len(buckets))) for group in start.groups
     ]
     sizes = np.array([len(members) for members in buckets], dtype=np.int64)
+    left_s = limits.time_limit_s - (time.perf_counter() - started_s)
+    if _num_variables(bucketed, sizes, num_ranks, start.makespan_s) > max_variables or left_s <= 0:
+        return RoundSolve(packing=_in_true_lengths(table, start), closed=False)
     model, candidates = _build(bucketed, sizes, num_ranks, start.makespan_s, bound_s)
     values = _start_values(candidates, start_counts, start.makespan_s)
-    solution = model.solve(limits, values)
+    solution = model.solve(replace(limits, time_limit_s=left_s), values)
     if not solution.values:
         raise SolverFailure(f"a round with a known solution came back {solution.outcome}")
     packing = _deal_buckets(table, buckets, candidates, solution)
@@ -81,20 +94,33 @@ def _bucketed(table: PriceTable, buckets: tuple[IntArray, ...]) -> tuple[PriceTa
     return reduced, bucket_of_row
 
 
+def _virtual_groups(
+    table: PriceTable, sizes: IntArray, num_ranks: int, most_s: float
+) -> list[tuple[int, int, IntArray]]:
+    """By shape: its column, how many virtual groups it gets, and the buckets that may go there."""
+    alone_s = np.where(table.fits, table.marginal_s + table.fixed_s, np.inf)
+    groups = []
+    for column, degree in enumerate(table.degrees.tolist()):
+        open_buckets = np.flatnonzero(alone_s[:, column] <= most_s * (1 + 1e-9))
+        groups.append((column, min(num_ranks // degree, int(sizes[open_buckets].sum())), open_buckets))
+    return groups
+
+
+def _num_variables(table: PriceTable, sizes: IntArray, num_ranks: int, most_s: float) -> int:
+    groups = _virtual_groups(table, sizes, num_ranks, most_s)
+    return 1 + sum(num_groups * (1 + len(open_buckets)) for _, num_groups, open_buckets in groups)
+
+
 def _build(
     table: PriceTable, sizes: IntArray, num_ranks: int, most_s: float, least_s: float
 ) -> tuple[LinearModel, list[_Candidate]]:
     model = LinearModel()
     makespan = model.variable(low=least_s, high=most_s)
     model.minimize({makespan: 1.0})
-    alone_s = np.where(table.fits, table.marginal_s + table.fixed_s, np.inf)
-    allowed = alone_s <= most_s * (1 + 1e-9)
     candidates: list[_Candidate] = []
     work: dict[int, float] = {makespan: -float(num_ranks)}
-    for column in range(len(table.shapes)):
+    for column, num_groups, open_buckets in _virtual_groups(table, sizes, num_ranks, most_s):
         previous: dict[int, float] = {}
-        open_buckets = np.flatnonzero(allowed[:, column])
-        num_groups = min(num_ranks // int(table.degrees[column]), int(sizes[open_buckets].sum()))
         for _ in range(num_groups):
             candidate = _candidate(model, table, sizes, column, open_buckets)
             time = {variable: float(table.marginal_s[bucket, column]) for bucket, variable in candidate.counts.items()}

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from planner.blaster import blast_rows
 from planner.buckets import bucket_rows
 from planner.cost import PlanLimits
-from planner.flexsp import FlexspResult, flexsp_schedule
+from planner.flexsp import FlexspResult, flexsp_schedule, one_kind_per_degree, place_rounds
 from planner.plan import AttentionKind
-from planner.round_packing import RoundPacking, group_s, pack_round
+from planner.round_packing import RoundPacking, deal_rows, group_s, pack_round, packing_of
 from planner.round_program import solve_round
 from planner.shapes import PriceTable, allowed_shapes, price_table
 from planner.solver import WorkLimits
@@ -23,6 +23,7 @@ from tests.planner.step_cases import RING, ULYSSES, make_cost, make_limits, skew
 
 BOTH = (ULYSSES, RING)
 EXACT = WorkLimits(max_nodes=10**6, max_work=10**10, time_limit_s=60.0, relative_gap=1e-6)
+EXACT_BUT_SHORT = WorkLimits(max_nodes=20, max_work=50_000, time_limit_s=60.0, relative_gap=1e-6)
 sizes = st.lists(st.integers(1, 60), min_size=1, max_size=9)
 
 
@@ -125,16 +126,108 @@ def test_bucketed_programs_stay_legal(seed: int, num_ranks: int, kinds: tuple[At
         check_round(table, solve.packing, num_ranks)
 
 
+@given(st.integers(0, 10**6), st.integers(2, 9), st.sampled_from([0, 1, 40]))
+@settings(max_examples=20, deadline=None)
+def test_large_programs_are_left_alone(seed: int, num_ranks: int, max_variables: int) -> None:
+    table = table_of(skewed_lengths(seed, 20, 4096), num_ranks)
+    solve = solve_round(table, num_ranks, 5, EXACT_BUT_SHORT, max_variables=max_variables)
+    if solve.packing is not None:
+        check_round(table, solve.packing, num_ranks)
+    if max_variables <= 1:
+        assert solve.work == 0
+
+
+def deal_plainly(table: PriceTable, columns: list[int]) -> RoundPacking | None:
+    """``deal_rows`` by looking at every group for every row."""
+    ends_s = [float(table.fixed_s[column]) for column in columns]
+    loads = [0] * len(columns)
+    rows: list[list[int]] = [[] for _ in columns]
+    for row in sorted(range(table.num_rows), key=lambda row: (-int(table.lengths[row]), int(table.rows[row]))):
+        fits = [
+            place for place, column in enumerate(columns)
+            if loads[place] + table.load_tokens[row, column] <= table.capacity_tokens[column]
+        ]
+        if not fits:
+            return None
+        place = min(fits, key=lambda place: (ends_s[place] + table.marginal_s[row, columns[place]], place))
+        ends_s[place] += float(table.marginal_s[row, columns[place]])
+        loads[place] += int(table.load_tokens[row, columns[place]])
+        rows[place].append(row)
+    return packing_of(table, [(column, members) for column, members in zip(columns, rows, strict=True) if members])
+
+
+@given(st.integers(0, 10**6), st.integers(1, 40), st.lists(st.integers(0, 3), min_size=1, max_size=12))
+@settings(max_examples=80, deadline=None)
+def test_rows_are_dealt_to_where_they_end_first(seed: int, num_rows: int, columns: list[int]) -> None:
+    table = table_of(skewed_lengths(seed, num_rows, 4096), 8)
+    dealt = deal_rows(table, columns)
+    assert dealt == deal_plainly(table, columns)
+    if dealt is not None:
+        assert dealt.makespan_s == pytest.approx(max(group_s(table, group) for group in dealt.groups))
+
+
+@given(st.integers(0, 10**6), st.integers(2, 9))
+@settings(max_examples=25, deadline=None)
+def test_a_passed_deadline_ends_the_packing_not_its_laws(seed: int, num_ranks: int) -> None:
+    table = table_of(skewed_lengths(seed, 40, 2048), num_ranks)
+    hasty, patient = pack_round(table, num_ranks, deadline_s=float("-inf")), pack_round(table, num_ranks)
+    if hasty is not None:
+        check_round(table, hasty, num_ranks)
+        assert patient is not None
+        assert patient.makespan_s <= hasty.makespan_s
+
+
+@given(st.integers(0, 10**6), st.integers(2, 17))
+@settings(max_examples=20, deadline=None)
+def test_groups_go_to_the_aligned_ranks_that_are_free_first(seed: int, num_ranks: int) -> None:
+    tables = [one_kind_per_degree(table_of(skewed_lengths(seed + i, 12, 2048), num_ranks)) for i in range(3)]
+    packings = [pack_round(table, num_ranks) for table in tables]
+    found = [(table, packing) for table, packing in zip(tables, packings, strict=True) if packing is not None]
+    schedule = place_rounds([table for table, _ in found], [packing for _, packing in found], num_ranks)
+    free_s, expected = [0.0] * num_ranks, []
+    for table, packing in found:
+        taken: set[int] = set()
+        for group in packing.groups:
+            degree = int(table.degrees[group.column])
+            blocks = [range(first, first + degree) for first in range(0, num_ranks - degree + 1, degree)]
+            block = min(
+                (each for each in blocks if not taken & set(each)),
+                key=lambda each: (max(free_s[rank] for rank in each), each.start),
+            )
+            stop_s = max(free_s[rank] for rank in block) + group_s(table, group)
+            for rank in block:
+                free_s[rank] = stop_s
+            taken |= set(block)
+            expected.append((tuple(block), tuple(sorted(table.rows[list(group.rows)].tolist()))))
+    assert [(group.ranks, group.sequences) for group in schedule.groups] == expected
+    assert schedule.makespan_s == max(free_s)
+
+
 def flexsp(
     lengths: list[int], num_ranks: int, limits: PlanLimits, kinds: tuple[AttentionKind, ...] = (ULYSSES,),
-    fixed_s: float = 2e-3,
+    fixed_s: float = 2e-3, barriers: bool = False,
 ) -> FlexspResult | None:
     cost = make_cost(num_ranks, kinds=kinds, fixed_s=fixed_s)
     return flexsp_schedule(
         price_table(lengths, allowed_shapes(num_ranks, cost, limits)), num_ranks=num_ranks,
         max_local_tokens=cost.max_local_tokens(limits.device_budget_bytes), limits=limits, incumbent_s=float("inf"),
-        deadline_s=time.perf_counter() + limits.time_limit_s,
+        deadline_s=time.perf_counter() + limits.time_limit_s, barriers=barriers,
     )
+
+
+@given(st.integers(0, 10**6), st.integers(2, 9))
+@settings(max_examples=8, deadline=None)
+def test_barriers_choose_the_rounds_by_their_sum(seed: int, num_ranks: int) -> None:
+    lengths, limits = skewed_lengths(seed, 24, 4096), make_limits(rank_tokens=4096, max_nodes=5)
+    free, barred = flexsp(lengths, num_ranks, limits), flexsp(lengths, num_ranks, limits, barriers=True)
+    assert free is not None
+    assert barred is not None
+    assert barred.makespans_s <= free.makespans_s
+    assert free.schedule.makespan_s <= barred.schedule.makespan_s
+    for result in (free, barred):
+        assert sum(result.round_sizes) == len(result.schedule.groups)
+        assert min(result.round_sizes) >= 1
+        assert result.num_rounds == len(result.round_sizes)
 
 
 @given(st.integers(0, 10**6), st.integers(2, 9), st.sampled_from([(ULYSSES,), BOTH]))
