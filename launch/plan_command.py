@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -14,6 +15,7 @@ from planner.codec import suggest
 from planner.errors import EXIT_OK, InfeasibleError, SpecError
 from planner.explain import Candidate, PlannedStep, best_candidate
 from planner.length_generators import length_names
+from planner.plan import Sharding
 from planner.simulate import simulate
 from planner.specs import cluster_names, model_names
 
@@ -42,8 +44,9 @@ def run(arguments: list[str]) -> int:
     candidates = _candidates(job, flags)
     best = best_candidate(candidates)
     assert best is not None  # _candidates raises where all refuse
+    job, steps = _replayed(job, best.steps, draw=flags.trace is not None)
     result = plan_output.Result(
-        job=job, strategy=flags.strategy, steps=best.steps, candidates=candidates if flags.strategy == _ALL else ()
+        job=job, strategy=flags.strategy, steps=steps, candidates=candidates if flags.strategy == _ALL else ()
     )
     _write_files(result, flags)
     if flags.json != "-":
@@ -140,6 +143,33 @@ def _planned(job: Job, strategy: str, degree: int | None) -> Iterator[PlannedSte
             degree=degree,
         )
         yield PlannedStep(plan=plan, simulation=simulate(plan, job.cost))
+
+
+def _replayed(job: Job, steps: tuple[PlannedStep, ...], *, draw: bool) -> tuple[Job, tuple[PlannedStep, ...]]:
+    """The steps that are shown with their replay. A measured cost model stands for itself; a plan over very many ranks
+    takes too long, and a remark says so."""
+    from planner.machine_model import load_curves, scale_note
+    from planner.replay import MAX_RANKS, SCHEME, ZERO3_SCHEME, replay_step
+
+    if job.is_measured:
+        return job, steps
+    if job.cluster.num_ranks > MAX_RANKS:
+        remark = f"not replayed: {job.cluster.num_ranks} ranks, the replay takes at most {MAX_RANKS}"
+        return replace(job, remarks=(*job.remarks, remark)), steps
+    curves = load_curves()
+    note = scale_note(job.cluster, curves)
+    sources = [("replay", SCHEME), *((f"replay, {part}", source) for part, source in curves.sources)]
+    if job.cost.sharding is Sharding.ZERO3:
+        sources.insert(1, ("replay", ZERO3_SCHEME))
+    if note is not None:
+        sources.append(("replay, device", note))
+    replayed = (
+        replace(step, replay=replay_step(
+            step.plan, job.cluster, job.model, job.cost.memory, curves=curves, draw=draw
+        ))
+        for step in steps
+    )
+    return replace(job, sources=(*job.sources, *sources)), tuple(replayed)
 
 
 def _refusal(refusals: list[SpecError | InfeasibleError], job: Job) -> SpecError | InfeasibleError:

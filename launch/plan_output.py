@@ -19,6 +19,7 @@ from planner.explain import (
     knob_lines,
     memory_line,
     provenance_lines,
+    replay_lines,
     shape_line,
     solver_line,
     speed_line,
@@ -60,7 +61,7 @@ def as_json(result: Result) -> dict[str, Any]:
         "model": job.model.name,
         "cluster": job.cluster.name,
         "strategy": result.strategy,
-        "steps": [_step_json(step) for step in result.steps],
+        "steps": [{**_step_json(step), "replay": _replay_json(step)} for step in result.steps],
         "summary": _summary_json(result.steps, job.cluster.num_ranks),
     }
     if result.candidates:
@@ -109,6 +110,27 @@ def _step_json(step: PlannedStep) -> dict[str, Any]:
     }
 
 
+def _replay_json(step: PlannedStep) -> dict[str, Any] | None:
+    """The other model's view, None where the step was not replayed. Seconds by part are means over the ranks."""
+    replay = step.replay
+    if replay is None:
+        return None
+    return {
+        "step_s": replay.step_s,
+        "low_s": replay.low_s,
+        "high_s": replay.high_s,
+        "compute_s": replay.mean_s("compute_s"),
+        "exposed_communication_s": replay.mean_s("exposed_communication_s"),
+        "exposed_swap_s": replay.mean_s("exposed_swap_s"),
+        "idle_s": replay.mean_s("idle_s"),
+        "peak_bytes": max(replay.peak_bytes),
+        "host_bytes": max(replay.host_bytes),
+        "max_nic_share": max(replay.node_nic_share),
+        "model_flop": replay.model_flop,
+        "mfu": replay.mfu,
+    }
+
+
 def show(result: Result) -> None:
     """Print everything for people, the answer first."""
     from rich.console import Console
@@ -120,6 +142,8 @@ def show(result: Result) -> None:
     for line in headline(result):
         console.print(line, style="bold", soft_wrap=True)
     console.print(_time_line(result), soft_wrap=True)
+    for line in replay_lines(first):
+        console.print(line, soft_wrap=True)
     console.print(memory_line(result.memory), soft_wrap=True)
     for remark in job.remarks:
         console.print(f"note: {remark}", soft_wrap=True)
@@ -152,8 +176,8 @@ def page(result: Result) -> Page:
     return Page(
         title=f"{first.plan.strategy}: {job.model.name} on {job.cluster.name}, lengths {job.lengths_name}",
         lines=(
-            *headline(result), _time_line(result), memory_line(result.memory), solver_line(first.plan),
-            *(f"note: {remark}" for remark in job.remarks), *_refusals(result),
+            *headline(result), _time_line(result), *replay_lines(first), memory_line(result.memory),
+            solver_line(first.plan), *(f"note: {remark}" for remark in job.remarks), *_refusals(result),
         ),
         sources=tuple(provenance_lines(job.cost, job.sources)),
         step=first,

@@ -2,6 +2,9 @@
 
 Format: JSON object of the Trace Event Format, complete events (``ph: X``) with times in microseconds. Steps follow one
 another; each ends with what every rank does once a step (``step_fixed_s``: gather, reduce, optimizer).
+
+Steps that were replayed have more processes: one for each of a few ranks, a thread per lane (compute, messages, NIC,
+copies to the host), as ``planner.replay`` saw them. A step then lasts as long as the longer of the two.
 """
 
 from __future__ import annotations
@@ -13,8 +16,11 @@ from typing import Any
 from planner.cluster import ClusterSpec
 from planner.explain import PlannedStep, group_names, groups_by_rank
 from planner.plan import Microbatch
+from planner.replay_lanes import LANES, MAX_DRAWN_RANKS, MAX_LANE_EVENTS, LaneEvent
 from planner.simulate import step_lengths
 from planner.units import MICROSECONDS_PER_S
+
+_LANE_NAMES = {"compute": "compute", "exchange": "messages", "nic": "NIC (between nodes)", "copy": "copies"}
 
 
 def chrome_trace(steps: SequenceOf[PlannedStep], cluster: ClusterSpec) -> dict[str, Any]:
@@ -22,13 +28,46 @@ def chrome_trace(steps: SequenceOf[PlannedStep], cluster: ClusterSpec) -> dict[s
     num_ranks = steps[0].plan.num_ranks
     events = list(_names(num_ranks, cluster))
     start_s = 0.0
+    process = {rank: cluster.num_nodes + place for place, rank in enumerate(_replayed_ranks(steps))}
+    events.extend(_lane_names(process))
     for step in steps:
         events.extend(_step_events(step, cluster, start_s))
-        start_s += step.simulation.step_s
+        if step.replay is not None:
+            events.extend(_lane_event(lane, process[lane.rank], step, start_s) for lane in step.replay.lanes)
+        start_s += max(step.simulation.step_s, step.replay.step_s if step.replay is not None else 0.0)
+    about = {"cluster": cluster.name, "strategy": steps[0].plan.strategy, "simulated": "true"}
+    if process:
+        about["replay"] = (
+            f"{len(process)} of {num_ranks} ranks (at most {MAX_DRAWN_RANKS}); of each microbatch the first layer, "
+            "forward and backward, round by round, the others as one event; at most "
+            f"{MAX_LANE_EVENTS} events a step, later ones are left out"
+        )
+    return {"traceEvents": events, "displayTimeUnit": "ms", "otherData": about}
+
+
+def _replayed_ranks(steps: SequenceOf[PlannedStep]) -> list[int]:
+    return sorted({lane.rank for step in steps if step.replay is not None for lane in step.replay.lanes})
+
+
+def _lane_names(process: dict[int, int]) -> Iterator[dict[str, Any]]:
+    for rank, pid in process.items():
+        yield {"ph": "M", "name": "process_name", "pid": pid, "args": {"name": f"replay of rank {rank}"}}
+        yield {"ph": "M", "name": "process_sort_index", "pid": pid, "args": {"sort_index": pid}}
+        for place, lane in enumerate(LANES):
+            yield {"ph": "M", "name": "thread_name", "pid": pid, "tid": place, "args": {"name": _LANE_NAMES[lane]}}
+            yield {"ph": "M", "name": "thread_sort_index", "pid": pid, "tid": place, "args": {"sort_index": place}}
+
+
+def _lane_event(lane: LaneEvent, pid: int, step: PlannedStep, start_s: float) -> dict[str, Any]:
     return {
-        "traceEvents": events,
-        "displayTimeUnit": "ms",
-        "otherData": {"cluster": cluster.name, "strategy": steps[0].plan.strategy, "simulated": "true"},
+        "ph": "X",
+        "name": lane.name,
+        "cat": f"replay {lane.lane}",
+        "pid": pid,
+        "tid": LANES.index(lane.lane),
+        "ts": (start_s + lane.start_s) * MICROSECONDS_PER_S,
+        "dur": (lane.stop_s - lane.start_s) * MICROSECONDS_PER_S,
+        "args": {"step": step.plan.step},
     }
 
 

@@ -15,12 +15,17 @@ from planner.units import format_bytes, format_count, format_seconds
 
 if TYPE_CHECKING:
     from planner.knobs import Knob  # brings the planners
+    from planner.replay import Replay  # brings numpy
 
 DERIVED_BAND = 0.2
 """Relative. No derived cost model has been checked against a cluster yet; the width is a guess and said to be one."""
 
+MODELS_AGREE = 1.25
+"""Prediction and replay within this factor of each other are taken to agree: inside a usual replay's own band."""
+
 STEP_COLUMNS = (
-    "step", "seqs", "tokens", "longest", "microbatches", "seconds", "bound", "gap", "idle", "peak", "status",
+    "step", "seqs", "tokens", "longest", "microbatches", "seconds", "replayed", "bound", "gap", "idle", "peak",
+    "status",
 )
 GROUP_COLUMNS = ("microbatch", "attention", "ranks", "seqs", "tokens", "longest", "start", "seconds", "peak")
 COMPARISON_COLUMNS = ("strategy", "step", "ratio to best", "idle", "peak", "own gap", "plan ms")
@@ -37,10 +42,11 @@ _STATUS_WORDS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedStep:
-    """A plan and its price."""
+    """A plan and its price. ``replay``: the same step by the other model, None where it was not replayed."""
 
     plan: StepPlan
     simulation: Simulation
+    replay: Replay | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,6 +142,34 @@ def time_line(step: int, split: TimeSplit) -> str:
     return f"time of step {step}: {', '.join(words)}"
 
 
+def replay_lines(step: PlannedStep) -> list[str]:
+    """The replayed step beside the predicted one, how it splits, and a word where the two models part."""
+    replay, predicted_s = step.replay, step.plan.predicted_s
+    if replay is None:
+        return []
+    parts = (
+        ("compute", "compute_s"), ("exposed communication", "exposed_communication_s"),
+        ("exposed swap", "exposed_swap_s"), ("waiting for other ranks", "idle_s"),
+    )
+    means = [(name, replay.mean_s(part)) for name, part in parts]
+    words = ", ".join(f"{name} {seconds / replay.step_s:.1%} ({format_seconds(seconds)})" for name, seconds in means)
+    ratio = replay.step_s / predicted_s
+    lines = [
+        f"replay of step {step.plan.step}, operation by operation: {format_seconds(replay.step_s)} "
+        f"({format_seconds(replay.low_s)} to {format_seconds(replay.high_s)}), {ratio:.2f} times the predicted "
+        f"{format_seconds(predicted_s)}",
+        f"replay of step {step.plan.step}: {words}; MFU {replay.mfu:.1%}, NICs of the busiest node sending "
+        f"{max(replay.node_nic_share):.1%} of the time; planner {format_seconds(step.plan.solver.wall_s)} ahead of it",
+    ]
+    if not 1 / MODELS_AGREE <= ratio <= MODELS_AGREE:
+        lines.append(
+            f"the two models of step {step.plan.step} differ by more than {MODELS_AGREE}x: the plan is the best found "
+            "for the predicted seconds, which expose a fixed share of every ring and know neither contention nor "
+            "waiting inside a microbatch"
+        )
+    return lines
+
+
 def memory_line(split: MemorySplit) -> str:
     """Where the fullest rank's bytes go, one line."""
     return (
@@ -168,6 +202,7 @@ def step_row(step: PlannedStep) -> tuple[str, ...]:
         format_count(max(step_lengths(plan))),
         str(len(plan.microbatches)),
         format_seconds(plan.predicted_s),
+        format_seconds(step.replay.step_s) if step.replay is not None else "-",
         format_seconds(solver.bound_s) if solver.bound_s > 0 else "-",
         f"{solver.gap:.1%}" if solver.bound_s > 0 else "-",
         f"{step.simulation.idle_fraction:.1%}",

@@ -25,6 +25,7 @@ MAX_RANKS_SHOWN = 256
 _FONT = "system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', sans-serif"
 _INK, _MUTED, _GRID = "#1f2933", "#616e7c", "#e4e7eb"
 _PLAIN, _STRONG, _ALERT, _FIXED = "#9fb3c8", "#2b6cb0", "#c53030", "#d9e2ec"
+_EXCHANGE, _SWAP = "#ed8936", "#805ad5"
 # Light to dark with the degree, one hue for each kind.
 _HUES = {
     AttentionKind.LOCAL: ("#9fb3c8",),
@@ -67,7 +68,10 @@ def html_page(page: Page) -> str:
     """The whole document. Raises SpecError where plotly is not installed."""
     require_plotly()
     ranks = _shown_ranks(page.step)
-    figures = [_timeline(page.step, ranks), _lengths(page.lengths), _memory(page, ranks)]
+    figures = [_timeline(page.step, ranks)]
+    if page.step.replay is not None:
+        figures.append(_replay(page.step, ranks))
+    figures += [_lengths(page.lengths), _memory(page, ranks)]
     if page.candidates:
         figures.append(_comparison(page.candidates))
     verdict, *lines = page.lines
@@ -129,7 +133,40 @@ def _timeline(step: PlannedStep, ranks: tuple[int, ...]) -> _Figure:
         title="rank", tickvals=[row_of[rank] for rank in ticks], ticktext=[str(rank) for rank in ticks],
         range=[len(ranks) - 0.5, -0.5], showgrid=False,
     )
-    return _Figure(title=f"Step {step.plan.step}: what each rank does{shown}", plot=figure, is_wide=True)
+    return _Figure(title=f"Step {step.plan.step} as predicted: what each rank does{shown}", plot=figure, is_wide=True)
+
+
+def _replay(step: PlannedStep, ranks: tuple[int, ...]) -> _Figure:
+    """Of each drawn rank the replayed step by what it does, and the predicted step."""
+    import plotly.graph_objects as go
+
+    replay = step.replay
+    assert replay is not None
+    names, figure = [str(rank) for rank in ranks], go.Figure()
+    for name, values, colour in (
+        ("compute", replay.compute_s, _STRONG), ("exposed communication", replay.exposed_communication_s, _EXCHANGE),
+        ("exposed swap", replay.exposed_swap_s, _SWAP), ("waiting for other ranks", replay.idle_s, _FIXED),
+    ):
+        if any(values):
+            figure.add_bar(
+                name=name, x=names, y=[values[rank] for rank in ranks], marker={"color": colour, "line": {"width": 0}}
+            )
+    _style(figure, height=340)
+    predicted_s = step.plan.predicted_s
+    figure.add_hline(
+        y=predicted_s, line={"color": _ALERT, "width": 1.5, "dash": "dash"}, annotation_text="predicted",
+        annotation_position="top left",
+    )
+    figure.update_layout(barmode="stack", bargap=0.1 if len(ranks) <= 64 else 0)
+    figure.update_traces(hovertemplate="rank %{x}: %{y:.4g} s %{fullData.name}<extra></extra>")
+    figure.update_xaxes(title="rank", type="category", nticks=16)
+    figure.update_yaxes(title="seconds", range=[0, 1.05 * max(replay.step_s, predicted_s)])
+    shown = "" if len(ranks) == step.plan.num_ranks else f" ({len(ranks)} of {step.plan.num_ranks} drawn)"
+    title = (
+        f"Step {step.plan.step} replayed operation by operation: {format_seconds(replay.step_s)} "
+        f"({format_seconds(replay.low_s)} to {format_seconds(replay.high_s)}), seconds of each rank{shown}"
+    )
+    return _Figure(title=title, plot=figure, is_wide=True)
 
 
 def _add_step_end(figure: Any, step: PlannedStep, num_rows: int) -> None:

@@ -29,6 +29,10 @@ STEP_KEYS = {
     "step", "num_sequences", "num_tokens", "predicted_s", "bound_s", "gap", "solve_s", "status", "num_microbatches",
     "peak_bytes", "idle_fraction",
 }
+REPLAY_KEYS = {
+    "step_s", "low_s", "high_s", "compute_s", "exposed_communication_s", "exposed_swap_s", "idle_s", "peak_bytes",
+    "host_bytes", "max_nic_share", "model_flop", "mfu",
+}
 SUMMARY_KEYS = {"mean_step_s", "tokens_per_s", "tokens_per_s_per_device", "mean_gap", "max_gap", "mean_solve_s"}
 
 
@@ -54,7 +58,12 @@ def test_json_has_exactly_the_promised_keys(lengths: str, capsys: pytest.Capture
     sizes = [int(line) for line in Path(lengths).read_text().split()]
     assert [step["num_tokens"] for step in result["steps"]] == [sum(sizes[:16]), sum(sizes[16:32]), sum(sizes[32:])]
     for index, step in enumerate(result["steps"]):
-        assert set(step) == STEP_KEYS and step["step"] == index
+        assert set(step) == {*STEP_KEYS, "replay"} and step["step"] == index
+        replay = step["replay"]
+        parts = ("compute_s", "exposed_communication_s", "exposed_swap_s", "idle_s")
+        assert set(replay) == REPLAY_KEYS and replay["low_s"] < replay["step_s"] < replay["high_s"]
+        assert sum(replay[part] for part in parts) == pytest.approx(replay["step_s"])
+        assert replay["peak_bytes"] == step["peak_bytes"] and 0 < replay["mfu"] < 1
         assert 0 <= step["bound_s"] <= step["predicted_s"] * (1 + 1e-9) and 0 <= step["gap"] <= 1
         assert 0 <= step["idle_fraction"] < 1 and step["peak_bytes"] <= 2 * 2**30
     seconds = [step["predicted_s"] for step in result["steps"]]
@@ -87,11 +96,16 @@ def test_table_for_people(lengths: str, capsys: pytest.CaptureFixture[str]) -> N
     assert run(["--lengths", lengths, "--batch-tokens", "4K", "--steps", "2", "--strategy", "static", "--degree", "2",
                 "--attention", "ring"]) == 0
     out = capsys.readouterr().out
-    first, second, third, fourth = out.splitlines()[:4]
+    first, second, third, *replay = out.splitlines()[:5]
+    fourth = next(line for line in out.splitlines()[5:] if not line.startswith("the two models"))
     assert first.startswith("FITS: rank ") and "headroom" in first and "of 2 GiB" in first
     assert second.startswith("static: ") and "over 2 steps" in second and "tokens/s" in second
     assert "+-20% assumed for a derived cost model" in second
     assert third.startswith("time of step 0: compute ") and "exposed communication" in third
+    assert replay[0].startswith("replay of step 0, operation by operation: ") and "times the predicted" in replay[0]
+    assert replay[1].startswith("replay of step 0: compute ") and "exposed swap 0.0%" in replay[1]
+    assert "replay: 2 layers replayed forward and backward" in out
+    assert "guess: replay, device: attention on CPU process as measured on an H100" in out
     assert fourth.startswith("memory of rank ") and "activations" in fourth
     for words in ("tiny on laptop-cpu", "ring 2", "solver: static plan", "cost model: derived for tiny",
                   "what would help most", "guess: device CPU process", f"lengths {lengths}: a file of yours"):
@@ -269,6 +283,29 @@ def test_trace_and_page(lengths: str, tmp_path: Path, capsys: pytest.CaptureFixt
     assert "FITS: rank" in capsys.readouterr().out
 
 
+def test_the_trace_has_lanes_of_the_replay(lengths: str, tmp_path: Path) -> None:
+    target = tmp_path / "t.json"
+    assert run(["--lengths", lengths, "--strategy", "static", "--degree", "4", "--attention", "ring", "--steps", "2",
+                "--trace", str(target)]) == 0
+    trace = json.loads(target.read_text())
+    lanes = {event["cat"] for event in trace["traceEvents"] if event["ph"] == "X"}
+    assert lanes == {"microbatch", "step", "replay compute", "replay exchange"}  # one node, nothing swapped
+    assert "4 of 4 ranks" in trace["otherData"]["replay"]
+
+
+def test_very_many_ranks_are_not_replayed(
+    lengths: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from planner import replay
+
+    monkeypatch.setattr(replay, "MAX_RANKS", 3)
+    flags = ("--lengths", lengths, "--strategy", "static")
+    assert planned(capsys, *flags)["steps"][0]["replay"] is None
+    assert run(list(flags)) == 0
+    out = capsys.readouterr().out
+    assert "note: not replayed: 4 ranks, the replay takes at most 3" in out and "replay of step" not in out
+
+
 def test_a_page_without_plotly_is_refused_before_planning(lengths: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from planner import html_report
 
@@ -290,11 +327,12 @@ def test_a_measured_cost_is_used_and_its_band_shown(
     path.write_text(yaml.safe_dump(to_plain(replace(derived, times=doubled, provenance=origin))))
     flags = ["--lengths", lengths, "--strategy", "static", "--degree", "4", "--steps", "1"]
     slow, fast = planned(capsys, *flags, "--cost", str(path)), planned(capsys, *flags)
+    assert slow["steps"][0]["replay"] is None and fast["steps"][0]["replay"] is not None
     assert slow["steps"][0]["predicted_s"] > fast["steps"][0]["predicted_s"] + 1.0
     assert run([*flags, "--cost", str(path)]) == 0
     out = capsys.readouterr().out
     assert "+-7% worst error of 12 samples" in out and "measured together" in out
-    assert "cost model: measured for tiny" in out
+    assert "cost model: measured for tiny" in out and "replay of step" not in out
     assert run([*flags, "--cost", str(path), "--model", "llama-7b", "--cluster", "h200-8"]) == 0
     assert "was measured for model tiny, not for llama-7b" in capsys.readouterr().out
 

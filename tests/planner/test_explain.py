@@ -21,6 +21,7 @@ from planner.explain import (
     memory_line,
     provenance_lines,
     rank_ranges,
+    replay_lines,
     shape_line,
     solver_line,
     speed_line,
@@ -30,6 +31,7 @@ from planner.explain import (
 )
 from planner.knobs import Knob
 from planner.plan import AttentionKind, Sharding, SolveStatus
+from planner.replay import Replay
 from planner.simulate import simulate
 from tests.planner.test_simulate import second_cost
 
@@ -53,7 +55,7 @@ def test_step_row() -> None:
     row = dict(zip(STEP_COLUMNS, step_row(planned()), strict=True))
     assert row == {
         "step": "7", "seqs": "4", "tokens": "16", "longest": "8", "microbatches": "4", "seconds": "5.5 s",
-        "bound": "4.4 s", "gap": "20.0%", "idle": "20.0%", "peak": "140 B", "status": "feasible",
+        "replayed": "-", "bound": "4.4 s", "gap": "20.0%", "idle": "20.0%", "peak": "140 B", "status": "feasible",
     }
     unknown = dict(zip(STEP_COLUMNS, step_row(planned(bound_s=0.0, status=SolveStatus.GREEDY)), strict=True))
     assert (unknown["bound"], unknown["gap"], unknown["status"]) == ("-", "-", "greedy")
@@ -159,3 +161,30 @@ def test_provenance_marks_guesses() -> None:
 def test_rank_ranges() -> None:
     assert rank_ranges((0, 1, 2, 9, 4, 5)) == "0-2,9,4-5"
     assert rank_ranges((3,)) == "3"
+
+
+def replayed(step: PlannedStep, step_s: float) -> PlannedStep:
+    quarter = (step_s / 4,) * 4
+    return replace(step, replay=Replay(
+        step_s=step_s, low_s=0.9 * step_s, high_s=1.2 * step_s, compute_s=quarter, exposed_communication_s=quarter,
+        exposed_swap_s=quarter, idle_s=quarter, peak_bytes=(1,) * 4, host_bytes=(0,) * 4, sent_bytes=(0,) * 4,
+        received_bytes=(0,) * 4, node_nic_share=(0.1, 0.25), model_flop=1e9, mfu=0.3,
+    ))
+
+
+def test_the_replay_stands_beside_the_prediction() -> None:
+    step = planned()
+    assert replay_lines(step) == []
+    first, second = replay_lines(replayed(step, 6.0))
+    assert "6 s (5.4 s to 7.2 s), 1.09 times the predicted 5.5 s" in first
+    assert "compute 25.0% (1.5 s), exposed communication 25.0% (1.5 s), exposed swap 25.0%" in second
+    assert "MFU 30.0%, NICs of the busiest node sending 25.0%" in second and "planner 250 ms" in second
+    row = dict(zip(STEP_COLUMNS, step_row(replayed(step, 6.0)), strict=True))
+    assert (row["seconds"], row["replayed"]) == ("5.5 s", "6 s")
+
+
+def test_models_that_part_are_named() -> None:
+    step = planned()
+    for factor, parts in ((1.24, False), (1.26, True), (0.81, False), (0.79, True)):
+        lines = replay_lines(replayed(step, factor * step.plan.predicted_s))
+        assert ("differ by more than 1.25x" in lines[-1]) is parts

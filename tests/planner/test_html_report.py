@@ -11,7 +11,7 @@ from planner import html_report
 from planner.errors import SpecError
 from planner.explain import Candidate
 from planner.html_report import MAX_RANKS_SHOWN, Page, html_page, require_plotly
-from tests.planner.test_trace import planned
+from tests.planner.test_trace import planned, replayed
 
 needs_plotly = pytest.mark.skipif(find_spec("plotly") is None, reason="plotly is not installed (extra: report)")
 
@@ -68,6 +68,19 @@ def test_the_timeline_draws_every_event_of_the_drawn_ranks() -> None:
     assert end.name == "gather, reduce, optimizer" and end.base == pytest.approx(max(step.simulation.rank_finish_s))
     some = html_report._timeline(step, (0, 5)).plot
     assert sum(len(trace.y) for trace in some.data[:-1]) == sum(rank in (0, 5) for rank, _, _ in events)
+
+
+@needs_plotly
+def test_the_replay_is_drawn_beside_the_prediction() -> None:
+    (step,) = replayed("flexsp", num_steps=1)
+    ranks = tuple(range(step.plan.num_ranks))
+    figure = html_report._replay(step, ranks)
+    tops = [sum(part) for part in zip(*(bars.y for bars in figure.plot.data), strict=True)]
+    assert tops == [pytest.approx(step.replay.step_s)] * len(ranks)
+    assert [bars.name for bars in figure.plot.data] == ["compute", "exposed communication", "waiting for other ranks"]
+    assert figure.plot.layout.shapes[0].y0 == pytest.approx(step.plan.predicted_s)
+    text = html_page(make_page(step=step))
+    assert text.count('class="plotly-graph-div"') == 4 and "replayed operation by operation" in text
 
 
 @needs_plotly

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 
 import pytest
 
 from planner.chrome_trace import chrome_trace
 from planner.explain import PlannedStep
+from planner.plan import MemoryPolicy
+from planner.replay import replay_step
+from planner.replay_lanes import LANES, MAX_DRAWN_RANKS
 from planner.simulate import simulate
-from planner.specs import load_cluster
+from planner.specs import load_cluster, load_model
 from planner.step_planner import plan_step
 from tests.planner.step_cases import RING, ULYSSES, make_cost, make_limits
 
@@ -63,3 +67,52 @@ def test_events_say_what_they_are() -> None:
         assert event["name"] == ("local" if group.degree == 1 else f"{group.kind} {group.degree}")
         assert event["args"]["num_tokens"] == sum(lengths) and event["args"]["longest_tokens"] == max(lengths)
         assert event["args"]["peak_bytes"] == first.peak_bytes and event["args"]["num_sequences"] == len(lengths)
+
+
+def replayed(strategy: str, num_steps: int) -> list[PlannedStep]:
+    """Over nodes of 4, so that rings and all-to-alls cross them."""
+    cluster, model = replace(load_cluster("h200-64"), devices_per_node=4), replace(load_model("tiny"), num_layers=3)
+    memory = make_cost(NUM_RANKS).memory
+    return [
+        replace(step, replay=replay_step(step.plan, cluster, model, memory, draw=True))
+        for step in planned(strategy, num_steps)
+    ]
+
+
+@pytest.mark.parametrize("strategy", ["flexsp", "hdp"])
+def test_lanes_of_the_replay(strategy: str) -> None:
+    """On a lane nothing overlaps, the compute lane holds all the compute there is, and a step fits before the next."""
+    steps = replayed(strategy, num_steps=2)
+    trace = json.loads(json.dumps(chrome_trace(steps, load_cluster("h200-64")), allow_nan=False))
+    events = [event for event in trace["traceEvents"] if event.get("cat", "").startswith("replay")]
+    assert NUM_RANKS <= MAX_DRAWN_RANKS and f"{NUM_RANKS} of {NUM_RANKS} ranks" in trace["otherData"]["replay"]
+    names = {event["pid"]: event["args"]["name"] for event in trace["traceEvents"] if event["name"] == "process_name"}
+    lanes: dict[tuple[str, str], list[dict]] = {}
+    for event in events:
+        lanes.setdefault((names[event["pid"]], LANES[event["tid"]]), []).append(event)
+    assert {rank for rank, _ in lanes} == {f"replay of rank {rank}" for rank in range(NUM_RANKS)}
+    assert {lane for _, lane in lanes} == {"compute", "exchange", "nic"}
+    for mine in lanes.values():
+        mine.sort(key=lambda event: event["ts"])
+        for before, after in zip(mine, mine[1:], strict=False):
+            assert after["ts"] >= before["ts"] + before["dur"] - 1e-3
+    starts_s = [0.0, max(steps[0].simulation.step_s, steps[0].replay.step_s)]
+    for rank in range(NUM_RANKS):
+        for start_s, step in zip(starts_s, steps, strict=True):
+            mine = [event for event in lanes[f"replay of rank {rank}", "compute"]
+                    if event["args"]["step"] == step.plan.step]
+            assert min(event["ts"] for event in mine) >= start_s * 1e6 - 1e-3
+            busy_s = sum(event["dur"] for event in mine) / 1e6
+            idle_s = step.replay.idle_s[rank] + step.replay.exposed_communication_s[rank]
+            assert step.replay.compute_s[rank] <= busy_s * (1 + 1e-9) <= step.replay.compute_s[rank] + idle_s + 1e-9
+
+
+def test_copies_have_a_lane() -> None:
+    (step,) = planned("static", num_steps=1)
+    policy = MemoryPolicy(keep_fraction=0.5, swap_fraction=0.5)
+    swapped = replace(step.plan, microbatches=tuple(replace(each, memory=policy) for each in step.plan.microbatches))
+    cluster, model = load_cluster("h200-64"), replace(load_model("tiny"), num_layers=3)
+    replay = replay_step(swapped, cluster, model, make_cost(NUM_RANKS).memory, draw=True)
+    copies = [lane for lane in replay.lanes if lane.lane == "copy"]
+    assert {lane.name for lane in copies} == {"to the host", "from the host"} and max(replay.host_bytes) > 0
+    assert "copies" in json.dumps(chrome_trace([replace(step, replay=replay)], cluster))

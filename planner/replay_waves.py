@@ -1,0 +1,154 @@
+"""The microbatches of a plan in waves: those that share no rank, in plan order, are replayed together as arrays.
+
+Groups of one shape that share no rank are one array, too. Both only where every rank still meets its microbatches, and
+the groups in each, in the plan's order; so what is put together cannot change what a rank does or waits for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from planner.plan import AttentionGroup, AttentionKind, MemoryPolicy, Microbatch
+from planner.replay_groups import local_run, ring_run
+from planner.replay_state import GroupRun, Setting, Traffic
+from planner.replay_ulysses import ulysses_run
+from planner.replay_work import FloatArray, IntArray, group_tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wave:
+    """Microbatches that share no rank. ``part``: ranks tied together by groups have the same number, others their own.
+    Fractions are of the tokens that the rank holds in this wave."""
+
+    ranks: IntArray
+    runs: tuple[GroupRun, ...]
+    part: IntArray
+    rank_tokens: FloatArray
+    swap_fraction: FloatArray
+    recompute_fraction: FloatArray
+
+    @property
+    def has_exchanges(self) -> bool:
+        return any(run.ranks.shape[1] > 1 for run in self.runs)
+
+
+def split_waves(microbatches: SequenceOf[Microbatch]) -> list[list[Microbatch]]:
+    """Each microbatch in the first wave after all earlier ones it shares a rank with."""
+    waves: list[list[Microbatch]] = []
+    next_wave: dict[int, int] = {}
+    for microbatch in microbatches:
+        place = max(next_wave.get(rank, 0) for rank in microbatch.ranks)
+        next_wave.update(dict.fromkeys(microbatch.ranks, place + 1))
+        if place == len(waves):
+            waves.append([])
+        waves[place].append(microbatch)
+    return waves
+
+
+def build_wave(microbatches: SequenceOf[Microbatch], lengths: SequenceOf[int], setting: Setting) -> Wave:
+    """Work and traffic of a wave's groups."""
+    tokens = np.zeros(setting.num_ranks)
+    swap, recompute = np.zeros(setting.num_ranks), np.zeros(setting.num_ranks)
+    for microbatch in microbatches:
+        policy: MemoryPolicy = microbatch.memory
+        for fractions, value in ((swap, policy.swap_fraction), (recompute, policy.recompute_fraction)):
+            if value:
+                fractions[list(microbatch.ranks)] = value
+        for group in microbatch.groups:
+            tokens[list(group.ranks)] += group_tokens(group, lengths)
+    stacks = _stacks(group for microbatch in microbatches for group in microbatch.groups)
+    runs = [_run(groups, lengths, setting) for groups in stacks]
+    return Wave(
+        ranks=np.array(sorted(rank for microbatch in microbatches for rank in microbatch.ranks)), runs=tuple(runs),
+        part=_parts(runs, setting.num_ranks), rank_tokens=tokens, swap_fraction=swap, recompute_fraction=recompute,
+    )
+
+
+def _run(groups: SequenceOf[AttentionGroup], lengths: SequenceOf[int], setting: Setting) -> GroupRun:
+    if groups[0].degree == 1:
+        return local_run(groups, lengths, setting)
+    if groups[0].kind is AttentionKind.RING:
+        return ring_run(groups, lengths, setting)
+    return ulysses_run(groups, lengths, setting)
+
+
+def _stacks(groups: Iterable[AttentionGroup]) -> list[list[AttentionGroup]]:
+    """Groups of one shape in one stack, none before or beside an earlier group that it shares a rank with."""
+    stacks: list[list[AttentionGroup]] = []
+    shape_of: list[tuple[AttentionKind, int]] = []
+    next_stack: dict[int, int] = {}
+    for group in groups:
+        shape = (group.kind, group.degree)
+        place = max(next_stack.get(rank, 0) for rank in group.ranks)
+        if group.degree == 1 and place and shape_of[place - 1] == shape:
+            place -= 1  # kernels of one rank just follow each other
+        while place < len(stacks) and shape_of[place] != shape:
+            place += 1
+        if place == len(stacks):
+            stacks.append([])
+            shape_of.append(shape)
+        stacks[place].append(group)
+        next_stack.update(dict.fromkeys(group.ranks, place + 1))
+    return stacks
+
+
+def _parts(runs: SequenceOf[GroupRun], num_ranks: int) -> IntArray:
+    part = np.arange(num_ranks)
+    while True:
+        before = part.copy()
+        for run in runs:
+            if run.ranks.shape[1] > 1:
+                part[run.ranks] = part[run.ranks].min(axis=1, keepdims=True)
+        if (part == before).all():
+            return part
+
+
+def free_links(wave: Wave) -> Wave:
+    """The wave with messages that take no time."""
+    return replace(wave, runs=tuple(run.freed() for run in wave.runs))
+
+
+def contended(
+    wave: Wave, setting: Setting, windows: SequenceOf[tuple[SequenceOf[FloatArray], SequenceOf[FloatArray]]]
+) -> Wave:
+    """The wave with NICs shared between its groups. ``windows``: start and stop of each group of each run, for the
+    forward and the backward of one layer, as they are with a NIC to themselves.
+
+    While two groups are under way together, one's messages meet the other's with the chance that it uses the NIC, and
+    then share it. So a group is slowed by 1 + the sum over the others of (share of its own time that they overlap) x
+    (share of that time they use the NIC): k groups that do nothing but send slow each other k times.
+    """
+    factors = []
+    for (starts, stops), forward in zip(windows, (True, False), strict=True):
+        traffic = [run.forward_traffic if forward else run.backward_traffic for run in wave.runs]
+        factors.append(_slowdowns(wave.runs, traffic, starts, stops, setting))
+    return replace(
+        wave, runs=tuple(run.slowed(*both) for run, both in zip(wave.runs, zip(*factors, strict=True), strict=True))
+    )
+
+
+def _slowdowns(
+    runs: SequenceOf[GroupRun], traffic: SequenceOf[Traffic], starts: SequenceOf[FloatArray],
+    stops: SequenceOf[FloatArray], setting: Setting,
+) -> list[FloatArray]:
+    """Factor on the seconds a byte takes through the NIC of each rank of each run."""
+    start, stop = np.concatenate(starts), np.concatenate(stops)
+    length = np.maximum(stop - start, 1e-12)
+    nics = [setting.nic_of(run.ranks) for run in runs]
+    num_nics = 1 + max(int(each.max()) for each in nics)
+    first = np.cumsum([0, *(len(run.ranks) for run in runs)])
+    used = np.zeros((2, len(start), num_nics))
+    for index, (nic, flow) in enumerate(zip(nics, traffic, strict=True)):
+        group = np.broadcast_to(np.arange(first[index], first[index + 1])[:, None], nic.shape)
+        for direction, num_bytes in enumerate((flow.far_sent, flow.far_received)):
+            np.add.at(used[direction], (group, nic), setting.flows_per_rank * num_bytes)
+    used = np.minimum(1.0, used / setting.machine.nic_bytes_per_s / length[:, None])
+    overlap = np.minimum(stop[:, None], stop) - np.maximum(start[:, None], start)
+    overlap = np.maximum(0.0, overlap) / length[:, None]
+    np.fill_diagonal(overlap, 0.0)
+    slow = 1.0 + np.einsum("ab,dbn->dan", overlap, used).max(axis=0)
+    return [slow[first[index] : first[index + 1]][np.arange(len(nic))[:, None], nic] for index, nic in enumerate(nics)]
