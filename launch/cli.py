@@ -132,6 +132,12 @@ def _reproduce(arguments: list[str]) -> int:
     return reproduce_command.run(arguments)
 
 
+def _report(arguments: list[str]) -> int:
+    from launch import report_command
+
+    return report_command.run(arguments)
+
+
 def _calibrate(arguments: list[str]) -> int:
     from launch import calibrate_command
 
@@ -151,12 +157,12 @@ _VERBS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "train": (_train, "train a model; without flags a small real run on 4 CPU ranks"),
     "plan": (_plan, "plan steps for given lengths, model and cluster; needs no accelerator and no torch"),
     "reproduce": (_reproduce, "the published tables of the systems implemented here, row by row"),
+    "report": (_report, "predicted and measured times of a run, finished or running"),
     "calibrate": (_calibrate, "measure this machine for the planner"),
     "doctor": (_doctor, "check versions, devices and the installation"),
 }
 _COMING = {
     "slurm": "print a batch script for a recipe",
-    "report": "predicted and measured times of a run",
     "ckpt": "list, verify, import and export checkpoints",
     "data": "index and inspect a corpus",
     "init": "write a recipe to start from",

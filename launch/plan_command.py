@@ -16,6 +16,7 @@ from planner.errors import EXIT_OK, InfeasibleError, SpecError
 from planner.explain import Candidate, PlannedStep, best_candidate
 from planner.length_generators import length_names
 from planner.plan import Sharding
+from planner.schedule import attention_names
 from planner.simulate import simulate
 from planner.specs import cluster_names, model_names
 
@@ -74,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--strategy", default="flexsp", metavar="NAME",
         help="one strategy, or all: every one on the same batches, the fastest in detail (default flexsp)")
     add("--degree", metavar="D", help="ranks per group, for static (default: the best one)")
-    add("--attention", default="auto", metavar="KIND", help="auto (default), ulysses or ring")
+    add("--attention", default="auto", metavar="KIND", help=f"{', '.join(attention_names())} (default auto)")
     add("--batch-sequences", metavar="N", help="sequences a step (default 512)")
     add("--batch-tokens", metavar="N", help="or: at most this many tokens a step, e.g. 512K")
     add("--max-length", metavar="N", help="drop longer sequences, e.g. 192K (= 196,608 tokens)")

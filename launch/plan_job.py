@@ -17,15 +17,11 @@ from planner.errors import SpecError
 from planner.length_generators import generate_lengths, length_names, length_table
 from planner.lengths_file import batches_of_sequences, batches_of_tokens, drop_longer, read_lengths
 from planner.model_spec import ModelSpec
-from planner.plan import AttentionKind, Sharding
+from planner.plan import Sharding
+from planner.schedule import attention_kinds
 from planner.specs import load_cluster, load_cost, load_model, sources
 from planner.units import format_bytes, parse_bytes, parse_tokens
 
-KINDS = {
-    "auto": (AttentionKind.ULYSSES, AttentionKind.RING),
-    "ulysses": (AttentionKind.ULYSSES,),
-    "ring": (AttentionKind.RING,),
-}
 _MAX_DRAWN = 10_000_000
 
 
@@ -58,8 +54,7 @@ class Job:
 
 def read_job(flags: argparse.Namespace) -> Job:
     """Raises SpecError on the first flag or file that is wrong."""
-    if flags.attention not in KINDS:
-        raise SpecError(f"--attention: {flags.attention!r} is none of auto, ulysses, ring")
+    kinds = attention_kinds(flags.attention)
     if flags.lengths is None:
         raise SpecError(
             "longhaul plan: --lengths FILE|NAME is needed: a file of one sequence length (tokens) a line, or one of "
@@ -70,7 +65,7 @@ def read_job(flags: argparse.Namespace) -> Job:
     limits = PlanLimits(
         device_budget_bytes=_budget_bytes(flags.device_budget, cluster),
         max_ulysses_degree=model.num_query_heads,
-        kinds=KINDS[flags.attention],
+        kinds=kinds,
         devices_per_node=cluster.devices_per_node,
     )
     longest = max(max(batch) for batch in batches)

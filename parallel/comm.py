@@ -6,19 +6,25 @@ together at any step without a process group being created for it.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
+from planner.errors import LonghaulError
+
 Group = dist.ProcessGroup
 
 
-class ExchangeError(RuntimeError):
-    """A peer died or stalled during an exchange. The text names the operation and the peers."""
+class ExchangeError(LonghaulError, RuntimeError):
+    """A peer died or stalled. The text names the operation and the peers: one rank where the backend knows which, else
+    all ranks of the group."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,15 +51,46 @@ class Exchange(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _PendingBatch:
+    """``peers``: what each message does and with which rank of the group, in the order of the works."""
+
+    group: Group
     works: tuple[dist.Work, ...]
+    peers: tuple[tuple[str, int], ...]
     what: str
 
     def wait(self) -> None:
-        for work in self.works:
+        for number, work in enumerate(self.works):
             try:
                 work.wait()
             except RuntimeError as error:
-                raise ExchangeError(f"{self.what} failed: {str(error).splitlines()[0]}") from error
+                # gloo has a work for each message and so knows the peer, NCCL has one for all
+                which = self.peers[number : number + 1] if len(self.works) == len(self.peers) else self.peers
+                raise _exchange_error(self.what, self.group, which, error) from error
+
+
+def _exchange_error(
+    what: str, group: Group, peers: SequenceOf[tuple[str, int]], error: RuntimeError
+) -> ExchangeError:
+    """Names the peers with their global ranks where tensor parallelism makes them differ."""
+    names = []
+    for action, rank in dict.fromkeys(peers):
+        global_rank = dist.get_global_rank(group, rank)
+        names.append(f"{action} rank {rank}" + (f" (global rank {global_rank})" if global_rank != rank else ""))
+    return ExchangeError(f"{what}: {', '.join(names)} failed: {_reason(error)}")
+
+
+def _reason(error: RuntimeError) -> str:
+    """The first sentence of what the backend said, without the source file it starts with."""
+    return re.sub(r"^\[[^\]]*\]\s*", "", str(error)).split(". ")[0].partition("\n")[0]
+
+
+@contextmanager
+def _collective(what: str, group: Group) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        ranks = dist.get_process_group_ranks(group)
+        raise ExchangeError(f"{what} of ranks {ranks} failed: {_reason(error)}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,23 +100,16 @@ class GroupExchange:
     group: Group
 
     def post(self, sends: SequenceOf[Message], receives: SequenceOf[Message], what: str) -> Pending:
-        ops = [
-            dist.P2POp(dist.irecv, message.tensor, group=self.group, group_peer=message.rank)
-            for message in receives
-            if message.tensor.numel()
-        ]
-        ops += [
-            dist.P2POp(dist.isend, message.tensor, group=self.group, group_peer=message.rank)
-            for message in sends
-            if message.tensor.numel()
-        ]
-        peers = sorted({message.rank for message in (*sends, *receives)})
-        named = f"{what} with ranks {peers}"
+        messages: list[tuple[Callable[..., Any], str, Message]]
+        messages = [(dist.irecv, "receive from", message) for message in receives if message.tensor.numel()]
+        messages += [(dist.isend, "send to", message) for message in sends if message.tensor.numel()]
+        ops = [dist.P2POp(op, message.tensor, group=self.group, group_peer=message.rank) for op, _, message in messages]
+        peers = tuple((action, message.rank) for _, action, message in messages)
         try:
             works = dist.batch_isend_irecv(ops) if ops else []
         except RuntimeError as error:
-            raise ExchangeError(f"{named} failed: {str(error).splitlines()[0]}") from error
-        return _PendingBatch(tuple(works), named)
+            raise _exchange_error(what, self.group, peers, error) from error
+        return _PendingBatch(self.group, tuple(works), peers, what)
 
 
 def init_process_group(
@@ -109,31 +139,36 @@ def new_group(ranks: SequenceOf[int], *, timeout_s: float, backend: str | None =
 
 def all_reduce_sum(tensor: torch.Tensor, group: Group) -> torch.Tensor:
     """Sum over the group, in place; returns ``tensor``."""
-    dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=group)
+    with _collective("sum", group):
+        dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=group)
     return tensor
 
 
 def all_reduce_max(tensor: torch.Tensor, group: Group) -> torch.Tensor:
     """Element-wise maximum over the group, in place; returns ``tensor``."""
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group)
+    with _collective("maximum", group):
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group)
     return tensor
 
 
 def barrier(group: Group) -> None:
     """Wait until every rank of the group is here."""
-    dist.barrier(group=group)
+    with _collective("barrier", group):
+        dist.barrier(group=group)
 
 
 def broadcast_bytes(payload: bytes | None, *, source: int, group: Group) -> bytes:
     """``payload`` of global rank ``source``, on every rank of a CPU-capable group. Two broadcasts: size, bytes."""
     size = torch.tensor([len(payload) if payload is not None else 0], dtype=torch.int64)
-    dist.broadcast(size, src=source, group=group)
+    with _collective(f"broadcast from rank {source}", group):
+        dist.broadcast(size, src=source, group=group)
     data = torch.empty(int(size.item()), dtype=torch.uint8)
     if not data.numel():
         return b""
     if payload is not None:
         data.copy_(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
-    dist.broadcast(data, src=source, group=group)
+    with _collective(f"broadcast from rank {source}", group):
+        dist.broadcast(data, src=source, group=group)
     return data.numpy().tobytes()
 
 
@@ -141,5 +176,6 @@ def all_gather_bytes(payload: bytes, group: Group) -> list[bytes]:
     """Everyone's payload, by group rank. All payloads must have the same length (bytes)."""
     mine = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
     parts = [torch.empty_like(mine) for _ in range(group.size())]
-    dist.all_gather(parts, mine, group=group)
+    with _collective("gather", group):
+        dist.all_gather(parts, mine, group=group)
     return [part.numpy().tobytes() for part in parts]

@@ -59,18 +59,20 @@ class AttentionEngine:
         )
 
     def _runner(self, group: GroupProgram, num_query_heads: int, num_kv_heads: int, head_dim: int) -> _GroupRunner:
+        kernel, heads = self.kernel, None
+        if group.team is not None:
+            team = group.team
+            layout = HeadLayout(num_query_heads, num_kv_heads, len(team.ranks))
+            heads = HeadExchange(layout, team.ranks, team.place, team.rows, self.wire)
+            kernel = heads.mapped_kernel(kernel, self.device)
         walker = RoundWalker(
             group=group,
             forward_rounds=bind_rounds(group.forward, self.device),
             backward_rounds=bind_rounds(group.backward, self.device),
-            kernel=self.kernel,
+            kernel=kernel,
             wire=self.wire,
             scale=head_dim**-0.5,
         )
-        heads = None
-        if group.exchanges_heads:
-            layout = HeadLayout(num_query_heads, num_kv_heads, len(group.ranks))
-            heads = HeadExchange(layout, group.ranks, group.group_index, group.member_rows, self.wire)
         return _GroupRunner(group, walker, heads)
 
 

@@ -1,8 +1,9 @@
-"""Ulysses: trade heads for tokens inside a group, so that each rank sees all tokens of some heads.
+"""Ulysses: trade heads for tokens inside a team of ranks, so that each sees all of its tokens for some heads.
 
 Any degree up to the number of query heads: heads need not divide evenly, and with fewer KV heads than ranks each KV
-head goes to just the ranks whose query heads read it (never expanded on the wire).
-Shapes: T own rows, S rows of the whole group, N/K query/KV heads, n/k those of this rank, H head dim.
+head goes to just the ranks whose query heads read it. It is never expanded on the wire, neither here nor in rounds that
+follow: where the kernel's own rule would pair heads wrongly, they are lined up just around the kernel's call.
+Shapes: T own rows, S rows of the whole team, N/K query/KV heads, n/k those of this rank, H head dim.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from parallel.comm import Exchange, Message
+from parallel.kernel import AttentionKernel, Pairs
 from parallel.lse import accumulate_dtype
 from planner.errors import PlanError
 
@@ -114,16 +116,12 @@ class HeadExchange:
         q0, q1 = self.layout.query_heads(self.group_index)
         k0, k1 = self.layout.kv_heads(self.group_index)
         q, k, v = self.tokens_from_heads(parts, "head exchange of q, k, v").split((q1 - q0, k1 - k0, k1 - k0), dim=1)
-        index = self._kv_index(q.device)
-        return (q, k, v) if index is None else (q, k[:, index], v[:, index])
+        return q, k, v
 
     def scatter_qkv_grads(
         self, dq_SNH: torch.Tensor, dk_SKH: torch.Tensor, dv_SKH: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Adjoint of ``gather_qkv``: gradients of KV heads that went to several ranks are summed at their owner."""
-        index = self._kv_index(dq_SNH.device)
-        if index is not None:
-            dk_SKH, dv_SKH = self._fold_kv(dk_SKH, index), self._fold_kv(dv_SKH, index)
         packed = torch.cat((dq_SNH, dk_SKH.to(dq_SNH.dtype), dv_SKH.to(dq_SNH.dtype)), dim=1)
         widths = [self.layout.width(i) for i in range(len(self.ranks))]
         parts = self.heads_from_tokens(packed, widths, "head exchange of dq, dk, dv")
@@ -150,15 +148,42 @@ class HeadExchange:
         parts = [_heads(dout_TNH, self.layout.query_heads(j)) for j in range(len(self.ranks))]
         return self.tokens_from_heads(parts, "head exchange of dout")
 
-    def _kv_index(self, device: torch.device) -> torch.Tensor | None:
+    def mapped_kernel(self, kernel: AttentionKernel, device: torch.device) -> AttentionKernel:
+        """``kernel`` for this rank's heads: wrapped where its rule would read wrong KV heads."""
         irregular = self.layout.irregular_kv_map(self.group_index)
-        return None if irregular is None else torch.tensor(irregular, device=device)
+        return kernel if irregular is None else MappedHeadsKernel(kernel, torch.tensor(irregular, device=device))
 
-    def _fold_kv(self, dk_SNH: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        k0, k1 = self.layout.kv_heads(self.group_index)
+
+@dataclass(frozen=True, slots=True)
+class MappedHeadsKernel:
+    """A kernel for query heads of which number n reads KV head ``kv_index_N[n]``: one KV head each for the kernel, and
+    their gradients folded back."""
+
+    kernel: AttentionKernel
+    kv_index_N: torch.Tensor
+
+    @property
+    def name(self) -> str:
+        return self.kernel.name
+
+    def forward(
+        self, q_TNH: torch.Tensor, k_SKH: torch.Tensor, v_SKH: torch.Tensor, pairs: Pairs, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.kernel.forward(q_TNH, k_SKH[:, self.kv_index_N], v_SKH[:, self.kv_index_N], pairs, scale)
+
+    def backward(
+        self, dout_TNH: torch.Tensor, q_TNH: torch.Tensor, k_SKH: torch.Tensor, v_SKH: torch.Tensor,
+        out_TNH: torch.Tensor, lse_TN: torch.Tensor, pairs: Pairs, scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        dq, dk, dv = self.kernel.backward(
+            dout_TNH, q_TNH, k_SKH[:, self.kv_index_N], v_SKH[:, self.kv_index_N], out_TNH, lse_TN, pairs, scale
+        )
+        return dq, self._fold(dk, k_SKH.shape[1]), self._fold(dv, v_SKH.shape[1])
+
+    def _fold(self, dk_SNH: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
         wide = accumulate_dtype(dk_SNH.dtype)
-        folded = dk_SNH.new_zeros((dk_SNH.shape[0], k1 - k0, dk_SNH.shape[2]), dtype=wide)
-        return folded.index_add_(1, index, dk_SNH.to(wide))
+        folded = dk_SNH.new_zeros((dk_SNH.shape[0], num_kv_heads, dk_SNH.shape[2]), dtype=wide)
+        return folded.index_add_(1, self.kv_index_N, dk_SNH.to(wide))
 
 
 def _heads(x_TNH: torch.Tensor, heads: tuple[int, int]) -> torch.Tensor:

@@ -57,7 +57,9 @@ class Pairs:
 class AttentionKernel(Protocol):
     """One local attention implementation. Stateless."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """For logs."""
 
     def forward(
         self, q_TNH: torch.Tensor, k_SKH: torch.Tensor, v_SKH: torch.Tensor, pairs: Pairs, scale: float

@@ -1,17 +1,18 @@
 """StepPlan -> what one rank does, as row numbers: pure integers, no tensors, no communication.
 
 Rows are places in the rank's local tensors. A microbatch's rows are its groups' rows one behind the other; inside a
-group they follow ``layout.shard_spans``. Held rows (received K/V) count from 0 in every round.
+group they follow ``layout.shard_spans``; after a head exchange, ``layout.team_spans``. Held rows (received K/V) count
+from 0 in every round.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from planner.errors import PlanError
-from planner.layout import local_token_counts, shard_spans
+from planner.layout import local_token_counts, shard_spans, team_spans
 from planner.plan import AttentionGroup, AttentionKind, Microbatch, Span, StepPlan, plan_digest
 from planner.schedule import Round, Task, Transfer, write_schedule
 
@@ -21,8 +22,7 @@ Rows = tuple[int, int]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeerRows:
-    """Rows of one message, in order, merged where they touch. ``held``: rows of the previous round's received K/V
-    (this round's, for gradients) instead of own rows."""
+    """Rows of one message, in order, merged where they touch. ``held``: rows of received K/V instead of own rows."""
 
     rank: int
     rows: tuple[Rows, ...]
@@ -41,30 +41,50 @@ class KernelCall:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Departure:
+    """Messages that are posted together while round i runs and must be through when round ``wait_after`` ends.
+
+    ``sends``: K/V, own rows or rows held in round i. ``receives``: K/V to be held in round ``wait_after + 1``.
+    ``grad_sends``: gradients of rows held in round i - 1. ``grad_receives``: to be added to the gradients of own rows
+    or of rows held in round ``wait_after``.
+    """
+
+    wait_after: int
+    sends: tuple[PeerRows, ...]
+    receives: tuple[PeerRows, ...]
+    grad_sends: tuple[PeerRows, ...]
+    grad_receives: tuple[PeerRows, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RankRound:
-    """``planner.schedule.Round`` in row numbers. ``num_held``: rows of K/V received for this round."""
+    """``planner.schedule.Round`` in row numbers, its messages where they are posted. ``num_held``: rows of K/V received
+    for this round. Departures by ``wait_after``: an order that all ranks share."""
 
     num_held: int
-    receives: tuple[PeerRows, ...]
-    sends: tuple[PeerRows, ...]
+    departures: tuple[Departure, ...]
     calls: tuple[KernelCall, ...]
-    grad_receives: tuple[PeerRows, ...]
-    grad_sends: tuple[PeerRows, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadTeam:
+    """The ranks that trade heads for tokens, this rank's place among them, and the rows of each of them."""
+
+    ranks: tuple[int, ...]
+    place: int
+    rows: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupProgram:
-    """One rank's part in one attention group. ``rows``: the group's rows within the microbatch.
-
-    ``member_rows``: rows of every member, by group index; with a head exchange the rounds work on all of them.
-    """
+    """One rank's part in one attention group. ``rows``: the group's rows within the microbatch. With a ``team`` the
+    rounds work on the rows of all its members, one behind the other."""
 
     kind: AttentionKind
     ranks: tuple[int, ...]
     group_index: int
     rows: Rows
-    member_rows: tuple[int, ...]
-    exchanges_heads: bool
+    team: HeadTeam | None
     forward: tuple[RankRound, ...]
     backward: tuple[RankRound, ...]
 
@@ -120,17 +140,21 @@ def _compile_group(
     group: AttentionGroup, lengths: list[int], rank: int, own: tuple[Span, ...], first_row: int
 ) -> GroupProgram:
     group_index = group.ranks.index(rank)
-    counts = local_token_counts(group.kind, group.degree, [lengths[index] for index in group.sequences])
+    sizes = [lengths[index] for index in group.sequences]
+    counts = local_token_counts(group.kind, group.degree, sizes, group.inner_degree)
     schedule = write_schedule(group, lengths, group_index)
-    exchanges = schedule.head_exchange is not None
-    resident = tuple(Span(index, 0, lengths[index]) for index in group.sequences) if exchanges else own
+    team, resident = None, own
+    if schedule.head_exchange is not None:
+        members = schedule.head_exchange
+        rows = tuple(counts[group.ranks.index(member)] for member in members)
+        team = HeadTeam(ranks=members, place=members.index(rank), rows=rows)
+        resident = team_spans(group, lengths)[group_index // len(members)]
     return GroupProgram(
         kind=group.kind,
         ranks=group.ranks,
         group_index=group_index,
         rows=(first_row, first_row + counts[group_index]),
-        member_rows=counts,
-        exchanges_heads=exchanges,
+        team=team,
         forward=_compile_rounds(schedule.forward, _row_map(resident)),
         backward=_compile_rounds(schedule.backward, _row_map(resident)),
     )
@@ -145,22 +169,49 @@ def _row_map(spans: Iterable[Span]) -> dict[Span, Rows]:
 
 
 def _compile_rounds(rounds: tuple[Round, ...], own: dict[Span, Rows]) -> tuple[RankRound, ...]:
-    compiled = []
-    previous: dict[Span, Rows] = {}
-    for step in rounds:
-        held = _row_map(span for transfer in step.receives for span in transfer.spans)
-        compiled.append(
-            RankRound(
-                num_held=sum(stop - start for start, stop in held.values()),
-                receives=tuple(_peer_rows(transfer, held, held=True) for transfer in step.receives),
-                sends=tuple(_source_rows(transfer, own, previous) for transfer in step.sends),
-                calls=_kernel_calls(step.tasks, own, held),
-                grad_receives=tuple(_source_rows(transfer, own, held) for transfer in step.grad_receives),
-                grad_sends=tuple(_source_rows(transfer, own, held) for transfer in step.grad_sends),
-            )
+    held = [_row_map(span for transfer in step.receives for span in transfer.spans) for step in rounds]
+    messages: list[dict[int, _Messages]] = [{} for _ in rounds]
+    for number, step in enumerate(rounds):
+        for transfer in step.receives:
+            found = _messages(messages[number - transfer.lead], number - 1)
+            found.receives.append(_peer_rows(transfer, held[number], held=True))
+        for transfer in step.sends:
+            found = _messages(messages[number - transfer.lead], number - 1)
+            found.sends.append(_source_rows(transfer, own, held[number - transfer.lead]))
+        for transfer in step.grad_sends:
+            found = _messages(messages[number + 1], number + transfer.lead)
+            found.grad_sends.append(_source_rows(transfer, own, held[number]))
+        for transfer in step.grad_receives:
+            found = _messages(messages[number + 1 - transfer.lead], number)
+            found.grad_receives.append(_source_rows(transfer, own, held[number]))
+    return tuple(
+        RankRound(
+            num_held=sum(stop - start for start, stop in held[number].values()),
+            departures=tuple(found.departure(wait_after) for wait_after, found in sorted(messages[number].items())),
+            calls=_kernel_calls(step.tasks, own, held[number]),
         )
-        previous = held
-    return tuple(compiled)
+        for number, step in enumerate(rounds)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Messages:
+    """A departure while it is being put together."""
+
+    sends: list[PeerRows] = field(default_factory=list)
+    receives: list[PeerRows] = field(default_factory=list)
+    grad_sends: list[PeerRows] = field(default_factory=list)
+    grad_receives: list[PeerRows] = field(default_factory=list)
+
+    def departure(self, wait_after: int) -> Departure:
+        return Departure(
+            wait_after=wait_after, sends=tuple(self.sends), receives=tuple(self.receives),
+            grad_sends=tuple(self.grad_sends), grad_receives=tuple(self.grad_receives),
+        )
+
+
+def _messages(posted: dict[int, _Messages], wait_after: int) -> _Messages:
+    return posted.setdefault(wait_after, _Messages())
 
 
 def _source_rows(transfer: Transfer, own: dict[Span, Rows], held: dict[Span, Rows]) -> PeerRows:

@@ -1,7 +1,7 @@
 """The walk over a schedule's rounds: post the next round's messages, run this round's kernels, merge.
 
 One executor for every schedule: local attention is one round without messages, a ring is degree rounds, and whatever
-``planner.schedule`` learns to write later runs here unchanged.
+``planner.schedules`` learns to write later runs here unchanged.
 Shapes: T own rows, R held rows (received K/V of one round), N query heads, K KV heads, H head dim.
 K and V travel together as ``kv_T2KH``; gradients travel in the accumulation dtype (fp32 or wider).
 """
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from parallel.comm import Exchange, Message
+from parallel.comm import Exchange, Message, Pending
 from parallel.kernel import AttentionKernel, Pairs
 from parallel.lse import accumulate_dtype, merge_partial
 from parallel.program import GroupProgram, KernelCall, PeerRows, RankRound
@@ -38,6 +38,66 @@ def bind_rounds(rounds: tuple[RankRound, ...], device: torch.device) -> tuple[Bo
 
 
 @dataclass(frozen=True, slots=True)
+class _Flight:
+    """Messages under way, and the gradients among them with their places. ``messages`` keeps their memory until they
+    are through: a send that is posted early outlives the round whose K/V it takes."""
+
+    pending: Pending
+    messages: tuple[Message, ...]
+    grads: tuple[tuple[PeerRows, torch.Tensor], ...]
+
+
+class _Traffic:
+    """The messages of one walk. K/V buffers by the round that they are held in, flights by the round that waits for
+    them: a message posted early is in flight while shorter ones come and go."""
+
+    def __init__(self, rounds: tuple[BoundRound, ...], wire: Exchange, what: str) -> None:
+        self._rounds, self._wire, self._what = rounds, wire, what
+        self._arriving: dict[int, torch.Tensor] = {}
+        self._flights: dict[int, list[_Flight]] = {}
+
+    def post(
+        self, number: int, own: torch.Tensor, held: torch.Tensor | None, grad: torch.Tensor | None,
+        held_grad: torch.Tensor | None,
+    ) -> None:
+        """Start everything that is posted while round ``number`` runs. ``own``, ``held``: K/V of own rows and of this
+        round's held rows; ``grad``, ``held_grad``: gradients of own rows and of the previous round's held rows."""
+        for departure in self._rounds[number].plan.departures:
+            sends = _outgoing(departure.sends, own, held)
+            receives: list[Message] = []
+            if departure.receives:
+                receives += _incoming(departure.receives, self._buffer(departure.wait_after + 1, own))
+            grads: tuple[tuple[PeerRows, torch.Tensor], ...] = ()
+            if grad is not None:
+                sends += _outgoing(departure.grad_sends, grad, held_grad)
+                grads = tuple(
+                    (peer, grad.new_empty((peer.num_rows, *grad.shape[1:]))) for peer in departure.grad_receives
+                )
+                receives += [Message(peer.rank, buffer) for peer, buffer in grads]
+            pending = self._wire.post(sends, receives, f"{self._what}, round {number}")
+            self._flights.setdefault(departure.wait_after, []).append(
+                _Flight(pending, (*sends, *receives), grads)
+            )
+
+    def finish(self, number: int) -> list[tuple[PeerRows, torch.Tensor]]:
+        """Wait for what must be through when round ``number`` ends; the gradients that came."""
+        came: list[tuple[PeerRows, torch.Tensor]] = []
+        for flight in self._flights.pop(number, ()):
+            flight.pending.wait()
+            came += flight.grads
+        return came
+
+    def held(self, number: int) -> torch.Tensor | None:
+        """K/V received for this round, once: whoever asks keeps it."""
+        return self._arriving.pop(number, None)
+
+    def _buffer(self, number: int, own: torch.Tensor) -> torch.Tensor:
+        if number not in self._arriving:
+            self._arriving[number] = own.new_empty((self._rounds[number].plan.num_held, *own.shape[1:]))
+        return self._arriving[number]
+
+
+@dataclass(frozen=True, slots=True)
 class RoundWalker:
     """Runs one group's rounds on one rank. Stateless between calls."""
 
@@ -53,23 +113,18 @@ class RoundWalker:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Attention of own queries over everything they may see: out ``[T, N, H]`` (q's dtype), lse ``[T, N]``."""
         rounds = self.forward_rounds
+        traffic = _Traffic(rounds, self.wire, self._what)
         result = _PartialResult(q_TNH)
         kv_T2KH = torch.stack((k_TKH, v_TKH), dim=1) if len(rounds) > 1 else None
         held = None
         for number, step in enumerate(rounds):
-            pending, arriving = None, None
-            if kv_T2KH is not None and number + 1 < len(rounds):
-                after = rounds[number + 1].plan
-                arriving = kv_T2KH.new_empty((after.num_held, *kv_T2KH.shape[1:]))
-                pending = self.wire.post(
-                    _outgoing(after.sends, kv_T2KH, held), _incoming(after.receives, arriving), self._what(number + 1)
-                )
+            if kv_T2KH is not None:
+                traffic.post(number, kv_T2KH, held, None, None)
             for call, pairs in step.pairs:
                 keys, values = (held[:, 0], held[:, 1]) if call.held and held is not None else (k_TKH, v_TKH)
                 result.add(pairs, *self.kernel.forward(q_TNH, keys, values, pairs, self.scale))
-            if pending is not None:
-                pending.wait()
-            held = arriving
+            traffic.finish(number)
+            held = traffic.held(number + 1)
         return result.finish()
 
     def backward(
@@ -78,24 +133,16 @@ class RoundWalker:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Gradients of own q, k and v. K/V are fetched again; partial dK/dV go home along the backward rounds."""
         rounds = self.backward_rounds
+        traffic = _Traffic(rounds, self.wire, self._what)
         wide = accumulate_dtype(q_TNH.dtype)
         kv_T2KH = torch.stack((k_TKH, v_TKH), dim=1) if len(rounds) > 1 else None
         dq = torch.zeros_like(q_TNH, dtype=wide)
         dkv = torch.zeros((k_TKH.shape[0], 2, *k_TKH.shape[1:]), dtype=wide, device=k_TKH.device)
         held, leaving = None, None
-        grad_sends: tuple[PeerRows, ...] = ()
         for number, step in enumerate(rounds):
             dheld = dkv.new_zeros((step.plan.num_held, *dkv.shape[1:]))
-            returning = [(peer, dkv.new_empty((peer.num_rows, *dkv.shape[1:]))) for peer in step.plan.grad_receives]
-            sends = _outgoing(grad_sends, dkv, leaving)
-            receives = [Message(peer.rank, buffer) for peer, buffer in returning]
-            arriving = None
-            if kv_T2KH is not None and number + 1 < len(rounds):
-                after = rounds[number + 1].plan
-                arriving = kv_T2KH.new_empty((after.num_held, *kv_T2KH.shape[1:]))
-                sends = _outgoing(after.sends, kv_T2KH, held) + sends
-                receives = _incoming(after.receives, arriving) + receives
-            pending = self.wire.post(sends, receives, self._what(number)) if sends or receives else None
+            if kv_T2KH is not None:
+                traffic.post(number, kv_T2KH, held, dkv, leaving)
             for call, pairs in step.pairs:
                 remote = call.held and held is not None
                 keys, values = (held[:, 0], held[:, 1]) if remote and held is not None else (k_TKH, v_TKH)
@@ -103,15 +150,14 @@ class RoundWalker:
                 _accumulate(dq, pairs.query_index, grads[0])
                 _accumulate((dheld if remote else dkv)[:, 0], pairs.key_index, grads[1])
                 _accumulate((dheld if remote else dkv)[:, 1], pairs.key_index, grads[2])
-            if pending is not None:
-                pending.wait()
-            for peer, buffer in returning:
+            for peer, buffer in traffic.finish(number):
                 _add_rows(dheld if peer.held else dkv, peer, buffer)
-            held, leaving, grad_sends = arriving, dheld, step.plan.grad_sends
+            held, leaving = traffic.held(number + 1), dheld
         return dq.to(q_TNH.dtype), dkv[:, 0].to(k_TKH.dtype), dkv[:, 1].to(v_TKH.dtype)
 
-    def _what(self, number: int) -> str:
-        return f"{self.group.kind} attention of group {self.group.ranks}, round {number}"
+    @property
+    def _what(self) -> str:
+        return f"{self.group.kind} attention of group {self.group.ranks}"
 
 
 class _PartialResult:

@@ -1,41 +1,149 @@
-"""How long a rank stood still for its peers: the difference between a busy rank and a waiting one."""
+"""Where a rank's step goes: gather, microbatches (forward, backward, waiting for peers), reduction.
+
+On CPU a stamp is the host's clock. On CUDA it is an event recorded on the current stream: nothing waits for it, the
+seconds between two events are read once, at the end of the step, after the step's own last synchronisation. Waiting is
+then what the stream stood still for, not how long the launch took.
+"""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
+from typing import Any
+
+import torch
 
 from parallel.comm import Exchange, Message, Pending
+from planner.measured import MicrobatchTime, RankStep
+
+Stamp = Any
+"""A float (CPU) or a recorded ``torch.cuda.Event``."""
 
 
 @dataclass(slots=True)
-class WaitClock:
-    """Seconds spent waiting since the last ``restart``. On CUDA only the launch is seen: the wait is the stream's."""
+class _Lap:
+    microbatch: int
+    start: Stamp
+    middle: Stamp | None = None
+    stop: Stamp | None = None
+    forward_waits: list[tuple[Stamp, Stamp]] = field(default_factory=list)
+    backward_waits: list[tuple[Stamp, Stamp]] = field(default_factory=list)
 
-    waited_s: float = 0.0
+
+class StepClock:
+    """Call in the order of a step: ``restart, gathered, (begin, turn, end)*, reduced``, then ``read`` once the device
+    has passed ``reduced``. Waiting outside a microbatch is not recorded (calibration runs there).
+
+    ``new_event`` makes a timing event (default: CUDA's, on a CUDA device); events are reused from step to step.
+    """
+
+    def __init__(self, device: torch.device, *, new_event: Callable[[], Any] | None = None) -> None:
+        if new_event is None and device.type == "cuda":
+            new_event = _cuda_event
+        self._new_event = new_event
+        self._events: list[Any] = []
+        self._num_used = 0
+        self._start: Stamp | None = None
+        self._gathered: Stamp | None = None
+        self._reduced: Stamp | None = None
+        self._laps: list[_Lap] = []
+        self._open: _Lap | None = None
 
     def restart(self) -> None:
-        self.waited_s = 0.0
+        """A step begins. What was not read is forgotten."""
+        self._num_used = 0
+        self._laps, self._open = [], None
+        self._gathered = self._reduced = None
+        self._start = self._stamp()
+
+    def gathered(self) -> None:
+        """The parameters are here: the zero of all times of the step."""
+        self._gathered = self._stamp()
+
+    def begin(self, microbatch: int) -> None:
+        self._open = _Lap(microbatch, self._stamp())
+
+    def turn(self) -> None:
+        """The open microbatch's forward is over."""
+        if self._open is not None:
+            self._open.middle = self._stamp()
+
+    def end(self) -> None:
+        if self._open is not None:
+            self._open.stop = self._stamp()
+            self._laps.append(self._open)
+            self._open = None
+
+    def reduced(self) -> None:
+        """The gradients are summed."""
+        self._reduced = self._stamp()
+
+    def wait(self, pending: Pending) -> None:
+        """``pending.wait()``, timed."""
+        if self._open is None:
+            pending.wait()
+            return
+        lap = self._open
+        start = self._stamp()
+        pending.wait()
+        (lap.forward_waits if lap.middle is None else lap.backward_waits).append((start, self._stamp()))
+
+    def read(self) -> RankStep:
+        """The step's times. On CUDA the device must have passed ``reduced``: call it after a value came to the host."""
+        zero = self._gathered
+        times = tuple(
+            MicrobatchTime(
+                microbatch=lap.microbatch,
+                start_s=self._seconds(zero, lap.start),
+                middle_s=self._seconds(zero, lap.middle),
+                stop_s=self._seconds(zero, lap.stop),
+                forward_wait_s=sum(self._seconds(*wait) for wait in lap.forward_waits),
+                backward_wait_s=sum(self._seconds(*wait) for wait in lap.backward_waits),
+            )
+            for lap in self._laps
+        )
+        last = self._laps[-1].stop if self._laps else zero
+        return RankStep(
+            gather_s=self._seconds(self._start, zero), reduce_s=self._seconds(last, self._reduced), microbatches=times
+        )
+
+    def _stamp(self) -> Stamp:
+        if self._new_event is None:
+            return time.perf_counter()
+        if self._num_used == len(self._events):
+            self._events.append(self._new_event())
+        event = self._events[self._num_used]
+        self._num_used += 1
+        event.record()
+        return event
+
+    def _seconds(self, start: Stamp, stop: Stamp) -> float:
+        if self._new_event is None:
+            return float(stop - start)
+        return float(start.elapsed_time(stop)) / 1000  # CUDA tells milliseconds
+
+
+def _cuda_event() -> Any:
+    return torch.cuda.Event(enable_timing=True)
 
 
 @dataclass(frozen=True, slots=True)
 class _TimedPending:
     inner: Pending
-    clock: WaitClock
+    clock: StepClock
 
     def wait(self) -> None:
-        start_s = time.perf_counter()
-        self.inner.wait()
-        self.clock.waited_s += time.perf_counter() - start_s
+        self.clock.wait(self.inner)
 
 
 @dataclass(frozen=True, slots=True)
 class TimedExchange:
-    """An exchange that adds its waiting to ``clock``."""
+    """An exchange whose waiting ``clock`` records."""
 
     inner: Exchange
-    clock: WaitClock = field(default_factory=WaitClock)
+    clock: StepClock
 
     def post(self, sends: SequenceOf[Message], receives: SequenceOf[Message], what: str) -> Pending:
         return _TimedPending(self.inner.post(sends, receives, what), self.clock)

@@ -8,7 +8,7 @@ from math import inf, sqrt
 import numpy as np
 
 from planner.adaptive_shop import Batch, Pool, Workshop
-from planner.shapes import BoolArray, FloatArray, IntArray
+from planner.shapes import FloatArray, IntArray
 
 SHORT_SHARE = 0.5  # of the pool's tokens: the short ones that any memory can be filled up with
 
@@ -24,7 +24,7 @@ def pack_groups(shop: Workshop, shared: SequenceOf[tuple[int, int]], makespan_s:
     column_of = np.zeros(size, dtype=np.int64)
     load_of, seconds_of = np.zeros(size, dtype=np.int64), np.zeros(size)
     square, linear, each = np.array(shop.square), np.array(shop.linear), np.array(shop.each)
-    degree, capacity, ring = np.array(shop.degree), np.array(shop.capacity), np.array(shop.ring)
+    degree, capacity, teams = np.array(shop.degree), np.array(shop.capacity), np.array(shop.num_teams)
     for row, column in shared:
         count = len(groups)
         tokens = shop.lengths[row]
@@ -35,7 +35,7 @@ def pack_groups(shop: Workshop, shared: SequenceOf[tuple[int, int]], makespan_s:
         if count:
             columns = column_of[:count]
             marginals = (square[columns] * tokens + linear[columns]) * tokens + each[columns]
-            loads = _loads(tokens, degree[columns], ring[columns])
+            loads = _loads(tokens, teams[columns])
             costs = degree[columns] * marginals
             fits = (load_of[:count] + loads <= capacity[columns]) & (seconds_of[:count] + marginals <= makespan_s)
             costs = np.where(fits & (costs <= own_cost), costs, inf)
@@ -51,12 +51,12 @@ def pack_groups(shop: Workshop, shared: SequenceOf[tuple[int, int]], makespan_s:
     return groups
 
 
-def _loads(tokens: int, degree: IntArray, ring: BoolArray) -> IntArray:
+def _loads(tokens: int, num_teams: IntArray) -> IntArray:
     """``Workshop.load`` of a sequence of so many tokens on several shapes at once."""
-    chunks = 2 * degree
+    chunks = 2 * num_teams
     whole, rest = np.divmod(tokens, chunks)
     longer = np.where(rest == 0, 0, np.where(chunks % np.maximum(rest, 1) == 0, 1, 2))
-    loads: IntArray = np.where(ring, 2 * whole + longer, tokens)
+    loads: IntArray = 2 * whole + longer
     return loads
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from planner.assemble import Found, GroupChoice, MicrobatchChoice
+from planner.assemble import Found, MicrobatchChoice, attention_groups
 from planner.bounds import group_tokens
 from planner.cost import CostModel, PlanLimits
 from planner.errors import InfeasibleError, SpecError
@@ -24,7 +24,7 @@ from planner.flexsp import plan_flexsp
 from planner.greedy import plan_greedy
 from planner.hdp import plan_hdp, plan_hdp_floor, plan_hdp_naive, smallest_columns
 from planner.megatron_rule import plan_megatron
-from planner.plan import AttentionGroup, SolveStatus
+from planner.plan import SolveStatus
 from planner.shapes import GroupShape, price_table, ring_shapes
 from planner.simulate import price_groups, run_schedule
 from planner.static import best_layout, every_layout
@@ -156,9 +156,8 @@ def _layout_bound_s(layout: SequenceOf[GroupShape], match: Match) -> float:
 def _makespan_s(found: Found, match: Match) -> float:
     prices = []
     for choice in found.groups:
-        choices = (choice,) if isinstance(choice, GroupChoice) else choice
-        groups = [AttentionGroup(kind=each.kind, ranks=each.ranks, sequences=each.sequences) for each in choices]
-        ranks = tuple(sorted({rank for each in choices for rank in each.ranks}))
+        groups = attention_groups(choice, match.cost)
+        ranks = tuple(sorted({rank for each in groups for rank in each.ranks}))
         prices.append(price_groups(ranks, groups, match.lengths, match.cost))
     step_s = run_schedule(prices, num_ranks=match.num_ranks, cost=match.cost).step_s
     return step_s - match.cost.step_fixed_s

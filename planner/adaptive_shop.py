@@ -62,7 +62,7 @@ class Workshop:
         self.fixed = [shape.fit.fixed_s for shape in self.shapes]
         self.degree = [shape.degree for shape in self.shapes]
         self.capacity = [shape.capacity_tokens for shape in self.shapes]
-        self.ring = [shape.kind is AttentionKind.RING for shape in self.shapes]
+        self.num_teams = [shape.num_teams for shape in self.shapes]
         by_length = sorted(range(len(self.lengths)), key=lambda row: (-self.lengths[row], row))
         self.settled = [row for row in by_length if settled[row]]
         self.long_rows = [row for row in by_length if not settled[row]]
@@ -79,26 +79,27 @@ class Workshop:
     def load(self, row: int, column: int) -> int:
         """What the row takes of the shape's capacity (see ``GroupShape``)."""
         size = self.lengths[row]
-        if not self.ring[column]:
+        chunks = 2 * self.num_teams[column]
+        if chunks == 2:
             return size
-        chunks = 2 * self.degree[column]
         whole, rest = divmod(size, chunks)
         return 2 * whole + (0 if rest == 0 else 1 if chunks % rest == 0 else 2)
 
     def longest_within(self, column: int, seconds: float, room: int) -> int:
         """Tokens of a sequence that surely adds at most ``seconds`` and ``room`` of load to such a group: the longest,
-        but for a ring's remainders."""
+        but for a zigzag's remainders."""
         spare_s = seconds - self.each[column]
         if spare_s <= 0 or room < 1:
             return 0
         square, linear = self.square[column], self.linear[column]
         root = sqrt(linear * linear + 4 * square * spare_s) + linear
         tokens = int(min(2 * spare_s / root * (1 - 1e-12), 2.0**60)) if root > 0 else 2**60
-        return min(tokens, (room - 2) // 2 * 2 * self.degree[column] if self.ring[column] else room)
+        teams = self.num_teams[column]
+        return min(tokens, (room - 2) // 2 * 2 * teams if teams > 1 else room)
 
     def tokens_in(self, column: int, load: int) -> int:
         """Tokens that so much load stands for."""
-        return load * self.degree[column] if self.ring[column] else load
+        return load * self.num_teams[column]
 
     def places(self, degree: int) -> tuple[IntArray, IntArray]:
         """First ranks of the groups of this degree (see ``first_ranks``), and all ranks of each."""

@@ -6,56 +6,40 @@ Shapes of the formulas: FlexSP (arXiv 2412.01523, eq. 11-14); FLOPs and saved by
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-from planner.cluster import ClusterSpec, LinkSpec
+from planner.cluster import ClusterSpec
 from planner.cost import CostModel, MemoryFit, Provenance, TimeFit
 from planner.errors import SpecError
 from planner.model_spec import ModelSpec
 from planner.plan import AttentionKind, Sharding
+from planner.schedule import AttentionSchedule, GroupLimits, schedule_of
+from planner.wire_price import EXPOSED_SHARE, WireSetting
 
 MASTER_BYTES = 4  # fp32 weights that the optimizer updates
 ADAM_BYTES = 8  # two fp32 moments
 GRADIENT_BYTES = 4  # gradients are summed and reduced in fp32
 OPTIMIZER_PASS_BYTES = 28  # AdamW reads weight, gradient, two moments and writes all but the gradient: 7 fp32 values
 LAYER_LAUNCH_S = 2.5e-4  # about 60 kernels of one layer, forward and backward, at 4 us each: a guess
-RING_EXPOSED_SHARE = 1 / 3  # see _ring_s_per_token
 ZERO3_EXPOSED_SHARE = 1 / 3  # prefetching hides the rest: a guess that gives FlexSP's released beta1 within 3 %
 MAX_DEGREE = 64
-"""The largest ulysses group, and the largest ring up to which every integer is priced."""
+"""The largest ulysses group, and the largest group of another kind up to which every integer is priced."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Setting:
+class _Setting(WireSetting):
     """What every formula below needs. One data rank is ``tensor_parallel`` devices next to each other."""
 
-    cluster: ClusterSpec
-    model: ModelSpec
     num_ranks: int
-    tensor_parallel: int
-    element_bytes: int
-
-    @property
-    def ranks_per_node(self) -> int:
-        return max(1, self.cluster.devices_per_node // self.tensor_parallel)
-
-    @property
-    def query_heads(self) -> int:
-        return self.model.num_query_heads // self.tensor_parallel
-
-    @property
-    def kv_heads(self) -> int:
-        return math.ceil(self.model.num_kv_heads / self.tensor_parallel)
 
     @property
     def params(self) -> float:
         """Parameters of one device before sharding over the data ranks."""
         return self.model.num_params / self.tensor_parallel
 
-    def link(self, num_ranks: int) -> LinkSpec:
-        """The slowest link inside a group of this many consecutive data ranks."""
-        return self.cluster.intra_node if num_ranks <= self.ranks_per_node else self.cluster.inter_node
+    @property
+    def group_limits(self) -> GroupLimits:
+        return GroupLimits(num_heads=self.query_heads, node_size=min(self.ranks_per_node, self.num_ranks))
 
 
 def derive_cost(
@@ -67,8 +51,8 @@ def derive_cost(
     element_bytes: int = 2,
     sharding: Sharding = Sharding.GATHER_ONCE,
 ) -> CostModel:
-    """Coefficients for ``num_ranks`` data ranks: local, ulysses at powers of two and ``num_ranks``, ring at
-    any degree up to ``MAX_DEGREE`` and at 32 degrees an octave beyond it.
+    """Coefficients for ``num_ranks`` data ranks: local, ulysses at powers of two and ``num_ranks``, every other kind
+    at any degree up to ``MAX_DEGREE`` and at 32 degrees an octave beyond it.
 
     ``element_bytes``: of activations and gathered weights. Raises SpecError where the ranks do not fit the cluster or
     tensor parallelism does not divide the heads.
@@ -87,11 +71,9 @@ def derive_cost(
         cluster=cluster, model=model, num_ranks=num_ranks, tensor_parallel=tensor_parallel, element_bytes=element_bytes
     )
     fixed_s = model.num_layers * LAYER_LAUNCH_S + (_zero3_s(setting) if sharding is Sharding.ZERO3 else 0.0)
-    times = [_fit(setting, AttentionKind.LOCAL, 1, fixed_s)]
-    times += [_fit(setting, AttentionKind.ULYSSES, degree, fixed_s) for degree in _ulysses_degrees(setting)]
-    times += [_fit(setting, AttentionKind.RING, degree, fixed_s) for degree in _ring_degrees(num_ranks)]
+    kinds = ((kind, _priced_degrees(schedule_of(kind), setting)) for kind in AttentionKind)
     return CostModel(
-        times=tuple(times),
+        times=tuple(_fit(setting, kind, degree, fixed_s) for kind, degrees in kinds for degree in degrees),
         memory=_memory(setting, sharding),
         step_fixed_s=_step_fixed_s(setting, sharding),
         peak_flop_per_s=cluster.device.peak_flop_per_s * tensor_parallel,
@@ -102,22 +84,17 @@ def derive_cost(
     )
 
 
-def _ulysses_degrees(setting: _Setting) -> list[int]:
-    largest = min(setting.num_ranks, setting.query_heads, MAX_DEGREE)
-    powers = {2**power for power in range(1, largest.bit_length()) if 2**power <= largest}
-    if 2 <= setting.num_ranks <= setting.query_heads:
-        powers.add(setting.num_ranks)
-    return sorted(powers)
-
-
-def _ring_degrees(num_ranks: int) -> list[int]:
-    """Every degree up to ``MAX_DEGREE``, 32 an octave beyond it (steps of 1.6 to 3.1 %), and ``num_ranks`` itself."""
-    degrees = list(range(2, min(num_ranks, MAX_DEGREE) + 1))
-    degree = MAX_DEGREE
-    while degree < num_ranks:
-        degree = min(num_ranks, degree + 2 ** (degree.bit_length() - 6))
-        degrees.append(degree)
-    return degrees
+def _priced_degrees(schedule: AttentionSchedule, setting: _Setting) -> list[int]:
+    """Of the degrees at which there is such a group: powers of two up to ``MAX_DEGREE``; or every degree up to it and
+    32 an octave beyond it (steps of 1.6 to 3.1 %); and all ranks."""
+    num_ranks = setting.num_ranks
+    if schedule.any_degree:
+        degrees = list(range(1, min(num_ranks, MAX_DEGREE) + 1))
+        while degrees[-1] < num_ranks:
+            degrees.append(min(num_ranks, degrees[-1] + 2 ** (degrees[-1].bit_length() - 6)))
+    else:
+        degrees = sorted({2**power for power in range(MAX_DEGREE.bit_length()) if 2**power <= num_ranks} | {num_ranks})
+    return [degree for degree in degrees if schedule.inner_degree(degree, setting.group_limits) is not None]
 
 
 def _fit(setting: _Setting, kind: AttentionKind, degree: int, fixed_s: float) -> TimeFit:
@@ -125,53 +102,14 @@ def _fit(setting: _Setting, kind: AttentionKind, degree: int, fixed_s: float) ->
     share = degree * setting.tensor_parallel
     attention_s = model.attention_flop((1,)) / (device.peak_flop_per_s * device.attention_efficiency) / share
     linear_s = model.linear_flop(1) / (device.peak_flop_per_s * device.linear_efficiency) / share
-    token_s = linear_s + _tensor_parallel_s_per_token(setting) / degree
-    if kind is AttentionKind.ULYSSES:
-        # Where the degree does not divide the heads, the rank with one head more sets the pace.
-        attention_s *= math.ceil(setting.query_heads / degree) * degree / setting.query_heads
-        token_s += _ulysses_s_per_token(setting, degree)
-        fixed_s += 8 * model.num_layers * setting.link(degree).latency_s
-    elif kind is AttentionKind.RING:
-        token_s += _ring_s_per_token(setting, degree)
-        fixed_s += 2 * (degree - 1) * model.num_layers * setting.link(degree).latency_s
+    schedule = schedule_of(kind)
+    inner_degree = schedule.inner_degree(degree, setting.group_limits) or 1
+    wire = schedule.price(setting, degree, inner_degree)
     return TimeFit(
-        kind=kind, degree=degree, s_per_token2=attention_s, s_per_token=token_s, s_per_sequence=0.0, fixed_s=fixed_s
+        kind=kind, degree=degree, s_per_token2=attention_s * wire.attention_factor,
+        s_per_token=linear_s + _tensor_parallel_s_per_token(setting) / degree + wire.s_per_token, s_per_sequence=0.0,
+        fixed_s=fixed_s + wire.fixed_s, inner_degree=inner_degree,
     )
-
-
-def _ulysses_s_per_token(setting: _Setting, degree: int) -> float:
-    """All-to-alls of q, k, v and output, forward and backward, per token of the group; nothing overlaps them.
-
-    K and V count the heads that are sent: at least one for every rank of the group, so they are replicated where the
-    degree exceeds the number of KV heads. A device keeps 1 / degree of its tokens' bytes; of what it sends, the part
-    inside its node and the part that leaves it travel at the same time over their own links.
-    """
-    kv_heads = degree * math.ceil(setting.kv_heads / degree)
-    heads = 2 * setting.query_heads + 2 * kv_heads
-    token_bytes = 2 * heads * setting.model.head_dim * setting.element_bytes * setting.model.num_layers
-    near = min(degree, setting.ranks_per_node)
-    intra_s = (near - 1) / degree * token_bytes / setting.cluster.intra_node.bytes_per_s
-    inter_s = (degree - near) / degree * token_bytes / setting.cluster.inter_node.bytes_per_s
-    return max(intra_s, inter_s) / degree
-
-
-def _ring_s_per_token(setting: _Setting, degree: int) -> float:
-    """Exposed K/V transfers of a ring, per token of the group.
-
-    A rank passes degree - 1 blocks of K and V on in the forward, and again with their gradients in the backward: three
-    times the forward's bytes. Compute hides them where a sequence is long: with c seconds of transfer per token and a
-    seconds of attention per token^2, max(0, c s - a s^2) stays exposed, which is no longer linear. Averaged over the
-    lengths where anything is exposed (0 .. c / a) it is one third of c s; that share is charged at every length, too
-    little for very short sequences and, where attention dominates anyway, a little too much for long ones. Across
-    nodes one rank per node sends over the boundary and has one NIC of the node to itself.
-    """
-    cluster = setting.cluster
-    rank_bytes = 2 * setting.kv_heads * setting.model.head_dim * setting.element_bytes * setting.model.num_layers
-    bytes_per_s = cluster.intra_node.bytes_per_s
-    if degree > setting.ranks_per_node:
-        nic_bytes_per_s = cluster.inter_node.bytes_per_s * cluster.devices_per_node / cluster.nics_per_node
-        bytes_per_s = min(bytes_per_s, nic_bytes_per_s)
-    return RING_EXPOSED_SHARE * 3 * (degree - 1) / degree * rank_bytes / bytes_per_s
 
 
 def _tensor_parallel_s_per_token(setting: _Setting) -> float:
@@ -231,7 +169,8 @@ def _notes(setting: _Setting, sharding: Sharding) -> tuple[str, ...]:
     notes = [
         "FLOPs over data-sheet peak times one efficiency for matrix products and one for attention, at every length",
         "ulysses: all-to-alls not overlapped, groups of consecutive ranks aligned with nodes, no contention",
-        f"ring: {RING_EXPOSED_SHARE:.0%} of the K/V transfer time exposed, whatever the length",
+        f"rings and group-cast: {EXPOSED_SHARE:.0%} of the K/V transfer time exposed, whatever the length",
+        "all_gather: the K/V of the group that a rank holds, one layer at a time, is not counted in memory",
         "nothing per sequence: fused variable-length kernels",
         f"guess: {LAYER_LAUNCH_S * 1e6:.0f} us of launches per layer and microbatch",
         "gradient reduction and parameter gather not overlapped with compute",

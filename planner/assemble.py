@@ -55,7 +55,7 @@ def assemble_plan(
     saves hashing the cost model again where the caller holds its digest. Raises PlanError where the cost model cannot
     price a group.
     """
-    work = [_attention_groups(choice) for choice in groups]
+    work = [attention_groups(choice, cost) for choice in groups]
     prices = [price_groups(_ranks(attention), attention, lengths, cost) for attention in work]
     simulation = run_schedule(prices, num_ranks=num_ranks, cost=cost)
     microbatches = tuple(
@@ -85,10 +85,15 @@ def assemble_plan(
     )
 
 
-def _attention_groups(choice: MicrobatchChoice) -> tuple[AttentionGroup, ...]:
+def attention_groups(choice: MicrobatchChoice, cost: CostModel) -> tuple[AttentionGroup, ...]:
+    """The groups of one microbatch, with the inner degree that the cost model prices. Raises PlanError where it prices
+    no such group."""
     choices = (choice,) if isinstance(choice, GroupChoice) else choice
     return tuple(
-        AttentionGroup(kind=group.kind, ranks=tuple(group.ranks), sequences=tuple(group.sequences))
+        AttentionGroup(
+            kind=group.kind, ranks=tuple(group.ranks), sequences=tuple(group.sequences),
+            inner_degree=cost.time_fit(group.kind, len(group.ranks)).inner_degree,
+        )
         for group in choices
     )
 

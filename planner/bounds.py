@@ -17,8 +17,8 @@ Let C be the time of the last rank to finish, ``step_fixed_s`` aside, in any pla
   This is the dual side of a linear program that lets every sequence choose fractions of shapes.
 
 A smaller C allows fewer shapes and raises every charge, so the left side falls as C grows: the smallest C that
-satisfies the inequality is bracketed by bisection and the lower end of the bracket is returned. The memory share of a
-ring counts tokens / (degree * tokens a rank holds), never more than what the zigzag layout takes. Nothing depends on
+satisfies the inequality is bracketed by bisection and the lower end of the bracket is returned. The memory share counts
+tokens / (tokens that all ranks can hold), never more than what the zigzag layout takes of a ring. Nothing depends on
 rounds, placement or order, and a microbatch of several groups takes no less than its groups one by one: the bound holds
 for every strategy that forms these shapes. All coefficients must be at least 0.
 """
@@ -117,7 +117,7 @@ def _dominates(local: GroupShape, shape: GroupShape) -> bool:
 
 def group_tokens(shape: GroupShape) -> int:
     """Tokens that all ranks of the group hold together at most."""
-    return shape.capacity_tokens * (shape.degree if shape.kind is AttentionKind.RING else 1)
+    return shape.capacity_tokens * shape.num_teams
 
 
 def bound_of_parts(parts: SequenceOf[BoundPart], num_ranks: int) -> float:

@@ -17,11 +17,23 @@ from planner.errors import SpecError
 
 T = TypeVar("T")
 
+_SCALARS = (float, int, str, bool, type(None))
+LATER: Mapping[str, bool] = types.MappingProxyType({"later": True})
+"""Metadata of a field that a dataclass got after values of it were stored: at its default it is not written, so that
+stored digests stay valid."""
+
 
 def to_plain(value: Any) -> Any:
     """Dataclasses, tuples and enums as dicts, lists and strings: what ``json.dumps`` and YAML take."""
+    if type(value) in _SCALARS:  # most values of a large cost model
+        return value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        items = ((field, getattr(value, field.name)) for field in dataclasses.fields(value))
+        return {
+            field.name: to_plain(item)
+            for field, item in items
+            if not ("later" in field.metadata and item == field.default)
+        }
     if isinstance(value, enum.Enum):
         return value.value
     if isinstance(value, Mapping):

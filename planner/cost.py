@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from planner.codec import LATER
 from planner.errors import PlanError, SpecError
 from planner.plan import AttentionKind, Sharding, digest_of
 
@@ -23,7 +24,9 @@ from planner.plan import AttentionKind, Sharding, digest_of
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TimeFit:
     """Coefficients of one (kind, degree). All are seconds for one forward plus backward of one microbatch, and none
-    may be negative: the planner's bounds rest on more work never being cheaper. Raises SpecError otherwise."""
+    may be negative: the planner's bounds rest on more work never being cheaper. Raises SpecError otherwise.
+
+    ``inner_degree``: what was priced, and so what plans of this cost model run (see ``AttentionGroup``)."""
 
     kind: AttentionKind
     degree: int
@@ -31,6 +34,7 @@ class TimeFit:
     s_per_token: float
     s_per_sequence: float
     fixed_s: float
+    inner_degree: int = field(default=1, metadata=LATER)
 
     def __post_init__(self) -> None:
         for name in ("s_per_token2", "s_per_token", "s_per_sequence", "fixed_s"):
@@ -38,6 +42,8 @@ class TimeFit:
             if not 0 <= value < math.inf:
                 which = f"{self.kind} of degree {self.degree}"
                 raise SpecError(f"{which}: {name} must be 0 or more and finite, got {value}")
+        if self.degree < 1 or self.inner_degree < 1 or self.degree % self.inner_degree:
+            raise SpecError(f"{self.kind} of degree {self.degree}: inner_degree {self.inner_degree} does not divide it")
 
     def group_s(self, *, num_tokens: float, num_tokens2: float, num_sequences: int) -> float:
         """Seconds for sequences with these sums of lengths and of squared lengths."""

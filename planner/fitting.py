@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
@@ -10,6 +9,9 @@ import numpy as np
 
 from planner.cost import TimeFit
 from planner.plan import AttentionKind
+
+_MOST_TURNS = 3
+"""Times each coefficient may be freed before the fit is taken as it is: rounding alone can make it go round."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,51 +43,83 @@ def fit_group_times(samples: SequenceOf[GroupSample]) -> tuple[tuple[TimeFit, ..
 
     Least squares of the relative error with non-negative coefficients: a millisecond counts the same share of a short
     microbatch as a second of a long one, and no sequence may have a negative price.
+
+    The attention of a group is the same work whatever its degree, and its ranks share it evenly: ``s_per_token2`` is
+    one number over the degree, fitted jointly. Local and ulysses have the number in common (the same kernel on whole
+    sequences, fewer heads), every other kind has its own (it cuts sequences). Fitted one by one, a handful of noisy
+    samples makes some degree look cheap on long sequences, and the planner would pick just that one.
     """
-    fits: dict[tuple[AttentionKind, int], TimeFit] = {}
-    for kind, degree in dict.fromkeys((sample.kind, sample.degree) for sample in samples):
-        chosen = [sample for sample in samples if (sample.kind, sample.degree) == (kind, degree)]
-        rows = [_features(sample.lengths) for sample in chosen]
-        quad, linear, count, fixed = non_negative_fit(rows, [sample.seconds for sample in chosen])
-        fits[kind, degree] = TimeFit(
-            kind=kind, degree=degree, s_per_token2=quad, s_per_token=linear, s_per_sequence=count, fixed_s=fixed
-        )
-    errors = tuple(
-        fits[sample.kind, sample.degree].group_s(
-            num_tokens=sum(sample.lengths),
-            num_tokens2=sum(size * size for size in sample.lengths),
-            num_sequences=len(sample.lengths),
-        )
-        / sample.seconds
-        - 1
-        for sample in samples
-    )
-    return tuple(fits.values()), errors
+    shapes = tuple(dict.fromkeys((sample.kind, sample.degree) for sample in samples))
+    kernels = tuple(dict.fromkeys(_kernel(kind) for kind, _ in shapes))
+    num_own = 3
+    rows = []
+    for sample in samples:
+        token2, *own = group_features(sample.lengths)
+        row = [0.0] * (len(kernels) + num_own * len(shapes))
+        row[kernels.index(_kernel(sample.kind))] = token2 / sample.degree
+        first = len(kernels) + num_own * shapes.index((sample.kind, sample.degree))
+        row[first : first + num_own] = own
+        rows.append(row)
+    seconds = [sample.seconds for sample in samples]
+    prices = non_negative_fit(rows, seconds)
+    fits = []
+    for place, (kind, degree) in enumerate(shapes):
+        first = len(kernels) + num_own * place
+        linear, count, fixed = prices[first : first + num_own]
+        fits.append(TimeFit(
+            kind=kind, degree=degree, s_per_token2=prices[kernels.index(_kernel(kind))] / degree, s_per_token=linear,
+            s_per_sequence=count, fixed_s=fixed,
+        ))
+    predicted = [sum(price * amount for price, amount in zip(prices, row, strict=True)) for row in rows]
+    return tuple(fits), tuple(ours / true - 1 for ours, true in zip(predicted, seconds, strict=True))
 
 
-def _features(lengths: SequenceOf[int]) -> tuple[float, float, float, float]:
+def _kernel(kind: AttentionKind) -> AttentionKind:
+    """Kinds that run attention on the same shapes share its price."""
+    return AttentionKind.LOCAL if kind is AttentionKind.ULYSSES else kind
+
+
+def group_features(lengths: SequenceOf[int]) -> tuple[float, float, float, float]:
+    """What the four prices of a TimeFit multiply: sum of squared lengths, sum, count and one."""
     return (float(sum(size * size for size in lengths)), float(sum(lengths)), float(len(lengths)), 1.0)
 
 
-def non_negative_fit(rows: SequenceOf[SequenceOf[float]], seconds: SequenceOf[float]) -> tuple[float, ...]:
-    """Coefficients c >= 0 minimising sum(((row . c) - s)^2 / s^2), exactly: every subset of the (few) columns is
-    solved without the sign constraint and the best feasible one wins (the optimum lies on one of these faces)."""
-    target = np.asarray(seconds, dtype=np.float64)
-    scaled = np.asarray(rows, dtype=np.float64) / target[:, None]
-    column_norms = np.linalg.norm(scaled, axis=0)
-    scaled = scaled / np.where(column_norms > 0, column_norms, 1.0)
-    ones = np.ones_like(target)
+def non_negative_fit(
+    rows: SequenceOf[SequenceOf[float]], seconds: SequenceOf[float], *, scales: SequenceOf[float] | None = None
+) -> tuple[float, ...]:
+    """Coefficients c >= 0 minimising sum(((row . c) - s)^2 / scale^2); ``scales`` default to ``seconds``.
+
+    The active-set method of Lawson and Hanson (Solving Least Squares Problems, 1974, chapter 23): exact, and where the
+    rows leave several optima, always the same one.
+    """
+    scale = np.asarray(seconds if scales is None else scales, dtype=np.float64)
+    target = np.asarray(seconds, dtype=np.float64) / scale
+    scaled = np.asarray(rows, dtype=np.float64) / scale[:, None]
+    norms = np.linalg.norm(scaled, axis=0)
+    norms[norms == 0] = 1.0
+    scaled = scaled / norms
     num_columns = scaled.shape[1]
-    best, best_error = np.zeros(num_columns), float(ones @ ones)
-    for size in range(1, num_columns + 1):
-        for columns in itertools.combinations(range(num_columns), size):
-            solution, *_ = np.linalg.lstsq(scaled[:, columns], ones, rcond=None)
-            error = float(np.sum((scaled[:, columns] @ solution - ones) ** 2))
-            if (solution >= 0).all() and error < best_error - 1e-12:
-                best = np.zeros(num_columns)
-                best[list(columns)] = solution
-                best_error = error
-    return tuple(float(value) for value in best / np.where(column_norms > 0, column_norms, 1.0))
+    tolerance = 1e-12 * max(1.0, float(np.linalg.norm(target)))
+    best, free = np.zeros(num_columns), np.zeros(num_columns, dtype=bool)
+    for _ in range(_MOST_TURNS * num_columns):
+        slope = scaled.T @ (target - scaled @ best)
+        slope[free] = 0.0
+        if slope.max(initial=0.0) <= tolerance:
+            break
+        free[int(slope.argmax())] = True
+        while free.any():
+            wanted = np.zeros(num_columns)
+            wanted[free], *_ = np.linalg.lstsq(scaled[:, free], target, rcond=None)
+            below = free & (wanted <= 0)
+            if not below.any():
+                best = wanted
+                break
+            # as far towards the wanted point as every coefficient allows; the first to reach zero stays there
+            steps = best[below] / np.maximum(best[below] - wanted[below], np.finfo(np.float64).tiny)
+            best = best + float(steps.min()) * (wanted - best)
+            free &= best > tolerance
+            best[~free] = 0.0
+    return tuple(float(value) for value in best / norms)
 
 
 def best_rate(samples: SequenceOf[SizeSample], op: str) -> float:

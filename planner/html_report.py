@@ -26,12 +26,14 @@ _FONT = "system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', sans-serif"
 _INK, _MUTED, _GRID = "#1f2933", "#616e7c", "#e4e7eb"
 _PLAIN, _STRONG, _ALERT, _FIXED = "#9fb3c8", "#2b6cb0", "#c53030", "#d9e2ec"
 _EXCHANGE, _SWAP = "#ed8936", "#805ad5"
-# Light to dark with the degree, one hue for each kind.
+# Light to dark with the degree, one hue for each common kind.
 _HUES = {
     AttentionKind.LOCAL: ("#9fb3c8",),
     AttentionKind.ULYSSES: ("#90cdf4", "#63b3ed", "#4299e1", "#3182ce", "#2b6cb0", "#2c5282", "#1a365d"),
     AttentionKind.RING: ("#fbd38d", "#f6ad55", "#ed8936", "#dd6b20", "#c05621", "#9c4221", "#652b19"),
+    AttentionKind.USP: ("#d6bcfa", "#b794f4", "#9f7aea", "#805ad5", "#6b46c1", "#553c9a", "#44337a"),
 }
+_OTHER_HUES = ("#9ae6b4", "#68d391", "#48bb78", "#38a169", "#2f855a", "#276749", "#1c4532")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -196,7 +198,7 @@ def _hover_texts(step: PlannedStep) -> list[str]:
 
 
 def _colour(kind: AttentionKind, degree_bits: int) -> str:
-    hues = _HUES[kind]
+    hues = _HUES.get(kind, _OTHER_HUES)
     return hues[min(len(hues) - 1, max(0, degree_bits - 2))]
 
 

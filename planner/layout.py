@@ -1,8 +1,10 @@
 """Which tokens of a group each of its ranks holds. Pure integers, exact for any length: nothing is padded.
 
-``local``: everything. ``ulysses``: the group's sequences packed one behind the other and cut into ``degree``
-contiguous pieces that differ by at most one token. ``ring``: every sequence cut into 2 * degree chunks, rank r
-holding chunks r and 2 * degree - 1 - r (zigzag: under a causal mask each rank then has the same work).
+One rule for every kind. ``head_degree`` consecutive members form a *team*, which trades heads for tokens (1 where a
+kind does not). Every sequence is cut into two chunks for each team, and team t holds chunk t and its mirror image from
+the end (zigzag: under a causal mask each team then has the same work). A team's tokens, packed one sequence behind the
+other, are cut into contiguous pieces for its members that differ by at most one token. With one team (ulysses) that is
+the packed sequences cut into pieces; with teams of one (ring) it is the zigzag alone.
 """
 
 from __future__ import annotations
@@ -12,6 +14,19 @@ from collections.abc import Sequence as SequenceOf
 from itertools import pairwise
 
 from planner.plan import AttentionGroup, AttentionKind, Span
+from planner.schedule import schedule_of
+
+
+def head_degree(kind: AttentionKind, degree: int, inner_degree: int = 1) -> int:
+    """Ranks of a team in a group of this shape. Raises PlanError for an unknown kind."""
+    return schedule_of(kind).head_degree(degree, inner_degree)
+
+
+def team_spans(group: AttentionGroup, lengths: SequenceOf[int]) -> tuple[tuple[Span, ...], ...]:
+    """The spans of each team, in the order of its rows: what its members work on once heads are traded."""
+    num_teams = group.degree // head_degree(group.kind, group.degree, group.inner_degree)
+    sequences = [(index, lengths[index]) for index in group.sequences]
+    return tuple(_zigzag_spans(sequences, team, num_teams) for team in range(num_teams))
 
 
 def shard_spans(group: AttentionGroup, lengths: SequenceOf[int]) -> tuple[tuple[Span, ...], ...]:
@@ -19,24 +34,34 @@ def shard_spans(group: AttentionGroup, lengths: SequenceOf[int]) -> tuple[tuple[
 
     ``lengths[i]`` is the number of tokens of the step's sequence i. Empty spans are left out.
     """
-    sequences = [(index, lengths[index]) for index in group.sequences]
-    if group.kind is AttentionKind.RING:
-        return tuple(_zigzag_spans(sequences, index, group.degree) for index in range(group.degree))
-    total = sum(size for _, size in sequences)
-    cuts = [total * index // group.degree for index in range(group.degree + 1)]
-    return tuple(_packed_spans(sequences, cuts[i], cuts[i + 1]) for i in range(group.degree))
+    teams = team_spans(group, lengths)
+    size = group.degree // len(teams)
+    if size == 1:
+        return teams
+    shards = []
+    for spans in teams:
+        cuts = _even_cuts(sum(span.num_tokens for span in spans), size)
+        shards += [_packed_spans(spans, start, stop) for start, stop in pairwise(cuts)]
+    return tuple(shards)
 
 
-def local_token_counts(kind: AttentionKind, degree: int, lengths: SequenceOf[int]) -> tuple[int, ...]:
+def local_token_counts(
+    kind: AttentionKind, degree: int, lengths: SequenceOf[int], inner_degree: int = 1
+) -> tuple[int, ...]:
     """Tokens each rank of such a group would hold, by group index, for sequences of these lengths."""
-    if kind is AttentionKind.RING:
-        return _zigzag_counts(degree, lengths)
-    total = sum(lengths)
-    return tuple(total * (index + 1) // degree - total * index // degree for index in range(degree))
+    size = head_degree(kind, degree, inner_degree)
+    teams = (sum(lengths),) if size == degree else _zigzag_counts(degree // size, lengths)
+    if size == 1:
+        return teams
+    return tuple(stop - start for total in teams for start, stop in pairwise(_even_cuts(total, size)))
+
+
+def _even_cuts(total: int, parts: int) -> list[int]:
+    return [total * index // parts for index in range(parts + 1)]
 
 
 def _zigzag_counts(degree: int, lengths: SequenceOf[int]) -> tuple[int, ...]:
-    """Tokens per rank from all sequences' chunk edges at once. Only remainders make chunks differ, and there are at
+    """Tokens per team from all sequences' chunk edges at once. Only remainders make chunks differ, and there are at
     most 2 * degree of them, so the cost does not grow with the number of sequences."""
     chunks = 2 * degree
     whole = sum(size // chunks for size in lengths)
@@ -46,13 +71,14 @@ def _zigzag_counts(degree: int, lengths: SequenceOf[int]) -> tuple[int, ...]:
     return tuple(sizes[index] + sizes[chunks - 1 - index] for index in range(degree))
 
 
-def _packed_spans(sequences: list[tuple[int, int]], start: int, stop: int) -> tuple[Span, ...]:
+def _packed_spans(packed: SequenceOf[Span], start: int, stop: int) -> tuple[Span, ...]:
+    """Rows ``start .. stop`` of these spans put one behind the other."""
     spans, offset = [], 0
-    for sequence, size in sequences:
-        low, high = max(start - offset, 0), min(stop - offset, size)
+    for span in packed:
+        low, high = max(start - offset, 0), min(stop - offset, span.num_tokens)
         if low < high:
-            spans.append(Span(sequence, low, high))
-        offset += size
+            spans.append(Span(span.sequence, span.start_token + low, span.start_token + high))
+        offset += span.num_tokens
     return tuple(spans)
 
 

@@ -8,22 +8,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
-from planner.codec import from_plain, to_plain
+from planner.codec import LATER, from_plain, to_plain
 from planner.errors import PlanError, SpecError
 
 PLAN_SCHEMA = 1
 
 
 class AttentionKind(StrEnum):
-    """How the ranks of one group share the attention of the group's sequences."""
+    """How the ranks of one group share the attention of the group's sequences: the names that plans and flags know.
+    What a kind does is written in ``planner/schedules/<name>.py``, all of it."""
 
     LOCAL = "local"
     ULYSSES = "ulysses"
     RING = "ring"
+    USP = "usp"
+    DOUBLE_RING = "double_ring"
+    GROUP_CAST = "group_cast"
+    ALL_GATHER = "all_gather"
 
 
 class Sharding(StrEnum):
@@ -70,11 +75,16 @@ class Span:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionGroup:
-    """Ranks that share the attention of these sequences. ``ranks`` in group order; ``sequences`` in packing order."""
+    """Ranks that share the attention of these sequences. ``ranks`` in group order; ``sequences`` in packing order.
+
+    ``inner_degree``: for kinds of two levels, how many consecutive members form an inner group (usp: they trade heads;
+    double_ring: they form a ring). It divides the degree; 1 for all other kinds.
+    """
 
     kind: AttentionKind
     ranks: tuple[int, ...]
     sequences: tuple[int, ...]
+    inner_degree: int = field(default=1, metadata=LATER)
 
     @property
     def degree(self) -> int:

@@ -1,31 +1,40 @@
 """What one attention group does on the wire and in the kernel, as data: one executor runs every schedule.
 
-A schedule belongs to one rank. K and V move, queries stay (or, with a head exchange, heads are traded for tokens
-first, and then every rank of the group holds all tokens of some heads). Rules, which ``schedule_check`` proves:
+A schedule belongs to one rank. K and V move, queries stay; with a head exchange, heads are traded for tokens first, and
+then a rank works on all tokens of its exchange group, for some of the heads. Rules, which ``schedule_check`` proves:
 
-- In round i a rank *holds* its own spans and the spans it receives in round i, not longer.
-- What it sends in round i arrives for the peer's round i, and is its own or was received in round i - 1.
+- In round i a rank *holds* its own spans and the spans it receives for round i, not longer.
+- A message that arrives for round i with lead n is posted while round i - n runs. It holds spans that are the sender's
+  own or that it holds in round i - n. A longer lead lets nobody use them longer: the message only starts earlier.
 - The keys of a task are held in that round. Forward and backward walk different routes but do the same tasks.
-- Backward only: after the tasks of round i the partial dK/dV of every span received in round i leave through
-  ``grad_sends``; they arrive in the peer's round i + 1 and are added to what that rank has for the same spans. So a
-  chunk's gradient gathers along its way and ends, once, at its owner.
+- Backward only: after the tasks of round i, the partial dK/dV of every span received for round i that has any leaves
+  through ``grad_sends`` and is added to what its receiver has for the same span in the round it arrives for. So each
+  part of a gradient ends, once, at its owner: along the way its keys came, or directly.
+
+Adding a kind of attention is adding one file, ``planner/schedules/<kind>.py``, that holds its ``SCHEDULE`` (an
+``AttentionSchedule``), and its name to ``AttentionKind``, the names that stored plans and flags may use.
 """
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
-from planner.layout import shard_spans
+from planner.errors import PlanError, SpecError
 from planner.plan import AttentionGroup, AttentionKind, Span
+from planner.wire_price import WirePrice, WireSetting
 
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """Spans that travel in one message, in this order. ``rank`` is the other end (data rank)."""
+    """Spans that travel in one message, in this order. ``rank`` is the other end (data rank). ``lead``: how many
+    rounds before the one it arrives for it is posted; for gradients, how many rounds after their tasks it arrives."""
 
     rank: int
     spans: tuple[Span, ...]
+    lead: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +51,11 @@ class Task:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Round:
-    """One step of the walk. Gradients only move in the backward."""
+    """One step of the walk. Gradients only move in the backward.
+
+    ``receives`` and ``sends`` arrive for this round at this rank and at the peer; ``grad_receives`` arrive for this
+    round; ``grad_sends`` leave after it.
+    """
 
     receives: tuple[Transfer, ...] = ()
     sends: tuple[Transfer, ...] = ()
@@ -60,14 +73,70 @@ class ExchangeSchedule:
     backward: tuple[Round, ...]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupLimits:
+    """What forming a group depends on. ``num_heads``: query heads of one data rank. ``node_size``: consecutive data
+    ranks of a node; a group larger than that starts with a node."""
+
+    num_heads: int
+    node_size: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionSchedule:
+    """Everything that one kind of attention is.
+
+    ``write(group, lengths, group_index)``: the rank's schedule; ``lengths[i]`` is the tokens of the step's sequence i.
+    ``inner_degree(degree, limits)``: the ``AttentionGroup.inner_degree`` of such a group, None where there can be none.
+    ``head_degree(degree, inner_degree)``: consecutive members that trade heads; it decides who holds which tokens (see
+    ``planner.layout``). ``price(setting, degree, inner_degree)``: its communication. ``in_auto``: whether a planner
+    that may choose may choose it. ``any_degree``: else derived cost models price powers of two and all ranks only.
+    """
+
+    write: Callable[[AttentionGroup, SequenceOf[int], int], ExchangeSchedule]
+    inner_degree: Callable[[int, GroupLimits], int | None]
+    head_degree: Callable[[int, int], int]
+    price: Callable[[WireSetting, int, int], WirePrice]
+    in_auto: bool = True
+    any_degree: bool = True
+
+
+def schedule_of(kind: AttentionKind) -> AttentionSchedule:
+    """The ``SCHEDULE`` of ``planner/schedules/<kind>.py``. Raises PlanError where there is no such file."""
+    name = f"planner.schedules.{kind}"
+    try:
+        found = getattr(importlib.import_module(name), "SCHEDULE", None)
+    except ModuleNotFoundError as error:
+        if error.name is None or not name.startswith(error.name):  # a kind's own import that fails is not its absence
+            raise
+        found = None
+    if not isinstance(found, AttentionSchedule):
+        raise PlanError(f"unknown attention kind {kind!r}")
+    return found
+
+
+def attention_names() -> tuple[str, ...]:
+    """What ``--attention`` takes: auto, then one kind each."""
+    return ("auto", *(kind.value for kind in AttentionKind if kind is not AttentionKind.LOCAL))
+
+
+def attention_kinds(name: str) -> tuple[AttentionKind, ...]:
+    """The kinds for groups of two and more that ``--attention name`` allows. Raises SpecError for an unknown name."""
+    if name not in attention_names():
+        raise SpecError(f"--attention: {name!r} is none of {', '.join(attention_names())}")
+    if name != "auto":
+        return (AttentionKind(name),)
+    return tuple(kind for kind in AttentionKind if kind is not AttentionKind.LOCAL and schedule_of(kind).in_auto)
+
+
 def write_schedule(group: AttentionGroup, lengths: SequenceOf[int], group_index: int) -> ExchangeSchedule:
     """The schedule of the rank at ``group_index``; ``lengths[i]`` is the tokens of the step's sequence i."""
-    if group.kind is AttentionKind.RING:
-        return _write_ring(group, lengths, group_index)
-    whole = tuple(Span(index, 0, lengths[index]) for index in group.sequences)
-    local = (Round(tasks=span_tasks(whole, whole)),)
-    exchange = group.ranks if group.kind is AttentionKind.ULYSSES else None
-    return ExchangeSchedule(head_exchange=exchange, forward=local, backward=local)
+    return schedule_of(group.kind).write(group, lengths, group_index)
+
+
+def message(rank: int, spans: SequenceOf[Span], lead: int = 1) -> tuple[Transfer, ...]:
+    """One transfer, or none where there is nothing to send."""
+    return (Transfer(rank, tuple(spans), lead),) if spans else ()
 
 
 def span_tasks(queries: SequenceOf[Span], keys: SequenceOf[Span]) -> tuple[Task, ...]:
@@ -88,45 +157,10 @@ def span_tasks(queries: SequenceOf[Span], keys: SequenceOf[Span]) -> tuple[Task,
     return tuple(tasks)
 
 
-def _write_ring(group: AttentionGroup, lengths: SequenceOf[int], group_index: int) -> ExchangeSchedule:
-    """Zigzag ring over any number of ranks.
-
-    Forward, round i: the chunk of the rank i places behind arrives from the rank just behind. Backward: round 0 is
-    the rank's own chunk (so the first message hides behind it); then chunks come the other way, from the rank just
-    ahead, each carrying its dK/dV along, and reach their owner in the last round: degree - 1 hops each way, where a
-    ring that keeps its direction needs degree hops for the gradients.
-    """
-    degree, ranks = group.degree, group.ranks
-    shards = shard_spans(group, lengths)
-    mine = shards[group_index]
-    behind, ahead = ranks[group_index - 1], ranks[(group_index + 1) % degree]
-
-    def shard(offset: int) -> tuple[Span, ...]:
-        return shards[(group_index + offset) % degree]
-
-    def message(rank: int, spans: tuple[Span, ...]) -> tuple[Transfer, ...]:
-        return (Transfer(rank, spans),) if spans else ()
-
-    own = Round(tasks=span_tasks(mine, mine))
-    forward = [own]
-    backward = [own]
-    for step in range(1, degree):
-        forward.append(
-            Round(
-                receives=message(behind, shard(-step)),
-                sends=message(ahead, shard(1 - step)),
-                tasks=span_tasks(mine, shard(-step)),
-            )
-        )
-        backward.append(
-            Round(
-                receives=message(ahead, shard(step)),
-                sends=message(behind, shard(step - 1)),
-                tasks=span_tasks(mine, shard(step)),
-                grad_receives=message(ahead, shard(step)) if step > 1 else (),
-                grad_sends=message(behind, shard(step)),
-            )
-        )
-    if degree > 1:
-        backward.append(Round(grad_receives=message(ahead, mine)))
-    return ExchangeSchedule(head_exchange=None, forward=tuple(forward), backward=tuple(backward))
+def needed_spans(queries: SequenceOf[Span], keys: SequenceOf[Span]) -> tuple[Span, ...]:
+    """Those of ``keys`` that some of the query spans read, in their order."""
+    last = {query.sequence: 0 for query in queries}
+    for query in queries:
+        last[query.sequence] = max(last[query.sequence], query.start_token)
+    own = set(queries)
+    return tuple(key for key in keys if key in own or key.stop_token <= last.get(key.sequence, -1))

@@ -1,17 +1,42 @@
 """Proof, in plain Python, that the schedules of a group's ranks compute every allowed (query, key) pair exactly once,
-that every receive has its send, and that every partial gradient reaches its owner exactly once."""
+that every receive has its send, and that every partial gradient reaches its owner exactly once.
+
+Ranks that trade heads work on the same tokens for different heads. So the group falls into *lanes*: the ranks at one
+place of their exchange groups, which hold the same heads. Each lane is proven by itself; without a head exchange there
+is one lane, all ranks.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
 
 from planner.errors import PlanError
-from planner.layout import shard_spans
+from planner.layout import head_degree, shard_spans, team_spans
 from planner.plan import AttentionGroup, Span
 from planner.schedule import ExchangeSchedule, Round, Task
 
 _Contribution = tuple[int, int]  # (rank, round) whose tasks added to a span's dK/dV
+_Parts = dict[Span, Counter[_Contribution]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Lane:
+    """Ranks with the same heads, the spans each of them works on without a message, and its rounds of one walk."""
+
+    walk: str
+    ranks: tuple[int, ...]
+    owned: tuple[frozenset[Span], ...]
+    rounds: tuple[tuple[Round, ...], ...]
+
+    def held(self, index: int, number: int) -> frozenset[Span]:
+        """What the rank received for this round."""
+        walked = self.rounds[index]
+        if not 0 <= number < len(walked):
+            return frozenset()
+        return frozenset(span for into in walked[number].receives for span in into.spans)
 
 
 def check_schedules(
@@ -20,72 +45,103 @@ def check_schedules(
     """Raises PlanError naming the rank, round or sequence where the schedules (by group index) are not exact."""
     if len(schedules) != group.degree:
         raise PlanError(f"group of {group.degree} ranks has {len(schedules)} schedules")
-    owned = _owned_spans(group, lengths, schedules)
+    size = head_degree(group.kind, group.degree, group.inner_degree)
+    owned = _owned_spans(group, lengths, schedules, size)
     for walk in ("forward", "backward"):
-        rounds = [getattr(schedule, walk) for schedule in schedules]
-        _check_messages(group, rounds, walk)
-        _check_holdings(group, rounds, owned, walk)
-        if schedules[0].head_exchange is None:
-            _check_coverage(group, lengths, [task for walked in rounds for r in walked for task in r.tasks], walk)
-        else:  # every rank does all pairs, for its own heads
-            for walked in rounds:
-                _check_coverage(group, lengths, [task for r in walked for task in r.tasks], walk)
-    _check_gradients(group, [schedule.backward for schedule in schedules], owned)
+        for place in range(size):
+            lane = _Lane(
+                walk=walk,
+                ranks=group.ranks[place::size],
+                owned=owned,
+                rounds=tuple(getattr(schedule, walk) for schedule in schedules[place::size]),
+            )
+            _check_messages(lane)
+            _check_holdings(lane)
+            _check_coverage(lane, {index: lengths[index] for index in group.sequences})
+            if walk == "backward":
+                _check_gradients(lane)
 
 
 def _owned_spans(
-    group: AttentionGroup, lengths: SequenceOf[int], schedules: SequenceOf[ExchangeSchedule]
-) -> list[frozenset[Span]]:
-    exchanges = {schedule.head_exchange for schedule in schedules}
-    if len(exchanges) != 1:
-        raise PlanError(f"ranks {group.ranks} disagree on the head exchange: {exchanges}")
-    if exchanges == {None}:
-        return [frozenset(spans) for spans in shard_spans(group, lengths)]
-    if exchanges != {group.ranks}:
-        raise PlanError(f"head exchange over {exchanges} is not over the group's ranks {group.ranks}")
-    whole = frozenset(Span(index, 0, lengths[index]) for index in group.sequences)
-    return [whole] * group.degree
+    group: AttentionGroup, lengths: SequenceOf[int], schedules: SequenceOf[ExchangeSchedule], size: int
+) -> tuple[frozenset[Span], ...]:
+    """What the members of each team work on, once it is shown that they trade heads with each other and that their
+    rows, put one behind the other, are the team's."""
+    shards, owned = shard_spans(group, lengths), []
+    for team, spans in enumerate(team_spans(group, lengths)):
+        members = range(team * size, (team + 1) * size)
+        ranks = tuple(group.ranks[index] for index in members)
+        for index in members:
+            exchange = schedules[index].head_exchange or (group.ranks[index],)
+            if exchange != ranks:
+                raise PlanError(f"rank {group.ranks[index]} trades heads with {exchange}, its team is {ranks}")
+        if _rows(span for index in members for span in shards[index]) != _rows(spans):
+            raise PlanError(f"team {ranks} holds other rows than its members")
+        owned.append(frozenset(spans))
+    return tuple(owned)
 
 
-def _check_messages(group: AttentionGroup, rounds: SequenceOf[SequenceOf[Round]], walk: str) -> None:
+def _rows(spans: Iterable[Span]) -> list[tuple[int, int]]:
+    """(sequence, token) where each run of rows begins and ends, touching runs joined."""
+    edges: list[tuple[int, int]] = []
+    for span in spans:
+        if edges and edges[-1] == (span.sequence, span.start_token):
+            edges.pop()
+        else:
+            edges.append((span.sequence, span.start_token))
+        edges.append((span.sequence, span.stop_token))
+    return edges
+
+
+def _check_messages(lane: _Lane) -> None:
+    """Both ends agree on round, lead, spans; between two ranks at most one message of a kind arrives for a round, so
+    that the order in which messages of a pair are posted is the same at both ends."""
     for grad in (False, True):
-        sent: Counter[tuple[object, ...]] = Counter()
-        received: Counter[tuple[object, ...]] = Counter()
-        for rank, walked in zip(group.ranks, rounds, strict=True):
+        what = "gradient" if grad else "K/V"
+        sent: Counter[tuple[int, int, int, int, tuple[Span, ...]]] = Counter()
+        received: Counter[tuple[int, int, int, int, tuple[Span, ...]]] = Counter()
+        for rank, walked in zip(lane.ranks, lane.rounds, strict=True):
             for number, step in enumerate(walked):
                 for out in step.grad_sends if grad else step.sends:
-                    sent[(number + grad, rank, out.rank, out.spans)] += 1
+                    arrival = number + out.lead if grad else number
+                    sent[(arrival, rank, out.rank, out.lead, out.spans)] += 1
                 for into in step.grad_receives if grad else step.receives:
-                    received[(number, into.rank, rank, into.spans)] += 1
+                    received[(number, into.rank, rank, into.lead, into.spans)] += 1
         if sent != received:
             odd = next(iter((sent - received) + (received - sent)))
-            what = "gradient" if grad else "K/V"
-            raise PlanError(f"{walk} round {odd[0]}: {what} message {odd[1]} -> {odd[2]} has only one end")
+            raise PlanError(f"{lane.walk} round {odd[0]}: {what} message {odd[1]} -> {odd[2]} has only one end")
+        for (arrival, source, target), count in Counter(key[:3] for key in sent.elements()).items():
+            if count > 1 or source == target:
+                raise PlanError(f"{lane.walk} round {arrival}: {count} {what} messages {source} -> {target}")
 
 
-def _check_holdings(
-    group: AttentionGroup, rounds: SequenceOf[SequenceOf[Round]], owned: list[frozenset[Span]], walk: str
-) -> None:
-    for index, (rank, walked) in enumerate(zip(group.ranks, rounds, strict=True)):
-        previous: frozenset[Span] = frozenset()
+def _check_holdings(lane: _Lane) -> None:
+    for index, (rank, walked) in enumerate(zip(lane.ranks, lane.rounds, strict=True)):
+        owned = lane.owned[index]
         for number, step in enumerate(walked):
-            held = frozenset(span for into in step.receives for span in into.spans)
+            place = f"{lane.walk} round {number}: rank {rank}"
+            held = lane.held(index, number)
+            received = [span for into in step.receives for span in into.spans]
+            if len(held) != len(received) or held & owned:
+                raise PlanError(f"{place} receives spans that it has")
+            for transfer in (*step.sends, *step.receives):
+                if not (transfer.spans and 1 <= transfer.lead <= number):
+                    raise PlanError(f"{place} has a message that is empty or posted before the first round: {transfer}")
             for out in step.sends:
-                if not (set(out.spans) <= owned[index] or set(out.spans) <= previous):
-                    raise PlanError(f"{walk} round {number}: rank {rank} sends spans it does not hold")
+                if not (set(out.spans) <= owned or set(out.spans) <= lane.held(index, number - out.lead)):
+                    raise PlanError(f"{place} sends spans it does not hold")
             for task in step.tasks:
-                if task.query not in owned[index] or task.key not in owned[index] | held:
-                    raise PlanError(f"{walk} round {number}: rank {rank} has a task on spans it does not hold: {task}")
+                if task.query not in owned or task.key not in owned | held:
+                    raise PlanError(f"{place} has a task on spans it does not hold: {task}")
                 if task.causal != (task.query == task.key):
-                    raise PlanError(f"{walk} round {number}: rank {rank}: causal flag is wrong in {task}")
-            previous = held
+                    raise PlanError(f"{place}: causal flag is wrong in {task}")
 
 
-def _check_coverage(group: AttentionGroup, lengths: SequenceOf[int], tasks: SequenceOf[Task], walk: str) -> None:
-    by_sequence: dict[int, list[Task]] = {index: [] for index in group.sequences}
-    for task in tasks:
+def _check_coverage(lane: _Lane, lengths: dict[int, int]) -> None:
+    by_sequence: dict[int, list[Task]] = {index: [] for index in lengths}
+    for task in (task for walked in lane.rounds for step in walked for task in step.tasks):
         if task.query.sequence != task.key.sequence or task.query.sequence not in by_sequence:
-            raise PlanError(f"{walk}: task crosses documents: {task}")
+            raise PlanError(f"{lane.walk}: task crosses documents: {task}")
         by_sequence[task.query.sequence].append(task)
     for index, owed in by_sequence.items():
         edges = {edge for t in owed for edge in (t.query.start_token, t.query.stop_token)}
@@ -100,54 +156,45 @@ def _check_coverage(group: AttentionGroup, lengths: SequenceOf[int], tasks: Sequ
                 edge = key.stop_token
             complete = len(triangles) == 1 and edge == triangles[0].key.start_token
             if not complete or sum(t.key.num_tokens for t in over if not t.causal) != edge:
-                raise PlanError(f"{walk}: sequence {index}, queries {start}..{stop}: pairs missing or computed twice")
+                raise PlanError(f"{lane.walk}: sequence {index}, queries {start}..{stop}: pairs missing or twice")
 
 
-def _check_gradients(
-    group: AttentionGroup, rounds: SequenceOf[SequenceOf[Round]], owned: list[frozenset[Span]]
-) -> None:
-    totals: list[dict[Span, Counter[_Contribution]]] = [{span: Counter() for span in spans} for spans in owned]
-    in_flight: dict[tuple[int, int, Span], Counter[_Contribution]] = {}
-    for number in range(max(len(walked) for walked in rounds)):
-        departing: dict[tuple[int, int, Span], Counter[_Contribution]] = {}
-        for index, (rank, walked) in enumerate(zip(group.ranks, rounds, strict=True)):
+def _check_gradients(lane: _Lane) -> None:
+    """Follow every part of every span's gradient from the round that computes it to the rank where it ends."""
+    totals: list[_Parts] = [{span: Counter() for span in spans} for spans in lane.owned]
+    in_flight: dict[tuple[int, int, int, Span], Counter[_Contribution]] = {}
+    for number in range(max(len(walked) for walked in lane.rounds)):
+        for index, (rank, walked) in enumerate(zip(lane.ranks, lane.rounds, strict=True)):
             if number >= len(walked):
                 continue
-            step = walked[number]
-            held = {span: Counter[_Contribution]() for into in step.receives for span in into.spans}
+            step, place = walked[number], f"backward round {number}: rank {rank}"
+            held: _Parts = {span: Counter() for span in lane.held(index, number)}
             for task in step.tasks:
-                target = held if task.key in held else totals[index]
-                target[task.key][(rank, number)] = 1
+                (held if task.key in held else totals[index])[task.key][(rank, number)] += 1
             for into in step.grad_receives:
                 for span in into.spans:
-                    (held if span in held else totals[index])[span].update(in_flight.pop((into.rank, rank, span)))
+                    parts = in_flight.pop((number, into.rank, rank, span), None)
+                    target = held if span in held else totals[index]
+                    if parts is None or span not in target:
+                        raise PlanError(f"{place} receives a gradient of {span} that it has no place for")
+                    target[span].update(parts)
             for out in step.grad_sends:
                 for span in out.spans:
-                    departing[(rank, out.rank, span)] = held.pop(span)
+                    if span not in held or out.lead < 1:
+                        raise PlanError(f"{place} sends a gradient of {span}, which it does not hold")
+                    in_flight[(number + out.lead, rank, out.rank, span)] = held.pop(span)
             if any(held.values()):
-                raise PlanError(f"backward round {number}: rank {rank} drops gradients of received spans")
-        in_flight = departing
+                raise PlanError(f"{place} drops gradients of received spans")
     if in_flight:
         raise PlanError("backward: gradients are still on their way after the last round")
-    _check_totals(group, rounds, owned, totals)
-
-
-def _check_totals(
-    group: AttentionGroup,
-    rounds: SequenceOf[SequenceOf[Round]],
-    owned: list[frozenset[Span]],
-    totals: list[dict[Span, Counter[_Contribution]]],
-) -> None:
-    exchanged = owned[0] is owned[-1] and len(owned) > 1  # after a head exchange each rank keeps its own heads
-    for index, spans in enumerate(owned):
+    for rank, spans, total in zip(lane.ranks, lane.owned, totals, strict=True):
         for span in spans:
             wanted = Counter(
-                {
-                    (rank, number): 1
-                    for rank, walked in zip(group.ranks, rounds, strict=True)
-                    for number, step in enumerate(walked)
-                    if any(task.key == span for task in step.tasks) and (not exchanged or rank == group.ranks[index])
-                }
+                (other, number)
+                for other, walked in zip(lane.ranks, lane.rounds, strict=True)
+                for number, step in enumerate(walked)
+                for task in step.tasks
+                if task.key == span
             )
-            if totals[index][span] != wanted:
-                raise PlanError(f"backward: rank {group.ranks[index]}: gradient of {span} is not the sum of its parts")
+            if total[span] != wanted:
+                raise PlanError(f"backward: rank {rank}: gradient of {span} is not the sum of its parts")

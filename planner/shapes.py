@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from planner.cost import CostModel, PlanLimits, TimeFit
 from planner.errors import InfeasibleError, SpecError
+from planner.layout import head_degree
 from planner.plan import AttentionKind
 from planner.units import format_bytes
 
@@ -27,12 +28,14 @@ UNLIMITED_TOKENS = 2**62
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupShape:
-    """A group of ``fit.degree`` ranks of one attention kind. The loads of its sequences may add up to
-    ``capacity_tokens``: for local and ulysses a load is the sequence's tokens and the capacity is the whole group's;
-    for ring the load is the most tokens any one rank gets of the sequence and the capacity is one rank's."""
+    """A group of ``fit.degree`` ranks of one attention kind, which form ``num_teams`` teams (see ``planner.layout``).
+    The loads of its sequences may add up to ``capacity_tokens``: a load is the most tokens any one team gets of the
+    sequence, the capacity is what one team can hold. So for local and ulysses (one team) it is the sequence's tokens
+    and the whole group's capacity, for a ring (teams of one) the fullest rank's tokens and one rank's capacity."""
 
     fit: TimeFit
     capacity_tokens: int
+    num_teams: int
 
     @property
     def kind(self) -> AttentionKind:
@@ -89,20 +92,44 @@ def shape_of(kind: AttentionKind, degree: int, cost: CostModel, limits: PlanLimi
         kind = AttentionKind.LOCAL
     elif kind is AttentionKind.LOCAL or kind not in limits.kinds:
         return None
-    if kind is AttentionKind.ULYSSES and degree > limits.max_ulysses_degree:
+    fit = next((fit for fit in cost.times if fit.degree == degree and fit.kind is kind), None)
+    if fit is None:
         return None
-    if degree not in cost.degrees(kind):
+    team = head_degree(kind, degree, fit.inner_degree)
+    if team > limits.max_ulysses_degree:
         return None
-    per_rank = cost.max_local_tokens(limits.device_budget_bytes)
-    capacity = per_rank if kind is AttentionKind.RING else per_rank * degree
-    return GroupShape(fit=cost.time_fit(kind, degree), capacity_tokens=min(capacity, UNLIMITED_TOKENS))
+    capacity = min(cost.max_local_tokens(limits.device_budget_bytes) * team, UNLIMITED_TOKENS)
+    return GroupShape(fit=fit, capacity_tokens=capacity, num_teams=degree // team)
 
 
 def shapes_of_degree(degree: int, cost: CostModel, limits: PlanLimits) -> tuple[GroupShape, ...]:
-    """All shapes of one degree: local for 1, else one per allowed and priced kind, in the order of ``limits.kinds``."""
+    """The shapes of one degree that are worth trying: local for 1, else of the allowed and priced kinds, in the order
+    of ``limits.kinds``, those that no other one beats at everything."""
     kinds = (AttentionKind.LOCAL,) if degree == 1 else tuple(dict.fromkeys(limits.kinds))
-    shapes = (shape_of(kind, degree, cost, limits) for kind in kinds)
-    return tuple(shape for shape in shapes if shape is not None)
+    found = (shape_of(kind, degree, cost, limits) for kind in kinds)
+    shapes = [shape for shape in found if shape is not None]
+    best: list[GroupShape] = []
+    for place, shape in enumerate(shapes):
+        earlier, later = shapes[:place], shapes[place + 1 :]
+        beaten = any(_no_worse(other, shape) for other in earlier) or any(
+            _no_worse(other, shape) and not _no_worse(shape, other) for other in later
+        )
+        if not beaten:
+            best.append(shape)
+    return tuple(best)
+
+
+def _no_worse(shape: GroupShape, other: GroupShape) -> bool:
+    """Of two shapes of one degree, the first takes whatever the second takes, and never more seconds for it. Where its
+    teams are unions of the other's, its loads grow no more than its capacity."""
+    here, there = shape.fit, other.fit
+    return (
+        other.num_teams % shape.num_teams == 0
+        and here.s_per_token2 <= there.s_per_token2
+        and here.s_per_token <= there.s_per_token
+        and here.s_per_sequence <= there.s_per_sequence
+        and here.fixed_s <= there.fixed_s
+    )
 
 
 def flexsp_degrees(num_ranks: int) -> tuple[int, ...]:
@@ -137,7 +164,10 @@ def ring_shapes(
         fit for fit in cost.times
         if fit.kind is AttentionKind.LOCAL or (fit.kind is AttentionKind.RING and fit.degree in wanted)
     ]
-    shapes = sorted((GroupShape(fit=fit, capacity_tokens=per_rank) for fit in fits), key=lambda shape: shape.degree)
+    shapes = sorted(
+        (GroupShape(fit=fit, capacity_tokens=per_rank, num_teams=fit.degree) for fit in fits),
+        key=lambda shape: shape.degree,
+    )
     if not shapes or shapes[0].kind is not AttentionKind.LOCAL:
         raise SpecError(f"strategy {strategy} runs short sequences on single ranks: the cost model prices no local "
                         "group, calibrate again")
@@ -174,10 +204,10 @@ def price_table(lengths: SequenceOf[int] | IntArray, shapes: SequenceOf[GroupSha
 
 
 def ring_peak_tokens(lengths: IntArray, degree: int) -> IntArray:
-    """The most tokens one rank of a ring of ``degree`` gets of each sequence (``layout``'s zigzag).
+    """The most tokens one of ``degree`` teams gets of each sequence (``layout``'s zigzag); a ring's teams are ranks.
 
-    Of 2 * degree chunks a remainder of r tokens makes r one token longer. A rank holds a chunk and its mirror image;
-    both are long for some rank exactly where some multiple j / r of the whole, 0 < j < r, falls strictly inside a
+    Of 2 * degree chunks a remainder of r tokens makes r one token longer. A team holds a chunk and its mirror image;
+    both are long for some team exactly where some multiple j / r of the whole, 0 < j < r, falls strictly inside a
     chunk: where r does not divide 2 * degree.
     """
     chunks = 2 * degree
@@ -188,7 +218,7 @@ def ring_peak_tokens(lengths: IntArray, degree: int) -> IntArray:
 
 
 def _load_tokens(lengths: IntArray, shape: GroupShape) -> IntArray:
-    return ring_peak_tokens(lengths, shape.degree) if shape.kind is AttentionKind.RING else lengths
+    return ring_peak_tokens(lengths, shape.num_teams) if shape.num_teams > 1 else lengths
 
 
 def require_fits(table: PriceTable, cost: CostModel, limits: PlanLimits) -> None:
@@ -212,7 +242,7 @@ def require_fits(table: PriceTable, cost: CostModel, limits: PlanLimits) -> None
 
 
 def _rank_tokens(load: int, shape: GroupShape) -> int:
-    return load if shape.kind is AttentionKind.RING else -(-load // shape.degree)
+    return -(-load * shape.num_teams // shape.degree)
 
 
 def describe_shapes(shapes: Iterable[GroupShape]) -> str:

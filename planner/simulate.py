@@ -74,7 +74,7 @@ def price_groups(
     for group in groups:
         sizes = [lengths[index] for index in group.sequences]
         group_s = cost.group_s(group.kind, group.degree, sizes)
-        counts = local_token_counts(group.kind, group.degree, sizes)
+        counts = local_token_counts(group.kind, group.degree, sizes, group.inner_degree)
         for rank, count in zip(group.ranks, counts, strict=True):
             seconds[rank] += group_s
             tokens[rank] += count

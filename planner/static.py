@@ -128,7 +128,7 @@ def _refusal(degree: int | None, num_ranks: int, cost: CostModel, limits: PlanLi
         reason = "a degree is at least 1"
     elif degree > num_ranks:
         reason = "a group cannot have more ranks than there are"
-    elif AttentionKind.RING not in limits.kinds and degree > limits.max_ulysses_degree:
+    elif set(limits.kinds) <= {AttentionKind.ULYSSES} and degree > limits.max_ulysses_degree:
         reason = f"ulysses needs a query head per rank, so at most degree {limits.max_ulysses_degree}"
     else:
         reason = "the cost model prices no such group, or none for the ranks left over: calibrate with this degree"

@@ -12,6 +12,7 @@ from collections.abc import Sequence as SequenceOf
 
 from planner.cost import CostModel, PlanLimits
 from planner.errors import PlanError
+from planner.layout import head_degree
 from planner.plan import PLAN_SCHEMA, AttentionGroup, AttentionKind, Microbatch, SolveStatus, StepPlan
 from planner.simulate import MicrobatchPrice, price_microbatch, run_schedule
 from planner.units import format_bytes
@@ -90,18 +91,25 @@ def _verify_group(
     for sequence in group.sequences:
         if not 0 <= sequence < num_sequences:
             raise PlanError(f"{place}: sequence {sequence} does not exist, the step has {num_sequences}")
-    if not isinstance(group.kind, AttentionKind):
-        raise PlanError(f"{place}: unknown attention kind {group.kind!r}")
+    try:
+        team = head_degree(group.kind, group.degree, group.inner_degree)
+    except PlanError as error:
+        raise PlanError(f"{place}: {error}") from None
     if (group.kind is AttentionKind.LOCAL) != (group.degree == 1):
         raise PlanError(f"{place}: attention {group.kind} on {group.degree} ranks; local means exactly 1 rank")
     if group.kind is not AttentionKind.LOCAL and group.kind not in limits.kinds:
         raise PlanError(f"{place}: attention {group.kind} is not allowed here (allowed: {', '.join(limits.kinds)})")
-    if group.kind is AttentionKind.ULYSSES and group.degree > limits.max_ulysses_degree:
-        raise PlanError(f"{place}: ulysses degree {group.degree} is above the limit {limits.max_ulysses_degree}")
+    if team > limits.max_ulysses_degree:
+        raise PlanError(f"{place}: ulysses degree {team} is above the limit {limits.max_ulysses_degree}")
     try:
-        cost.time_fit(group.kind, group.degree)
+        inner_degree = cost.time_fit(group.kind, group.degree).inner_degree
     except PlanError as error:
         raise PlanError(f"{place}: {error}") from None
+    if group.inner_degree != inner_degree:
+        raise PlanError(
+            f"{place}: {group.kind} {group.degree} has inner_degree {group.inner_degree}, the cost model prices "
+            f"{inner_degree}"
+        )
 
 
 def _verify_ranks(ranks: tuple[int, ...], place: str, num_ranks: int) -> None:

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from planner.assemble import GroupChoice, assemble_plan
 from planner.cost import CostModel, MemoryFit, PlanLimits, Provenance, TimeFit
 from planner.plan import AttentionGroup, AttentionKind, SolveStatus, StepPlan
+from planner.schedule import GroupLimits, schedule_of
 from planner.verify import verify_plan
 
 MOST_HEADS = 64
+KINDS = tuple(kind for kind in AttentionKind if kind is not AttentionKind.LOCAL)
 
 
-def cost_model(num_ranks: int) -> CostModel:
-    """Made up: short sequences are cheapest alone, long ones are cheapest shared; one byte a token."""
+def cost_model(num_ranks: int, kinds: Sequence[AttentionKind] = KINDS) -> CostModel:
+    """Made up: short sequences are cheapest alone, long ones are cheapest shared, by all kinds alike; one byte a
+    token. Inner degrees as in one node, with enough heads."""
     times = [TimeFit(kind=AttentionKind.LOCAL, degree=1, s_per_token2=1e-6, s_per_token=1e-5, s_per_sequence=0.0,
                      fixed_s=1e-4)]
-    for kind in (AttentionKind.ULYSSES, AttentionKind.RING):
+    for kind in kinds:
         times += [
             TimeFit(kind=kind, degree=d, s_per_token2=1e-6 / d, s_per_token=1.3e-5 / d, s_per_sequence=0.0,
-                    fixed_s=2e-4 * d)
+                    fixed_s=2e-4 * d, inner_degree=inner_degree(kind, d))
             for d in range(2, num_ranks + 1)
         ]
     return CostModel(
@@ -28,14 +32,26 @@ def cost_model(num_ranks: int) -> CostModel:
     )
 
 
+def inner_degree(kind: AttentionKind, degree: int, node_size: int | None = None) -> int:
+    """What a planner would choose, with enough heads."""
+    limits = GroupLimits(num_heads=MOST_HEADS, node_size=degree if node_size is None else node_size)
+    return schedule_of(kind).inner_degree(degree, limits) or 1
+
+
 def verified_plan(
     microbatches: Sequence[Sequence[AttentionGroup]], lengths: Sequence[int], num_ranks: int
 ) -> StepPlan:
     """The plan that runs these microbatches (lists of groups) in this order. Raises PlanError if it is illegal."""
-    cost = cost_model(num_ranks)
-    limits = PlanLimits(
-        device_budget_bytes=2**40, max_ulysses_degree=MOST_HEADS, kinds=(AttentionKind.ULYSSES, AttentionKind.RING)
+    groups = {(group.kind, group.degree): group.inner_degree for part in microbatches for group in part}
+    kinds = (*KINDS, *(kind for kind, degree in groups if degree > 1 and kind not in KINDS))
+    cost = cost_model(num_ranks, kinds)
+    cost = replace(
+        cost,
+        times=tuple(
+            replace(fit, inner_degree=groups.get((fit.kind, fit.degree), fit.inner_degree)) for fit in cost.times
+        ),
     )
+    limits = PlanLimits(device_budget_bytes=2**40, max_ulysses_degree=MOST_HEADS, kinds=kinds)
     plan = assemble_plan(
         step=0, strategy="test", num_ranks=num_ranks, lengths=lengths,
         groups=[tuple(GroupChoice(g.kind, g.ranks, g.sequences) for g in groups) for groups in microbatches],

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
-import queue
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from typing import Any
@@ -20,28 +19,98 @@ from parallel.comm import Message
 TIMEOUT_S = 60.0
 
 
-class ThreadFabric:
-    """Point-to-point messages between threads of one process, in order per pair, like the real wire."""
+Pair = tuple[int, int]  # (from, to)
 
-    def __init__(self, num_ranks: int) -> None:
+
+class ThreadFabric:
+    """Point-to-point messages between threads of one process, in order per pair, as strict as the strictest real wire:
+    a send is through only when its receive has been posted (NCCL), and both ends must mean the same exchange.
+
+    ``posted``: (from, to, what) of every message sent. A rank that waits longer than ``timeout_s`` fails with who waits
+    for whom.
+    """
+
+    def __init__(self, num_ranks: int, *, timeout_s: float = TIMEOUT_S) -> None:
         pairs = [(a, b) for a in range(num_ranks) for b in range(num_ranks)]
-        self.queues: dict[tuple[int, int], queue.Queue[torch.Tensor]] = {pair: queue.Queue() for pair in pairs}
+        self.num_ranks = num_ranks
+        self.timeout_s = timeout_s
+        self.posted: list[tuple[int, int, str]] = []
+        self._changed = threading.Condition()
+        self._sent: dict[Pair, list[tuple[torch.Tensor, str] | None]] = {pair: [] for pair in pairs}
+        self._num_receives = dict.fromkeys(pairs, 0)
+        self._waiting: dict[int, str] = {}
 
     def wire(self, rank: int) -> ThreadWire:
         return ThreadWire(self, rank)
 
+    def post(
+        self, rank: int, sends: SequenceOf[Message], receives: SequenceOf[Message], what: str
+    ) -> tuple[list[tuple[Pair, int]], list[tuple[Pair, int]]]:
+        """The places of these messages, (pair, number of the message between the two), sends and receives."""
+        with self._changed:
+            sent, wanted = [], []
+            for message in sends:
+                pair = (rank, message.rank)
+                sent.append((pair, len(self._sent[pair])))
+                self._sent[pair].append((message.tensor.detach().clone(), what))
+                self.posted.append((*pair, what))
+            for message in receives:
+                pair = (message.rank, rank)
+                wanted.append((pair, self._num_receives[pair]))
+                self._num_receives[pair] += 1
+            self._changed.notify_all()
+        return sent, wanted
+
+    def take(self, rank: int, place: tuple[Pair, int], what: str) -> torch.Tensor:
+        pair, number = place
+        with self._changed:
+            self._wait(rank, pair[0], what, lambda: len(self._sent[pair]) > number)
+            message = self._sent[pair][number]
+            assert message is not None, "a message was received twice"
+            self._sent[pair][number] = None
+        tensor, sent_as = message
+        assert sent_as == what, f"rank {rank} expects {what} of rank {pair[0]}, which sent {sent_as}"
+        return tensor
+
+    def wait_for_receiver(self, rank: int, place: tuple[Pair, int], what: str) -> None:
+        pair, number = place
+        with self._changed:
+            self._wait(rank, pair[1], what, lambda: self._num_receives[pair] > number)
+
+    def _wait(self, rank: int, peer: int, what: str, ready: Callable[[], bool]) -> None:
+        self._waiting[rank] = f"rank {rank} waits for rank {peer} in {what}"
+        if not self._changed.wait_for(ready, self.timeout_s):
+            raise TimeoutError(f"deadlock: {self.who_waits()}")
+        del self._waiting[rank]
+
+    def who_waits(self) -> str:
+        states = [self._waiting.get(rank, f"rank {rank} waits for nobody") for rank in range(self.num_ranks)]
+        return "; ".join(states)
+
+    def undelivered(self) -> list[Pair]:
+        """(from, to) where a message was sent that nobody has received, or a receive posted that nobody served."""
+        return [
+            pair for pair, sent in self._sent.items()
+            if any(message is not None for message in sent) or len(sent) != self._num_receives[pair]
+        ]
+
 
 @dataclass(frozen=True)
-class _PendingReceives:
+class _PendingMessages:
     fabric: ThreadFabric
     rank: int
     receives: tuple[Message, ...]
+    sent_places: list[tuple[Pair, int]]
+    wanted_places: list[tuple[Pair, int]]
+    what: str
 
     def wait(self) -> None:
-        for message in self.receives:
-            sent = self.fabric.queues[(message.rank, self.rank)].get(timeout=TIMEOUT_S)
+        for message, place in zip(self.receives, self.wanted_places, strict=True):
+            sent = self.fabric.take(self.rank, place, self.what)
             assert sent.shape == message.tensor.shape and sent.dtype == message.tensor.dtype
             message.tensor.copy_(sent)
+        for place in self.sent_places:
+            self.fabric.wait_for_receiver(self.rank, place, self.what)
 
 
 @dataclass(frozen=True)
@@ -49,14 +118,13 @@ class ThreadWire:
     fabric: ThreadFabric
     rank: int
 
-    def post(self, sends: SequenceOf[Message], receives: SequenceOf[Message], what: str) -> _PendingReceives:
-        for message in sends:
-            assert message.tensor.is_contiguous()
-            if message.tensor.numel():
-                self.fabric.queues[(self.rank, message.rank)].put(message.tensor.detach().clone())
+    def post(self, sends: SequenceOf[Message], receives: SequenceOf[Message], what: str) -> _PendingMessages:
+        leaving = tuple(message for message in sends if message.tensor.numel())
         wanted = tuple(message for message in receives if message.tensor.numel())
-        assert all(message.tensor.is_contiguous() for message in wanted)
-        return _PendingReceives(self.fabric, self.rank, wanted)
+        assert all(message.tensor.is_contiguous() for message in (*leaving, *wanted))
+        return _PendingMessages(
+            self.fabric, self.rank, wanted, *self.fabric.post(self.rank, leaving, wanted, what), what
+        )
 
 
 def run_threads(num_ranks: int, target: Callable[[int], Any]) -> list[Any]:
@@ -107,19 +175,27 @@ class RankPool:
         self, target: Callable[..., Any], *args: Any, world_size: int | None = None, timeout_s: float = 300
     ) -> list[Any]:
         size = world_size or len(self._pipes)
+        self.start(target, *args, world_size=size)
+        return self.collect(range(size), timeout_s=timeout_s)
+
+    def start(self, target: Callable[..., Any], *args: Any, world_size: int) -> None:
+        """Begin a run without waiting for its results."""
         self._num_runs += 1
         init_method = f"file://{self._folder.name}/store-{self._num_runs}"
-        for rank, pipe in enumerate(self._pipes[:size]):
-            pipe.send((target, (rank, size, init_method, *args)))
-        results = []
-        for rank, pipe in enumerate(self._pipes[:size]):
-            if not pipe.poll(timeout_s):
+        for rank, pipe in enumerate(self._pipes[:world_size]):
+            pipe.send((target, (rank, world_size, init_method, *args)))
+
+    def collect(self, ranks: Iterable[int], *, timeout_s: float = 300) -> list[Any]:
+        """Results of these ranks of the run, in order. A rank that raised fails the call with its traceback."""
+        results = {}
+        for rank in ranks:
+            if not self._pipes[rank].poll(timeout_s):
                 raise TimeoutError(f"rank {rank} did not answer within {timeout_s} s")
-            results.append(pipe.recv())
-        failures = [f"rank {rank}:\n{text}" for rank, (ok, text) in enumerate(results) if not ok]
+            results[rank] = self._pipes[rank].recv()
+        failures = [f"rank {rank}:\n{text}" for rank, (ok, text) in results.items() if not ok]
         if failures:
             raise AssertionError("\n".join(failures))
-        return [value for _, value in results]
+        return [value for _, value in results.values()]
 
     def close(self) -> None:
         for process in self._processes:

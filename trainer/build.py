@@ -13,7 +13,7 @@ from parallel.engine import AttentionEngine
 from parallel.kernel import choose_kernel
 from parallel.mesh import RankMesh, build_mesh
 from parallel.sharding import shard_model
-from parallel.timing import TimedExchange, WaitClock
+from parallel.timing import StepClock, TimedExchange
 from planner.errors import SpecError
 from planner.model_spec import ModelSpec
 from trainer.config import TrainConfig
@@ -59,14 +59,14 @@ def build_runtime(
         timeout_s=timeout_s,
     )
     model = build_model(spec, mesh, seed=config.run.seed, compute_dtype=dtype)
-    clock = WaitClock()
+    clock = StepClock(device)
     wire = TimedExchange(GroupExchange(mesh.exchange_group), clock)
     return Runtime(
         mesh=mesh,
         model=model,
         engine=AttentionEngine(kernel, wire, device),
         optimizer=ShardedAdamW(model, config.optimizer, mesh),
-        wait_clock=clock,
+        clock=clock,
         peak=PeakMemory(device),
         compute_dtype=dtype,
     )

@@ -15,7 +15,7 @@ from planner.units import format_count, format_seconds
 from trainer.build import build_runtime
 from trainer.calibration import Calibration, calibrate
 from trainer.config import TrainConfig, model_spec
-from trainer.cost_source import make_limits, priced_pairs
+from trainer.cost_source import make_limits, measured_shapes
 from trainer.rank_env import RankEnv
 from trainer.tokenizer import load_tokenizer
 
@@ -28,8 +28,8 @@ def calibrate_rank(config: TrainConfig, env: RankEnv) -> int:
     runtime = build_runtime(config, env, spec)
     try:
         limits = make_limits(config, runtime, env.local_world_size)
-        pairs = priced_pairs(config, runtime.mesh.data_size, limits.max_ulysses_degree)
-        measured = calibrate(runtime, pairs, max_length=config.data.max_length, machine=platform.node())
+        shapes = measured_shapes(config, runtime.mesh.data_size, limits)
+        measured = calibrate(runtime, shapes, max_length=config.data.max_length, machine=platform.node())
         if runtime.mesh.rank == 0:
             profile = MachineProfile(
                 name=platform.node(), device=runtime.mesh.device.type, num_ranks=runtime.mesh.world_size,

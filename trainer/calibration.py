@@ -12,7 +12,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 import numpy as np
@@ -37,19 +37,28 @@ from trainer.batch import token_rows
 from trainer.machine_samples import measure_operations
 from trainer.step import ReadSpans, Runtime, bind_attention, train_step
 
-CALIBRATION_VERSION = 2
+CALIBRATION_VERSION = 3
 """Goes up with every change of what is measured or how it is fitted: older stored results are then measured again."""
 _REPEAT_S = 0.4
 """A length set is repeated until this much time is measured, but at least twice and at most four times."""
 _LEAST_REPEATS = 2
 _MOST_REPEATS = 4
 _BUDGET_S = 18.0
-"""For all pairs together; each pair gets an equal part, and at least its first four length sets."""
+"""For all shapes together; each gets an equal part, and at least its first four length sets."""
 _LEAST_SETS = 4
 _EMPTY_STEPS = 5
 _FULL_SHARE = 4
 """Memory is fitted on the sets with at least 1/4 of the most tokens: with few tokens, what the allocator and lazily
 loaded code take is most of what is seen."""
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredShape:
+    """Groups to measure: ``planner.plan.AttentionGroup`` without ranks and sequences."""
+
+    kind: AttentionKind
+    degree: int
+    inner_degree: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,11 +72,11 @@ class Calibration:
 
 
 def calibrate(
-    runtime: Runtime, pairs: tuple[tuple[AttentionKind, int], ...], *, max_length: int, machine: str
+    runtime: Runtime, shapes: tuple[MeasuredShape, ...], *, max_length: int, machine: str
 ) -> Calibration:
-    """Measure every (kind, degree) of ``pairs`` and fit. Collective; weights are unchanged afterwards, and optimizer
+    """Measure every one of ``shapes`` and fit. Collective; weights are unchanged afterwards, and optimizer
     state is empty: call it before training or loading. Sequences go up to ``max_length`` as far as the time budget
-    (a few seconds for each pair) allows."""
+    (a few seconds for each shape) allows."""
     operations = measure_operations(runtime, max_length=max_length)
     samples: list[GroupSample] = []
     memory: list[tuple[int, int]] = []
@@ -75,18 +84,20 @@ def calibrate(
         _reset_peak(runtime)
         _run_empty(runtime)
         empty_bytes = _highest(runtime, runtime.peak.read_bytes())
-        for kind, degree in pairs:
+        for shape in shapes:
             spent_s = 0.0
-            for number, lengths in enumerate(length_design(max_length, degree)):
-                if number >= _LEAST_SETS and spent_s > _BUDGET_S / len(pairs):
+            for number, lengths in enumerate(length_design(max_length, shape.degree)):
+                if number >= _LEAST_SETS and spent_s > _BUDGET_S / len(shapes):
                     break
-                sample, wall_s, peak_bytes = _measure_group(runtime, kind, degree, lengths, warm_up=number == 0)
+                sample, wall_s, peak_bytes = _measure_group(runtime, shape, lengths, warm_up=number == 0)
                 samples.append(sample)
                 spent_s += wall_s
-                memory.append((-(-sum(lengths) // degree), peak_bytes))
+                memory.append((-(-sum(lengths) // shape.degree), peak_bytes))
     runtime.optimizer.zero_grad()
     step_fixed_s, fixed_bytes = _measure_empty_step(runtime)
-    times, errors = fit_group_times(samples)
+    fits, errors = fit_group_times(samples)
+    inner_degrees = {(shape.kind, shape.degree): shape.inner_degree for shape in shapes}
+    times = tuple(replace(fit, inner_degree=inner_degrees[fit.kind, fit.degree]) for fit in fits)
     cost = CostModel(
         times=times,
         memory=MemoryFit(
@@ -130,11 +141,11 @@ def bytes_per_token(peaks: SequenceOf[tuple[int, int]], empty_bytes: int) -> flo
 
 
 def _measure_group(
-    runtime: Runtime, kind: AttentionKind, degree: int, lengths: tuple[int, ...], *, warm_up: bool
+    runtime: Runtime, shape: MeasuredShape, lengths: tuple[int, ...], *, warm_up: bool
 ) -> tuple[GroupSample, float, int]:
     """The sample, the wall seconds spent on it, and the highest peak of any rank (bytes). Of two repeats the quicker
     one counts: what another process did to the machine meanwhile is no property of the plan."""
-    plan = _design_plan(runtime.mesh.data_size, kind, degree, lengths)
+    plan = _design_plan(runtime.mesh.data_size, shape, lengths)
     (microbatch,) = compile_rank_program(plan, runtime.mesh.data_rank).microbatches or (None,)
     start_s = time.perf_counter()
     times: list[float] = []
@@ -157,18 +168,21 @@ def _measure_group(
         if len(times) >= _LEAST_REPEATS and sum(times) >= _REPEAT_S:
             break
     peak_bytes = _highest(runtime, runtime.peak.read_bytes())
-    sample = GroupSample(kind=kind, degree=degree, lengths=lengths, seconds=statistics.median_low(times))
+    sample = GroupSample(kind=shape.kind, degree=shape.degree, lengths=lengths, seconds=statistics.median_low(times))
     return sample, _slowest(runtime, time.perf_counter() - start_s), peak_bytes
 
 
-def _design_plan(num_ranks: int, kind: AttentionKind, degree: int, lengths: tuple[int, ...]) -> StepPlan:
+def _design_plan(num_ranks: int, shape: MeasuredShape, lengths: tuple[int, ...]) -> StepPlan:
     """As many equal groups side by side as fit, each with its own copy of the sequences; left-over ranks idle."""
     groups = []
     sequences: list[Sequence] = []
-    for first in range(0, num_ranks - degree + 1, degree):
+    for first in range(0, num_ranks - shape.degree + 1, shape.degree):
         numbers = tuple(range(len(sequences), len(sequences) + len(lengths)))
         sequences += [Sequence(number, size) for number, size in zip(numbers, lengths, strict=True)]
-        groups.append(AttentionGroup(kind=kind, ranks=tuple(range(first, first + degree)), sequences=numbers))
+        ranks = tuple(range(first, first + shape.degree))
+        groups.append(
+            AttentionGroup(kind=shape.kind, ranks=ranks, sequences=numbers, inner_degree=shape.inner_degree)
+        )
     report = SolveReport(status=SolveStatus.STATIC, objective_s=0.0, bound_s=0.0)
     microbatches = tuple(
         Microbatch(ranks=group.ranks, groups=(group,), predicted_s=0.0, peak_bytes=0) for group in groups
@@ -181,7 +195,7 @@ def _design_plan(num_ranks: int, kind: AttentionKind, degree: int, lengths: tupl
 
 def _measure_empty_step(runtime: Runtime) -> tuple[float, int]:
     """Seconds and peak bytes of a step without sequences: gather, reduce, optimizer at learning rate zero."""
-    program = compile_rank_program(_design_plan(runtime.mesh.data_size, AttentionKind.LOCAL, 1, ()), 0)
+    program = compile_rank_program(_design_plan(runtime.mesh.data_size, MeasuredShape(AttentionKind.LOCAL, 1), ()), 0)
     times = []
     peak_bytes = 0
     _reset_peak(runtime)

@@ -19,8 +19,9 @@ from trainer.config_check import check_config, model_spec
 from trainer.config_cli import apply_flags, print_help, short
 
 __all__ = [
-    "DataConfig", "MemoryConfig", "ModelConfig", "OptimizerConfig", "ParallelConfig", "PlanConfig", "RunConfig",
-    "TrainConfig", "check_config", "config_to_yaml", "load_recipe", "model_spec", "recipe_names", "resolve_config",
+    "DataConfig", "MemoryConfig", "MetricsConfig", "ModelConfig", "OptimizerConfig", "ParallelConfig", "PlanConfig",
+    "RunConfig", "TrainConfig", "check_config", "config_to_yaml", "load_recipe", "model_spec", "recipe_names",
+    "resolve_config",
 ]
 
 DEFAULT_RECIPE = "laptop"
@@ -120,8 +121,8 @@ class PlanConfig:
     """Planner: flexsp, static, hdp, zeppelin, megatron and more; an unknown name lists them all."""
     degree: Annotated[int | None, short("--degree")] = None
     """Ranks per attention group, for strategy static only (none: the best one)."""
-    attention: Annotated[Literal["auto", "ulysses", "ring", "usp"], short("--attention")] = "auto"
-    """How the ranks of a group share attention."""
+    attention: Annotated[str, short("--attention")] = "auto"
+    """How the ranks of a group share attention: auto, ulysses, ring, usp, double_ring, group_cast, all_gather."""
     ahead: int = 4
     """Steps the planner works ahead of training."""
     wait_budget_s: float = 10.0
@@ -177,6 +178,17 @@ class MemoryConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MetricsConfig:
+    """What a run writes down about its speed; longhaul report shows it."""
+
+    spans_every: int | None = None
+    """Steps between those whose microbatches are timed rank by rank in spans.jsonl; 0 never (none: so that the file
+    stays at some 20 MB)."""
+    drift_factor: float = 1.5
+    """Warn once when microbatches take this many times longer, or shorter, than predicted."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
     """All of it. Any field can be left out of a recipe."""
 
@@ -187,6 +199,7 @@ class TrainConfig:
     plan: PlanConfig = field(default_factory=PlanConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
 
 
 def resolve_config(arguments: list[str], *, prog: str = "longhaul train") -> TrainConfig:

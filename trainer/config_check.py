@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from planner.codec import suggest
 from planner.errors import SpecError
 from planner.model_spec import ModelSpec
+from planner.schedule import attention_names
 from planner.specs import load_model
 from planner.units import parse_bytes
 
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
 BUILT_POLICIES = ("auto", "keep")
 LATER_POLICIES = ("recompute", "swap", "seco", "spaco")
-BUILT_ATTENTION = ("auto", "ulysses", "ring")
 
 _Range = tuple[str, Callable[[Any], bool], str]
 
@@ -81,6 +81,8 @@ def _ranges() -> tuple[_Range, ...]:
         ("memory.swap_fraction", *fraction),
         ("memory.chunk_tokens", *_at_least(1)),
         ("memory.sample_fraction", lambda value: 0 < value <= 1, "in (0, 1]"),
+        ("metrics.spans_every", *_at_least(0)),
+        ("metrics.drift_factor", lambda value: value > 1, "above 1 (inf never warns)"),
     )
 
 
@@ -96,7 +98,7 @@ def _not_built_yet(config: TrainConfig) -> Iterator[str]:
         from planner.step_planner import STRATEGIES
 
         yield from _choice("plan.strategy", config.plan.strategy, tuple(STRATEGIES), ())
-    yield from _choice("plan.attention", config.plan.attention, BUILT_ATTENTION, ("usp",))
+    yield from _choice("plan.attention", config.plan.attention, attention_names(), ())
     yield from _choice("memory.policy", config.memory.policy, BUILT_POLICIES, LATER_POLICIES)
     if config.parallel.pipeline_parallel > 1:
         yield f"parallel.pipeline_parallel {config.parallel.pipeline_parallel} is not built yet; available: 1"

@@ -13,14 +13,16 @@ from planner.codec import from_plain, to_plain
 from planner.cost import CostModel, PlanLimits
 from planner.errors import SpecError
 from planner.plan import AttentionKind, digest_of
+from planner.schedule import GroupLimits, attention_kinds, schedule_of
 from planner.units import KIB, parse_bytes
-from trainer.calibration import CALIBRATION_VERSION, calibrate
+from trainer.calibration import CALIBRATION_VERSION, MeasuredShape, calibrate
 from trainer.config import TrainConfig
-from trainer.plan_inputs import KINDS, load_cost, plan_limits
+from trainer.plan_inputs import load_cost, plan_limits
 from trainer.step import Runtime
 
 RUN_COST = "cost.json"
 """A run's own cost model, in its folder."""
+AUTO_MEASURED = (AttentionKind.ULYSSES, AttentionKind.RING)
 _FEW_RANKS = 8
 _USABLE_SHARE = 0.8
 """Of a device's memory: the rest is for what no plan can see (fragmentation, other processes)."""
@@ -51,19 +53,27 @@ def device_memory_bytes(device: torch.device, local_world_size: int) -> int:
     raise SpecError("cannot read the host's memory; set --plan.device-budget")
 
 
-def priced_pairs(config: TrainConfig, num_ranks: int, max_ulysses_degree: int) -> tuple[tuple[AttentionKind, int], ...]:
-    """The (kind, degree) pairs a run's planner may choose from: powers of two and all ranks, a given degree and the
-    group left over beside it, or every degree for planners that use any and few ranks."""
+def measured_shapes(config: TrainConfig, num_ranks: int, limits: PlanLimits) -> tuple[MeasuredShape, ...]:
+    """The shapes a run's planner may choose from: powers of two and all ranks, a given degree and the group left over
+    beside it, or every degree for planners that use any and few ranks.
+
+    ``--attention auto`` measures ulysses and rings: on one node, where the first step should not wait long for it, they
+    are what the other kinds are made of. A cost model from a file may price all kinds.
+    """
     degrees = {1 << power for power in range(1, num_ranks.bit_length()) if 1 << power <= num_ranks} | {num_ranks}
     if config.plan.strategy not in ("flexsp", "static") and num_ranks <= _FEW_RANKS:
         degrees = set(range(2, num_ranks + 1))
     if config.plan.degree is not None:
         degrees = {config.plan.degree, num_ranks % config.plan.degree}
-    pairs = [(AttentionKind.LOCAL, 1)]
-    for kind in KINDS[config.plan.attention]:
-        most = max_ulysses_degree if kind is AttentionKind.ULYSSES else num_ranks
-        pairs += [(kind, degree) for degree in sorted(degrees) if 2 <= degree <= most]
-    return tuple(pairs)
+    kinds = AUTO_MEASURED if config.plan.attention == "auto" else attention_kinds(config.plan.attention)
+    group_limits = GroupLimits(num_heads=limits.max_ulysses_degree, node_size=limits.node_size(num_ranks))
+    shapes = [MeasuredShape(AttentionKind.LOCAL, 1)]
+    for kind in kinds:
+        for degree in sorted(degrees):
+            inner_degree = schedule_of(kind).inner_degree(degree, group_limits) if degree > 1 else None
+            if inner_degree is not None:
+                shapes.append(MeasuredShape(kind, degree, inner_degree))
+    return tuple(shapes)
 
 
 def obtain_cost(
@@ -77,15 +87,15 @@ def obtain_cost(
         cost = load_cost(config.plan.cost)
         return cost, f"cost model: {config.plan.cost} ({cost.provenance.source})"
     mesh = runtime.mesh
-    pairs = priced_pairs(config, mesh.data_size, limits.max_ulysses_degree)
-    key = _cost_key(config, runtime, pairs)
+    shapes = measured_shapes(config, mesh.data_size, limits)
+    key = _cost_key(config, runtime, shapes)
     own, cached = Path(config.run.dir) / RUN_COST, cache_root / "cost" / f"{key}.json"
     places = [own, cached] if config.run.resume else [cached]
     found = _shared(runtime, _first_stored(places, key) if mesh.rank == 0 else None)
     if found:
         cost, how = _decode(found), "from an earlier run on this machine"
     else:
-        measured = calibrate(runtime, pairs, max_length=config.data.max_length, machine=platform.node()).cost
+        measured = calibrate(runtime, shapes, max_length=config.data.max_length, machine=platform.node()).cost
         found = _shared(runtime, json.dumps({"key": key, "cost": to_plain(measured)}).encode())
         cost, how = _decode(found), "now"
     if mesh.rank == 0:
@@ -127,13 +137,13 @@ def _store(path: Path, payload: bytes) -> None:
     partial.replace(path)
 
 
-def _cost_key(config: TrainConfig, runtime: Runtime, pairs: tuple[tuple[AttentionKind, int], ...]) -> str:
+def _cost_key(config: TrainConfig, runtime: Runtime, shapes: tuple[MeasuredShape, ...]) -> str:
     mesh = runtime.mesh
     device = torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else platform.processor()
     conditions = {
         "calibration": CALIBRATION_VERSION, "host": platform.node(), "device": device, "torch": torch.__version__,
         "world_size": mesh.world_size, "tensor_size": mesh.tensor_size, "dtype": config.run.dtype,
         "model": to_plain(runtime.model.spec), "max_length": config.data.max_length,
-        "pairs": [[str(kind), degree] for kind, degree in pairs],
+        "pairs": [[str(s.kind), s.degree, *([s.inner_degree] if s.inner_degree > 1 else [])] for s in shapes],
     }
     return digest_of(conditions)[:24]

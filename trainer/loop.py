@@ -14,7 +14,9 @@ from parallel.agree import agree_on_plan
 from parallel.program import compile_rank_program
 from planner.codec import from_plain, to_plain
 from planner.cost import CostModel, PlanLimits
+from planner.drift import DriftWatch, planned_span_s, refit_cost
 from planner.errors import EXIT_OK, EXIT_PREEMPTED, InfeasibleError
+from planner.measured import MeasuredStep, measured_to_plain, microbatch_places
 from planner.plan import StepPlan, plan_to_json
 from planner.verify import verify_plan
 from trainer.batch import SpanReader
@@ -24,14 +26,16 @@ from trainer.checkpoint_files import CHECKPOINTS, check_same_run, run_identity
 from trainer.config import TrainConfig
 from trainer.cost_source import make_limits, obtain_cost
 from trainer.ledger import LedgerPosition
-from trainer.metrics import METRICS, MetricsLog, keep_steps_before, read_metrics
+from trainer.metrics import METRICS, PLANS, REFIT, SPANS, MetricsLog, json_line, keep_steps_before, read_metrics
 from trainer.optimizer import learning_rate
 from trainer.plan_feed import PlanFeed, PlanTaken
 from trainer.plan_inputs import require_longest_fits
 from trainer.progress import Progress
 from trainer.rank_env import RankEnv
 from trainer.report import make_report
-from trainer.step import Runtime, train_step
+from trainer.run_records import read_executed
+from trainer.spans import is_recorded, spans_interval
+from trainer.step import Runtime, StepOutcome, train_step
 from trainer.stop_flag import StopFlag
 from trainer.training_data import TrainingData, open_training_data
 
@@ -127,9 +131,32 @@ def _feed(session: _Session) -> Iterator[PlanFeed | None]:
 class _Display:
     """What rank 0 shows and writes."""
 
+    session: _Session
     progress: Progress
     metrics: MetricsLog
-    plans: Path
+    drift: DriftWatch
+
+    def step(self, plan: StepPlan, outcome: StepOutcome, taken: PlanTaken, lr: float) -> None:
+        """Everything that is kept of one step."""
+        session, folder = self.session, self.session.folder
+        drift = self.drift.add(predicted_s=planned_span_s(plan), measured_s=max(outcome.span_s))
+        report = make_report(
+            plan, outcome, lr=lr, spec=session.data.spec, plan_wait_s=taken.wait_s,
+            flop_per_s=session.cost.peak_flop_per_s * session.runtime.mesh.world_size,
+            drift_ratio=None if drift is None else drift.ratio,
+        )
+        self.metrics.append(report)
+        with (folder / PLANS).open("a", encoding="utf-8") as file:
+            file.write(plan_to_json(plan) + "\n")
+        if outcome.ranks:
+            measured = MeasuredStep(
+                step=plan.step, ranks=outcome.ranks, plan_wait_s=taken.wait_s, update_s=outcome.update_s
+            )
+            with (folder / SPANS).open("a", encoding="utf-8") as file:
+                file.write(json_line(measured_to_plain(measured)))
+        self.progress.step(report)
+        if drift is not None and self.drift.is_news(drift):
+            self.progress.note(f"drift: {drift.sentence()}; see longhaul report {folder}")
 
 
 @contextmanager
@@ -139,14 +166,14 @@ def _display(session: _Session, notes: list[str]) -> Iterator[_Display | None]:
         return
     folder = session.folder
     folder.mkdir(parents=True, exist_ok=True)
-    plans = folder / "plans.jsonl"
-    keep_steps_before(plans, session.first_step)
+    for name in (PLANS, SPANS):
+        keep_steps_before(folder / name, session.first_step)
     progress = Progress(session.config.run.steps, session.first_step)
     for line in notes:
         progress.note(line)
     try:
         with MetricsLog(folder / METRICS, first_step=session.first_step) as metrics:
-            yield _Display(progress, metrics, plans)
+            yield _Display(session, progress, metrics, DriftWatch(session.config.metrics.drift_factor))
     finally:
         progress.close()
 
@@ -154,6 +181,9 @@ def _display(session: _Session, notes: list[str]) -> Iterator[_Display | None]:
 def _train(session: _Session, stop: StopFlag, feed: PlanFeed | None, display: _Display | None) -> int:
     config, runtime = session.config, session.runtime
     num_steps, every = config.run.steps, config.run.checkpoint_every
+    spans_every = spans_interval(
+        config.metrics.spans_every, num_steps=num_steps, num_ranks=runtime.mesh.data_size
+    )
     saved_step, stopped = session.first_step, False
     for step in range(session.first_step, num_steps):
         sample_ids, lengths = session.data.batch(step)
@@ -162,17 +192,13 @@ def _train(session: _Session, stop: StopFlag, feed: PlanFeed | None, display: _D
         program = compile_rank_program(plan, runtime.mesh.data_rank)
         lr = learning_rate(config.optimizer, step=step, num_steps=num_steps)
         reader = SpanReader(session.data, sample_ids, runtime.mesh.device)
-        outcome = train_step(runtime, program, reader, num_tokens=plan.num_tokens, lr=lr, stop=stop.requested)
+        places = microbatch_places(plan) if is_recorded(step, every=spans_every, num_steps=num_steps) else ()
+        outcome = train_step(
+            runtime, program, reader, num_tokens=plan.num_tokens, lr=lr, stop=stop.requested, places=places
+        )
         stopped = outcome.stop_requested
         if display is not None and isinstance(taken, PlanTaken):
-            report = make_report(
-                plan, outcome, lr=lr, spec=session.data.spec, plan_wait_s=taken.wait_s,
-                flop_per_s=session.cost.peak_flop_per_s * runtime.mesh.world_size,
-            )
-            display.metrics.append(report)
-            with display.plans.open("a", encoding="utf-8") as file:
-                file.write(plan_to_json(plan) + "\n")
-            display.progress.step(report)
+            display.step(plan, outcome, taken, lr)
         if stopped or step + 1 == num_steps or (every and (step + 1) % every == 0):
             _save(session, step + 1)
             saved_step = step + 1
@@ -229,6 +255,9 @@ def _finish(session: _Session, display: _Display | None, next_step: int) -> None
     loss = records[-1]["loss"] if records else None
     summary = {"next_step": next_step, "loss": loss, "unigram_entropy_nats": entropy, "weights_sha256": digest}
     (session.folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    refit, path = refit_cost(session.cost, read_executed(session.folder)), session.folder / REFIT
+    if refit is not None and path.resolve() != Path(session.config.plan.cost).resolve():  # else resumed plans change
+        path.write_text(json.dumps(to_plain(refit.cost), indent=1) + "\n", encoding="utf-8")
     display.progress.note(
         f"{'done' if next_step == num_steps else 'stopped'}: {next_step} of {num_steps} steps, "
         + ("" if loss is None else f"loss {loss:.3f} (unigram entropy {entropy:.3f}), ")

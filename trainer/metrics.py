@@ -11,6 +11,12 @@ from typing import Any, Self
 
 METRICS = "metrics.jsonl"
 """Name of the metrics file in a run folder."""
+PLANS = "plans.jsonl"
+"""Name of the file with every executed plan, one canonical JSON a line."""
+SPANS = "spans.jsonl"
+"""Name of the file with the microbatch times of recorded steps, one step a line, see ``planner.measured``."""
+REFIT = "cost-refit.json"
+"""Name of the cost model refitted to the run's own steps, written when it ends: for the next run's ``--plan.cost``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,6 +26,10 @@ class StepReport:
     ``loss``: mean over the valid tokens of the step, nats. ``num_tokens``: all tokens of the step, all ranks.
     ``measured_s``: wall seconds of the step. ``plan_s``: seconds the planner worked on this step's plan, beside
     training; ``plan_wait_s``: seconds the step stood still for it. ``gap``: (predicted - bound) / predicted, 0 .. 1.
+    Of the step: ``gather_s`` and ``reduce_s``, the quickest rank's (it waited for nobody); ``compute_s`` and
+    ``exchange_wait_s``, means over ranks of the seconds inside microbatches at work and waiting for messages;
+    ``update_s``, clipping and optimizer. ``drift_ratio``: measured over predicted seconds of the microbatches, median
+    of the last steps, None before there are enough.
     ``idle_fraction``: share of rank-seconds spent waiting. ``imbalance``: slowest rank's busy time over the mean,
     minus 1. ``model_flops``: forward and backward, attention counted from the sum of squared document lengths.
     ``mfu``: model_flops over what the devices could do in ``measured_s``; None where their peak is unknown.
@@ -51,6 +61,12 @@ class StepReport:
     padding_tokens: int
     num_microbatches: int
     group_summary: str
+    gather_s: float
+    compute_s: float
+    exchange_wait_s: float
+    reduce_s: float
+    update_s: float
+    drift_ratio: float | None
 
 
 class MetricsLog:
@@ -98,12 +114,16 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def keep_steps_before(path: Path, first_step: int) -> None:
-    """Rewrite ``path`` with only the whole records of steps below ``first_step``, in one atomic replace."""
+    """Rewrite ``path`` with only the whole records of steps below ``first_step``, unchanged, in one atomic replace."""
     if not path.exists():
         return
-    kept = [record for record in read_metrics(path) if record["step"] < first_step]
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        record = _parse(line)
+        if record is not None and record["step"] < first_step:
+            kept.append(line + "\n")
     replacement = path.with_name(path.name + ".new")
-    replacement.write_text("".join(map(json_line, kept)), encoding="utf-8")
+    replacement.write_text("".join(kept), encoding="utf-8")
     replacement.replace(path)
 
 

@@ -14,15 +14,10 @@ from planner.errors import SpecError
 from planner.machine import MachineProfile
 from planner.model_spec import ModelSpec
 from planner.plan import AttentionKind, Sharding
+from planner.schedule import attention_kinds
 from planner.step_planner import plan_step
 from trainer.config import TrainConfig
 from trainer.training_data import TrainingData
-
-KINDS = {
-    "auto": (AttentionKind.ULYSSES, AttentionKind.RING),
-    "ulysses": (AttentionKind.ULYSSES,),
-    "ring": (AttentionKind.RING,),
-}
 
 
 def plan_limits(
@@ -33,7 +28,7 @@ def plan_limits(
     return PlanLimits(
         device_budget_bytes=device_budget_bytes,
         max_ulysses_degree=spec.num_query_heads // config.parallel.tensor_parallel,
-        kinds=KINDS[config.plan.attention],
+        kinds=attention_kinds(config.plan.attention),
         max_nodes=config.plan.max_nodes,
         time_limit_s=config.plan.time_limit_s,
         relative_gap=config.plan.relative_gap,

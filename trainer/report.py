@@ -10,7 +10,8 @@ from trainer.step import StepOutcome
 
 
 def make_report(
-    plan: StepPlan, outcome: StepOutcome, *, lr: float, spec: ModelSpec, plan_wait_s: float, flop_per_s: float
+    plan: StepPlan, outcome: StepOutcome, *, lr: float, spec: ModelSpec, plan_wait_s: float, flop_per_s: float,
+    drift_ratio: float | None,
 ) -> StepReport:
     """``flop_per_s``: what all devices of the job could do together; 0 if unknown (then no MFU)."""
     lengths = [sequence.num_tokens for sequence in plan.sequences]
@@ -43,6 +44,12 @@ def make_report(
         padding_tokens=num_executed_tokens(plan) - plan.num_tokens,
         num_microbatches=len(plan.microbatches),
         group_summary=group_summary(plan),
+        gather_s=min(outcome.gather_s),
+        compute_s=mean_busy_s,
+        exchange_wait_s=sum(outcome.span_s) / len(outcome.span_s) - mean_busy_s,
+        reduce_s=min(outcome.reduce_s),
+        update_s=outcome.update_s,
+        drift_ratio=drift_ratio,
     )
 
 

@@ -77,7 +77,7 @@ def test_the_settings_of_these_tests_would_start(work: Path) -> None:
         (["--model.num-query-heads", "5"], ["num_query_heads (5) must be a multiple of num_kv_heads (2)"]),
         (["--model", "huge"], ["unknown model 'huge'"]),
         (["--strategy", "flexps"], ["'flexps' is unknown", "did you mean 'flexsp'?"]),
-        (["--attention", "usp"], ["plan.attention usp is not built yet"]),
+        (["--attention", "ulises"], ["plan.attention 'ulises' is unknown", "did you mean 'ulysses'?"]),
         (["--memory", "swap"], ["memory.policy swap is not built yet"]),
         (["--lora-rank", "8"], ["model.lora_rank is not built yet"]),
         (["--pipeline-parallel", "2"], ["parallel.pipeline_parallel 2 is not built yet"]),

@@ -46,7 +46,7 @@ def test_help_names_every_command_of_the_design() -> None:
     assert [verb for verb in verbs if f"\n  {verb} " not in text] == []
 
 
-@pytest.mark.parametrize("verb", ["slurm", "report", "ckpt", "data", "init"])
+@pytest.mark.parametrize("verb", ["slurm", "ckpt", "data", "init"])
 def test_what_is_not_built_says_so(verb: str) -> None:
     result = longhaul(verb, "x")
     assert result.returncode == 2

@@ -153,7 +153,7 @@ def test_a_sequence_that_fits_nowhere_is_infeasible(tmp_path: Path) -> None:
     (["--degree", "4"], "--degree"),
     (["--strategy", "static", "--degree", "0"], "--degree: expected a whole number of at least 1, got '0'"),
     (["--strategy", "static", "--degree", "9"], "9"),
-    (["--attention", "usp"], "none of auto, ulysses, ring"),
+    (["--attention", "spiral"], "none of auto, ulysses, ring, usp, double_ring, group_cast, all_gather"),
     (["--batch-sequences", "4", "--batch-tokens", "4K"], "not both"),
     (["--batch-sequences", "x"], "--batch-sequences: expected a whole number"),
     (["--batch-tokens", "many"], "--batch-tokens: expected a token count"),

@@ -17,6 +17,8 @@ import pytest
 
 from planner.plan import plan_from_json
 from tests.launch.tiny_run import train_arguments, write_corpus, write_cost
+from trainer.plan_inputs import load_cost
+from trainer.run_records import read_executed
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_STEPS = 16
@@ -143,6 +145,8 @@ def assert_equal_runs(run: Finished, reference: Finished) -> None:
     assert run.losses == reference.losses
     assert [plan.step for plan in run.plans] == list(range(NUM_STEPS))
     assert [plan.microbatches for plan in run.plans] == [plan.microbatches for plan in reference.plans]
+    executed = read_executed(run.folder)  # every step of so short a run is timed, and fits its plan
+    assert [measured.step for _, measured in executed] == list(range(NUM_STEPS))
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +177,21 @@ def test_an_uninterrupted_run_leaves_all_its_records(reference: Finished) -> Non
     ]
     assert "9 documents longer than that were split" in reference.out
     assert reference.out.count("\nstep ") == NUM_STEPS
+
+
+def test_a_made_up_cost_model_is_found_out_and_refitted(work: Path, reference: Finished) -> None:
+    assert reference.out.count("\ndrift: the cost model is off: microbatches take ") == 1
+    assert [record["drift_ratio"] is None for record in reference.records] == [step < 6 for step in range(NUM_STEPS)]
+    load_cost(str(reference.folder / "cost-refit.json"))
+    again = work / "refit-again.json"
+    report = subprocess.run(
+        [sys.executable, "-m", "launch.cli", "report", str(reference.folder), "--json", "-", "--refit", str(again)],
+        cwd=ROOT, capture_output=True, text=True, timeout=60,
+    )
+    assert again.read_text() == (reference.folder / "cost-refit.json").read_text()
+    value = json.loads(report.stdout)
+    assert (value["num_steps"], value["num_recorded"], value["drift"]["is_off"]) == (NUM_STEPS, NUM_STEPS, True)
+    assert value["refit"]["error_after"] < value["refit"]["error_before"]
 
 
 def test_stopped_then_killed_then_resumed_equals_uninterrupted(work: Path, reference: Finished) -> None:

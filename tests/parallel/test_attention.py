@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from parallel.engine import AttentionEngine
 from parallel.kernel import CpuFlashKernel
 from parallel.program import compile_rank_program
-from planner.layout import shard_spans
+from planner.layout import head_degree, shard_spans
 from planner.plan import AttentionGroup, AttentionKind
 from planner.schedule import write_schedule
 from planner.schedule_check import check_schedules
-from tests.plans import verified_plan
+from tests.plans import KINDS, inner_degree, verified_plan
 from tests.ranks import ThreadFabric, run_threads
 
 TOLERANCE = 1e-12
@@ -81,25 +81,31 @@ def run_case(groups, lengths, num_ranks, heads, kv_heads, head_dim=8, seed=0, dt
 
 @st.composite
 def cases(draw):
-    degree = draw(st.integers(1, 5))
-    kinds = [AttentionKind.ULYSSES, AttentionKind.RING] if degree > 1 else [AttentionKind.LOCAL]
-    kind = draw(st.sampled_from(kinds))
+    degree = draw(st.integers(1, 8))
+    kind = draw(st.sampled_from(KINDS)) if degree > 1 else AttentionKind.LOCAL
+    inner = inner_degree(kind, degree)
+    if kind in (AttentionKind.USP, AttentionKind.DOUBLE_RING):
+        inner = draw(st.sampled_from([size for size in range(1, degree + 1) if degree % size == 0]))
     lengths = draw(st.lists(st.one_of(st.integers(1, 12), st.integers(1, 90)), min_size=1, max_size=6))
-    ratio = draw(st.sampled_from([1, 4, 8]))
+    ratio = draw(st.sampled_from([1, 3, 4, 8]))
     kv_heads = draw(st.integers(1, 3)) if ratio == 1 else draw(st.integers(1, 2))
     heads = kv_heads * ratio
-    if kind is AttentionKind.ULYSSES and degree > heads:
-        heads = kv_heads = degree
-    ranks = draw(st.permutations(range(5)))[:degree]
-    return AttentionGroup(kind=kind, ranks=tuple(ranks), sequences=tuple(range(len(lengths)))), lengths, heads, kv_heads
+    team = head_degree(kind, degree, inner)
+    if team > heads:  # degree above KV heads, with an uneven number of query heads each
+        heads = kv_heads = draw(st.integers(team, 9))
+    ranks = draw(st.permutations(range(8)))[:degree]
+    group = AttentionGroup(
+        kind=kind, ranks=tuple(ranks), sequences=tuple(range(len(lengths))), inner_degree=inner
+    )
+    return group, lengths, heads, kv_heads
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(cases())
 def test_engine_equals_dense_attention_in_float64(case):
     group, lengths, heads, kv_heads = case
     check_schedules(group, lengths, [write_schedule(group, lengths, i) for i in range(group.degree)])
-    errors = run_case([group], lengths, 5, heads, kv_heads)
+    errors = run_case([group], lengths, 8, heads, kv_heads)
     assert max(errors) < TOLERANCE, errors
 
 
@@ -108,14 +114,26 @@ def test_rank_in_several_groups_of_one_microbatch():
         AttentionGroup(kind=AttentionKind.RING, ranks=(0, 1, 2), sequences=(0, 3)),
         AttentionGroup(kind=AttentionKind.ULYSSES, ranks=(1, 2), sequences=(1,)),
         AttentionGroup(kind=AttentionKind.LOCAL, ranks=(2,), sequences=(2,)),
+        AttentionGroup(kind=AttentionKind.USP, ranks=(3, 1, 0, 2), sequences=(4,), inner_degree=2),
+        AttentionGroup(kind=AttentionKind.DOUBLE_RING, ranks=(0, 3, 2, 1), sequences=(5,), inner_degree=2),
+        AttentionGroup(kind=AttentionKind.GROUP_CAST, ranks=(2, 1), sequences=(6,)),
     ]
-    errors = run_case(groups, [40, 17, 9, 23], 3, 4, 2)
+    errors = run_case(groups, [40, 17, 9, 23, 31, 33, 12], 4, 4, 2)
     assert max(errors) < TOLERANCE, errors
 
 
-@pytest.mark.parametrize("kind", [AttentionKind.ULYSSES, AttentionKind.RING])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("heads", "kv_heads"), [(8, 2), (6, 1), (5, 5)])
+def test_heads_that_do_not_divide_and_fewer_kv_heads_than_ranks(kind, heads, kv_heads):
+    other = (4, 4) if kind is AttentionKind.USP else (3, inner_degree(kind, 3))
+    for degree, inner in ((4, inner_degree(kind, 4)), other):
+        group = AttentionGroup(kind=kind, ranks=tuple(range(degree)), sequences=(0, 1, 2), inner_degree=inner)
+        assert max(run_case([group], [57, 3, 20], 4, heads, kv_heads)) < TOLERANCE
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_half_precision_merges_in_fp32(kind):
-    group = AttentionGroup(kind=kind, ranks=(0, 1, 2, 3), sequences=(0, 1))
+    group = AttentionGroup(kind=kind, ranks=(0, 1, 2, 3), sequences=(0, 1), inner_degree=inner_degree(kind, 4))
     whole = AttentionGroup(kind=AttentionKind.LOCAL, ranks=(0,), sequences=(0, 1))
     lengths = [200, 61]
     split = run_case([group], lengths, 4, 8, 2, dtype=torch.bfloat16)
@@ -124,8 +142,9 @@ def test_half_precision_merges_in_fp32(kind):
     assert all(a < 1.5 * b + 1e-3 for a, b in zip(split, alone, strict=True)), (split, alone)
 
 
-def test_documents_shorter_than_the_group_leave_ranks_without_rows():
-    group = AttentionGroup(kind=AttentionKind.RING, ranks=(0, 1, 2, 3, 4), sequences=(0, 1, 2))
+@pytest.mark.parametrize("kind", KINDS)
+def test_documents_shorter_than_the_group_leave_ranks_without_rows(kind):
+    group = AttentionGroup(kind=kind, ranks=tuple(range(8)), sequences=(0, 1, 2), inner_degree=inner_degree(kind, 8))
     lengths = [1, 2, 3]
     assert any(not spans for spans in shard_spans(group, lengths))
-    assert max(run_case([group], lengths, 5, 2, 1)) < TOLERANCE
+    assert max(run_case([group], lengths, 8, 8, 1)) < TOLERANCE

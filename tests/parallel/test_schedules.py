@@ -14,9 +14,9 @@ from parallel.program import compile_rank_program
 from parallel.rounds import RoundWalker, bind_rounds
 from planner.errors import PlanError
 from planner.plan import AttentionGroup, AttentionKind, Span
-from planner.schedule import ExchangeSchedule, Task, write_schedule
+from planner.schedule import ExchangeSchedule, GroupLimits, Task, schedule_of, write_schedule
 from planner.schedule_check import check_schedules
-from tests.plans import verified_plan
+from tests.plans import KINDS, inner_degree, verified_plan
 
 CPU = torch.device("cpu")
 
@@ -25,12 +25,106 @@ def schedules_of(group, lengths):
     return [write_schedule(group, lengths, index) for index in range(group.degree)]
 
 
-@settings(max_examples=150, deadline=None)
-@given(st.integers(1, 7), st.lists(st.integers(1, 400), min_size=1, max_size=6), st.sampled_from(list(AttentionKind)))
-def test_every_written_schedule_is_exact(degree, lengths, kind):
+def group_of(kind, degree, lengths, node_size=None, ranks=None):
+    return AttentionGroup(
+        kind=kind, ranks=ranks or tuple(range(degree)), sequences=tuple(range(len(lengths))),
+        inner_degree=inner_degree(kind, degree, node_size),
+    )
+
+
+lengths_lists = st.lists(st.one_of(st.integers(1, 12), st.integers(1, 400)), min_size=1, max_size=6)
+
+
+@pytest.mark.parametrize("kind", AttentionKind)
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 9), lengths_lists, st.integers(1, 9), st.randoms(use_true_random=False))
+def test_every_written_schedule_is_exact(kind, degree, lengths, node_size, rng):
     degree = 1 if kind is AttentionKind.LOCAL else degree
-    group = AttentionGroup(kind=kind, ranks=tuple(range(degree)), sequences=tuple(range(len(lengths))))
+    group = group_of(kind, degree, lengths, node_size, ranks=tuple(rng.sample(range(12), degree)))
     check_schedules(group, lengths, schedules_of(group, lengths))
+
+
+@pytest.mark.parametrize("kind", [AttentionKind.USP, AttentionKind.DOUBLE_RING])
+@pytest.mark.parametrize("degree", [1, 2, 6, 8, 9, 12])
+def test_every_inner_degree_is_exact(kind, degree):
+    lengths = [200, 7, 31]
+    for inner in range(1, degree + 1):
+        if degree % inner == 0:
+            group = dataclasses.replace(group_of(kind, degree, lengths), inner_degree=inner)
+            check_schedules(group, lengths, schedules_of(group, lengths))
+
+
+def sent_tokens(schedules, walk="forward", messages="sends"):
+    """Tokens that leave each rank in one walk."""
+    return [
+        sum(span.num_tokens for step in getattr(each, walk) for out in getattr(step, messages) for span in out.spans)
+        for each in schedules
+    ]
+
+
+@given(st.integers(2, 9), lengths_lists)
+@settings(max_examples=60, deadline=None)
+def test_group_cast_sends_three_quarters_of_what_a_ring_sends(degree, lengths):
+    ring, cast = (
+        schedules_of(group_of(kind, degree, lengths), lengths)
+        for kind in (AttentionKind.RING, AttentionKind.GROUP_CAST)
+    )
+    per_chunk = sum(lengths) / (2 * degree)
+    uneven = len(lengths) * degree * degree  # chunks differ by at most one token
+    wanted = 3 / 2 * degree * (degree - 1) * per_chunk
+    assert sum(sent_tokens(ring)) == sum(lengths) * (degree - 1)
+    for schedules, walk, messages in (
+        (cast, "forward", "sends"), (cast, "backward", "sends"), (cast, "backward", "grad_sends")
+    ):
+        assert sum(sent_tokens(schedules, walk, messages)) <= min(wanted + uneven, sum(sent_tokens(ring)))
+    for schedule in cast:  # one message out and one in at a time, everything from its owner
+        assert all(len(step.sends) <= 1 and len(step.receives) <= 1 for step in schedule.forward)
+
+
+def test_group_cast_sends_exactly_three_quarters_where_chunks_are_equal():
+    for degree in range(2, 10):
+        lengths = [2 * degree * 30, 2 * degree]
+        ring, cast = (
+            sum(sent_tokens(schedules_of(group_of(kind, degree, lengths), lengths)))
+            for kind in (AttentionKind.RING, AttentionKind.GROUP_CAST)
+        )
+        assert 4 * cast == 3 * ring
+
+
+def test_a_double_ring_crosses_each_boundary_once_for_each_block():
+    degree, size, lengths = 12, 4, [960]
+    group = group_of(AttentionKind.DOUBLE_RING, degree, lengths, node_size=size)
+    assert group.inner_degree == size
+    for walk, messages in (("forward", "sends"), ("backward", "sends"), ("backward", "grad_sends")):
+        for index, schedule in enumerate(schedules_of(group, lengths)):
+            crossing = [
+                out for step in getattr(schedule, walk) for out in getattr(step, messages)
+                if out.rank // size != index // size
+            ]
+            assert sum(span.num_tokens for out in crossing for span in out.spans) == 2 * 960 / degree  # of 8 remote
+            assert all(out.lead == size for out in crossing if messages == "sends")
+
+
+def test_all_gather_is_one_round():
+    lengths = [300, 41]
+    for schedule in schedules_of(group_of(AttentionKind.ALL_GATHER, 5, lengths), lengths):
+        assert [len(step.receives) for step in schedule.forward] == [0, 4]
+        assert [len(step.receives) for step in schedule.backward] == [0, 4, 0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "degree", "node_size", "num_heads", "wanted"),
+    [
+        (AttentionKind.ULYSSES, 8, 8, 4, None), (AttentionKind.ULYSSES, 4, 8, 4, 1), (AttentionKind.USP, 16, 8, 32, 8),
+        (AttentionKind.USP, 16, 8, 6, 4), (AttentionKind.USP, 12, 8, 32, 4), (AttentionKind.USP, 4, 8, 4, 2),
+        (AttentionKind.USP, 13, 8, 32, 1), (AttentionKind.DOUBLE_RING, 24, 8, 1, 8),
+        (AttentionKind.DOUBLE_RING, 8, 8, 1, 2), (AttentionKind.DOUBLE_RING, 9, 8, 1, 1),
+        (AttentionKind.RING, 1, 8, 1, None),
+    ],
+)
+def test_inner_groups_fit_into_nodes_and_heads(kind, degree, node_size, num_heads, wanted):
+    limits = GroupLimits(num_heads=num_heads, node_size=node_size)
+    assert schedule_of(kind).inner_degree(degree, limits) == wanted
 
 
 def broken(schedule: ExchangeSchedule, rng: random.Random) -> ExchangeSchedule | None:
@@ -56,19 +150,24 @@ def broken(schedule: ExchangeSchedule, rng: random.Random) -> ExchangeSchedule |
         )
     else:
         transfer = items[place]
-        items[place] = dataclasses.replace(transfer, rank=transfer.rank + 1)
+        items[place] = rng.choice(
+            [
+                dataclasses.replace(transfer, rank=transfer.rank + 1),
+                dataclasses.replace(transfer, lead=transfer.lead + 1),
+                dataclasses.replace(transfer, spans=transfer.spans[1:]),
+            ]
+        )
     rounds[number] = dataclasses.replace(rounds[number], **{field: tuple(items)})
     return dataclasses.replace(schedule, **{walk: tuple(rounds)})
 
 
-def test_all_of_500_broken_schedules_are_refused():
+def test_all_of_2000_broken_schedules_are_refused():
     rng = random.Random(5)
     num_refused = 0
-    while num_refused < 500:
-        degree = rng.randint(2, 5)
-        kind = rng.choice([AttentionKind.RING, AttentionKind.ULYSSES])
+    while num_refused < 2000:
+        degree = rng.randint(2, 6)
         lengths = [rng.randint(2 * degree, 90) for _ in range(rng.randint(1, 3))]
-        group = AttentionGroup(kind=kind, ranks=tuple(range(degree)), sequences=tuple(range(len(lengths))))
+        group = group_of(rng.choice(KINDS), degree, lengths, node_size=rng.choice([2, 3, degree]))
         schedules = schedules_of(group, lengths)
         victim = rng.randrange(degree)
         changed = broken(schedules[victim], rng)
@@ -122,6 +221,38 @@ def test_next_rounds_messages_are_posted_before_this_rounds_kernels(walk):
     rounds = " ".join(recorder.events).replace("kernel kernel", "kernel").split("wait")
     for events in rounds[:3]:  # three messages to hide, each behind the kernels of the round before
         assert events.split() == ["post", "kernel"], recorder.events
+
+
+class Flight:
+    def __init__(self, events, number):
+        self.events, self.number = events, number
+
+    def wait(self):
+        self.events.append(f"wait {self.number}")
+
+
+class FlightRecorder(Recorder):
+    """Tells messages apart, by the order they are posted in."""
+
+    def post(self, sends, receives, what):
+        number = sum(event.startswith("post") for event in self.events)
+        self.events.append(f"post {number}")
+        return Flight(self.events, number)
+
+
+def test_a_double_rings_outer_hop_flies_for_a_whole_inner_cycle():
+    group = group_of(AttentionKind.DOUBLE_RING, 9, [1])
+    (microbatch,) = compile_rank_program(verified_plan([[group]], [18 * 9], 9), 4).microbatches
+    (program,) = microbatch.groups
+    recorder = FlightRecorder()
+    walker = RoundWalker(program, bind_rounds(program.forward, CPU), (), recorder, recorder, 1.0)
+    walker.forward(torch.zeros(18, 2, 4), torch.zeros(18, 1, 4), torch.zeros(18, 1, 4))
+    events = [event for event in recorder.events if event != "kernel"]
+    assert events == [
+        "post 0", "post 1", "wait 0", "post 2", "wait 2", "wait 1",  # 1: the hop to the next ring
+        "post 3", "post 4", "wait 3", "post 5", "wait 5", "wait 4",
+        "post 6", "wait 6", "post 7", "wait 7",
+    ]
 
 
 def test_rows_of_all_ranks_are_the_sequences_exactly_once():

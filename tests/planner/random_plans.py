@@ -8,7 +8,10 @@ from dataclasses import dataclass, replace
 from planner.assemble import GroupChoice, assemble_plan
 from planner.cost import CostModel, MemoryFit, PlanLimits, Provenance, TimeFit
 from planner.plan import AttentionGroup, AttentionKind, Microbatch, SolveStatus, StepPlan
+from planner.schedule import GroupLimits, schedule_of
 from planner.simulate import price_microbatch, simulate, step_lengths
+
+KINDS = tuple(kind for kind in AttentionKind if kind is not AttentionKind.LOCAL)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,24 +29,35 @@ def toy_cost(rng: random.Random, num_ranks: int) -> CostModel:
     """Different positive coefficients for every kind and degree up to ``num_ranks``."""
     shapes = [(AttentionKind.LOCAL, 1)]
     shapes += [(kind, d) for kind in (AttentionKind.ULYSSES, AttentionKind.RING) for d in range(2, num_ranks + 1)]
-    times = tuple(
+    times = [
         TimeFit(
             kind=kind, degree=degree, s_per_token2=rng.uniform(1e-9, 2e-9) / degree,
             s_per_token=rng.uniform(1e-6, 2e-6) / degree, s_per_sequence=rng.uniform(1e-6, 2e-6),
             fixed_s=rng.uniform(1e-3, 2e-3),
         )
         for kind, degree in shapes
-    )
+    ]
+    rest = random.Random(num_ranks)  # for the kinds of later: what was drawn before stays what it was
+    for kind in KINDS[2:]:
+        for degree in range(2, num_ranks + 1):
+            inner_degree = schedule_of(kind).inner_degree(degree, GroupLimits(num_heads=num_ranks, node_size=3)) or 1
+            times.append(
+                TimeFit(
+                    kind=kind, degree=degree, s_per_token2=rest.uniform(1e-9, 2e-9) / degree,
+                    s_per_token=rest.uniform(1e-6, 2e-6) / degree, s_per_sequence=rest.uniform(1e-6, 2e-6),
+                    fixed_s=rest.uniform(1e-3, 2e-3), inner_degree=inner_degree,
+                )
+            )
     return CostModel(
-        times=times, memory=MemoryFit(fixed_bytes=10**9, bytes_per_token=rng.uniform(1e5, 2e5)), step_fixed_s=0.05,
-        peak_flop_per_s=1e12, provenance=Provenance(source="derived", cluster="toy", model="toy"),
+        times=tuple(times), memory=MemoryFit(fixed_bytes=10**9, bytes_per_token=rng.uniform(1e5, 2e5)),
+        step_fixed_s=0.05, peak_flop_per_s=1e12, provenance=Provenance(source="derived", cluster="toy", model="toy"),
     )
 
 
 def random_choice(rng: random.Random, num_ranks: int, sequences: tuple[int, ...]) -> GroupChoice:
     degree = rng.choice((1, 1, 2, 3, rng.randint(1, num_ranks)))
     degree = min(degree, num_ranks)
-    kind = AttentionKind.LOCAL if degree == 1 else rng.choice((AttentionKind.ULYSSES, AttentionKind.RING))
+    kind = AttentionKind.LOCAL if degree == 1 else rng.choice(KINDS)
     return GroupChoice(kind, tuple(rng.sample(range(num_ranks), degree)), sequences)
 
 
@@ -66,8 +80,7 @@ def random_case(rng: random.Random, lengths: tuple[int, ...] | None = None) -> C
     if rng.random() < 0.5:
         plan = reprice(replace(plan, microbatches=merged(rng, plan.microbatches)), cost)
     limits = PlanLimits(
-        device_budget_bytes=plan.peak_bytes, max_ulysses_degree=num_ranks,
-        kinds=(AttentionKind.ULYSSES, AttentionKind.RING),
+        device_budget_bytes=plan.peak_bytes, max_ulysses_degree=num_ranks, kinds=KINDS
     )
     return Case(plan=plan, lengths=lengths, num_ranks=num_ranks, cost=cost, limits=limits)
 

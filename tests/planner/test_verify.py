@@ -259,7 +259,17 @@ def forbidden_kind(rng: random.Random, case: Case) -> Case | None:
     used = {group.kind for microbatch in case.plan.microbatches for group in microbatch.groups} - {LOCAL}
     if not used:
         return None
-    return replace(case, limits=replace(case.limits, kinds=tuple({ULYSSES, RING} - {rng.choice(sorted(used))})))
+    return replace(case, limits=replace(case.limits, kinds=tuple(set(AttentionKind) - {rng.choice(sorted(used))})))
+
+
+def wrong_inner_degree(rng: random.Random, case: Case) -> Case:
+    index, which = pick(rng, case)
+    inner_degree = case.plan.microbatches[index].groups[which].inner_degree
+    return change_group(case, (index, which), inner_degree=inner_degree + rng.choice((1, -1, 64)))
+
+
+def unknown_kind(rng: random.Random, case: Case) -> Case:
+    return change_group(case, pick(rng, case), kind=rng.choice(("spiral", "__init__", "ring.local", "")))
 
 
 def unpriced_degree(rng: random.Random, case: Case) -> Case:
@@ -280,7 +290,7 @@ MUTATIONS: dict[Callable[[random.Random, Case], Case | None], str] = {
     duplicate_microbatch_rank: r"microbatch \d+: rank \d+ is listed twice",
     idle_rank: r"microbatch \d+: rank \d+ is in none of its groups",
     foreign_rank: r"microbatch \d+, group \d+: rank \d+ is not a rank of the microbatch",
-    swap_kind: r"local means exactly 1 rank|predicted_s is stated as|over the budget|peak_bytes is stated as",
+    swap_kind: r"local means exactly 1 rank|inner_degree|predicted_s is stated as|over the budget|peak_bytes is stated",
     remove_microbatch: r"sequence \d+ is in no microbatch",
     duplicate_microbatch: r"sequence \d+ is in microbatch",
     change_length: r"sequence \d+: plan says \d+ tokens, the step has \d+",
@@ -299,7 +309,9 @@ MUTATIONS: dict[Callable[[random.Random, Case], Case | None], str] = {
     other_memory_policy: r"microbatch \d+: only keep_fraction 1",
     other_head: r"schema 2|step -1|sharding",
     degree_over_heads: r"microbatch \d+, group \d+: ulysses degree \d+ is above the limit",
-    forbidden_kind: r"microbatch \d+, group \d+: attention (ring|ulysses) is not allowed",
+    forbidden_kind: r"microbatch \d+, group \d+: attention \w+ is not allowed",
+    wrong_inner_degree: r"microbatch \d+, group \d+: .* has inner_degree -?\d+|ulysses degree \d+ is above",
+    unknown_kind: r"microbatch \d+, group \d+: unknown attention kind",
     unpriced_degree: r"microbatch \d+, group \d+: cost model has no",
 }
 

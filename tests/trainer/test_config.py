@@ -160,7 +160,7 @@ BAD_FLAGS = [
     (["--strategy", "flexps"], "plan.strategy 'flexps' is unknown (did you mean 'flexsp'?)"),
     (["--strategy", "zepelin"], "plan.strategy 'zepelin' is unknown (did you mean 'zeppelin'?)"),
     (["--strategy", "megatron", "--degree", "2"], "plan.degree is for plan.strategy static only, not megatron"),
-    (["--attention", "usp"], "plan.attention usp is not built yet; available: auto, ulysses, ring"),
+    (["--attention", "ulises"], "plan.attention 'ulises' is unknown (did you mean 'ulysses'?)"),
     (["--memory", "seco"], "memory.policy seco is not built yet; available: auto, keep"),
     (["--model", "mixtral-8x7b"], "model.preset (mixtral-8x7b) is a shape to plan with"),
     (["--model", "gpt-7b"], "model.preset (gpt-7b) is a shape to plan with: training builds dense gated decoders"),

@@ -104,6 +104,10 @@ RUNS = {
     "4 ranks hdp": (4, 1, "hdp", None, RING, 60, {("local", 1), ("ring", 2)}),
     "4 ranks zeppelin": (4, 1, "zeppelin", None, RING, 60, {("local", 1)}),
     "4 ranks megatron": (4, 1, "megatron", None, RING, 60, {("local", 1)}),
+    "4 ranks usp 2 x 2": (4, 1, "static", 4, (AttentionKind.USP,), 2**40, {("usp", 4)}),
+    "4 ranks double ring 2 x 2": (4, 1, "static", 4, (AttentionKind.DOUBLE_RING,), 2**40, {("double_ring", 4)}),
+    "4 ranks group-cast 3+1": (4, 1, "static", 3, (AttentionKind.GROUP_CAST,), 2**40, {("group_cast", 3)}),
+    "4 ranks all-gather": (4, 1, "static", 4, (AttentionKind.ALL_GATHER,), 2**40, {("all_gather", 4)}),
     "tensor 2 x data 2": (4, 2, "static", 2, ULYSSES, 2**40, {("ulysses", 2)}),
 }
 

@@ -8,14 +8,19 @@ from typing import Any
 
 import pytest
 
-from trainer.metrics import MetricsLog, StepReport, read_metrics
+from planner.specs import load_model
+from tests.planner.executed import cost_here, make_plan
+from trainer.metrics import MetricsLog, StepReport, keep_steps_before, read_metrics
 from trainer.progress import Progress, sparkline
+from trainer.report import make_report
+from trainer.step import StepOutcome
 
 REPORT = StepReport(
     step=0, loss=3.25, grad_norm=1.5, lr=1e-3, num_tokens=16000, num_sequences=7, max_sequence_tokens=4096,
     strategy="flexsp", plan_status="optimal", predicted_s=0.4, measured_s=0.5, bound_s=0.39, gap=0.025, plan_s=0.0123,
     plan_wait_s=0.0, idle_fraction=0.1, imbalance=0.05, peak_bytes=3 * 10**8, predicted_peak_bytes=3 * 10**8,
     tokens_per_s=32000.0, model_flops=1.5e12, mfu=None, padding_tokens=0, num_microbatches=2, group_summary="4 | 2+1+1",
+    gather_s=0.02, compute_s=0.4, exchange_wait_s=0.03, reduce_s=0.04, update_s=0.01, drift_ratio=None,
 )
 
 
@@ -30,6 +35,24 @@ def test_the_keys_that_scripts_depend_on_are_there() -> None:
         "model_flops mfu"
     ).split()
     assert set(promised) <= {field.name for field in dataclasses.fields(StepReport)}
+
+
+def test_a_report_says_where_the_step_went() -> None:
+    """Parts of the step itself are the quickest rank's: the others waited in them for slower ranks."""
+    plan = make_plan(0, cost_here())
+    outcome = StepOutcome(
+        loss=2.0, grad_norm=1.0, measured_s=8.0, busy_s=(4.0, 2.0, 5.0, 1.0), span_s=(5.0, 4.0, 6.0, 1.0),
+        gather_s=(0.5, 0.2, 0.9, 0.4), reduce_s=(1.5, 2.5, 0.5, 5.5), peak_bytes=(1, 2, 4, 3), update_s=0.25, ranks=(),
+        stop_requested=False,
+    )
+    made = make_report(
+        plan, outcome, lr=1e-3, spec=load_model("tiny"), plan_wait_s=2.0, flop_per_s=0.0, drift_ratio=1.2
+    )
+    assert (made.gather_s, made.reduce_s, made.update_s, made.plan_wait_s) == (0.2, 0.5, 0.25, 2.0)
+    assert (made.compute_s, made.exchange_wait_s) == (3.0, 1.0)
+    assert made.idle_fraction == pytest.approx(0.5) and made.imbalance == pytest.approx(5 / 3 - 1)
+    assert (made.peak_bytes, made.drift_ratio, made.mfu) == (4, 1.2, None)
+    assert made.tokens_per_s == pytest.approx(plan.num_tokens / 10.0)
 
 
 def test_each_step_is_on_disk_as_soon_as_it_is_appended(tmp_path: Path) -> None:
@@ -54,6 +77,14 @@ def test_resume_repeats_no_step_and_drops_a_torn_line(tmp_path: Path) -> None:
         (0, 1.0), (1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0), (5, 2.0),
     ]
     assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_resume_keeps_whole_lines_as_they_are(tmp_path: Path) -> None:
+    path = tmp_path / "plans.jsonl"
+    lines = ['{"a":1,"step":0}\n', '{"step": 1,  "b": 2.50}\n', '{"step":2}\n', '{"step":1']
+    path.write_text("".join(lines))
+    keep_steps_before(path, 2)
+    assert path.read_text() == "".join(lines[:2])
 
 
 def test_a_fresh_run_in_an_old_folder_starts_an_empty_file(tmp_path: Path) -> None:

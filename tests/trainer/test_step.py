@@ -20,7 +20,7 @@ from tests.ranks import RankPool
 from tests.trainer.test_equality import CONFIG, SPEC, full_weights
 from trainer.batch import token_rows
 from trainer.build import build_runtime
-from trainer.calibration import calibrate, length_design
+from trainer.calibration import MeasuredShape, calibrate, length_design
 from trainer.checkpoint import weights_digest
 from trainer.rank_env import RankEnv
 from trainer.step import accumulate_gradients, train_step
@@ -163,8 +163,11 @@ def numeric_failure(rank, world_size, init_method):
 def calibration(rank, world_size, init_method):
     runtime = start(rank, world_size, init_method)
     before = weights_digest(runtime)
-    pairs = ((AttentionKind.LOCAL, 1), (AttentionKind.ULYSSES, 2), (AttentionKind.RING, 3))
-    measured = calibrate(runtime, pairs, max_length=128, machine="here")
+    shapes = (
+        MeasuredShape(AttentionKind.LOCAL, 1), MeasuredShape(AttentionKind.ULYSSES, 2),
+        MeasuredShape(AttentionKind.RING, 3), MeasuredShape(AttentionKind.USP, 4, 2),
+    )
+    measured = calibrate(runtime, shapes, max_length=128, machine="here")
     return measured, before == weights_digest(runtime), len(runtime.optimizer.adamw.state)
 
 
@@ -207,7 +210,10 @@ class TestStep:
         (measured, unchanged, num_states), *_ = pool.run(calibration)
         assert unchanged and num_states == 0
         assert {(fit.kind, fit.degree) for fit in measured.cost.times} == {
-            (AttentionKind.LOCAL, 1), (AttentionKind.ULYSSES, 2), (AttentionKind.RING, 3)
+            (AttentionKind.LOCAL, 1), (AttentionKind.ULYSSES, 2), (AttentionKind.RING, 3), (AttentionKind.USP, 4)
+        }
+        assert {(fit.kind, fit.inner_degree) for fit in measured.cost.times if fit.inner_degree > 1} == {
+            (AttentionKind.USP, 2)
         }
         assert {sample.op for sample in measured.operations} == {"linear", "attention", "p2p", "all_to_all"}
         assert measured.cost.step_fixed_s > 0 and measured.cost.peak_flop_per_s > 0

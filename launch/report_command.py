@@ -1,0 +1,256 @@
+"""``longhaul report RUN_DIR``: what a run predicted and what it measured. Reads files only; no torch."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence as SequenceOf
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from planner.codec import suggest, to_plain
+from planner.errors import EXIT_OK, SpecError
+from planner.units import format_bytes, format_count, format_seconds
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from planner.drift import Executed
+    from planner.run_report import RunReport
+    from trainer.run_records import RunRecords
+
+MOST_RANKS = 16
+_FILES = ("json", "html", "trace", "refit")
+
+
+def run(arguments: list[str]) -> int:
+    """Read, print, write what was asked for; returns 0. Raises SpecError (2) with one line for people."""
+    parser = _parser()
+    flags, unknown = parser.parse_known_args(arguments)
+    if flags.help:
+        print(parser.format_help(), end="")
+        return EXIT_OK
+    if unknown:
+        hint = suggest(unknown[0].split("=")[0], parser._option_string_actions) if unknown[0].startswith("--") else ""
+        raise SpecError(f"longhaul report: unknown argument {unknown[0]!r}{hint}; see longhaul report --help")
+    if flags.run_dir is None:
+        raise SpecError("longhaul report: name a run folder, such as runs/laptop; see longhaul report --help")
+    for name in _FILES:
+        _check_target(f"--{name}", getattr(flags, name))
+    if flags.html is not None:
+        from planner.html_report import require_plotly
+
+        require_plotly()
+    from planner.run_report import DEFAULT_FACTOR, as_json, make_run_report
+    from trainer.run_records import read_run
+
+    records = read_run(Path(flags.run_dir))
+    factor, num_planned = records.setting("metrics", "drift_factor"), records.setting("run", "steps")
+    report = make_run_report(
+        records.metrics, records.executed, cost=records.cost,
+        factor=float(factor) if isinstance(factor, int | float) else DEFAULT_FACTOR,
+        num_planned=num_planned if isinstance(num_planned, int) else None,
+    )
+    _write_files(records, report, flags)
+    if flags.json == "-":
+        print(json.dumps(as_json(report), indent=2, allow_nan=False))
+    else:
+        _show(records, report)
+    return EXIT_OK
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise SpecError(f"longhaul report: {message}; see longhaul report --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="longhaul report", add_help=False, allow_abbrev=False,
+        description="Predicted and measured times of a training run, finished or still running.",
+    )
+    add = parser.add_argument
+    add("run_dir", nargs="?", metavar="RUN_DIR", help="folder of the run (longhaul train --run-dir)")
+    add("-h", "--help", action="store_true", help="show this text")
+    add("--html", metavar="FILE", help="write one page: predicted against measured, ranks, one step (needs plotly)")
+    add("--trace", metavar="FILE", help="write one step, predicted and measured lanes, for ui.perfetto.dev")
+    add("--step", metavar="N", help="the step of --trace and --html, counted from 0 (default: the last recorded one)")
+    add("--refit", metavar="FILE", help="write the cost model refitted to the run, for --plan.cost of the next one")
+    add("--json", metavar="-|FILE", help="write the report as JSON; - prints it and nothing else")
+    return parser
+
+
+def _check_target(flag: str, target: str | None) -> None:
+    """Refuse a file that cannot be written before anything is read."""
+    if target is None or (flag == "--json" and target == "-"):
+        return
+    path = Path(target)
+    if not path.parent.is_dir():
+        raise SpecError(f"{flag}: folder {path.parent} does not exist")
+    if path.is_dir():
+        raise SpecError(f"{flag}: {target} is a folder; name a file")
+
+
+def _write_files(records: RunRecords, report: RunReport, flags: argparse.Namespace) -> None:
+    from planner.run_report import as_json
+
+    step = _wanted_step(flags.step)
+    shown = _shown(records, step)
+    if step is not None and flags.trace is None and flags.html is None:
+        raise SpecError("--step belongs to --trace or --html")
+    if step is not None and flags.html is not None and shown is None:
+        raise SpecError(f"--step {step}: {_not_recorded(records)}")
+    if flags.trace is not None:
+        _write("--trace", flags.trace, json.dumps(_trace(records, shown, step), allow_nan=False))
+    if flags.html is not None:
+        from planner.run_page import run_page
+
+        title = f"Run {records.folder.resolve().name}: predicted against measured"
+        _write("--html", flags.html, run_page(title, report_lines(records, report), report, shown))
+    if flags.refit is not None:
+        if report.refit is None:
+            raise SpecError(f"--refit: {_no_refit(records)}")
+        _write("--refit", flags.refit, json.dumps(to_plain(report.refit.cost), indent=1) + "\n")
+    if flags.json not in (None, "-"):
+        _write("--json", flags.json, json.dumps(as_json(report), indent=2, allow_nan=False) + "\n")
+
+
+def _wanted_step(text: str | None) -> int | None:
+    if text is None:
+        return None
+    if not text.isdecimal():
+        raise SpecError(f"--step: expected the number of a step, counted from 0, got {text!r}")
+    return int(text)
+
+
+def _shown(records: RunRecords, step: int | None) -> Executed | None:
+    if step is None:
+        return records.executed[-1] if records.executed else None
+    return next((executed for executed in records.executed if executed[0].step == step), None)
+
+
+def _trace(records: RunRecords, shown: Executed | None, step: int | None) -> dict[str, Any]:
+    """A step that was not recorded still has its plan."""
+    from planner.step_trace import step_trace
+    from trainer.run_records import read_plans
+
+    if shown is not None:
+        return step_trace(*shown)
+    number = int(records.metrics[-1]["step"]) if step is None else step
+    plan = read_plans(records.folder, [number]).get(number)
+    if plan is None:
+        last = records.metrics[-1]["step"]
+        raise SpecError(f"--trace: step {number} has no plan in {records.folder}; steps 0 to {last} were run")
+    return step_trace(plan, None)
+
+
+def _not_recorded(records: RunRecords) -> str:
+    if not records.executed:
+        return "no step of this run has recorded times (metrics.spans_every 0, or an older version)"
+    steps = [plan.step for plan, _ in records.executed]
+    return f"not among the {len(steps)} recorded steps that are shown, {steps[0]} to {steps[-1]}"
+
+
+def _no_refit(records: RunRecords) -> str:
+    if records.cost is None:
+        return f"the cost model of this run is not in {records.folder} any more"
+    return "too few recorded microbatches yet"
+
+
+def report_lines(records: RunRecords, report: RunReport) -> list[str]:
+    """The answer in words, the step time first."""
+    first, last = report.steps[0], report.steps[-1]
+    of = "" if report.num_planned is None else f" of {report.num_planned}"
+    losses = " -> ".join("not finite" if loss is None else f"{loss:.4f}" for loss in (first.loss, last.loss))
+    left_out = len(report.steps) - len(report.judged)
+    judged = f"{len(report.judged)} steps" + (f", the first {left_out} left out" if left_out else "")
+    peak_bytes = max(step.peak_bytes for step in report.steps)
+    predicted_bytes = max(step.predicted_peak_bytes for step in report.steps)
+    statuses = ", ".join(f"{count} {status}" for status, count in report.statuses.items())
+    lines = [
+        f"step time: predicted {format_seconds(report.predicted_s)}, measured {format_seconds(report.measured_s)}; "
+        f"mean error {report.absolute_error:.1%}, bias {report.bias:+.1%} ({judged})",
+        f"run: {len(report.steps)}{of} steps, loss {losses}, {format_count(report.tokens_per_s)} tokens/s",
+    ]
+    if report.parts_s:
+        words = {"plan_wait_s": "plan wait", "gather_s": "gather", "compute_s": "computing",
+                 "exchange_wait_s": "waiting for messages", "reduce_s": "reduce", "update_s": "update"}
+        parts = ", ".join(f"{words[key]} {format_seconds(value)}" for key, value in report.parts_s.items())
+        lines.append(f"a step: {parts} (means)")
+    peaks = f"predicted {format_bytes(predicted_bytes)}, measured {format_bytes(peak_bytes)}"
+    lines.append(f"peak memory: {peaks}; plans: {statuses}")
+    lines.append("drift: " + ("too few steps for a verdict" if report.drift is None else report.drift.sentence()))
+    return [*lines, _refit_line(records, report)]
+
+
+def _refit_line(records: RunRecords, report: RunReport) -> str:
+    from trainer.metrics import REFIT
+
+    refit, path = report.refit, records.folder / REFIT
+    if refit is None:
+        return f"refit: none ({_no_refit(records)})"
+    errors = f"error {refit.error_before:.1%} -> {refit.error_after:.1%}"
+    use = f"--plan.cost {path}" if path.exists() else "--refit FILE writes it, then --plan.cost FILE"
+    return f"refit to {refit.num_samples} microbatches: {errors}; for the next run: {use}"
+
+
+def _show(records: RunRecords, report: RunReport) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False, markup=False)
+    if not console.is_terminal:
+        console.width = max(console.width, 120)  # a pipe has no width of its own
+    for index, line in enumerate(report_lines(records, report)):
+        console.print(line, style="bold" if index == 0 else None, soft_wrap=True)
+    _show_shapes(console, report)
+    _show_ranks(console, report)
+    rows = [
+        (str(step.step), format_seconds(step.predicted_s), format_seconds(step.measured_s), f"{step.error:+.1%}",
+         step.status, step.groups)
+        for step in report.worst()
+    ]
+    _show_table(console, "worst steps", ("step", "predicted", "measured", "error", "status", "groups"), rows)
+
+
+def _show_shapes(console: Console, report: RunReport) -> None:
+    rows = [
+        (line.name, str(line.num_microbatches), format_seconds(line.predicted_s), format_seconds(line.measured_s),
+         f"{line.ratio:.2f}")
+        for line in report.shapes
+    ]
+    title = f"microbatches of {report.num_recorded} recorded steps"
+    _show_table(console, title, ("attention", "microbatches", "predicted", "measured", "median ratio"), rows)
+
+
+def _show_ranks(console: Console, report: RunReport) -> None:
+    lines = sorted(sorted(report.ranks, key=lambda line: -line.compute_s)[:MOST_RANKS], key=lambda line: line.rank)
+    rows = [
+        (str(line.rank), format_seconds(line.predicted_busy_s), format_seconds(line.compute_s + line.wait_s),
+         format_seconds(line.wait_s), format_seconds(line.predicted_idle_s), format_seconds(line.idle_s))
+        for line in lines
+    ]
+    title = "ranks, seconds a step" + (
+        f" (the {MOST_RANKS} busiest of {len(report.ranks)})" if len(report.ranks) > MOST_RANKS else ""
+    )
+    columns = ("rank", "busy predicted", "busy measured", "of it waiting", "idle predicted", "idle measured")
+    _show_table(console, title, columns, rows)
+
+
+def _show_table(console: Console, title: str, columns: SequenceOf[str], rows: SequenceOf[SequenceOf[str]]) -> None:
+    from rich.table import Table
+
+    if not rows:
+        return
+    table = Table(title=title, title_justify="left", title_style="")
+    for name in columns:
+        table.add_column(name, justify="left" if name in ("attention", "status", "groups") else "right")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def _write(flag: str, target: str, text: str) -> None:
+    try:
+        Path(target).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise SpecError(f"{flag}: cannot write {target} ({error.strerror})") from None

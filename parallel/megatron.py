@@ -1,0 +1,215 @@
+"""Longhaul's attention inside megatron-core's own ``GPTModel``: adaptive groups and packed documents in any such model.
+
+Once: ``spec = with_longhaul_attention(get_gpt_layer_local_spec())`` and
+``GPTModel(config, spec, ..., position_embedding_type="none")``.
+Every microbatch of the rank's program: ``packed = pack_microbatch(engine, microbatch, config, inv_freq=...)``, then
+``tokens, labels = packed.pad(...)`` of the rows of ``microbatch.spans`` and
+``losses = model(tokens, packed.position_ids, None, labels=labels, packed_seq_params=packed)``.
+The microbatch travels as an argument of the forward and never as state, so that a pipeline schedule or a recomputation
+always meets the microbatch it belongs to.
+Divide ``packed.sum_losses(losses)`` by the step's token count; *sum* gradients over the data axis at the step's end.
+``docs/megatron.md`` has the whole loop; the tests run it.
+
+Shapes: T rows of the microbatch on this rank, N/K query/KV heads of this tensor rank, H head dim, F rotated pairs.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, fields
+from typing import Any, NoReturn
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.nn import functional
+
+from parallel.engine import AttentionEngine, MicrobatchAttention
+from parallel.program import RankMicrobatch
+from planner.errors import SpecError
+
+_MEGATRON_FIELDS = frozenset(field.name for field in fields(PackedSeqParams))
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """cos and sin ``[T, 1, F]`` of one microbatch's rows, for all its layers.
+
+    ``interleaved``: neighbours in a head form a pair, else the two halves do. Head elements beyond 2 F stay as they are
+    (``rotary_percent`` below 1).
+    """
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    interleaved: bool
+
+    def rotate(self, x_TNH: torch.Tensor) -> torch.Tensor:
+        """Computed in the table's dtype (fp32 or wider), returned in x's."""
+        rotated = 2 * self.cos.shape[-1]
+        turning, rest = x_TNH[..., :rotated].to(self.cos.dtype), x_TNH[..., rotated:]
+        pairs = turning.unflatten(-1, (-1, 2)).unbind(-1) if self.interleaved else turning.chunk(2, dim=-1)
+        first, second = pairs
+        turned = (first * self.cos - second * self.sin, second * self.cos + first * self.sin)
+        joined = torch.stack(turned, dim=-1).flatten(-2) if self.interleaved else torch.cat(turned, dim=-1)
+        return torch.cat((joined.to(x_TNH.dtype), rest), dim=-1)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedMicrobatch:
+    """One microbatch, ready for ``GPTModel``'s ``packed_seq_params``.
+
+    ``position_ids``: int64 ``[1, T + P]``, each row's place in its own document. P rows of padding stand at the end
+    where Megatron needs them: it takes no empty microbatch, and under sequence parallelism only multiples of the tensor
+    size.
+    """
+
+    attention: MicrobatchAttention
+    num_rows: int
+    position_ids: torch.Tensor
+    rope: Rope | None
+    qkv_format: str = "sbhd"  # the rows as one sequence of batch 1
+
+    @property
+    def num_padding_rows(self) -> int:
+        return self.position_ids.shape[1] - self.num_rows
+
+    def pad(self, *ids_1T: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Tokens, labels... ``[1, T]`` with zeros for the padding rows. Raises SpecError at another number of rows."""
+        for ids in ids_1T:
+            if ids.shape != (1, self.num_rows):
+                raise SpecError(f"token ids of shape {tuple(ids.shape)} for a microbatch of shape (1, {self.num_rows})")
+        return tuple(functional.pad(ids, (0, self.num_padding_rows)) for ids in ids_1T)
+
+    def sum_losses(self, losses_1T: torch.Tensor) -> torch.Tensor:
+        """Sum of the token losses ``[1, T + P]`` that the model returned, without the padding's."""
+        return losses_1T[:, : self.num_rows].sum()
+
+    def __getattr__(self, name: str) -> NoReturn:
+        """Whoever asks for document bounds would take this rank's rows for whole documents: Megatron's RoPE does."""
+        if name in _MEGATRON_FIELDS:
+            raise SpecError(
+                f"GPTModel wants packed_seq_params.{name}, which a Longhaul microbatch does not have: build the model "
+                'with position_embedding_type="none" and give the rotary frequencies to pack_microbatch'
+            )
+        raise AttributeError(name)
+
+
+def pack_microbatch(
+    engine: AttentionEngine, microbatch: RankMicrobatch, config: TransformerConfig, *, inv_freq: torch.Tensor | None
+) -> PackedMicrobatch:
+    """Bind one microbatch to its groups: set-up only, no communication.
+
+    ``inv_freq``: radians per position of the F rotated pairs, as in megatron-core's ``RotaryEmbedding(...).inv_freq``;
+    None for a model without RoPE. Raises SpecError if they do not fit the head.
+    """
+    tensor_size, head_dim = config.tensor_model_parallel_size, config.kv_channels
+    if inv_freq is not None and not 0 < 2 * inv_freq.numel() <= head_dim:
+        raise SpecError(f"inv_freq has {inv_freq.numel()} frequencies; a head of {head_dim} takes 1 to {head_dim // 2}")
+    multiple = tensor_size if config.sequence_parallel else 1
+    num_padding_rows = max(-microbatch.num_rows % multiple, multiple if not microbatch.num_rows else 0)
+    parts = [torch.arange(span.start_token, span.stop_token) for span in microbatch.spans]
+    positions_T = torch.cat((*parts, torch.zeros(num_padding_rows, dtype=torch.int64))).to(engine.device)
+    return PackedMicrobatch(
+        attention=engine.bind(
+            microbatch,
+            num_query_heads=config.num_attention_heads // tensor_size,
+            num_kv_heads=max(config.num_query_groups // tensor_size, 1),  # Megatron repeats KV heads if there are fewer
+            head_dim=head_dim,
+        ),
+        num_rows=microbatch.num_rows,
+        position_ids=positions_T.unsqueeze(0),
+        rope=None if inv_freq is None else _rope(positions_T, inv_freq, config),
+    )
+
+
+def _rope(positions_T: torch.Tensor, inv_freq: torch.Tensor, config: TransformerConfig) -> Rope:
+    """Angles in float64: in float32 a position of a million is off by some hundredths of a radian."""
+    angles_T1F = positions_T.to(torch.float64)[:, None, None] * inv_freq.to(positions_T.device, torch.float64)
+    dtype = torch.promote_types(config.params_dtype, torch.float32)
+    return Rope(angles_T1F.cos().to(dtype), angles_T1F.sin().to(dtype), config.rotary_interleaved)
+
+
+def with_longhaul_attention(layer_spec: ModuleSpec) -> ModuleSpec:
+    """A copy of a Megatron layer spec with Longhaul's core attention. Raises SpecError if there is none to replace."""
+    spec = copy.deepcopy(layer_spec)
+    attention = getattr(spec.submodules, "self_attention", None)
+    submodules = getattr(attention, "submodules", None)
+    if submodules is None or not hasattr(submodules, "core_attention"):
+        raise SpecError("this layer spec has no self_attention with a core_attention to replace")
+    submodules.core_attention = ModuleSpec(module=LonghaulCoreAttention)
+    return spec
+
+
+class LonghaulCoreAttention(MegatronModule):
+    """``core_attention`` of one layer: no parameters, no state; groups and RoPE come with each forward's microbatch."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        """Megatron's signature. Raises SpecError for whatever this attention would compute otherwise than asked."""
+        super().__init__(config=config)
+        dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        refused = {
+            f"attn_mask_type {attn_mask_type}: only causal": attn_mask_type is not AttnMaskType.causal,
+            f"attention_type {attention_type}: only self": attention_type != "self",
+            f"attention_dropout {dropout}: set 0": dropout != 0,
+            f"softmax_scale {softmax_scale}: leave it None": softmax_scale is not None,
+            f"softmax_type {config.softmax_type}: only vanilla": config.softmax_type != "vanilla",
+            "apply_query_key_layer_scaling: set False": config.apply_query_key_layer_scaling,
+            f"window_size {config.window_size}: sliding windows are not computed, set None": bool(config.window_size),
+            "multi_latent_attention: set False": config.multi_latent_attention,
+            "qk_clip, which needs the largest logit: set False": config.qk_clip,
+            "mtp_num_layers, which shifts labels across this rank's pieces: set None": bool(config.mtp_num_layers),
+            f"context_parallel_size {config.context_parallel_size}: set 1, the plan splits sequences":
+                config.context_parallel_size != 1,
+        }
+        found = [what for what, wrong in refused.items() if wrong]
+        if found:
+            raise SpecError("Longhaul's attention cannot run with " + "; ".join(found))
+        skips = config.no_rope_freq
+        self.rotates = not (skips and skips[layer_number - 1])
+
+    def forward(
+        self,
+        query_T1NH: torch.Tensor,
+        key_T1KH: torch.Tensor,
+        value_T1KH: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        /,
+        *,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: Any = None,
+    ) -> torch.Tensor:
+        """Context ``[T, 1, N * H]``, zeros in padding rows. Communicates with the microbatch's groups.
+
+        Raises SpecError if the arguments do not fit the microbatch.
+        """
+        if not isinstance(packed_seq_params, PackedMicrobatch):
+            raise SpecError("give GPTModel's forward packed_seq_params=pack_microbatch(...)")
+        if attention_mask is not None or attention_bias is not None:
+            raise SpecError("pass attention_mask=None and no bias: the plan's documents are the mask")
+        packed = packed_seq_params
+        if query_T1NH.shape[:2] != (packed.position_ids.shape[1], 1):
+            raise SpecError(
+                f"the model was given {query_T1NH.shape[1]} x {query_T1NH.shape[0]} tokens (batch x length), this "
+                f"microbatch has 1 x {packed.position_ids.shape[1]}: pass tokens and labels through pad()"
+            )
+        q_TNH, k_TKH, v_TKH = (x_T1XH.squeeze(1) for x_T1XH in (query_T1NH, key_T1KH, value_T1KH))
+        if packed.rope is not None and self.rotates:
+            q_TNH, k_TKH = packed.rope.rotate(q_TNH), packed.rope.rotate(k_TKH)
+        rows = slice(packed.num_rows)
+        context_TC = packed.attention(q_TNH[rows], k_TKH[rows], v_TKH[rows]).flatten(1)
+        return functional.pad(context_TC, (0, 0, 0, packed.num_padding_rows)).unsqueeze(1)

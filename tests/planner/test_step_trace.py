@@ -1,0 +1,62 @@
+"""One step's trace: predicted lanes as planned, measured lanes as measured, on one time axis."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from planner.drift import planned_times
+from planner.step_trace import MEASURED, PREDICTED, step_trace
+from tests.planner.executed import cost_here, executed_on, make_plan, slower
+
+
+def slices(trace, process):
+    return [event for event in trace["traceEvents"] if event["ph"] == "X" and event["pid"] == process]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_both_sides_are_there_and_start_together(seed):
+    plan, measured = executed_on(make_plan(5, cost_here(), seed), slower(cost_here(), 1.5))
+    trace = json.loads(json.dumps(step_trace(plan, measured), allow_nan=False))
+    zero_us = 1e6 * max(rank.gather_s for rank in measured.ranks)
+    wanted = {(index, rank) for index, microbatch in enumerate(plan.microbatches) for rank in microbatch.ranks}
+    for process, factor in ((PREDICTED, 1.0), (MEASURED, 1.5)):
+        found = [event for event in slices(trace, process) if event["cat"] == "microbatch"]
+        assert {(event["args"]["microbatch"], event["tid"]) for event in found} == wanted
+        for event in found:
+            start_s, stop_s = planned_times(plan)[event["args"]["microbatch"]]
+            assert event["ts"] == pytest.approx(zero_us + 1e6 * factor * start_s)
+            assert event["dur"] == pytest.approx(1e6 * factor * (stop_s - start_s))
+    last_us = max(event["ts"] + event["dur"] for event in slices(trace, PREDICTED))
+    assert last_us == pytest.approx(zero_us + 1e6 * plan.predicted_s)
+
+
+def test_no_lane_overlaps_and_passes_lie_in_their_microbatch():
+    plan, measured = executed_on(make_plan(1, cost_here()), slower(cost_here(), 1.5))
+    events = slices(step_trace(plan, measured), MEASURED)
+    assert min(event["ts"] for event in events) == 0
+    for rank in range(plan.num_ranks):
+        mine = [event for event in events if event["tid"] == rank]
+        outer = sorted((event for event in mine if event["cat"] != "pass"), key=lambda event: event["ts"])
+        for before, after in zip(outer, outer[1:], strict=False):
+            assert after["ts"] >= before["ts"] + before["dur"] - 1e-3
+        passes = [event for event in mine if event["cat"] == "pass"]
+        work = [event for event in outer if event["cat"] == "microbatch"]
+        assert len(passes) == 2 * len(work)
+        for event in work:
+            stop_us = event["ts"] + event["dur"] - 1e-3
+            inside = [each for each in passes if event["ts"] - 1e-3 <= each["ts"] < stop_us]
+            assert [each["name"] for each in inside] == ["forward", "backward"]
+            assert sum(each["dur"] for each in inside) == pytest.approx(event["dur"])
+            waits_s = sum(each["args"]["wait_s"] for each in inside)
+            assert event["args"]["compute_s"] + waits_s == pytest.approx(event["args"]["measured_s"])
+    names = {event["name"] for event in events}
+    assert {"gather", "reduce", "update"} <= names
+
+
+def test_a_step_that_was_not_recorded_has_its_prediction_only():
+    trace = step_trace(make_plan(1, cost_here()), None)
+    assert slices(trace, MEASURED) == [] and len(slices(trace, PREDICTED)) > 0
+    processes = [event["args"]["name"] for event in trace["traceEvents"] if event["name"] == "process_name"]
+    assert processes == ["predicted"]
