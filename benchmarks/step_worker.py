@@ -15,7 +15,6 @@ from benchmarks.lengths import skewed_batches
 from benchmarks.step_results import BATCH_BEST, FLEXSP, MeasuredStep, StepRun, StepSettings, loss_spread, static_name
 from parallel import comm
 from parallel.agree import agree_on_plan
-from parallel.program import compile_rank_program
 from planner.codec import to_plain
 from planner.cost import CostModel, PlanLimits
 from planner.errors import InfeasibleError, NumericError
@@ -30,7 +29,7 @@ from trainer.config import DataConfig, PlanConfig, RunConfig, TrainConfig
 from trainer.cost_source import obtain_cost
 from trainer.plan_inputs import plan_limits
 from trainer.rank_env import RankEnv
-from trainer.step import Runtime, StepOutcome, train_step
+from trainer.step import Runtime, StepOutcome, compile_stage_program, train_step
 
 _LOSS_TOLERANCE = 1e-4
 
@@ -157,7 +156,7 @@ def _run(
     runtime: Runtime, plan: StepPlan, read: Callable[[tuple[Span, ...]], TokenRows]
 ) -> tuple[StepOutcome, float]:
     """The step's outcome and the seconds of the slowest rank."""
-    program = compile_rank_program(plan, runtime.mesh.data_rank)
+    program = compile_stage_program(runtime, plan)
     comm.barrier(runtime.mesh.control_group)
     outcome = train_step(runtime, program, read, num_tokens=plan.num_tokens, lr=0.0)
     slowest = comm.all_reduce_max(torch.tensor([outcome.measured_s], dtype=torch.float64), runtime.mesh.control_group)

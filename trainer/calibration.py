@@ -19,7 +19,6 @@ import numpy as np
 import torch
 
 from parallel import comm
-from parallel.engine import MicrobatchAttention
 from parallel.program import compile_rank_program
 from parallel.sharding import gathered_step
 from planner.cost import CostModel, MemoryFit, Provenance
@@ -35,7 +34,7 @@ from planner.plan import (
 )
 from trainer.batch import token_rows
 from trainer.machine_samples import measure_operations
-from trainer.step import ReadSpans, Runtime, bind_attention, train_step
+from trainer.step import ReadSpans, Runtime, bind_attention, run_alone, run_empty_microbatch, train_step
 
 CALIBRATION_VERSION = 2
 """Goes up with every change of what is measured or how it is fitted: older stored results are then measured again."""
@@ -71,9 +70,9 @@ def calibrate(
     operations = measure_operations(runtime, max_length=max_length)
     samples: list[GroupSample] = []
     memory: list[tuple[int, int]] = []
-    with gathered_step(runtime.model, lambda: _run_empty(runtime)):
+    with gathered_step(runtime.model, lambda: run_empty_microbatch(runtime)):
         _reset_peak(runtime)
-        _run_empty(runtime)
+        run_empty_microbatch(runtime)
         empty_bytes = _highest(runtime, runtime.peak.read_bytes())
         for kind, degree in pairs:
             spent_s = 0.0
@@ -148,7 +147,7 @@ def _measure_group(
                 microbatch.spans, runtime.mesh.device,
             )
             attention = bind_attention(runtime, microbatch)
-            runtime.model(rows.tokens_T, rows.positions_T, rows.labels_T, attention).backward()
+            run_alone(runtime, rows, attention)
             if runtime.mesh.device.type == "cuda":
                 torch.cuda.synchronize(runtime.mesh.device)
         seconds = _slowest(runtime, time.perf_counter() - began_s)
@@ -197,11 +196,6 @@ def _measure_empty_step(runtime: Runtime) -> tuple[float, int]:
 
 def _no_rows(runtime: Runtime) -> ReadSpans:
     return lambda spans: token_rows([], [], runtime.mesh.device)
-
-
-def _run_empty(runtime: Runtime) -> None:
-    rows = token_rows([], [], runtime.mesh.device)
-    runtime.model(rows.tokens_T, rows.positions_T, rows.labels_T, MicrobatchAttention(())).backward()
 
 
 def _reset_peak(runtime: Runtime) -> None:

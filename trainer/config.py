@@ -110,6 +110,12 @@ class ParallelConfig:
     """Ranks that share every layer's weights."""
     pipeline_parallel: Annotated[int, short("--pipeline-parallel")] = 1
     """Stages of layers."""
+    shard_ranks: int | None = None
+    """Data ranks that share one copy of the weights; the others hold replicas (none: all share one)."""
+
+    def data_ranks(self, world_size: int) -> int:
+        """Ranks of the data axis. The world size must be a multiple of tensor times pipeline parallelism."""
+        return world_size // (self.tensor_parallel * self.pipeline_parallel)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

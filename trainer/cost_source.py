@@ -132,7 +132,8 @@ def _cost_key(config: TrainConfig, runtime: Runtime, pairs: tuple[tuple[Attentio
     device = torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else platform.processor()
     conditions = {
         "calibration": CALIBRATION_VERSION, "host": platform.node(), "device": device, "torch": torch.__version__,
-        "world_size": mesh.world_size, "tensor_size": mesh.tensor_size, "dtype": config.run.dtype,
+        "world_size": mesh.world_size, "tensor_size": mesh.tensor_size, "num_stages": mesh.num_stages,
+        "shard_size": mesh.shape.shard_size, "dtype": config.run.dtype,
         "model": to_plain(runtime.model.spec), "max_length": config.data.max_length,
         "pairs": [[str(kind), degree] for kind, degree in pairs],
     }

@@ -25,7 +25,7 @@ def preflight(config: TrainConfig, cache_root: Path) -> None:
     CheckpointError for a resume without a checkpoint, or with other settings than it was saved with.
     """
     data = open_training_data(config, cache_root)
-    data_ranks = config.run.world_size // config.parallel.tensor_parallel
+    data_ranks = config.parallel.data_ranks(config.run.world_size)
     if data_ranks > len(data.samples):
         raise SpecError(
             f"the corpus has {len(data.samples)} sequences for {data_ranks} data ranks: "

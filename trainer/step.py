@@ -13,11 +13,12 @@ from memory.peak import PeakMemory
 from parallel import comm
 from parallel.engine import AttentionEngine, MicrobatchAttention
 from parallel.mesh import RankMesh
-from parallel.program import RankMicrobatch, RankProgram
+from parallel.program import RankMicrobatch, RankProgram, compile_rank_program
 from parallel.sharding import gathered_step
+from parallel.stages import StageLink
 from parallel.timing import WaitClock
 from planner.errors import NumericError
-from planner.plan import Span
+from planner.plan import Span, StepPlan
 from trainer.batch import TokenRows, token_rows
 from trainer.optimizer import ShardedAdamW
 from trainer.transformer import Decoder
@@ -32,6 +33,7 @@ class Runtime:
     mesh: RankMesh
     model: Decoder
     engine: AttentionEngine
+    link: StageLink | None
     optimizer: ShardedAdamW
     wait_clock: WaitClock
     peak: PeakMemory
@@ -42,8 +44,8 @@ class Runtime:
 class StepOutcome:
     """What a step did, the same on every rank. ``loss``: mean over all tokens of the step (nats).
 
-    By data rank (tensor rank 0): ``busy_s``, seconds in microbatches without waiting for peers; ``span_s``, the same
-    with the waiting; ``peak_bytes``. ``measured_s``: wall time seen by this rank.
+    By data rank (tensor rank 0): ``busy_s``, seconds in microbatches without waiting for peers, in the mean over
+    pipeline stages; ``span_s``, the same with the waiting, and ``peak_bytes``, both of the stage with the most. ``measured_s``: wall time seen by this rank.
     """
 
     loss: float
@@ -83,6 +85,12 @@ def train_step(
     )
 
 
+def compile_stage_program(runtime: Runtime, plan: StepPlan) -> RankProgram:
+    """What this rank runs of the plan."""
+    mesh = runtime.mesh
+    return compile_rank_program(plan, mesh.data_rank, stage=mesh.stage, num_stages=mesh.num_stages)
+
+
 def accumulate_gradients(
     runtime: Runtime, program: RankProgram, read_spans: ReadSpans, *, num_tokens: int
 ) -> tuple[float, float]:
@@ -91,24 +99,77 @@ def accumulate_gradients(
     Returns this rank's sum of token losses and the seconds from its first microbatch to the end of its last.
     """
     device = runtime.mesh.device
-    losses = torch.zeros((), dtype=torch.float64, device=device)
-
-    def run(rows: TokenRows, attention: MicrobatchAttention) -> None:
-        loss = runtime.model(rows.tokens_T, rows.positions_T, rows.labels_T, attention)
-        losses.add_(loss.detach())
-        (loss / num_tokens).backward()
-
-    def run_empty_microbatch() -> None:
-        run(token_rows([], [], device), MicrobatchAttention(()))
-
-    with gathered_step(runtime.model, run_empty_microbatch):
+    runner = StageRunner(runtime, program, read_spans, num_tokens)
+    with gathered_step(runtime.model, lambda: run_empty_microbatch(runtime)):
         start_s = time.perf_counter()
-        for microbatch in program.microbatches:
-            run(read_spans(microbatch.spans), bind_attention(runtime, microbatch))
+        for action in program.actions:
+            if action.backward:
+                runner.backward(action.place)
+            else:
+                runner.forward(action.place)
+        if runtime.link is not None:
+            runtime.link.drain()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         span_s = time.perf_counter() - start_s
-    return losses.item(), span_s
+    return runner.loss_sum.item(), span_s
+
+
+def run_empty_microbatch(runtime: Runtime) -> None:
+    """Forward and backward of zero tokens through this rank's stage."""
+    run_alone(runtime, token_rows([], [], runtime.mesh.device), MicrobatchAttention(()))
+
+
+def run_alone(runtime: Runtime, rows: TokenRows, attention: MicrobatchAttention) -> None:
+    """Forward and backward of this rank's stage, cut off from its neighbours: later stages start from zeros."""
+    hidden_TD = None
+    if not runtime.model.stage.is_first:
+        shape = (len(rows.tokens_T), runtime.model.spec.hidden_dim)
+        hidden_TD = torch.zeros(shape, device=runtime.mesh.device, dtype=runtime.compute_dtype, requires_grad=True)
+    runtime.model(rows.tokens_T, rows.positions_T, rows.labels_T, attention, hidden_TD).sum().backward()
+
+
+class StageRunner:
+    """Forwards and backwards of one stage; what a forward leaves waits here for its backward."""
+
+    def __init__(self, runtime: Runtime, program: RankProgram, read_spans: ReadSpans, num_tokens: int) -> None:
+        self._runtime = runtime
+        self._program = program
+        self._read_spans = read_spans
+        self._num_tokens = num_tokens
+        self._in_flight: dict[int, tuple[torch.Tensor | None, torch.Tensor]] = {}  # stage's input, output by place
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=runtime.mesh.device)
+
+    def forward(self, place: int) -> None:
+        runtime, microbatch = self._runtime, self._program.microbatches[place]
+        rows, link, hidden_TD = self._read_spans(microbatch.spans), runtime.link, None
+        if link is not None and not link.is_first:
+            hidden_TD = link.receive_hidden(microbatch.index, self._shape(microbatch))
+            # the stage before is past every backward that its limit of forwards in flight made it run first
+            settled = place - (link.num_stages - (link.stage - 1))
+            if settled >= 0:
+                link.gradient_has_arrived(self._program.microbatches[settled].index)
+        attention = bind_attention(runtime, microbatch)
+        output = runtime.model(rows.tokens_T, rows.positions_T, rows.labels_T, attention, hidden_TD)
+        if link is not None and not link.is_last:
+            link.send_hidden(microbatch.index, output)
+        else:
+            self.loss_sum.add_(output.detach())
+        self._in_flight[place] = hidden_TD, output
+
+    def backward(self, place: int) -> None:
+        link, microbatch = self._runtime.link, self._program.microbatches[place]
+        hidden_TD, output = self._in_flight.pop(place)
+        if link is not None and not link.is_last:
+            output.backward(link.receive_gradient(microbatch.index, self._shape(microbatch)))
+        else:
+            (output / self._num_tokens).backward()
+        if link is not None and hidden_TD is not None:
+            assert hidden_TD.grad is not None
+            link.send_gradient(microbatch.index, hidden_TD.grad)
+
+    def _shape(self, microbatch: RankMicrobatch) -> tuple[int, int]:
+        return microbatch.num_rows, self._runtime.model.spec.hidden_dim
 
 
 def bind_attention(runtime: Runtime, microbatch: RankMicrobatch) -> MicrobatchAttention:
@@ -134,20 +195,20 @@ class _Shared:
 
 def _share(runtime: Runtime, loss_sum: float, squared_norm: torch.Tensor, stop: bool, span_s: float) -> _Shared:
     mesh = runtime.mesh
-    size = mesh.data_size
     totals = torch.zeros(3, dtype=torch.float64)
-    by_rank = torch.zeros(3, size, dtype=torch.float64)
+    by_rank = torch.zeros(3, mesh.num_stages, mesh.data_size, dtype=torch.float64)
     totals[1] = squared_norm
     totals[2] = float(stop)
-    if mesh.tensor_rank == 0:  # tensor ranks hold the same loss and run the same microbatches
+    if mesh.tensor_rank == 0:  # tensor ranks hold the same loss and run the same microbatches; only last stages have any
         totals[0] = loss_sum
         waited_s = runtime.wait_clock.waited_s
-        by_rank[:, mesh.data_rank] = torch.tensor(
+        by_rank[:, mesh.stage, mesh.data_rank] = torch.tensor(
             [span_s - waited_s, span_s, runtime.peak.read_bytes()], dtype=torch.float64
         )
     stats = comm.all_reduce_sum(torch.cat((totals, by_rank.flatten())), mesh.control_group)
-    (loss, norm, stops), (busy, span, peak) = stats[:3].tolist(), stats[3:].view(3, size).tolist()
+    loss, norm, stops = stats[:3].tolist()
+    busy, span, peak = stats[3:].view_as(by_rank)
     return _Shared(
-        loss_sum=loss, squared_norm=norm, stop=stops > 0, busy_s=tuple(busy), span_s=tuple(span),
-        peak_bytes=tuple(int(value) for value in peak),
+        loss_sum=loss, squared_norm=norm, stop=stops > 0, busy_s=tuple(busy.mean(0).tolist()),
+        span_s=tuple(span.amax(0).tolist()), peak_bytes=tuple(int(value) for value in peak.amax(0).tolist()),
     )
