@@ -1,4 +1,4 @@
-"""In which order the stages of pipelines run forwards and backwards, where microbatches differ in size, ranks and number.
+"""In which order the stages of pipelines run forwards and backwards, where microbatches differ in size and number.
 
 Every data rank is a pipeline of ``num_stages`` stages. A microbatch passes through the stages of all of its ranks in
 step, because at each stage its ranks exchange attention. Ranks may run different numbers of microbatches (ByteScale's

@@ -44,8 +44,9 @@ class Runtime:
 class StepOutcome:
     """What a step did, the same on every rank. ``loss``: mean over all tokens of the step (nats).
 
-    By data rank (tensor rank 0): ``busy_s``, seconds in microbatches without waiting for peers, in the mean over
-    pipeline stages; ``span_s``, the same with the waiting, and ``peak_bytes``, both of the stage with the most. ``measured_s``: wall time seen by this rank.
+    By data rank (tensor rank 0): ``busy_s``, seconds in microbatches without waiting for peers (mean of the pipeline
+    stages); ``span_s``, the same with the waiting, and ``peak_bytes`` (both of the stage with the most).
+    ``measured_s``: wall time seen by this rank.
     """
 
     loss: float
@@ -199,7 +200,7 @@ def _share(runtime: Runtime, loss_sum: float, squared_norm: torch.Tensor, stop: 
     by_rank = torch.zeros(3, mesh.num_stages, mesh.data_size, dtype=torch.float64)
     totals[1] = squared_norm
     totals[2] = float(stop)
-    if mesh.tensor_rank == 0:  # tensor ranks hold the same loss and run the same microbatches; only last stages have any
+    if mesh.tensor_rank == 0:  # tensor ranks hold the same loss and run the same microbatches
         totals[0] = loss_sum
         waited_s = runtime.wait_clock.waited_s
         by_rank[:, mesh.stage, mesh.data_rank] = torch.tensor(

@@ -80,7 +80,7 @@ def test_the_settings_of_these_tests_would_start(work: Path) -> None:
         (["--attention", "usp"], ["plan.attention usp is not built yet"]),
         (["--memory", "swap"], ["memory.policy swap is not built yet"]),
         (["--lora-rank", "8"], ["model.lora_rank is not built yet"]),
-        (["--pipeline-parallel", "2"], ["parallel.pipeline_parallel 2 is not built yet"]),
+        (["--pipeline-parallel", "2"], ["pipeline_parallel (2) is more than the 1 layers"]),
         (["--max-length", "512"], ["data.tokens_per_step (256) must be at least data.max_length (512)"]),
         (["--data", "nowhere"], ["'nowhere': no such file or folder"]),
         (["--tokenizer", "nowhere.json"], ["'nowhere.json': no such file"]),

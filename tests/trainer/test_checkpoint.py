@@ -15,7 +15,6 @@ import pytest
 import torch
 
 from parallel import comm
-
 from planner.cost import CostModel, PlanLimits
 from planner.errors import CheckpointError, LonghaulError
 from planner.model_spec import ModelSpec

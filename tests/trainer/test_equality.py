@@ -52,7 +52,8 @@ def train_rank(rank, world_size, init_method, parallel, strategy, degree, kinds,
     num_ranks = parallel.data_ranks(world_size)
     cost = cost_model(num_ranks)
     limits = PlanLimits(
-        device_budget_bytes=budget_tokens, max_ulysses_degree=spec.num_query_heads // parallel.tensor_parallel, kinds=kinds
+        device_budget_bytes=budget_tokens, kinds=kinds,
+        max_ulysses_degree=spec.num_query_heads // parallel.tensor_parallel,
     )
     initial = full_weights(runtime)
     losses, shapes = [], set()
@@ -97,6 +98,8 @@ def full_weights(runtime):
 DATA = ParallelConfig()
 TENSOR_2 = ParallelConfig(tensor_parallel=2)
 STAGES_2 = ParallelConfig(pipeline_parallel=2)
+STAGES_2_TENSOR_2 = ParallelConfig(pipeline_parallel=2, tensor_parallel=2)
+REPLICAS_2, REPLICAS_4 = ParallelConfig(shard_ranks=2), ParallelConfig(shard_ranks=1)
 ULYSSES, RING = (AttentionKind.ULYSSES,), (AttentionKind.RING,)
 RUNS = {
     "1 rank": (1, DATA, "static", 1, ULYSSES, 2**40, {("local", 1)}),
@@ -110,16 +113,26 @@ RUNS = {
     "4 ranks megatron": (4, DATA, "megatron", None, RING, 60, {("local", 1)}),
     "pipeline 2 x data 2": (4, STAGES_2, "flexsp", None, ULYSSES, 80, {("local", 1), ("ulysses", 2)}),
     "pipeline 2 x data 2 hdp": (4, STAGES_2, "hdp", None, RING, 80, {("local", 1), ("ring", 2)}),
-    "pipeline 2 x tensor 2": (4, ParallelConfig(pipeline_parallel=2, tensor_parallel=2), "static", 1, ULYSSES, 2**40, {("local", 1)}),
-    "2 replicas of 2 shards": (4, ParallelConfig(shard_ranks=2), "flexsp", None, ULYSSES, 60, {("local", 1), ("ulysses", 4)}),
-    "4 replicas": (4, ParallelConfig(shard_ranks=1), "flexsp", None, ULYSSES, 60, {("local", 1), ("ulysses", 4)}),
+    "pipeline 2 x tensor 2": (4, STAGES_2_TENSOR_2, "static", 1, ULYSSES, 2**40, {("local", 1)}),
+    "2 replicas of 2": (4, REPLICAS_2, "flexsp", None, ULYSSES, 60, {("local", 1), ("ulysses", 4)}),
+    "4 replicas": (4, REPLICAS_4, "flexsp", None, ULYSSES, 60, {("local", 1), ("ulysses", 4)}),
     "tensor 2 x data 2": (4, TENSOR_2, "static", 2, ULYSSES, 2**40, {("ulysses", 2)}),
 }
+
+
+STRATEGIES = ("flexsp", "adaptive", "hdp", "zeppelin", "megatron", "static")
 
 
 @pytest.fixture(scope="module")
 def pool():
     pool = RankPool(4)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="module")
+def large_pool():
+    pool = RankPool(8)
     yield pool
     pool.close()
 
@@ -152,6 +165,19 @@ class TestEquality:
         spec = dataclasses.replace(SPEC, tied_head=True, qk_norm=False)
         losses, _, final, _ = pool.run(train_rank, TENSOR_2, "static", 2, RING, 2**40, spec)[0]
         self.compare(dense_run(pool, spec), losses, final)
+
+    @pytest.mark.nightly
+    @pytest.mark.parametrize("num_stages", [1, 2])
+    @pytest.mark.parametrize("tensor_parallel", [1, 2])
+    @pytest.mark.parametrize("world_size", [4, 8])
+    @pytest.mark.parametrize("strategy", STRATEGIES)
+    def test_every_strategy_on_every_grid(self, large_pool, oracle, strategy, world_size, tensor_parallel, num_stages):
+        parallel = ParallelConfig(tensor_parallel=tensor_parallel, pipeline_parallel=num_stages)
+        budget = 2 * 150 // parallel.data_ranks(world_size) + 30
+        kinds = (*ULYSSES, *RING)
+        results = large_pool.run(train_rank, parallel, strategy, None, kinds, budget, SPEC, world_size=world_size)
+        losses, _, final, _ = results[0]
+        self.compare(oracle, losses, final)
 
     @staticmethod
     def compare(oracle, losses, final):
