@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 from planner.errors import PlanError
 from planner.layout import local_token_counts, shard_spans
+from planner.lockstep import lockstep_rounds
 from planner.pipeline_order import StageWork, pipeline_order, rank_actions
-from planner.plan import AttentionGroup, AttentionKind, Microbatch, Span, StepPlan, plan_digest
+from planner.plan import AttentionGroup, AttentionKind, Microbatch, Sharding, Span, StepPlan, plan_digest
 from planner.schedule import Round, Task, Transfer, write_schedule
 
 Rows = tuple[int, int]
@@ -82,9 +83,9 @@ class RankMicrobatch:
 
 @dataclass(frozen=True, slots=True)
 class RankAction:
-    """``place``: index into the program's microbatches."""
+    """``place``: index into the program's microbatches; None: an empty one, to keep in step with the other ranks."""
 
-    place: int
+    place: int | None
     backward: bool
 
 
@@ -122,6 +123,12 @@ def compile_rank_program(plan: StepPlan, rank: int, *, stage: int = 0, num_stage
 def _compile_actions(plan: StepPlan, rank: int, stage: int, num_stages: int) -> tuple[RankAction, ...]:
     work = [StageWork(ranks=batch.ranks, seconds=batch.predicted_s) for batch in plan.microbatches]
     places = {index: place for place, index in enumerate(i for i, item in enumerate(work) if rank in item.ranks)}
+    if plan.sharding is Sharding.ZERO3:
+        if num_stages > 1:
+            raise PlanError(f"step {plan.step}: sharding {plan.sharding} cannot run in pipeline stages")
+        rounds = lockstep_rounds(item.ranks for item in work)
+        mine = [next((places[index] for index in members if index in places), None) for members in rounds] or [None]
+        return tuple(RankAction(place, backward) for place in mine for backward in (False, True))
     if num_stages == 1:
         return tuple(RankAction(place, backward) for place in places.values() for backward in (False, True))
     order = rank_actions(pipeline_order(work, num_stages=num_stages), work, rank=rank, stage=stage)

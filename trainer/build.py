@@ -17,6 +17,7 @@ from parallel.stages import StageLink
 from parallel.timing import TimedExchange, WaitClock
 from planner.errors import SpecError
 from planner.model_spec import ModelSpec
+from planner.plan import Sharding
 from trainer.config import TrainConfig
 from trainer.initialize import initialize_weights
 from trainer.optimizer import ShardedAdamW
@@ -61,7 +62,8 @@ def build_runtime(
         device=device, rank=env.rank, world_size=env.world_size, timeout_s=timeout_s, init_method=init_method
     )
     mesh = build_mesh(shape, rank=env.rank, device=device, timeout_s=timeout_s)
-    model = build_model(spec, mesh, seed=config.run.seed, compute_dtype=dtype)
+    sharding = Sharding(parallel.sharding)
+    model = build_model(spec, mesh, seed=config.run.seed, compute_dtype=dtype, sharding=sharding)
     clock = WaitClock()
     wire = TimedExchange(GroupExchange(mesh.exchange_group), clock)
     link = None
@@ -80,10 +82,13 @@ def build_runtime(
         wait_clock=clock,
         peak=PeakMemory(device),
         compute_dtype=dtype,
+        sharding=sharding,
     )
 
 
-def build_model(spec: ModelSpec, mesh: RankMesh, *, seed: int, compute_dtype: torch.dtype) -> Decoder:
+def build_model(
+    spec: ModelSpec, mesh: RankMesh, *, seed: int, compute_dtype: torch.dtype, sharding: Sharding
+) -> Decoder:
     """A sharded model with its initial weights on the mesh's device. Collective over the data axis."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # megatron-core names every optional package it does not find
@@ -93,5 +98,5 @@ def build_model(spec: ModelSpec, mesh: RankMesh, *, seed: int, compute_dtype: to
         )
     initialize_weights(model, seed=seed)
     model.to(mesh.device)
-    shard_model(model, model.layers.values(), mesh.shard_mesh, compute_dtype=compute_dtype)
+    shard_model(model, model.layers.values(), mesh.shard_mesh, compute_dtype=compute_dtype, sharding=sharding)
     return model

@@ -113,6 +113,9 @@ class ParallelConfig:
     shard_ranks: int | None = None
     """Data ranks that share one copy of the weights; the others hold replicas (none: all share one)."""
 
+    sharding: Literal["gather_once", "zero3"] = "gather_once"
+    """Weights gathered once a step (microbatch counts may differ by rank), or layer by layer (least memory)."""
+
     def data_ranks(self, world_size: int) -> int:
         """Ranks of the data axis. The world size must be a multiple of tensor times pipeline parallelism."""
         return world_size // (self.tensor_parallel * self.pipeline_parallel)

@@ -192,6 +192,8 @@ def _wrong_model(config: TrainConfig) -> Iterator[str]:
     if spec.num_experts > 1 or spec.learned_positions or not spec.gated_mlp:
         yield f"model.preset ({spec.name}) is a shape to plan with: training builds dense gated decoders with RoPE"
     num_stages = config.parallel.pipeline_parallel
+    if num_stages > 1 and config.parallel.sharding == "zero3":
+        yield "parallel.sharding zero3 cannot be used with pipeline_parallel above 1: use gather_once"
     if num_stages > spec.num_layers:
         yield f"parallel.pipeline_parallel ({num_stages}) is more than the {spec.num_layers} layers of {spec.name}"
     if num_stages > 1 and spec.tied_head:

@@ -16,7 +16,7 @@ from planner.plan import AttentionKind, digest_of
 from planner.units import KIB, parse_bytes
 from trainer.calibration import CALIBRATION_VERSION, calibrate
 from trainer.config import TrainConfig
-from trainer.plan_inputs import KINDS, load_cost, plan_limits
+from trainer.plan_inputs import KINDS, load_run_cost, plan_limits
 from trainer.step import Runtime
 
 RUN_COST = "cost.json"
@@ -74,7 +74,7 @@ def obtain_cost(
     A resumed run takes the one it began with (``RUN_DIR/cost.json``): the same prices give the same plans.
     """
     if config.plan.cost != "auto":
-        cost = load_cost(config.plan.cost)
+        cost = load_run_cost(config)
         return cost, f"cost model: {config.plan.cost} ({cost.provenance.source})"
     mesh = runtime.mesh
     pairs = priced_pairs(config, mesh.data_size, limits.max_ulysses_degree)
@@ -133,7 +133,7 @@ def _cost_key(config: TrainConfig, runtime: Runtime, pairs: tuple[tuple[Attentio
     conditions = {
         "calibration": CALIBRATION_VERSION, "host": platform.node(), "device": device, "torch": torch.__version__,
         "world_size": mesh.world_size, "tensor_size": mesh.tensor_size, "num_stages": mesh.num_stages,
-        "shard_size": mesh.shape.shard_size, "dtype": config.run.dtype,
+        "shard_size": mesh.shape.shard_size, "sharding": str(runtime.sharding), "dtype": config.run.dtype,
         "model": to_plain(runtime.model.spec), "max_length": config.data.max_length,
         "pairs": [[str(kind), degree] for kind, degree in pairs],
     }

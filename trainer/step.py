@@ -14,11 +14,11 @@ from parallel import comm
 from parallel.engine import AttentionEngine, MicrobatchAttention
 from parallel.mesh import RankMesh
 from parallel.program import RankMicrobatch, RankProgram, compile_rank_program
-from parallel.sharding import gathered_step
+from parallel.sharding import sharded_step
 from parallel.stages import StageLink
 from parallel.timing import WaitClock
 from planner.errors import NumericError
-from planner.plan import Span, StepPlan
+from planner.plan import Sharding, Span, StepPlan
 from trainer.batch import TokenRows, token_rows
 from trainer.optimizer import ShardedAdamW
 from trainer.transformer import Decoder
@@ -38,6 +38,7 @@ class Runtime:
     wait_clock: WaitClock
     peak: PeakMemory
     compute_dtype: torch.dtype
+    sharding: Sharding
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,10 +102,13 @@ def accumulate_gradients(
     """
     device = runtime.mesh.device
     runner = StageRunner(runtime, program, read_spans, num_tokens)
-    with gathered_step(runtime.model, lambda: run_empty_microbatch(runtime)):
+    with sharded_step(runtime.model, runtime.sharding, lambda: run_empty_microbatch(runtime)):
         start_s = time.perf_counter()
         for action in program.actions:
-            if action.backward:
+            if action.place is None:
+                if not action.backward:
+                    run_empty_microbatch(runtime)
+            elif action.backward:
                 runner.backward(action.place)
             else:
                 runner.forward(action.place)

@@ -50,7 +50,7 @@ def train_rank(rank, world_size, init_method, parallel, strategy, degree, kinds,
     env = RankEnv(rank=rank, world_size=world_size, local_rank=rank, local_world_size=world_size)
     runtime = build_runtime(config, env, spec, init_method=init_method)
     num_ranks = parallel.data_ranks(world_size)
-    cost = cost_model(num_ranks)
+    cost = dataclasses.replace(cost_model(num_ranks), sharding=runtime.sharding)
     limits = PlanLimits(
         device_budget_bytes=budget_tokens, kinds=kinds,
         max_ulysses_degree=spec.num_query_heads // parallel.tensor_parallel,
@@ -100,6 +100,8 @@ TENSOR_2 = ParallelConfig(tensor_parallel=2)
 STAGES_2 = ParallelConfig(pipeline_parallel=2)
 STAGES_2_TENSOR_2 = ParallelConfig(pipeline_parallel=2, tensor_parallel=2)
 REPLICAS_2, REPLICAS_4 = ParallelConfig(shard_ranks=2), ParallelConfig(shard_ranks=1)
+ZERO3 = ParallelConfig(sharding="zero3")
+ZERO3_TENSOR_2 = ParallelConfig(sharding="zero3", tensor_parallel=2)
 ULYSSES, RING = (AttentionKind.ULYSSES,), (AttentionKind.RING,)
 RUNS = {
     "1 rank": (1, DATA, "static", 1, ULYSSES, 2**40, {("local", 1)}),
@@ -116,6 +118,9 @@ RUNS = {
     "pipeline 2 x tensor 2": (4, STAGES_2_TENSOR_2, "static", 1, ULYSSES, 2**40, {("local", 1)}),
     "2 replicas of 2": (4, REPLICAS_2, "flexsp", None, ULYSSES, 60, {("local", 1), ("ulysses", 4)}),
     "4 replicas": (4, REPLICAS_4, "flexsp", None, ULYSSES, 60, {("local", 1), ("ulysses", 4)}),
+    "zero3 flexsp": (4, ZERO3, "flexsp", None, ULYSSES, 60, {("local", 1), ("ulysses", 4)}),
+    "zero3 hdp": (4, ZERO3, "hdp", None, RING, 60, {("local", 1), ("ring", 2)}),
+    "zero3 x tensor 2": (4, ZERO3_TENSOR_2, "adaptive", None, RING, 90, {("local", 1), ("ring", 2)}),
     "tensor 2 x data 2": (4, TENSOR_2, "static", 2, ULYSSES, 2**40, {("ulysses", 2)}),
 }
 
