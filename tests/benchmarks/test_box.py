@@ -93,7 +93,9 @@ def test_a_run_that_does_not_end_is_ended() -> None:
         box.run([sys.executable, "-c", "import time; time.sleep(600)"], timeout_s=2)
 
 
-@pytest.mark.parametrize("wrong", [{"num_nodes": 0}, {"nics_per_node": 3}, {"nic_bytes_per_s": 0.0}, {"cpu_share": 0.0}])
+@pytest.mark.parametrize(
+    "wrong", [{"num_nodes": 0}, {"nics_per_node": 3}, {"nic_bytes_per_s": 0.0}, {"cpu_share": 0.0}]
+)
 def test_impossible_boxes_are_refused(wrong: dict[str, float]) -> None:
     values = {"num_nodes": 2, "ranks_per_node": 4, "nics_per_node": 4, "nic_bytes_per_s": RATE, **wrong}
     with pytest.raises(ValueError, match=r"box|cards"):
