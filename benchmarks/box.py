@@ -1,9 +1,12 @@
-"""A cluster in a box: several nodes with shaped network cards on one Linux machine, for benchmarks and nightly tests.
+"""A cluster in a box: nodes with shaped network cards and ranks of fixed speed on one Linux machine, for benchmarks
+and nightly tests.
 
 Every rank lives in a network namespace of its own, with one address and two ways out: to ranks of its node over an
 unshaped bridge (the node's NVLink), to all others through its node's network card. A card is a virtual link with a
 token bucket at both ends, so that it limits what leaves and what arrives; ranks share a card where there are fewer
-cards than ranks. Nothing leaves the machine, and all of it is torn down at the end, also on failure.
+cards than ranks. A rank may be given a fixed share of one core (a CPU quota), so that it computes at its own speed
+whatever the others do: without that an idle rank lends its core to the busy ones, which no GPU does. Nothing leaves
+the machine, and all of it is torn down at the end, also on failure.
 
     with Box(BoxSpec(num_nodes=2, ranks_per_node=4, nics_per_node=4, nic_bytes_per_s=25e6)) as box:
         outputs = box.run([sys.executable, "-m", "my.worker"], timeout_s=120)
@@ -29,6 +32,8 @@ from types import TracebackType
 SUBNET = "10.213"  # used inside the box's own namespaces only
 INTRA, NIC = "intra", "nic0"
 BURST_BYTES = 64 * 1024
+CPU_PERIOD_US = 10_000
+CPU_ROOTS = (Path("/sys/fs/cgroup/cpu"), Path("/sys/fs/cgroup"))
 QUEUE_S = 0.2
 """How long a packet may wait in a card's queue before it is dropped."""
 
@@ -36,18 +41,22 @@ QUEUE_S = 0.2
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BoxSpec:
     """``nic_bytes_per_s``: each card's rate, each way. Ranks are dealt to the cards of their node in blocks:
-    ``ranks_per_node`` must be a multiple of ``nics_per_node``."""
+    ``ranks_per_node`` must be a multiple of ``nics_per_node``. ``cpu_share``: of one core, for every rank (None: no
+    limit)."""
 
     num_nodes: int
     ranks_per_node: int
     nics_per_node: int
     nic_bytes_per_s: float
+    cpu_share: float | None = None
 
     def __post_init__(self) -> None:
         if min(self.num_nodes, self.ranks_per_node, self.nics_per_node) < 1 or self.nic_bytes_per_s <= 0:
             raise ValueError(f"a box needs at least one node, rank and card and a positive rate, got {self}")
         if self.ranks_per_node % self.nics_per_node:
             raise ValueError(f"{self.ranks_per_node} ranks cannot share {self.nics_per_node} cards evenly")
+        if self.cpu_share is not None and not self.cpu_share > 0:
+            raise ValueError(f"a rank in the box needs a share of a core above 0, got {self.cpu_share}")
 
     @property
     def num_ranks(self) -> int:
@@ -98,6 +107,7 @@ class Box:
         self.spec = spec
         self._prefix = f"lhbox{os.getpid()}"
         self._names: list[str] = []
+        self._quotas: list[Path] = []
 
     def __enter__(self) -> Box:
         try:
@@ -157,10 +167,13 @@ class Box:
         self, rank: int, command: Sequence[str], env: Mapping[str, str], log: Path
     ) -> subprocess.Popen[bytes]:
         with log.open("wb") as sink:
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 ["ip", "netns", "exec", self.namespace(rank), *command], stdout=sink, stderr=subprocess.STDOUT,
                 env={**os.environ, **env}, start_new_session=True,
             )
+        if self._quotas:
+            (self._quotas[rank] / "cgroup.procs").write_text(str(process.pid), encoding="utf-8")
+        return process
 
     def _build(self) -> None:
         """All bridges stand in one namespace: one bridge per node, one per card, one core between the cards."""
@@ -177,6 +190,8 @@ class Box:
                     _sh("tc", "-n", switch, "qdisc", "add", "dev", device, "root", *_bucket(spec.nic_bytes_per_s))
         for rank in range(spec.num_ranks):
             self._add_rank(rank, switch)
+            if spec.cpu_share is not None:
+                self._quotas.append(_make_quota(self.namespace(rank), spec.cpu_share))
 
     def _add_rank(self, rank: int, switch: str) -> None:
         spec, name = self.spec, self._namespace(f"r{rank}")
@@ -203,11 +218,33 @@ class Box:
             with suppress(BoxError):
                 _sh("ip", "netns", "del", name)
         self._names.clear()
+        for quota in self._quotas:
+            with suppress(OSError):
+                quota.rmdir()
+        self._quotas.clear()
 
 
 def _bridge(namespace: str, name: str) -> None:
     _sh("ip", "-n", namespace, "link", "add", name, "type", "bridge")
     _sh("ip", "-n", namespace, "link", "set", name, "up")
+
+
+def _make_quota(name: str, share: float) -> Path:
+    """A control group that gives its processes this share of one core. Raises BoxError where there is no controller."""
+    for root in CPU_ROOTS:
+        group, quota_us = root / name, int(CPU_PERIOD_US * share)
+        with suppress(OSError):
+            group.mkdir()
+            if (group / "cpu.max").exists():
+                (group / "cpu.max").write_text(f"{quota_us} {CPU_PERIOD_US}", encoding="utf-8")
+                return group
+            if (group / "cpu.cfs_quota_us").exists():
+                (group / "cpu.cfs_period_us").write_text(str(CPU_PERIOD_US), encoding="utf-8")
+                (group / "cpu.cfs_quota_us").write_text(str(quota_us), encoding="utf-8")
+                return group
+        with suppress(OSError):
+            group.rmdir()
+    raise BoxError(f"no CPU controller under {' or '.join(map(str, CPU_ROOTS))}: a share of a core cannot be set")
 
 
 def _bucket(bytes_per_s: float) -> tuple[str, ...]:

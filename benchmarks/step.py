@@ -1,9 +1,12 @@
-"""Tokens per second of flexsp against the best static degree, in one run on CPU ranks that this command starts.
+"""Tokens per second of planned strategies against the best static layout, in one run on CPU ranks that it starts.
 
     python -m benchmarks.step [--steps 12] [--out benchmarks/results/step.md]
+    python -m benchmarks.step --box 2x4 --strategies adaptive,flexsp,hdp,zeppelin --attention auto      (as root)
 
 Memory is part of the comparison, as in the FlexSP paper: with the default ``--capacity-tokens`` the longest sequence
 needs all ranks, so a static degree has to serve every sequence with the group that only the longest ones need.
+
+``--box`` runs in a cluster in a box (``benchmarks.box``): nodes with shaped network cards, ranks of a fixed speed.
 """
 
 from __future__ import annotations
@@ -21,15 +24,18 @@ from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from benchmarks.box import Box, BoxError, BoxSpec, box_problem
 from benchmarks.step_report import markdown, this_setting
-from benchmarks.step_results import StepRun, StepSettings
+from benchmarks.step_results import FLEXSP, StepRun, StepSettings
 from launch import environment
 from launch.worker import die_with_parent, leave
 from planner.codec import from_plain, to_plain
 from planner.errors import EXIT_OK, LonghaulError, SpecError
 from planner.specs import load_model, model_names
+from planner.step_planner import check_strategy
 
 _EXIT_FAILURE = 1
+_BOX_TIMEOUT_S = 3600
 
 
 def main(arguments: SequenceOf[str] | None = None) -> int:
@@ -49,7 +55,8 @@ def main(arguments: SequenceOf[str] | None = None) -> int:
         local_world_size=settings.num_ranks, is_single_node=True, num_cores=num_cores
     ))
     with tempfile.TemporaryDirectory(prefix="longhaul-bench-") as folder:
-        code = _run_ranks(settings, Path(folder))
+        run_all = _run_ranks if settings.box is None else _run_in_box
+        code = run_all(settings, Path(folder))
         if code != EXIT_OK:
             return code
         result = from_plain(StepRun, json.loads((Path(folder) / "result.json").read_text()), where="result")
@@ -67,6 +74,11 @@ def main(arguments: SequenceOf[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, default=4, help="processes to start (%(default)s)")
+    parser.add_argument("--strategies", default=FLEXSP, help="with commas between them (%(default)s)")
+    parser.add_argument("--box", metavar="NODESxRANKS", help="run in a box, such as 2x4, instead of --ranks")
+    parser.add_argument("--nics", type=int, default=1, help="in a box: cards per node (%(default)s)")
+    parser.add_argument("--nic-mbit", type=float, default=200, help="in a box: each card's Mbit/s (%(default)s)")
+    parser.add_argument("--cpu-share", type=float, default=0.2, help="in a box: of one core, per rank (%(default)s)")
     parser.add_argument("--steps", type=int, default=8, help="batches; each strategy runs each once (%(default)s)")
     parser.add_argument("--max-length", type=int, default=4096, help="longest sequence, tokens (%(default)s)")
     parser.add_argument("--tokens-per-step", type=int, default=16384, help="most tokens in a batch (%(default)s)")
@@ -95,18 +107,52 @@ def _settings(options: argparse.Namespace) -> StepSettings:
             f"--tokens-per-step {options.tokens_per_step}: less than one sequence of --max-length {options.max_length}"
         )
     load_model(options.model)
-    needed = -(-options.max_length // options.ranks)
+    strategies = tuple(options.strategies.split(","))
+    for strategy in strategies:
+        check_strategy(strategy, None)
+    box = _box(options) if options.box else None
+    num_ranks = options.ranks if box is None else box.num_ranks
+    needed = -(-options.max_length // num_ranks)
     capacity = needed if options.capacity_tokens is None else options.capacity_tokens
     if capacity < needed:
         raise SpecError(
-            f"--capacity-tokens {capacity}: {options.ranks} ranks cannot hold a sequence of {options.max_length} "
+            f"--capacity-tokens {capacity}: {num_ranks} ranks cannot hold a sequence of {options.max_length} "
             f"tokens; at least {needed}"
         )
     return StepSettings(
-        num_ranks=options.ranks, num_batches=options.steps, tokens_per_batch=options.tokens_per_step,
+        num_ranks=num_ranks, num_batches=options.steps, tokens_per_batch=options.tokens_per_step,
         max_length=options.max_length, capacity_tokens=capacity, attention=options.attention, model=options.model,
-        seed=options.seed,
+        seed=options.seed, strategies=strategies, box=box,
     )
+
+
+def _box(options: argparse.Namespace) -> BoxSpec:
+    problem = box_problem()
+    if problem is not None:
+        raise SpecError(f"--box {options.box}: no cluster in a box here: {problem}")
+    try:
+        num_nodes, ranks_per_node = map(int, options.box.split("x"))
+        return BoxSpec(
+            num_nodes=num_nodes, ranks_per_node=ranks_per_node, nics_per_node=options.nics,
+            nic_bytes_per_s=options.nic_mbit * 1e6 / 8, cpu_share=options.cpu_share,
+        )
+    except ValueError as error:
+        raise SpecError(f"--box {options.box}: two numbers are needed, such as 2x4 ({error})") from None
+
+
+def _run_in_box(settings: StepSettings, folder: Path) -> int:
+    """Run all ranks in their box; the exit code."""
+    assert settings.box is not None
+    path = folder / "settings.json"
+    path.write_text(json.dumps(to_plain(settings)), encoding="utf-8")
+    command = [sys.executable, "-m", "benchmarks.step_worker", str(path), str(folder)]
+    try:
+        with Box(settings.box) as box:
+            box.run(command, env={"OMP_NUM_THREADS": "1"}, timeout_s=_BOX_TIMEOUT_S)
+    except BoxError as error:
+        print(f"benchmarks.step: error: {error}", file=sys.stderr)
+        return _EXIT_FAILURE
+    return EXIT_OK
 
 
 def _run_ranks(settings: StepSettings, folder: Path) -> int:

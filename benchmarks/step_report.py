@@ -12,8 +12,8 @@ from datetime import date
 from importlib import metadata
 from pathlib import Path
 
+from benchmarks.box import BoxSpec
 from benchmarks.step_results import (
-    FLEXSP,
     StepRun,
     best_static,
     loss_spread,
@@ -56,7 +56,8 @@ def _cpu_name() -> str:
 def markdown(run: StepRun, setting: Setting) -> str:
     """The report: result, batch by batch, what it was made with. Ratios only ever compare within the run."""
     sections = [
-        f"# Training steps: {FLEXSP} against one degree for all, in one run on {run.settings.num_ranks} ranks",
+        f"# Training steps: {', '.join(run.settings.strategies)} against one layout for all, in one run on "
+        f"{run.settings.num_ranks} ranks",
         _table(_summary_head(), _summary_rows(run)),
         "\n".join(f"- {line}" for line in _findings(run)),
         "## Batch by batch: predicted / measured seconds",
@@ -103,7 +104,11 @@ def _findings(run: StepRun) -> list[str]:
             f"{min(ratios):.2f}x, highest {max(ratios):.2f}x (predicted: median {statistics.median(foreseen):.2f}x)"
         )
     errors = [abs(step.error) for step in run.steps]
-    found = Counter(f"{step.winner} ({step.status})" for step in run.of(FLEXSP))
+    searches = []
+    for name in run.settings.strategies:
+        found = Counter(f"{step.winner} ({step.status})" for step in run.of(name))
+        counts = ", ".join(f"{winner} x {count}" for winner, count in found.items())
+        searches.append(f"plans of {name}, by the search that found them: {counts}")
     noise = repeat_differences(run)
     if noise:
         lines.append(
@@ -114,8 +119,7 @@ def _findings(run: StepRun) -> list[str]:
         *lines,
         f"prediction over all {len(errors)} measured steps: mean absolute error {statistics.fmean(errors):.1%}, "
         f"worst {max(errors):.1%}",
-        f"plans of {FLEXSP}, by the search that found them: "
-        + ", ".join(f"{name} x {count}" for name, count in found.items()),
+        *searches,
         f"all strategies reached the same loss on the same batch, to {loss_spread(run):.0e} relative",
     ]
 
@@ -140,7 +144,8 @@ def _circumstances(run: StepRun, setting: Setting) -> list[str]:
     return [
         f"`{setting.command}`, {setting.day}",
         f"{setting.cpu}, {setting.num_cores} cores, {run.num_threads} thread(s) a rank, torch "
-        f"{setting.torch_version}, gloo{shared}",
+        f"{setting.torch_version}, gloo{shared if given.box is None else ''}",
+        *_box_facts(given.box),
         f"machine's load (1 min) before the first measured step {run.load_before:.2f}, after the last "
         f"{run.load_after:.2f}; what exceeds {given.num_ranks} at the end came from elsewhere",
         f"model {given.model}, attention {given.attention}, learning rate 0 (the weights stay as they are), random "
@@ -154,8 +159,19 @@ def _circumstances(run: StepRun, setting: Setting) -> list[str]:
         f"{origin.mean_relative_error:.1%}, worst {origin.max_relative_error:.1%}",
         "each strategy ran every batch once, after one warm-up step, in an order that turns and reverses from "
         "batch to batch; barrier before each step; seconds of the slowest rank; planning is not in them",
-        f"mean planning of a {FLEXSP} step: {format_seconds(summarise(run, FLEXSP).plan_s)}, on rank 0, in training "
-        "hidden behind the step before",
+        "mean planning of a step: "
+        + ", ".join(f"{name} {format_seconds(summarise(run, name).plan_s)}" for name in given.strategies)
+        + ", on rank 0, in training hidden behind the step before",
+    ]
+
+
+def _box_facts(box: BoxSpec | None) -> list[str]:
+    if box is None:
+        return []
+    share = "without a limit" if box.cpu_share is None else f"a fixed {box.cpu_share:.0%} of a core each"
+    return [
+        f"a cluster in a box: {box.num_nodes} nodes of {box.ranks_per_node} ranks ({share}) and {box.nics_per_node} "
+        f"card(s) of {box.nic_bytes_per_s * 8 / 1e6:.0f} Mbit/s each way; inside a node traffic is not shaped"
     ]
 
 

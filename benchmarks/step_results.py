@@ -5,15 +5,20 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass
 
+from benchmarks.box import BoxSpec
 from planner.cost import Provenance
 
 FLEXSP = "flexsp"
 BATCH_BEST = "static, best of each batch"
+RING_ALL = "one ring of all ranks"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepSettings:
-    """What to run. ``capacity_tokens``: tokens of one microbatch that a rank can hold; everything else follows."""
+    """What to run. ``capacity_tokens``: tokens of one microbatch that a rank can hold; everything else follows.
+
+    ``strategies``: compared with the static ones. ``box``: run in a cluster in a box instead of on the bare machine.
+    """
 
     num_ranks: int
     num_batches: int
@@ -23,6 +28,12 @@ class StepSettings:
     attention: str
     model: str
     seed: int
+    strategies: tuple[str, ...] = (FLEXSP,)
+    box: BoxSpec | None = None
+
+    @property
+    def ranks_per_node(self) -> int:
+        return self.num_ranks if self.box is None else self.box.ranks_per_node
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,8 +119,8 @@ def summarise(run: StepRun, strategy: str) -> StrategySummary:
 
 
 def best_static(run: StepRun) -> str:
-    """The fixed degree with the most tokens per second over the whole run."""
-    degrees = [name for name in run.strategies() if name not in (FLEXSP, BATCH_BEST)]
+    """The fixed layout with the most tokens per second over the whole run."""
+    degrees = [name for name in run.strategies() if name not in (*run.settings.strategies, BATCH_BEST)]
     return max(degrees, key=lambda name: summarise(run, name).tokens_per_s)
 
 

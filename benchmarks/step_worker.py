@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,14 +13,14 @@ import numpy as np
 import torch
 
 from benchmarks.lengths import skewed_batches
-from benchmarks.step_results import BATCH_BEST, FLEXSP, MeasuredStep, StepRun, StepSettings, loss_spread, static_name
+from benchmarks.step_results import BATCH_BEST, RING_ALL, MeasuredStep, StepRun, StepSettings, loss_spread, static_name
+from launch import environment
 from parallel import comm
 from parallel.agree import agree_on_plan
-from parallel.program import compile_rank_program
-from planner.codec import to_plain
+from planner.codec import from_plain, to_plain
 from planner.cost import CostModel, PlanLimits
-from planner.errors import InfeasibleError, NumericError
-from planner.plan import Span, StepPlan, digest_of
+from planner.errors import EXIT_BAD_CONFIG, InfeasibleError, LonghaulError, NumericError
+from planner.plan import AttentionKind, Span, StepPlan, digest_of
 from planner.specs import load_model
 from planner.static import possible_degrees
 from planner.step_planner import plan_step
@@ -30,7 +31,7 @@ from trainer.config import DataConfig, PlanConfig, RunConfig, TrainConfig
 from trainer.cost_source import obtain_cost
 from trainer.plan_inputs import plan_limits
 from trainer.rank_env import RankEnv
-from trainer.step import Runtime, StepOutcome, train_step
+from trainer.step import Runtime, StepOutcome, compile_stage_program, train_step
 
 _LOSS_TOLERANCE = 1e-4
 
@@ -46,7 +47,8 @@ def measure_rank(settings: StepSettings, rank: int, folder: Path) -> None:
         plan=PlanConfig(attention=settings.attention),  # type: ignore[arg-type]
     )
     env = RankEnv(
-        rank=rank, world_size=settings.num_ranks, local_rank=rank, local_world_size=settings.num_ranks
+        rank=rank, world_size=settings.num_ranks, local_rank=rank % settings.ranks_per_node,
+        local_world_size=settings.ranks_per_node,
     )
     runtime = build_runtime(config, env, load_model(settings.model), init_method=f"file://{folder / 'store'}")
     try:
@@ -58,7 +60,9 @@ def measure_rank(settings: StepSettings, rank: int, folder: Path) -> None:
 
 
 def _measure(settings: StepSettings, config: TrainConfig, runtime: Runtime, folder: Path) -> StepRun:
-    limits = plan_limits(config, runtime.model.spec, device_budget_bytes=0)  # the budget comes with the cost model
+    limits = plan_limits(  # the budget comes with the cost model
+        config, runtime.model.spec, device_budget_bytes=0, devices_per_node=settings.ranks_per_node
+    )
     cost, _ = obtain_cost(config, runtime, limits, folder)  # an empty folder: measured now, as a training run would
     limits = dataclasses.replace(limits, device_budget_bytes=cost.device_bytes(settings.capacity_tokens))
     batches = skewed_batches(
@@ -83,14 +87,21 @@ def _plan_all(
 ) -> tuple[dict[str, tuple[StepPlan, ...]], tuple[tuple[str, int], ...]]:
     """The plans of every strategy that fits all batches, by batch; and of the others, how many batches do not fit."""
     degrees = possible_degrees(settings.num_ranks, cost, limits)
-    choices: dict[str, tuple[str, int | None]] = {FLEXSP: ("flexsp", None), BATCH_BEST: ("static", None)}
-    choices |= {static_name(degree): ("static", degree) for degree in degrees}
+    choices: dict[str, tuple[str, int | None, PlanLimits]] = {}
+    choices |= {name: (name, None, limits) for name in settings.strategies}
+    choices[BATCH_BEST] = ("static", None, limits)
+    choices |= {static_name(degree): ("static", degree, limits) for degree in degrees}
+    if AttentionKind.RING in limits.kinds and settings.num_ranks in cost.degrees(AttentionKind.RING):
+        rings = dataclasses.replace(limits, kinds=(AttentionKind.RING,))
+        choices[RING_ALL] = ("static", settings.num_ranks, rings)
+        if settings.num_ranks not in cost.degrees(AttentionKind.ULYSSES):
+            choices.pop(static_name(settings.num_ranks), None)  # the same thing
     plans, misfits = {}, []
-    for name, (strategy, degree) in choices.items():
+    for name, (strategy, degree, allowed) in choices.items():
         found: list[StepPlan] = []
         for number, lengths in enumerate(batches):
             try:
-                found.append(_plan(runtime, cost, limits, lengths, number, strategy, degree))
+                found.append(_plan(runtime, cost, allowed, lengths, number, strategy, degree))
             except InfeasibleError:
                 if degree is None:  # not even all degrees together can hold it: nothing to compare
                     raise
@@ -157,7 +168,7 @@ def _run(
     runtime: Runtime, plan: StepPlan, read: Callable[[tuple[Span, ...]], TokenRows]
 ) -> tuple[StepOutcome, float]:
     """The step's outcome and the seconds of the slowest rank."""
-    program = compile_rank_program(plan, runtime.mesh.data_rank)
+    program = compile_stage_program(runtime, plan)
     comm.barrier(runtime.mesh.control_group)
     outcome = train_step(runtime, program, read, num_tokens=plan.num_tokens, lr=0.0)
     slowest = comm.all_reduce_max(torch.tensor([outcome.measured_s], dtype=torch.float64), runtime.mesh.control_group)
@@ -176,3 +187,22 @@ def _reader(
         return token_rows(ids, spans, runtime.mesh.device)
 
     return read
+
+
+def main() -> int:
+    """A rank of a run in a box: ``python -m benchmarks.step_worker SETTINGS.json FOLDER``, its rank in RANK."""
+    settings = from_plain(StepSettings, json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), where="settings")
+    env = environment.detect()
+    if env is None:
+        print("benchmarks.step_worker: error: RANK is not set; benchmarks.step --box starts this", file=sys.stderr)
+        return EXIT_BAD_CONFIG
+    try:
+        measure_rank(settings, env.rank, Path(sys.argv[2]))
+    except LonghaulError as error:
+        print(f"benchmarks.step: error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,6 +1,8 @@
-"""The grid of ranks: data axis x tensor axis. Groups are made here, once, and passed as arguments from then on.
+"""The grid of ranks: stage x data x tensor. Groups are made here, once, and passed as arguments from then on.
 
-Global rank = data_rank * tensor_size + tensor_rank, so a tensor-parallel group is a run of neighbours.
+Global rank = (stage * data_size + data_rank) * tensor_size + tensor_rank: a tensor-parallel group is a run of
+neighbours, the data ranks of a stage stand side by side, and stages, which talk least, are furthest apart.
+The data axis may be cut into replicas: runs of ``shard_size`` data ranks that share one copy of the weights.
 """
 
 from __future__ import annotations
@@ -15,55 +17,138 @@ from planner.errors import SpecError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RankMesh:
-    """This rank's place and its groups.
+class GridShape:
+    """How many ranks along each axis. ``shard_size``: data ranks that share one copy of the weights (a divisor of
+    ``data_size``). Raises SpecError where the numbers do not fit each other."""
 
-    ``exchange_group``: attention's point-to-point traffic over the data axis, apart from FSDP's communicator.
-    ``control_group``: CPU-capable, all ranks: plans, digests, small sums.
-    """
-
-    rank: int
-    data_rank: int
+    num_stages: int
     data_size: int
-    tensor_rank: int
     tensor_size: int
-    device: torch.device
-    data_mesh: DeviceMesh
-    tensor_group: comm.Group
-    exchange_group: comm.Group
-    control_group: comm.Group
+    shard_size: int
+
+    @classmethod
+    def of(cls, world_size: int, *, tensor_size: int, num_stages: int = 1, shard_size: int | None = None) -> GridShape:
+        """The grid of ``world_size`` ranks; ``shard_size`` None: all data ranks share one copy."""
+        share = tensor_size * num_stages
+        if world_size % share:
+            raise SpecError(
+                f"--tensor-parallel {tensor_size} x --pipeline-parallel {num_stages} does not divide the world size "
+                f"{world_size}"
+            )
+        data_size = world_size // share
+        if data_size % (shard_size or data_size):
+            raise SpecError(f"--parallel.shard-ranks {shard_size} does not divide the {data_size} data ranks")
+        return cls(
+            num_stages=num_stages, data_size=data_size, tensor_size=tensor_size, shard_size=shard_size or data_size
+        )
 
     @property
     def world_size(self) -> int:
-        return self.data_size * self.tensor_size
+        return self.num_stages * self.data_size * self.tensor_size
+
+    def rank(self, *, stage: int, data_rank: int, tensor_rank: int) -> int:
+        return (stage * self.data_size + data_rank) * self.tensor_size + tensor_rank
 
 
-def build_mesh(*, rank: int, world_size: int, tensor_size: int, device: torch.device, timeout_s: float) -> RankMesh:
-    """Make every group, in one order on all ranks. Collective. Raises SpecError if the grid does not fit."""
-    if world_size % tensor_size:
-        raise SpecError(f"--tensor-parallel {tensor_size} does not divide the world size {world_size}")
-    data_size = world_size // tensor_size
-    mesh = init_device_mesh(device.type, (data_size, tensor_size), mesh_dim_names=("data", "tensor"))
-    exchange: comm.Group | None = None
-    for tensor_rank in range(tensor_size):
-        ranks = [data_rank * tensor_size + tensor_rank for data_rank in range(data_size)]
-        group = comm.new_group(ranks, timeout_s=timeout_s)
-        if rank in ranks:
-            exchange = group
-    if exchange is None:
-        raise SpecError(f"rank {rank} is not in a grid of {data_size} x {tensor_size} ranks")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankMesh:
+    """This rank's place and its groups.
+
+    ``shard_mesh``: the data axis as FSDP sees it, of one dimension, or of two (replicas, shards) where weights are
+    replicated. ``exchange_group``: attention's point-to-point traffic between the data ranks of a stage, apart from
+    FSDP's communicator. ``forward_group``, ``backward_group``: the stages of one data rank, one communicator for each
+    direction; None without stages. ``control_group``: CPU-capable, all ranks: plans, digests, small sums.
+    """
+
+    shape: GridShape
+    rank: int
+    device: torch.device
+    shard_mesh: DeviceMesh
+    tensor_group: comm.Group
+    exchange_group: comm.Group
+    forward_group: comm.Group | None
+    backward_group: comm.Group | None
+    control_group: comm.Group
+
+    @property
+    def tensor_size(self) -> int:
+        return self.shape.tensor_size
+
+    @property
+    def data_size(self) -> int:
+        return self.shape.data_size
+
+    @property
+    def num_stages(self) -> int:
+        return self.shape.num_stages
+
+    @property
+    def world_size(self) -> int:
+        return self.shape.world_size
+
+    @property
+    def tensor_rank(self) -> int:
+        return self.rank % self.tensor_size
+
+    @property
+    def data_rank(self) -> int:
+        return self.rank // self.tensor_size % self.data_size
+
+    @property
+    def stage(self) -> int:
+        return self.rank // (self.tensor_size * self.data_size)
+
+    @property
+    def replica(self) -> int:
+        """Which copy of the weights this rank holds a shard of."""
+        return self.data_rank // self.shape.shard_size
+
+
+def build_mesh(shape: GridShape, *, rank: int, device: torch.device, timeout_s: float) -> RankMesh:
+    """Make every group, in one order on all ranks. Collective."""
+    num_replicas = shape.data_size // shape.shard_size
+    mesh = init_device_mesh(
+        device.type, (shape.num_stages, num_replicas, shape.shard_size, shape.tensor_size),
+        mesh_dim_names=("stage", "replica", "shard", "tensor"),
+    )
+    stages, tensors = range(shape.num_stages), range(shape.tensor_size)
+    exchange = _own_group(
+        [[shape.rank(stage=s, data_rank=d, tensor_rank=t) for d in range(shape.data_size)] for s in stages
+         for t in tensors],
+        rank, timeout_s,
+    )
     if device.type == "cuda":
         comm.barrier(exchange)  # NCCL wants all ranks in a communicator's first call; later ones are pairs
-    control = comm.new_group(list(range(world_size)), timeout_s=timeout_s, backend="gloo")
+    forward, backward = None, None
+    if shape.num_stages > 1:
+        columns = [
+            [shape.rank(stage=s, data_rank=d, tensor_rank=t) for s in stages] for d in range(shape.data_size)
+            for t in tensors
+        ]
+        forward, backward = (_own_group(columns, rank, timeout_s) for _ in range(2))
+        if device.type == "cuda":
+            comm.barrier(forward)
+            comm.barrier(backward)
     return RankMesh(
+        shape=shape,
         rank=rank,
-        data_rank=rank // tensor_size,
-        data_size=data_size,
-        tensor_rank=rank % tensor_size,
-        tensor_size=tensor_size,
         device=device,
-        data_mesh=mesh["data"],
+        shard_mesh=mesh["shard"] if num_replicas == 1 else mesh["replica", "shard"],
         tensor_group=mesh["tensor"].get_group(),
         exchange_group=exchange,
-        control_group=control,
+        forward_group=forward,
+        backward_group=backward,
+        control_group=comm.new_group(list(range(shape.world_size)), timeout_s=timeout_s, backend="gloo"),
     )
+
+
+def _own_group(rank_lists: list[list[int]], rank: int, timeout_s: float) -> comm.Group:
+    """Make a group of every list, in order, as all ranks must; the one that holds ``rank``."""
+    own: comm.Group | None = None
+    for ranks in rank_lists:
+        group = comm.new_group(ranks, timeout_s=timeout_s)
+        if rank in ranks:
+            own = group
+    if own is None:
+        raise SpecError(f"rank {rank} is in none of the groups {rank_lists}")
+    return own

@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 
 from planner.errors import PlanError
 from planner.layout import local_token_counts, shard_spans, team_spans
-from planner.plan import AttentionGroup, AttentionKind, Microbatch, Span, StepPlan, plan_digest
+from planner.lockstep import lockstep_rounds
+from planner.pipeline_order import StageWork, pipeline_order, rank_actions
+from planner.plan import AttentionGroup, AttentionKind, Microbatch, Sharding, Span, StepPlan, plan_digest
 from planner.schedule import Round, Task, Transfer, write_schedule
 
 Rows = tuple[int, int]
@@ -99,18 +101,31 @@ class RankMicrobatch:
     num_rows: int
 
 
+@dataclass(frozen=True, slots=True)
+class RankAction:
+    """``place``: index into the program's microbatches; None: an empty one, to keep in step with the other ranks."""
+
+    place: int | None
+    backward: bool
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankProgram:
-    """All this rank runs in one step, in order. Empty where the plan gives the rank nothing to do."""
+    """All this rank runs in one step, in order. Empty where the plan gives the rank nothing to do.
+
+    ``actions``: which of ``microbatches`` goes forward or backward, when; without pipeline stages each one forward and
+    straight back.
+    """
 
     step: int
     digest: str
     rank: int
     microbatches: tuple[RankMicrobatch, ...]
+    actions: tuple[RankAction, ...]
 
 
-def compile_rank_program(plan: StepPlan, rank: int) -> RankProgram:
-    """What data rank ``rank`` does in this plan. Raises PlanError if there is no such rank."""
+def compile_rank_program(plan: StepPlan, rank: int, *, stage: int = 0, num_stages: int = 1) -> RankProgram:
+    """What a pipeline stage of data rank ``rank`` does in this plan. Raises PlanError if there is no such rank."""
     if not 0 <= rank < plan.num_ranks:
         raise PlanError(f"step {plan.step}: rank {rank} is not in a plan of {plan.num_ranks} ranks")
     lengths = [sequence.num_tokens for sequence in plan.sequences]
@@ -119,7 +134,25 @@ def compile_rank_program(plan: StepPlan, rank: int) -> RankProgram:
         for index, microbatch in enumerate(plan.microbatches)
         if rank in microbatch.ranks
     ]
-    return RankProgram(step=plan.step, digest=plan_digest(plan), rank=rank, microbatches=tuple(mine))
+    return RankProgram(
+        step=plan.step, digest=plan_digest(plan), rank=rank, microbatches=tuple(mine),
+        actions=_compile_actions(plan, rank, stage, num_stages),
+    )
+
+
+def _compile_actions(plan: StepPlan, rank: int, stage: int, num_stages: int) -> tuple[RankAction, ...]:
+    work = [StageWork(ranks=batch.ranks, seconds=batch.predicted_s) for batch in plan.microbatches]
+    places = {index: place for place, index in enumerate(i for i, item in enumerate(work) if rank in item.ranks)}
+    if plan.sharding is Sharding.ZERO3:
+        if num_stages > 1:
+            raise PlanError(f"step {plan.step}: sharding {plan.sharding} cannot run in pipeline stages")
+        rounds = lockstep_rounds(item.ranks for item in work)
+        mine = [next((places[index] for index in members if index in places), None) for members in rounds] or [None]
+        return tuple(RankAction(place, backward) for place in mine for backward in (False, True))
+    if num_stages == 1:
+        return tuple(RankAction(place, backward) for place in places.values() for backward in (False, True))
+    order = rank_actions(pipeline_order(work, num_stages=num_stages), work, rank=rank, stage=stage)
+    return tuple(RankAction(places[action.microbatch], action.backward) for action in order)
 
 
 def _compile_microbatch(index: int, microbatch: Microbatch, lengths: list[int], rank: int) -> RankMicrobatch:

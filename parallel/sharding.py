@@ -1,11 +1,16 @@
-"""``gather_once`` sharding on FSDP2: parameters are gathered once before a step's first microbatch and gradients are
-summed once after its last, so no collective over all ranks ever runs inside a microbatch.
+"""The two ways to share a model's parameters over the data axis, both on FSDP2.
+
+``gather_once``: parameters are gathered once before a step's first microbatch and gradients are summed once after its
+last, so no collective over all ranks ever runs inside a microbatch.
 
 Why not let FSDP reduce in the last backward: ranks run different numbers of microbatches over different groups. A
 rank whose last backward waits in a reduce-scatter for everybody, while a peer waits for it in an attention exchange
 of an earlier microbatch, is a deadlock (gloo blocks in the call). Instead every rank ends the step with an *empty*
 microbatch: zero tokens through the whole model, in which FSDP reduces what has been accumulated, layer by layer, in
 one order on all ranks. A rank with nothing to do in a step runs only that one.
+
+``zero3``: layers are gathered when they run and given back, gradients are summed and sharded in every backward: least
+memory, and all ranks go through microbatches in lockstep (``planner.lockstep``), with empty ones where they have none.
 """
 
 from __future__ import annotations
@@ -18,8 +23,12 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from planner.plan import Sharding
 
-def shard_model(model: nn.Module, layers: Iterable[nn.Module], mesh: DeviceMesh, *, compute_dtype: torch.dtype) -> None:
+
+def shard_model(
+    model: nn.Module, layers: Iterable[nn.Module], mesh: DeviceMesh, *, compute_dtype: torch.dtype, sharding: Sharding
+) -> None:
     """Shard parameters, gradients and (through them) optimizer state over the data axis, layer by layer, in place.
 
     Gradients are summed, never averaged: the loss is already divided by the global number of tokens. Reduction is in
@@ -29,19 +38,24 @@ def shard_model(model: nn.Module, layers: Iterable[nn.Module], mesh: DeviceMesh,
     if compute_dtype in (torch.float32, torch.float64):
         policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     for module in (*layers, model):
-        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+        reshard = sharding is Sharding.ZERO3 and module is not model  # the root's backward comes right after
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
     for shard in _shards(model):
         shard.set_gradient_divide_factor(1.0)
         shard.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
 
 
 @contextmanager
-def gathered_step(model: nn.Module, run_empty_microbatch: Callable[[], None]) -> Iterator[None]:
-    """Gather all parameters; inside, run any number of microbatches on any ranks; then sum the gradients.
+def sharded_step(model: nn.Module, sharding: Sharding, run_empty_microbatch: Callable[[], None]) -> Iterator[None]:
+    """Inside run microbatches, after it gradients are summed and sharded. An exception inside loses the step.
 
+    ``gather_once``: gather all parameters; inside, run any number of microbatches on any ranks; then sum the gradients.
     Collective over the data axis at entry and exit only. ``run_empty_microbatch`` must run forward and backward of
-    zero tokens through the same model. After an exception inside nothing is reduced: the step is lost.
+    zero tokens through the same model. ``zero3``: every rank must run the same number of microbatches inside.
     """
+    if sharding is Sharding.ZERO3:
+        yield
+        return
     shards = _shards(model)
     for module in shards:
         module.set_requires_gradient_sync(False, recurse=False)

@@ -27,14 +27,16 @@ class _Lap:
     microbatch: int
     start: Stamp
     middle: Stamp | None = None
+    resumed: Stamp | None = None
     stop: Stamp | None = None
     forward_waits: list[tuple[Stamp, Stamp]] = field(default_factory=list)
     backward_waits: list[tuple[Stamp, Stamp]] = field(default_factory=list)
 
 
 class StepClock:
-    """Call in the order of a step: ``restart, gathered, (begin, turn, end)*, reduced``, then ``read`` once the device
-    has passed ``reduced``. Waiting outside a microbatch is not recorded (calibration runs there).
+    """Call in the order of a step: ``restart, gathered, (begin, turn, resume, end)*, reduced``, then ``read`` once the
+    device has passed ``reduced``. Between ``turn`` and ``resume`` of a microbatch, pipeline stages may run others; they
+    must resume what they began. Waiting outside a microbatch is not recorded (calibration runs there).
 
     ``new_event`` makes a timing event (default: CUDA's, on a CUDA device); events are reused from step to step.
     """
@@ -49,12 +51,13 @@ class StepClock:
         self._gathered: Stamp | None = None
         self._reduced: Stamp | None = None
         self._laps: list[_Lap] = []
+        self._turned: dict[int, _Lap] = {}
         self._open: _Lap | None = None
 
     def restart(self) -> None:
         """A step begins. What was not read is forgotten."""
         self._num_used = 0
-        self._laps, self._open = [], None
+        self._laps, self._turned, self._open = [], {}, None
         self._gathered = self._reduced = None
         self._start = self._stamp()
 
@@ -69,6 +72,13 @@ class StepClock:
         """The open microbatch's forward is over."""
         if self._open is not None:
             self._open.middle = self._stamp()
+            self._turned[self._open.microbatch] = self._open
+            self._open = None
+
+    def resume(self, microbatch: int) -> None:
+        """The backward of a microbatch begins."""
+        self._open = self._turned.pop(microbatch)
+        self._open.resumed = self._stamp()
 
     def end(self) -> None:
         if self._open is not None:
@@ -101,6 +111,7 @@ class StepClock:
                 stop_s=self._seconds(zero, lap.stop),
                 forward_wait_s=sum(self._seconds(*wait) for wait in lap.forward_waits),
                 backward_wait_s=sum(self._seconds(*wait) for wait in lap.backward_waits),
+                away_s=self._seconds(lap.middle, lap.resumed),
             )
             for lap in self._laps
         )

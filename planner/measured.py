@@ -25,6 +25,7 @@ class MicrobatchTime:
     """One rank at one microbatch (its place in the plan). ``middle_s``: the forward is over, the backward begins.
 
     ``forward_wait_s`` and ``backward_wait_s``: seconds stopped for peers' messages that computing did not hide.
+    ``away_s``: seconds between forward and backward (a pipeline stage runs other microbatches then); not stored.
     """
 
     microbatch: int
@@ -33,6 +34,7 @@ class MicrobatchTime:
     stop_s: float
     forward_wait_s: float
     backward_wait_s: float
+    away_s: float = 0.0
 
     @property
     def wait_s(self) -> float:
@@ -40,7 +42,7 @@ class MicrobatchTime:
 
     @property
     def compute_s(self) -> float:
-        return self.stop_s - self.start_s - self.wait_s
+        return self.stop_s - self.start_s - self.wait_s - self.away_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,17 +11,19 @@ from parallel import comm
 from parallel.comm import GroupExchange
 from parallel.engine import AttentionEngine
 from parallel.kernel import choose_kernel
-from parallel.mesh import RankMesh, build_mesh
+from parallel.mesh import GridShape, RankMesh, build_mesh
 from parallel.sharding import shard_model
+from parallel.stages import StageLink
 from parallel.timing import StepClock, TimedExchange
 from planner.errors import SpecError
 from planner.model_spec import ModelSpec
+from planner.plan import Sharding
 from trainer.config import TrainConfig
 from trainer.initialize import initialize_weights
 from trainer.optimizer import ShardedAdamW
 from trainer.rank_env import RankEnv
 from trainer.step import Runtime
-from trainer.transformer import Decoder, TensorShard
+from trainer.transformer import Decoder, StageShard, TensorShard
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -51,33 +53,50 @@ def build_runtime(
     dtype = DTYPES[config.run.dtype]
     kernel = choose_kernel(device, dtype)
     timeout_s = config.run.collective_timeout_s
+    parallel = config.parallel
+    shape = GridShape.of(
+        env.world_size, tensor_size=parallel.tensor_parallel, num_stages=parallel.pipeline_parallel,
+        shard_size=parallel.shard_ranks,
+    )
     comm.init_process_group(
         device=device, rank=env.rank, world_size=env.world_size, timeout_s=timeout_s, init_method=init_method
     )
-    mesh = build_mesh(
-        rank=env.rank, world_size=env.world_size, tensor_size=config.parallel.tensor_parallel, device=device,
-        timeout_s=timeout_s,
-    )
-    model = build_model(spec, mesh, seed=config.run.seed, compute_dtype=dtype)
+    mesh = build_mesh(shape, rank=env.rank, device=device, timeout_s=timeout_s)
+    sharding = Sharding(parallel.sharding)
+    model = build_model(spec, mesh, seed=config.run.seed, compute_dtype=dtype, sharding=sharding)
     clock = StepClock(device)
     wire = TimedExchange(GroupExchange(mesh.exchange_group), clock)
+    link = None
+    if mesh.forward_group is not None and mesh.backward_group is not None:
+        link = StageLink(
+            stage=mesh.stage, num_stages=mesh.num_stages, device=device, dtype=dtype,
+            forward_wire=TimedExchange(GroupExchange(mesh.forward_group), clock),
+            backward_wire=TimedExchange(GroupExchange(mesh.backward_group), clock),
+        )
     return Runtime(
         mesh=mesh,
         model=model,
         engine=AttentionEngine(kernel, wire, device),
+        link=link,
         optimizer=ShardedAdamW(model, config.optimizer, mesh),
         clock=clock,
         peak=PeakMemory(device),
         compute_dtype=dtype,
+        sharding=sharding,
     )
 
 
-def build_model(spec: ModelSpec, mesh: RankMesh, *, seed: int, compute_dtype: torch.dtype) -> Decoder:
+def build_model(
+    spec: ModelSpec, mesh: RankMesh, *, seed: int, compute_dtype: torch.dtype, sharding: Sharding
+) -> Decoder:
     """A sharded model with its initial weights on the mesh's device. Collective over the data axis."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # megatron-core names every optional package it does not find
-        model = Decoder(spec, TensorShard(mesh.tensor_rank, mesh.tensor_size, mesh.tensor_group))
+        model = Decoder(
+            spec, TensorShard(mesh.tensor_rank, mesh.tensor_size, mesh.tensor_group),
+            StageShard(mesh.stage, mesh.num_stages),
+        )
     initialize_weights(model, seed=seed)
     model.to(mesh.device)
-    shard_model(model, model.layers, mesh.data_mesh, compute_dtype=compute_dtype)
+    shard_model(model, model.layers.values(), mesh.shard_mesh, compute_dtype=compute_dtype, sharding=sharding)
     return model

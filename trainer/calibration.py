@@ -19,9 +19,8 @@ import numpy as np
 import torch
 
 from parallel import comm
-from parallel.engine import MicrobatchAttention
 from parallel.program import compile_rank_program
-from parallel.sharding import gathered_step
+from parallel.sharding import sharded_step
 from planner.cost import CostModel, MemoryFit, Provenance
 from planner.fitting import GroupSample, SizeSample, best_rate, fit_group_times
 from planner.plan import (
@@ -29,13 +28,14 @@ from planner.plan import (
     AttentionKind,
     Microbatch,
     Sequence,
+    Sharding,
     SolveReport,
     SolveStatus,
     StepPlan,
 )
 from trainer.batch import token_rows
 from trainer.machine_samples import measure_operations
-from trainer.step import ReadSpans, Runtime, bind_attention, train_step
+from trainer.step import ReadSpans, Runtime, bind_attention, run_alone, run_empty_microbatch, train_step
 
 CALIBRATION_VERSION = 3
 """Goes up with every change of what is measured or how it is fitted: older stored results are then measured again."""
@@ -80,9 +80,9 @@ def calibrate(
     operations = measure_operations(runtime, max_length=max_length)
     samples: list[GroupSample] = []
     memory: list[tuple[int, int]] = []
-    with gathered_step(runtime.model, lambda: _run_empty(runtime)):
+    with sharded_step(runtime.model, runtime.sharding, lambda: run_empty_microbatch(runtime)):
         _reset_peak(runtime)
-        _run_empty(runtime)
+        run_empty_microbatch(runtime)
         empty_bytes = _highest(runtime, runtime.peak.read_bytes())
         for shape in shapes:
             spent_s = 0.0
@@ -111,6 +111,7 @@ def calibrate(
             num_samples=len(samples), mean_relative_error=statistics.fmean(map(abs, errors)),
             max_relative_error=max(map(abs, errors)),
         ),
+        sharding=runtime.sharding,
     )
     return Calibration(cost=cost, operations=operations, groups=tuple(samples), relative_errors=errors)
 
@@ -153,15 +154,16 @@ def _measure_group(
     for repeat in range(_MOST_REPEATS + warm_up):
         comm.barrier(runtime.mesh.control_group)
         began_s = time.perf_counter()
-        if microbatch is not None:
+        if microbatch is None:
+            run_empty_microbatch(runtime)  # zero3 needs every rank
+        else:
             rows = token_rows(
                 [np.full(span.num_tokens + 1, span.start_token % 7) for span in microbatch.spans],
                 microbatch.spans, runtime.mesh.device,
             )
-            attention = bind_attention(runtime, microbatch)
-            runtime.model(rows.tokens_T, rows.positions_T, rows.labels_T, attention).backward()
-            if runtime.mesh.device.type == "cuda":
-                torch.cuda.synchronize(runtime.mesh.device)
+            run_alone(runtime, rows, bind_attention(runtime, microbatch))
+        if runtime.mesh.device.type == "cuda":
+            torch.cuda.synchronize(runtime.mesh.device)
         seconds = _slowest(runtime, time.perf_counter() - began_s)
         if repeat >= warm_up:
             times.append(seconds)
@@ -172,7 +174,9 @@ def _measure_group(
     return sample, _slowest(runtime, time.perf_counter() - start_s), peak_bytes
 
 
-def _design_plan(num_ranks: int, shape: MeasuredShape, lengths: tuple[int, ...]) -> StepPlan:
+def _design_plan(
+    num_ranks: int, shape: MeasuredShape, lengths: tuple[int, ...], sharding: Sharding = Sharding.GATHER_ONCE
+) -> StepPlan:
     """As many equal groups side by side as fit, each with its own copy of the sequences; left-over ranks idle."""
     groups = []
     sequences: list[Sequence] = []
@@ -189,13 +193,14 @@ def _design_plan(num_ranks: int, shape: MeasuredShape, lengths: tuple[int, ...])
     )
     return StepPlan(
         step=0, strategy="calibrate", num_ranks=num_ranks, sequences=tuple(sequences), microbatches=microbatches,
-        predicted_s=0.0, peak_bytes=0, cost_digest="", solver=report,
+        sharding=sharding, predicted_s=0.0, peak_bytes=0, cost_digest="", solver=report,
     )
 
 
 def _measure_empty_step(runtime: Runtime) -> tuple[float, int]:
     """Seconds and peak bytes of a step without sequences: gather, reduce, optimizer at learning rate zero."""
-    program = compile_rank_program(_design_plan(runtime.mesh.data_size, MeasuredShape(AttentionKind.LOCAL, 1), ()), 0)
+    design = _design_plan(runtime.mesh.data_size, MeasuredShape(AttentionKind.LOCAL, 1), (), runtime.sharding)
+    program = compile_rank_program(design, 0)
     times = []
     peak_bytes = 0
     _reset_peak(runtime)
@@ -211,11 +216,6 @@ def _measure_empty_step(runtime: Runtime) -> tuple[float, int]:
 
 def _no_rows(runtime: Runtime) -> ReadSpans:
     return lambda spans: token_rows([], [], runtime.mesh.device)
-
-
-def _run_empty(runtime: Runtime) -> None:
-    rows = token_rows([], [], runtime.mesh.device)
-    runtime.model(rows.tokens_T, rows.positions_T, rows.labels_T, MicrobatchAttention(())).backward()
 
 
 def _reset_peak(runtime: Runtime) -> None:

@@ -175,13 +175,19 @@ def _like(local: torch.Tensor, sharded: torch.Tensor) -> torch.Tensor:
 
 
 def weights_digest(runtime: Runtime) -> str:
-    """sha256 over all weights in full, equal on all ranks of a tensor rank. Collective over the data axis."""
+    """sha256 over all weights in full, equal on all ranks of a tensor rank. Collective over all ranks."""
     total = hashlib.sha256()
     for name, parameter in sorted(runtime.model.named_parameters()):
         full = parameter.full_tensor() if isinstance(parameter, DTensor) else local_shard(parameter)
         total.update(name.encode())
         total.update(full.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return total.hexdigest()
+    mesh = runtime.mesh
+    if mesh.num_stages == 1:
+        return total.hexdigest()
+    parts = comm.all_gather_bytes(total.digest(), mesh.control_group)
+    stages = [mesh.shape.rank(stage=stage, data_rank=0, tensor_rank=mesh.tensor_rank)
+              for stage in range(mesh.num_stages)]
+    return hashlib.sha256(b"".join(parts[rank] for rank in stages)).hexdigest()
 
 
 def _sync_folder(path: Path) -> None:

@@ -111,6 +111,15 @@ class ParallelConfig:
     """Ranks that share every layer's weights."""
     pipeline_parallel: Annotated[int, short("--pipeline-parallel")] = 1
     """Stages of layers."""
+    shard_ranks: int | None = None
+    """Data ranks that share one copy of the weights; the others hold replicas (none: all share one)."""
+
+    sharding: Literal["gather_once", "zero3"] = "gather_once"
+    """Weights gathered once a step (microbatch counts may differ by rank), or layer by layer (least memory)."""
+
+    def data_ranks(self, world_size: int) -> int:
+        """Ranks of the data axis. The world size must be a multiple of tensor times pipeline parallelism."""
+        return world_size // (self.tensor_parallel * self.pipeline_parallel)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,7 +192,7 @@ class MetricsConfig:
 
     spans_every: int | None = None
     """Steps between those whose microbatches are timed rank by rank in spans.jsonl; 0 never (none: so that the file
-    stays at some 20 MB)."""
+    stays at some 20 MB). Not with pipeline stages."""
     drift_factor: float = 1.5
     """Warn once when microbatches take this many times longer, or shorter, than predicted."""
 

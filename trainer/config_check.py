@@ -64,6 +64,7 @@ def _ranges() -> tuple[_Range, ...]:
         ("data.tokens_per_step", *_at_least(1)),
         ("parallel.tensor_parallel", *_at_least(1)),
         ("parallel.pipeline_parallel", *_at_least(1)),
+        ("parallel.shard_ranks", *_at_least(1)),
         ("plan.degree", *_at_least(1)),
         ("plan.ahead", *_at_least(1)),
         ("plan.wait_budget_s", *not_negative),
@@ -100,8 +101,6 @@ def _not_built_yet(config: TrainConfig) -> Iterator[str]:
         yield from _choice("plan.strategy", config.plan.strategy, tuple(STRATEGIES), ())
     yield from _choice("plan.attention", config.plan.attention, attention_names(), ())
     yield from _choice("memory.policy", config.memory.policy, BUILT_POLICIES, LATER_POLICIES)
-    if config.parallel.pipeline_parallel > 1:
-        yield f"parallel.pipeline_parallel {config.parallel.pipeline_parallel} is not built yet; available: 1"
     later = {
         "memory.swap_fraction": "activations are kept",
         "memory.tier": "activations are kept",
@@ -165,22 +164,25 @@ def _wrong_sizes(config: TrainConfig) -> Iterator[str]:
             f"data.tokens_per_step ({data.tokens_per_step}) must be at least data.max_length ({data.max_length}): "
             "a step must hold the longest sample"
         )
-    world_size, tensor_parallel = config.run.world_size, config.parallel.tensor_parallel
-    if min(world_size, tensor_parallel) < 1:
+    world_size, parallel = config.run.world_size, config.parallel
+    if min(world_size, parallel.tensor_parallel, parallel.pipeline_parallel) < 1:
         return
-    if world_size % tensor_parallel:
-        yield f"parallel.tensor_parallel ({tensor_parallel}) must divide run.world_size ({world_size})"
+    share = parallel.tensor_parallel * parallel.pipeline_parallel
+    names = f"parallel.tensor_parallel ({parallel.tensor_parallel})"
+    if parallel.pipeline_parallel > 1:
+        names += f" x parallel.pipeline_parallel ({parallel.pipeline_parallel})"
+    if world_size % share:
+        yield f"{names} must divide run.world_size ({world_size})"
         return
+    most = parallel.data_ranks(world_size)
+    if parallel.shard_ranks is not None and parallel.shard_ranks >= 1 and most % parallel.shard_ranks:
+        yield f"parallel.shard_ranks ({parallel.shard_ranks}) must divide the {most} data ranks"
     if plan.degree is None:
         return
     if plan.strategy != "static":
         yield f"plan.degree is for plan.strategy static only, not {plan.strategy}: that planner chooses degrees itself"
-    most = world_size // tensor_parallel
     if plan.degree > most:
-        yield (
-            f"plan.degree ({plan.degree}) must be at most {most}: "
-            f"world_size {world_size} / tensor_parallel {tensor_parallel}"
-        )
+        yield f"plan.degree ({plan.degree}) must be at most {most}: world_size {world_size} / {names}"
 
 
 def _wrong_model(config: TrainConfig) -> Iterator[str]:
@@ -191,6 +193,16 @@ def _wrong_model(config: TrainConfig) -> Iterator[str]:
         return
     if spec.num_experts > 1 or spec.learned_positions or not spec.gated_mlp:
         yield f"model.preset ({spec.name}) is a shape to plan with: training builds dense gated decoders with RoPE"
+    num_stages = config.parallel.pipeline_parallel
+    if num_stages > 1 and config.parallel.sharding == "zero3":
+        yield "parallel.sharding zero3 cannot be used with pipeline_parallel above 1: use gather_once"
+    if num_stages > spec.num_layers:
+        yield f"parallel.pipeline_parallel ({num_stages}) is more than the {spec.num_layers} layers of {spec.name}"
+    if num_stages > 1 and spec.tied_head:
+        yield (
+            f"parallel.pipeline_parallel ({num_stages}): model {spec.name} ties its head to the embedding, and they "
+            "would be on different stages; use --model.tied-head false"
+        )
     shares = config.parallel.tensor_parallel
     if shares < 1:
         return

@@ -17,7 +17,7 @@ from planner.schedule import GroupLimits, attention_kinds, schedule_of
 from planner.units import KIB, parse_bytes
 from trainer.calibration import CALIBRATION_VERSION, MeasuredShape, calibrate
 from trainer.config import TrainConfig
-from trainer.plan_inputs import load_cost, plan_limits
+from trainer.plan_inputs import load_run_cost, plan_limits
 from trainer.step import Runtime
 
 RUN_COST = "cost.json"
@@ -84,7 +84,7 @@ def obtain_cost(
     A resumed run takes the one it began with (``RUN_DIR/cost.json``): the same prices give the same plans.
     """
     if config.plan.cost != "auto":
-        cost = load_cost(config.plan.cost)
+        cost = load_run_cost(config)
         return cost, f"cost model: {config.plan.cost} ({cost.provenance.source})"
     mesh = runtime.mesh
     shapes = measured_shapes(config, mesh.data_size, limits)
@@ -142,7 +142,8 @@ def _cost_key(config: TrainConfig, runtime: Runtime, shapes: tuple[MeasuredShape
     device = torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else platform.processor()
     conditions = {
         "calibration": CALIBRATION_VERSION, "host": platform.node(), "device": device, "torch": torch.__version__,
-        "world_size": mesh.world_size, "tensor_size": mesh.tensor_size, "dtype": config.run.dtype,
+        "world_size": mesh.world_size, "tensor_size": mesh.tensor_size, "num_stages": mesh.num_stages,
+        "shard_size": mesh.shape.shard_size, "sharding": str(runtime.sharding), "dtype": config.run.dtype,
         "model": to_plain(runtime.model.spec), "max_length": config.data.max_length,
         "pairs": [[str(s.kind), s.degree, *([s.inner_degree] if s.inner_degree > 1 else [])] for s in shapes],
     }

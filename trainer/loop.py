@@ -11,7 +11,7 @@ from pathlib import Path
 
 from parallel import comm
 from parallel.agree import agree_on_plan
-from parallel.program import compile_rank_program
+from parallel.mesh import RankMesh
 from planner.codec import from_plain, to_plain
 from planner.cost import CostModel, PlanLimits
 from planner.drift import DriftWatch, planned_span_s, refit_cost
@@ -35,7 +35,7 @@ from trainer.rank_env import RankEnv
 from trainer.report import make_report
 from trainer.run_records import read_executed
 from trainer.spans import is_recorded, spans_interval
-from trainer.step import Runtime, StepOutcome, train_step
+from trainer.step import Runtime, StepOutcome, compile_stage_program, train_step
 from trainer.stop_flag import StopFlag
 from trainer.training_data import TrainingData, open_training_data
 
@@ -88,7 +88,7 @@ def _open_session(
         *data.describe(),
         f"model: {spec.name}, {spec.num_params:,} parameters, {spec.num_layers} layers, {spec.num_query_heads} query "
         f"heads, {spec.num_kv_heads} KV heads",
-        f"ranks: {mesh.data_size} data x {mesh.tensor_size} tensor on {mesh.device.type}, {config.run.dtype}, "
+        f"ranks: {_grid(mesh)} on {mesh.device.type}, {config.run.dtype}, "
         f"attention kernel {runtime.engine.kernel.name}",
         source,
         *resumed,
@@ -97,6 +97,15 @@ def _open_session(
         config=config, runtime=runtime, data=data, cost=cost, limits=limits, folder=folder, first_step=first_step
     )
     return session, notes
+
+
+def _grid(mesh: RankMesh) -> str:
+    text = f"{mesh.data_size} data x {mesh.tensor_size} tensor"
+    if mesh.num_stages > 1:
+        text += f" x {mesh.num_stages} pipeline stages"
+    if mesh.shape.shard_size < mesh.data_size:
+        text += f" ({mesh.data_size // mesh.shape.shard_size} replicas of the weights)"
+    return text
 
 
 def _resume(
@@ -189,10 +198,11 @@ def _train(session: _Session, stop: StopFlag, feed: PlanFeed | None, display: _D
         sample_ids, lengths = session.data.batch(step)
         taken = _take_plan(session, feed, step, lengths)
         plan = _agree(session, taken, step, lengths)
-        program = compile_rank_program(plan, runtime.mesh.data_rank)
+        program = compile_stage_program(runtime, plan)
         lr = learning_rate(config.optimizer, step=step, num_steps=num_steps)
         reader = SpanReader(session.data, sample_ids, runtime.mesh.device)
-        places = microbatch_places(plan) if is_recorded(step, every=spans_every, num_steps=num_steps) else ()
+        recorded = is_recorded(step, every=spans_every, num_steps=num_steps) and runtime.mesh.num_stages == 1
+        places = microbatch_places(plan) if recorded else ()
         outcome = train_step(
             runtime, program, reader, num_tokens=plan.num_tokens, lr=lr, stop=stop.requested, places=places
         )

@@ -53,7 +53,7 @@ class ShardedAdamW:
             parameter.grad = None
 
     def squared_norm(self) -> torch.Tensor:
-        """This rank's part of the squared global gradient norm (float64 scalar on CPU), tensor replicas counted once.
+        """This rank's part of the squared global gradient norm (float64 scalar on CPU), replicas counted once.
 
         First completes the gradients that are partial over the tensor axis (communicates there if there are any).
         """
@@ -61,7 +61,7 @@ class ShardedAdamW:
             comm.all_reduce_sum(local_shard(_grad(parameter)), self._mesh.tensor_group)
         total = torch.zeros((), dtype=torch.float64, device=self._mesh.device)
         for name, parameter in self._parameters.items():
-            if is_tensor_sharded(name) or self._mesh.tensor_rank == 0:
+            if self._mesh.replica == 0 and (is_tensor_sharded(name) or self._mesh.tensor_rank == 0):
                 total += local_shard(_grad(parameter)).double().square().sum()
         return total.cpu()
 

@@ -4,17 +4,13 @@ are found before any process starts."""
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
-import yaml
-
-from planner.codec import from_plain
 from planner.cost import CostModel, PlanLimits
 from planner.errors import SpecError
-from planner.machine import MachineProfile
 from planner.model_spec import ModelSpec
 from planner.plan import AttentionKind, Sharding
 from planner.schedule import attention_kinds
+from planner.specs import load_cost
 from planner.step_planner import plan_step
 from trainer.config import TrainConfig
 from trainer.training_data import TrainingData
@@ -36,28 +32,14 @@ def plan_limits(
     )
 
 
-def load_cost(file: str) -> CostModel:
-    """A cost model from JSON or YAML: the model itself, or the machine file that ``longhaul calibrate`` writes.
-
-    Raises SpecError naming the file and the key that is wrong.
-    """
-    where = f"--plan.cost {file}"
-    try:
-        data = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except yaml.MarkedYAMLError as error:
-        place = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise SpecError(f"{where}{place}: not valid YAML or JSON ({error.problem})") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise SpecError(f"{where}: cannot be read ({' '.join(str(error).split())})") from None
-    if isinstance(data, dict) and "cost" in data:
-        cost = from_plain(MachineProfile, data, where=where).cost
-    else:
-        cost = from_plain(CostModel, data, where=where)
-    _check_cost(cost, where)
+def load_run_cost(config: TrainConfig) -> CostModel:
+    """The cost model of ``plan.cost``, a file. Raises SpecError naming the file and what is wrong or does not serve."""
+    cost = load_cost(config.plan.cost)
+    _check_cost(cost, f"--plan.cost {config.plan.cost}", Sharding(config.parallel.sharding))
     return cost
 
 
-def _check_cost(cost: CostModel, where: str) -> None:
+def _check_cost(cost: CostModel, where: str, sharding: Sharding) -> None:
     numbers = {
         "memory.fixed_bytes": cost.memory.fixed_bytes, "memory.bytes_per_token": cost.memory.bytes_per_token,
         "step_fixed_s": cost.step_fixed_s, "peak_flop_per_s": cost.peak_flop_per_s,
@@ -67,8 +49,10 @@ def _check_cost(cost: CostModel, where: str) -> None:
             raise SpecError(f"{where}: {name} must be 0 or more and finite, got {value}")
     if not cost.degrees(AttentionKind.LOCAL):
         raise SpecError(f"{where}: times holds no local group of degree 1, which every planner starts from")
-    if cost.sharding is not Sharding.GATHER_ONCE:
-        raise SpecError(f"{where}: priced for sharding {cost.sharding}; training runs {Sharding.GATHER_ONCE} only")
+    if cost.sharding is not sharding:
+        raise SpecError(
+            f"{where}: priced for sharding {cost.sharding}, this run has {sharding}: set --parallel.sharding to match"
+        )
 
 
 def require_longest_fits(

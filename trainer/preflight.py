@@ -11,7 +11,7 @@ from planner.units import parse_bytes
 from trainer.checkpoint_files import CHECKPOINTS, check_same_run, list_checkpoints, newest_checkpoint, run_identity
 from trainer.config import RunConfig, TrainConfig
 from trainer.ledger import LedgerPosition
-from trainer.plan_inputs import load_cost, plan_limits, require_longest_fits
+from trainer.plan_inputs import load_run_cost, plan_limits, require_longest_fits
 from trainer.training_data import TrainingData, open_training_data
 
 _NO_BUDGET_BYTES = 2**62
@@ -25,7 +25,7 @@ def preflight(config: TrainConfig, cache_root: Path) -> None:
     CheckpointError for a resume without a checkpoint, or with other settings than it was saved with.
     """
     data = open_training_data(config, cache_root)
-    data_ranks = config.run.world_size // config.parallel.tensor_parallel
+    data_ranks = config.parallel.data_ranks(config.run.world_size)
     if data_ranks > len(data.samples):
         raise SpecError(
             f"the corpus has {len(data.samples)} sequences for {data_ranks} data ranks: "
@@ -58,7 +58,7 @@ def _check_cost_file(config: TrainConfig, data: TrainingData, data_ranks: int) -
     budget = config.plan.device_budget
     budget_bytes = _NO_BUDGET_BYTES if budget == "auto" else parse_bytes(budget, what="--plan.device-budget")
     limits = plan_limits(config, data.spec, device_budget_bytes=budget_bytes)
-    require_longest_fits(config, data, data_ranks, load_cost(config.plan.cost), limits)
+    require_longest_fits(config, data, data_ranks, load_run_cost(config), limits)
 
 
 def with_free_run_dir(config: TrainConfig) -> TrainConfig:

@@ -14,12 +14,13 @@ from memory.peak import PeakMemory
 from parallel import comm
 from parallel.engine import AttentionEngine, MicrobatchAttention
 from parallel.mesh import RankMesh
-from parallel.program import RankMicrobatch, RankProgram
-from parallel.sharding import gathered_step
+from parallel.program import RankMicrobatch, RankProgram, compile_rank_program
+from parallel.sharding import sharded_step
+from parallel.stages import StageLink
 from parallel.timing import StepClock
 from planner.errors import NumericError
 from planner.measured import RankStep
-from planner.plan import Span
+from planner.plan import Sharding, Span, StepPlan
 from trainer.batch import TokenRows, token_rows
 from trainer.optimizer import ShardedAdamW
 from trainer.spans import NUM_TIMES, pack_times, unpack_times
@@ -35,10 +36,12 @@ class Runtime:
     mesh: RankMesh
     model: Decoder
     engine: AttentionEngine
+    link: StageLink | None
     optimizer: ShardedAdamW
     clock: StepClock
     peak: PeakMemory
     compute_dtype: torch.dtype
+    sharding: Sharding
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,8 +50,9 @@ class StepOutcome:
 
     By data rank (tensor rank 0): ``busy_s``, seconds in microbatches without waiting for peers; ``span_s``, the same
     with the waiting; ``gather_s`` and ``reduce_s``, before and after them, waiting for slower ranks included;
-    ``peak_bytes``. ``measured_s``: wall time seen by this rank; ``update_s``: what of it came after the reduction.
-    ``ranks``: every microbatch of every rank, where it was asked for; else empty.
+    ``peak_bytes``. With pipeline stages: the stage with the most, ``busy_s`` their mean. ``measured_s``: wall time seen
+    by this rank; ``update_s``: what of it came after the reduction. ``ranks``: every microbatch of every rank, where it
+    was asked for; else empty.
     """
 
     loss: float
@@ -96,6 +100,12 @@ def train_step(
     )
 
 
+def compile_stage_program(runtime: Runtime, plan: StepPlan) -> RankProgram:
+    """What this rank runs of the plan."""
+    mesh = runtime.mesh
+    return compile_rank_program(plan, mesh.data_rank, stage=mesh.stage, num_stages=mesh.num_stages)
+
+
 def accumulate_gradients(
     runtime: Runtime, program: RankProgram, read_spans: ReadSpans, *, num_tokens: int
 ) -> tuple[float, RankStep]:
@@ -103,28 +113,85 @@ def accumulate_gradients(
 
     Returns this rank's sum of token losses and where its time went.
     """
-    device, clock = runtime.mesh.device, runtime.clock
+    clock = runtime.clock
     clock.restart()
-    losses = torch.zeros((), dtype=torch.float64, device=device)
-
-    def run(rows: TokenRows, attention: MicrobatchAttention) -> None:
-        loss = runtime.model(rows.tokens_T, rows.positions_T, rows.labels_T, attention)
-        losses.add_(loss.detach())
-        clock.turn()
-        (loss / num_tokens).backward()
-
-    def run_empty_microbatch() -> None:
-        run(token_rows([], [], device), MicrobatchAttention(()))
-
-    with gathered_step(runtime.model, run_empty_microbatch):
+    runner = StageRunner(runtime, program, read_spans, num_tokens)
+    with sharded_step(runtime.model, runtime.sharding, lambda: run_empty_microbatch(runtime)):
         clock.gathered()
-        for microbatch in program.microbatches:
-            clock.begin(microbatch.index)
-            run(read_spans(microbatch.spans), bind_attention(runtime, microbatch))
-            clock.end()
+        for action in program.actions:
+            if action.place is None:
+                if not action.backward:
+                    run_empty_microbatch(runtime)
+            elif action.backward:
+                runner.backward(action.place)
+            else:
+                runner.forward(action.place)
+        if runtime.link is not None:
+            runtime.link.drain()
     clock.reduced()
-    loss_sum = losses.item()  # on CUDA the device has now passed every stamp of the clock
+    loss_sum = runner.loss_sum.item()  # on CUDA the device has now passed every stamp of the clock
     return loss_sum, clock.read()
+
+
+def run_empty_microbatch(runtime: Runtime) -> None:
+    """Forward and backward of zero tokens through this rank's stage."""
+    run_alone(runtime, token_rows([], [], runtime.mesh.device), MicrobatchAttention(()))
+
+
+def run_alone(runtime: Runtime, rows: TokenRows, attention: MicrobatchAttention) -> None:
+    """Forward and backward of this rank's stage, cut off from its neighbours: later stages start from zeros."""
+    hidden_TD = None
+    if not runtime.model.stage.is_first:
+        shape = (len(rows.tokens_T), runtime.model.spec.hidden_dim)
+        hidden_TD = torch.zeros(shape, device=runtime.mesh.device, dtype=runtime.compute_dtype, requires_grad=True)
+    runtime.model(rows.tokens_T, rows.positions_T, rows.labels_T, attention, hidden_TD).sum().backward()
+
+
+class StageRunner:
+    """Forwards and backwards of one stage; what a forward leaves waits here for its backward."""
+
+    def __init__(self, runtime: Runtime, program: RankProgram, read_spans: ReadSpans, num_tokens: int) -> None:
+        self._runtime = runtime
+        self._program = program
+        self._read_spans = read_spans
+        self._num_tokens = num_tokens
+        self._in_flight: dict[int, tuple[torch.Tensor | None, torch.Tensor]] = {}  # stage's input, output by place
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=runtime.mesh.device)
+
+    def forward(self, place: int) -> None:
+        runtime, microbatch = self._runtime, self._program.microbatches[place]
+        runtime.clock.begin(microbatch.index)
+        rows, link, hidden_TD = self._read_spans(microbatch.spans), runtime.link, None
+        if link is not None and not link.is_first:
+            hidden_TD = link.receive_hidden(microbatch.index, self._shape(microbatch))
+            # the stage before is past every backward that its limit of forwards in flight made it run first
+            settled = place - (link.num_stages - (link.stage - 1))
+            if settled >= 0:
+                link.gradient_has_arrived(self._program.microbatches[settled].index)
+        attention = bind_attention(runtime, microbatch)
+        output = runtime.model(rows.tokens_T, rows.positions_T, rows.labels_T, attention, hidden_TD)
+        if link is not None and not link.is_last:
+            link.send_hidden(microbatch.index, output)
+        else:
+            self.loss_sum.add_(output.detach())
+        self._in_flight[place] = hidden_TD, output
+        runtime.clock.turn()
+
+    def backward(self, place: int) -> None:
+        link, microbatch = self._runtime.link, self._program.microbatches[place]
+        self._runtime.clock.resume(microbatch.index)
+        hidden_TD, output = self._in_flight.pop(place)
+        if link is not None and not link.is_last:
+            output.backward(link.receive_gradient(microbatch.index, self._shape(microbatch)))
+        else:
+            (output / self._num_tokens).backward()
+        if link is not None and hidden_TD is not None:
+            assert hidden_TD.grad is not None
+            link.send_gradient(microbatch.index, hidden_TD.grad)
+        self._runtime.clock.end()
+
+    def _shape(self, microbatch: RankMicrobatch) -> tuple[int, int]:
+        return microbatch.num_rows, self._runtime.model.spec.hidden_dim
 
 
 def bind_attention(runtime: Runtime, microbatch: RankMicrobatch) -> MicrobatchAttention:
@@ -157,23 +224,23 @@ def _share(
 ) -> _Shared:
     mesh = runtime.mesh
     totals = torch.zeros(3, dtype=torch.float64)
-    by_rank = torch.zeros(5, mesh.data_size, dtype=torch.float64)
+    by_rank = torch.zeros(5, mesh.num_stages, mesh.data_size, dtype=torch.float64)
     spans = torch.zeros(len(places), NUM_TIMES, dtype=torch.float64)
     totals[1] = squared_norm
     totals[2] = float(stop)
     if mesh.tensor_rank == 0:  # tensor ranks hold the same loss and run the same microbatches
         totals[0] = loss_sum
-        by_rank[:, mesh.data_rank] = torch.tensor(
+        by_rank[:, mesh.stage, mesh.data_rank] = torch.tensor(
             [times.finish_s - times.wait_s, times.finish_s, times.gather_s, times.reduce_s, runtime.peak.read_bytes()],
             dtype=torch.float64,
         )
         spans = pack_times(times.microbatches, places, mesh.data_rank)
     parts = (totals, by_rank.flatten(), spans.flatten())
     summed = comm.all_reduce_sum(torch.cat(parts), mesh.control_group).split([part.numel() for part in parts])
-    (loss, norm, stops), table = summed[0].tolist(), summed[1].view_as(by_rank).tolist()
-    busy_s, span_s, gather_s, reduce_s, peak_bytes = map(tuple, table)
+    (loss, norm, stops), table = summed[0].tolist(), summed[1].view_as(by_rank)
+    span_s, gather_s, reduce_s, peak_bytes = (tuple(row.tolist()) for row in table[1:].amax(1))
     return _Shared(
-        loss_sum=loss, squared_norm=norm, stop=stops > 0, busy_s=busy_s, span_s=span_s, gather_s=gather_s,
-        reduce_s=reduce_s, peak_bytes=tuple(int(value) for value in peak_bytes),
+        loss_sum=loss, squared_norm=norm, stop=stops > 0, busy_s=tuple(table[0].mean(0).tolist()), span_s=span_s,
+        gather_s=gather_s, reduce_s=reduce_s, peak_bytes=tuple(int(value) for value in peak_bytes),
         ranks=unpack_times(summed[2].view_as(spans), places, gather_s, reduce_s) if places else (),
     )

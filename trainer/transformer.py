@@ -1,5 +1,6 @@
 """A Llama-family decoder on megatron-core's tensor-parallel layers. It knows tokens, positions and a callable that
-computes attention; it knows nothing of data ranks, plans or groups.
+computes attention; it knows nothing of data ranks, plans or groups. With pipeline parallelism it is one stage's part:
+the first one embeds, the last one has norm, head and loss.
 
 Each layer is three segments, so that one layer serves every system: ``before_attention`` (norm, qkv, RoPE; token-wise),
 ``attention`` (given from outside; crosses tokens and ranks), ``after_attention`` (output projection, residual, norm,
@@ -32,6 +33,26 @@ class TensorShard:
     rank: int
     size: int
     group: comm.Group
+
+
+@dataclass(frozen=True, slots=True)
+class StageShard:
+    """This rank's place among the pipeline's stages."""
+
+    stage: int = 0
+    num_stages: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        return self.stage == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.stage == self.num_stages - 1
+
+    def layers(self, num_layers: int) -> range:
+        """The layers of this stage; stages differ by at most one layer."""
+        return range(num_layers * self.stage // self.num_stages, num_layers * (self.stage + 1) // self.num_stages)
 
 
 class RotaryTable:
@@ -108,43 +129,60 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedding, layers, final norm, head and loss. One call is one microbatch's part on this rank."""
+    """Embedding, layers, final norm, head and loss, or one stage's part of them. One call is one microbatch's part on
+    this rank. Parameters have the same names whatever the number of stages."""
 
-    def __init__(self, spec: ModelSpec, tensor: TensorShard, *, loss_chunk_tokens: int = 1024) -> None:
+    def __init__(
+        self, spec: ModelSpec, tensor: TensorShard, stage: StageShard = StageShard(), *, loss_chunk_tokens: int = 1024
+    ) -> None:
         super().__init__()
         self.spec = spec
         self.tensor = tensor
+        self.stage = stage
         self.loss_chunk_tokens = loss_chunk_tokens
         self.padded_vocab = -(-spec.vocab_size // tensor.size) * tensor.size
         config = ModelParallelConfig(
             tensor_model_parallel_size=tensor.size, use_cpu_initialization=True, perform_initialization=False,
             params_dtype=torch.float32, gradient_accumulation_fusion=False,
         )
-        self.embedding = VocabParallelEmbedding(
-            self.padded_vocab, spec.hidden_dim, init_method=None, config=config, tp_group=tensor.group
+        self.embedding = None
+        if stage.is_first:
+            self.embedding = VocabParallelEmbedding(
+                self.padded_vocab, spec.hidden_dim, init_method=None, config=config, tp_group=tensor.group
+            )
+        self.layers = nn.ModuleDict(
+            {str(number): DecoderLayer(spec, config, tensor) for number in stage.layers(spec.num_layers)}
         )
-        self.layers = nn.ModuleList(DecoderLayer(spec, config, tensor) for _ in range(spec.num_layers))
-        self.norm = nn.RMSNorm(spec.hidden_dim, eps=spec.norm_eps)
+        self.norm = nn.RMSNorm(spec.hidden_dim, eps=spec.norm_eps) if stage.is_last else None
         self.head = None
-        if not spec.tied_head:
+        if stage.is_last and not spec.tied_head:
             self.head = ColumnParallelLinear(
                 spec.hidden_dim, self.padded_vocab, config=config, init_method=None, bias=False, tp_group=tensor.group
             )
 
     def forward(
-        self, tokens_T: torch.Tensor, positions_T: torch.Tensor, labels_T: torch.Tensor, attention: Attention
+        self, tokens_T: torch.Tensor, positions_T: torch.Tensor, labels_T: torch.Tensor, attention: Attention,
+        hidden_TD: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Sum of the losses of this rank's tokens (fp32 scalar or wider). ``labels_T`` may hold IGNORE."""
-        hidden_TD = self.embedding(tokens_T)
+        """Sum of the losses of this rank's tokens (fp32 scalar or wider). ``labels_T`` may hold IGNORE.
+
+        ``hidden_TD``: what the stage before returned; a stage that is not the last returns hidden states ``[T, D]``.
+        """
+        if hidden_TD is None:
+            assert self.embedding is not None, "only the first stage starts from tokens"
+            hidden_TD = self.embedding(tokens_T)
         rotary = RotaryTable(
             positions_T, head_dim=self.spec.head_dim, theta=self.spec.rope_theta,
             dtype=torch.promote_types(hidden_TD.dtype, torch.float32),
         )
-        for layer in self.layers:
+        for layer in self.layers.values():
             hidden_TD = layer(hidden_TD, rotary, attention)
-        weight = self.embedding.weight if self.head is None else self.head.weight
+        if self.norm is None:
+            return hidden_TD
+        head = self.embedding if self.head is None else self.head
+        assert head is not None, "a tied head needs the embedding on the same stage"
         return chunked_token_loss(
-            self.norm(hidden_TD), weight, labels_T, shard=self._vocab_shard(), chunk_tokens=self.loss_chunk_tokens
+            self.norm(hidden_TD), head.weight, labels_T, shard=self._vocab_shard(), chunk_tokens=self.loss_chunk_tokens
         )
 
     def _vocab_shard(self) -> VocabShard:

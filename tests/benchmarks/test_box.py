@@ -66,6 +66,21 @@ def test_ranks_that_share_a_card_share_its_rate() -> None:
         assert _rate(box, [(0, 2), (1, 3)]) < RATE * 1.3
 
 
+def test_a_rank_computes_at_its_own_speed() -> None:
+    program = """
+import os, time
+end_s = time.time() + 2
+while os.environ["RANK"] == "0" and time.time() < end_s:
+    pass
+print(time.process_time())
+"""
+    try:
+        with Box(BoxSpec(num_nodes=1, ranks_per_node=2, nics_per_node=1, nic_bytes_per_s=RATE, cpu_share=0.2)) as box:
+            assert 0.1 < float(box.run([sys.executable, "-c", program], timeout_s=60)[0]) < 0.7
+    except BoxError as error:
+        pytest.skip(str(error))
+
+
 def test_a_rank_that_fails_is_named_and_the_others_are_ended() -> None:
     program = "import os, sys, time\nif os.environ['RANK'] == '3': sys.exit('no more tokens')\ntime.sleep(600)"
     with pytest.raises(BoxError, match=r"(?s)rank 3 ended with 1.*no more tokens"), Box(SPEC) as box:
@@ -78,7 +93,9 @@ def test_a_run_that_does_not_end_is_ended() -> None:
         box.run([sys.executable, "-c", "import time; time.sleep(600)"], timeout_s=2)
 
 
-@pytest.mark.parametrize("wrong", [{"num_nodes": 0}, {"nics_per_node": 3}, {"nic_bytes_per_s": 0.0}])
+@pytest.mark.parametrize(
+    "wrong", [{"num_nodes": 0}, {"nics_per_node": 3}, {"nic_bytes_per_s": 0.0}, {"cpu_share": 0.0}]
+)
 def test_impossible_boxes_are_refused(wrong: dict[str, float]) -> None:
     values = {"num_nodes": 2, "ranks_per_node": 4, "nics_per_node": 4, "nic_bytes_per_s": RATE, **wrong}
     with pytest.raises(ValueError, match=r"box|cards"):

@@ -82,6 +82,7 @@ def test_waiting_is_told_apart_by_pass_and_only_inside_microbatches():
     clock.begin(4)
     short.post((), (), "forward").wait()
     clock.turn()
+    clock.resume(4)
     long.post((), (), "backward").wait()
     long.post((), (), "backward").wait()
     clock.end()
@@ -92,7 +93,7 @@ def test_waiting_is_told_apart_by_pass_and_only_inside_microbatches():
     assert only.microbatch == 4 and 0 <= only.start_s <= only.middle_s <= only.stop_s
     assert 0.01 <= only.forward_wait_s <= only.middle_s - only.start_s
     assert 0.06 <= only.backward_wait_s <= only.stop_s - only.middle_s
-    assert only.compute_s == pytest.approx(only.stop_s - only.start_s - only.wait_s)
+    assert only.compute_s == pytest.approx(only.stop_s - only.start_s - only.wait_s - only.away_s)
 
 
 def one_step(clock, stream, *, wait_ms):
@@ -104,6 +105,7 @@ def one_step(clock, stream, *, wait_ms):
         stream.work(work_ms)
         TimedExchange(StreamWait(stream, wait_ms), clock).post((), (), "a message").wait()
         clock.turn()
+        clock.resume(number)
         stream.work(2 * work_ms)
         TimedExchange(StreamWait(stream, 2 * wait_ms), clock).post((), (), "a message").wait()
         clock.end()
@@ -129,6 +131,28 @@ def test_device_times_are_the_streams_own_and_cost_no_synchronisation():
     assert times.finish_s == pytest.approx(0.114)
 
 
+def test_between_forward_and_backward_a_pipeline_stage_runs_other_microbatches():
+    stream = Stream()
+    clock = StepClock(CPU, new_event=stream.event)
+    clock.restart()
+    clock.gathered()
+    for number, work_ms in ((0, 10), (1, 20)):
+        clock.begin(number)
+        stream.work(work_ms)
+        clock.turn()
+    for number, work_ms in ((0, 30), (1, 40)):
+        clock.resume(number)
+        TimedExchange(StreamWait(stream, 5), clock).post((), (), "a gradient").wait()
+        stream.work(work_ms)
+        clock.end()
+    clock.reduced()
+    stream.synchronize()
+    first, second = clock.read().microbatches
+    assert (first.away_s, second.away_s) == pytest.approx((0.020, 0.035))
+    assert (first.compute_s, second.compute_s) == pytest.approx((0.040, 0.060))
+    assert (first.backward_wait_s, first.forward_wait_s) == pytest.approx((0.005, 0.0))
+
+
 def test_events_are_made_once_and_used_again():
     stream, made = Stream(), []
 
@@ -141,7 +165,7 @@ def test_events_are_made_once_and_used_again():
         one_step(clock, stream, wait_ms=wait_ms)
         stream.synchronize()
         assert clock.read().wait_s == pytest.approx(6 * wait_ms / 1000)
-    assert len(made) == 3 + 2 * (3 + 4)
+    assert len(made) == 3 + 2 * (4 + 4)
 
 
 def test_a_rank_without_microbatches_and_a_step_cut_short():

@@ -15,7 +15,6 @@ import pytest
 import torch
 
 from parallel import comm
-from parallel.program import compile_rank_program
 from planner.cost import CostModel, PlanLimits
 from planner.errors import CheckpointError, LonghaulError
 from planner.model_spec import ModelSpec
@@ -39,7 +38,7 @@ from trainer.checkpoint_files import (
 )
 from trainer.config import OptimizerConfig, ParallelConfig, RunConfig, TrainConfig
 from trainer.rank_env import RankEnv
-from trainer.step import Runtime, train_step
+from trainer.step import Runtime, compile_stage_program, train_step
 
 SPEC = ModelSpec(
     name="test", num_layers=1, hidden_dim=16, ffn_dim=16, num_query_heads=2, num_kv_heads=2, head_dim=8, vocab_size=31
@@ -65,7 +64,7 @@ def train(runtime: Runtime, step: int) -> None:
         ids = [documents[span.sequence][span.start_token : span.stop_token + 1] for span in spans]
         return token_rows(ids, spans, torch.device("cpu"))
 
-    train_step(runtime, compile_rank_program(plan, runtime.mesh.data_rank), read, num_tokens=plan.num_tokens, lr=0.01)
+    train_step(runtime, compile_stage_program(runtime, plan), read, num_tokens=plan.num_tokens, lr=0.01)
 
 
 def state_of(next_step: int) -> TrainingState:

@@ -164,7 +164,12 @@ BAD_FLAGS = [
     (["--memory", "seco"], "memory.policy seco is not built yet; available: auto, keep"),
     (["--model", "mixtral-8x7b"], "model.preset (mixtral-8x7b) is a shape to plan with"),
     (["--model", "gpt-7b"], "model.preset (gpt-7b) is a shape to plan with: training builds dense gated decoders"),
-    (["--pipeline-parallel", "2"], "parallel.pipeline_parallel 2 is not built yet; available: 1"),
+    (["--pipeline-parallel", "3"], "parallel.tensor_parallel (1) x parallel.pipeline_parallel (3) must divide "
+     "run.world_size (4)"),
+    (["--pipeline-parallel", "2", "--model.num-layers", "1"], "pipeline_parallel (2) is more than the 1 layers"),
+    (["--pipeline-parallel", "2", "--model.tied-head", "true"], "on different stages; use --model.tied-head false"),
+    (["--parallel.shard-ranks", "3"], "parallel.shard_ranks (3) must divide the 4 data ranks"),
+    (["--parallel.shard-ranks", "0"], "parallel.shard_ranks must be at least 1"),
     (["--model", "tinny"], "unknown model 'tinny' (did you mean 'tiny'?)"),
     (["--model.num-kv-heads", "3"], "num_query_heads (4) must be a multiple of num_kv_heads (3)"),
     (["--model.head-dim", "15"], "head_dim (15) must be even"),

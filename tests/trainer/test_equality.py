@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from parallel.program import compile_rank_program
 from planner.cost import PlanLimits
 from planner.model_spec import ModelSpec
 from planner.plan import AttentionKind
@@ -22,7 +21,7 @@ from trainer.build import build_runtime
 from trainer.config import OptimizerConfig, ParallelConfig, RunConfig, TrainConfig
 from trainer.optimizer import learning_rate
 from trainer.rank_env import RankEnv
-from trainer.step import train_step
+from trainer.step import compile_stage_program, train_step
 
 NUM_STEPS = 10
 TOLERANCE = 1e-5
@@ -45,15 +44,16 @@ def batches():
     return steps
 
 
-def train_rank(rank, world_size, init_method, tensor_parallel, strategy, degree, kinds, budget_tokens, spec):
+def train_rank(rank, world_size, init_method, parallel, strategy, degree, kinds, budget_tokens, spec):
     """One rank's run of ten steps; rank 0 returns (losses, full initial weights, full final weights, group shapes)."""
-    config = dataclasses.replace(CONFIG, parallel=ParallelConfig(tensor_parallel=tensor_parallel))
+    config = dataclasses.replace(CONFIG, parallel=parallel)
     env = RankEnv(rank=rank, world_size=world_size, local_rank=rank, local_world_size=world_size)
     runtime = build_runtime(config, env, spec, init_method=init_method)
-    num_ranks = world_size // tensor_parallel
-    cost = cost_model(num_ranks)
+    num_ranks = parallel.data_ranks(world_size)
+    cost = dataclasses.replace(cost_model(num_ranks), sharding=runtime.sharding)
     limits = PlanLimits(
-        device_budget_bytes=budget_tokens, max_ulysses_degree=spec.num_query_heads // tensor_parallel, kinds=kinds
+        device_budget_bytes=budget_tokens, kinds=kinds,
+        max_ulysses_degree=spec.num_query_heads // parallel.tensor_parallel,
     )
     initial = full_weights(runtime)
     losses, shapes = [], set()
@@ -64,7 +64,7 @@ def train_rank(rank, world_size, init_method, tensor_parallel, strategy, degree,
         )
         verify_plan(plan, lengths, num_ranks=num_ranks, cost=cost, limits=limits)
         shapes |= {(str(g.kind), g.degree) for m in plan.microbatches for g in m.groups}
-        program = compile_rank_program(plan, runtime.mesh.data_rank)
+        program = compile_stage_program(runtime, plan)
 
         def read(spans, documents=documents):
             ids = [documents[s.sequence][s.start_token : s.stop_token + 1] for s in spans]
@@ -80,7 +80,7 @@ def train_rank(rank, world_size, init_method, tensor_parallel, strategy, degree,
 
 
 def full_weights(runtime):
-    """All weights in full on every rank: gathered over the data axis, then joined over the tensor axis."""
+    """All weights in full on every rank: gathered over the data axis, joined over the tensor axis and the stages."""
     joined = {}
     for name, parameter in runtime.model.named_parameters():
         local = parameter.full_tensor().detach().contiguous()
@@ -90,26 +90,46 @@ def full_weights(runtime):
             joined[name] = parts[0]
         else:
             joined[name] = torch.cat(parts, dim=1 if name.endswith(("out.weight", "down.weight")) else 0)
-    return {name: weight.numpy() for name, weight in joined.items()}
+    everywhere = [None] * runtime.mesh.world_size
+    torch.distributed.all_gather_object(everywhere, {name: weight.numpy() for name, weight in joined.items()})
+    return {name: weight for part in everywhere for name, weight in part.items()}
 
 
+DATA = ParallelConfig()
+TENSOR_2 = ParallelConfig(tensor_parallel=2)
+STAGES_2 = ParallelConfig(pipeline_parallel=2)
+STAGES_2_TENSOR_2 = ParallelConfig(pipeline_parallel=2, tensor_parallel=2)
+REPLICAS_2, REPLICAS_4 = ParallelConfig(shard_ranks=2), ParallelConfig(shard_ranks=1)
+ZERO3 = ParallelConfig(sharding="zero3")
+ZERO3_TENSOR_2 = ParallelConfig(sharding="zero3", tensor_parallel=2)
 ULYSSES, RING = (AttentionKind.ULYSSES,), (AttentionKind.RING,)
 RUNS = {
-    "1 rank": (1, 1, "static", 1, ULYSSES, 2**40, {("local", 1)}),
-    "4 ranks flexsp": (4, 1, "flexsp", None, ULYSSES, 60, {("local", 1), ("ulysses", 2), ("ulysses", 4)}),
-    "4 ranks ulysses 2": (4, 1, "static", 2, ULYSSES, 2**40, {("ulysses", 2)}),
-    "4 ranks ulysses 4 (2 kv heads)": (4, 1, "static", 4, ULYSSES, 2**40, {("ulysses", 4)}),
-    "4 ranks ring 3+1": (4, 1, "static", 3, RING, 2**40, {("ring", 3), ("local", 1)}),
-    "4 ranks adaptive": (4, 1, "adaptive", None, (*ULYSSES, *RING), 60, {("local", 1)}),
-    "4 ranks hdp": (4, 1, "hdp", None, RING, 60, {("local", 1), ("ring", 2)}),
-    "4 ranks zeppelin": (4, 1, "zeppelin", None, RING, 60, {("local", 1)}),
-    "4 ranks megatron": (4, 1, "megatron", None, RING, 60, {("local", 1)}),
-    "4 ranks usp 2 x 2": (4, 1, "static", 4, (AttentionKind.USP,), 2**40, {("usp", 4)}),
-    "4 ranks double ring 2 x 2": (4, 1, "static", 4, (AttentionKind.DOUBLE_RING,), 2**40, {("double_ring", 4)}),
-    "4 ranks group-cast 3+1": (4, 1, "static", 3, (AttentionKind.GROUP_CAST,), 2**40, {("group_cast", 3)}),
-    "4 ranks all-gather": (4, 1, "static", 4, (AttentionKind.ALL_GATHER,), 2**40, {("all_gather", 4)}),
-    "tensor 2 x data 2": (4, 2, "static", 2, ULYSSES, 2**40, {("ulysses", 2)}),
+    "1 rank": (1, DATA, "static", 1, ULYSSES, 2**40, {("local", 1)}),
+    "4 ranks flexsp": (4, DATA, "flexsp", None, ULYSSES, 60, {("local", 1), ("ulysses", 2), ("ulysses", 4)}),
+    "4 ranks ulysses 2": (4, DATA, "static", 2, ULYSSES, 2**40, {("ulysses", 2)}),
+    "4 ranks ulysses 4 (2 kv heads)": (4, DATA, "static", 4, ULYSSES, 2**40, {("ulysses", 4)}),
+    "4 ranks ring 3+1": (4, DATA, "static", 3, RING, 2**40, {("ring", 3), ("local", 1)}),
+    "4 ranks adaptive": (4, DATA, "adaptive", None, (*ULYSSES, *RING), 60, {("local", 1)}),
+    "4 ranks hdp": (4, DATA, "hdp", None, RING, 60, {("local", 1), ("ring", 2)}),
+    "4 ranks zeppelin": (4, DATA, "zeppelin", None, RING, 60, {("local", 1)}),
+    "4 ranks megatron": (4, DATA, "megatron", None, RING, 60, {("local", 1)}),
+    "4 ranks usp 2 x 2": (4, DATA, "static", 4, (AttentionKind.USP,), 2**40, {("usp", 4)}),
+    "4 ranks double ring 2 x 2": (4, DATA, "static", 4, (AttentionKind.DOUBLE_RING,), 2**40, {("double_ring", 4)}),
+    "4 ranks group-cast 3+1": (4, DATA, "static", 3, (AttentionKind.GROUP_CAST,), 2**40, {("group_cast", 3)}),
+    "4 ranks all-gather": (4, DATA, "static", 4, (AttentionKind.ALL_GATHER,), 2**40, {("all_gather", 4)}),
+    "pipeline 2 x data 2": (4, STAGES_2, "flexsp", None, ULYSSES, 80, {("local", 1), ("ulysses", 2)}),
+    "pipeline 2 x data 2 hdp": (4, STAGES_2, "hdp", None, RING, 80, {("local", 1), ("ring", 2)}),
+    "pipeline 2 x tensor 2": (4, STAGES_2_TENSOR_2, "static", 1, ULYSSES, 2**40, {("local", 1)}),
+    "2 replicas of 2": (4, REPLICAS_2, "flexsp", None, ULYSSES, 60, {("local", 1), ("ulysses", 4)}),
+    "4 replicas": (4, REPLICAS_4, "flexsp", None, ULYSSES, 60, {("local", 1), ("ulysses", 4)}),
+    "zero3 flexsp": (4, ZERO3, "flexsp", None, ULYSSES, 60, {("local", 1), ("ulysses", 4)}),
+    "zero3 hdp": (4, ZERO3, "hdp", None, RING, 60, {("local", 1), ("ring", 2)}),
+    "zero3 x tensor 2": (4, ZERO3_TENSOR_2, "adaptive", None, RING, 90, {("local", 1), ("ring", 2)}),
+    "tensor 2 x data 2": (4, TENSOR_2, "static", 2, ULYSSES, 2**40, {("ulysses", 2)}),
 }
+
+
+STRATEGIES = ("flexsp", "adaptive", "hdp", "zeppelin", "megatron", "static")
 
 
 @pytest.fixture(scope="module")
@@ -119,9 +139,16 @@ def pool():
     pool.close()
 
 
+@pytest.fixture(scope="module")
+def large_pool():
+    pool = RankPool(8)
+    yield pool
+    pool.close()
+
+
 def dense_run(pool, spec):
     """The dense model's run, from the initial weights that the one-rank model starts with."""
-    ((_, initial, _, _),) = pool.run(train_rank, 1, "static", 1, ULYSSES, 2**40, spec, world_size=1)
+    ((_, initial, _, _),) = pool.run(train_rank, DATA, "static", 1, ULYSSES, 2**40, spec, world_size=1)
     steps = [[torch.from_numpy(ids) for ids in documents] for documents in batches()]
     rates = [learning_rate(CONFIG.optimizer, step=step, num_steps=NUM_STEPS) for step in range(NUM_STEPS)]
     weights = {name: torch.from_numpy(weight) for name, weight in initial.items()}
@@ -145,8 +172,21 @@ class TestEquality:
 
     def test_tied_head_under_tensor_parallelism(self, pool):
         spec = dataclasses.replace(SPEC, tied_head=True, qk_norm=False)
-        losses, _, final, _ = pool.run(train_rank, 2, "static", 2, RING, 2**40, spec)[0]
+        losses, _, final, _ = pool.run(train_rank, TENSOR_2, "static", 2, RING, 2**40, spec)[0]
         self.compare(dense_run(pool, spec), losses, final)
+
+    @pytest.mark.nightly
+    @pytest.mark.parametrize("num_stages", [1, 2])
+    @pytest.mark.parametrize("tensor_parallel", [1, 2])
+    @pytest.mark.parametrize("world_size", [4, 8])
+    @pytest.mark.parametrize("strategy", STRATEGIES)
+    def test_every_strategy_on_every_grid(self, large_pool, oracle, strategy, world_size, tensor_parallel, num_stages):
+        parallel = ParallelConfig(tensor_parallel=tensor_parallel, pipeline_parallel=num_stages)
+        budget = 2 * 150 // parallel.data_ranks(world_size) + 30
+        kinds = (*ULYSSES, *RING)
+        results = large_pool.run(train_rank, parallel, strategy, None, kinds, budget, SPEC, world_size=world_size)
+        losses, _, final, _ = results[0]
+        self.compare(oracle, losses, final)
 
     @staticmethod
     def compare(oracle, losses, final):

@@ -1,0 +1,81 @@
+"""What a pipeline stage gets from its neighbours and gives to them: hidden states forward, their gradients backward.
+
+Receives block, sends do not; so the order of ``planner.pipeline_order`` cannot deadlock. Each direction has its own
+communicator: on NCCL a send that waits for its receiver would otherwise hold up the message that the receiver waits
+for. Sizes need no negotiation: both ends know the rows of every microbatch from the plan.
+Shapes: T rows of a microbatch on this data rank, D hidden.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from parallel.comm import Exchange, Message, Pending
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageLink:
+    """This rank's links to the stage before and the stage after, on the same data rank.
+
+    Hidden states and gradients that are under way are kept until ``drain``, or until what came back proves that they
+    have arrived.
+    """
+
+    stage: int
+    num_stages: int
+    forward_wire: Exchange
+    backward_wire: Exchange
+    device: torch.device
+    dtype: torch.dtype
+    _under_way: dict[tuple[str, int], Pending] = field(default_factory=dict)
+
+    @property
+    def is_first(self) -> bool:
+        return self.stage == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.stage == self.num_stages - 1
+
+    def receive_hidden(self, microbatch: int, shape: tuple[int, int]) -> torch.Tensor:
+        """The hidden states ``[T, D]`` of the stage before, ready for autograd."""
+        hidden_TD = torch.empty(shape, device=self.device, dtype=self.dtype)
+        self._receive(self.forward_wire, self.stage - 1, hidden_TD, f"hidden states of microbatch {microbatch}")
+        return hidden_TD.requires_grad_()
+
+    def send_hidden(self, microbatch: int, hidden_TD: torch.Tensor) -> None:
+        what = f"hidden states of microbatch {microbatch}"
+        message = Message(self.stage + 1, hidden_TD.detach().contiguous())
+        self._under_way["hidden", microbatch] = self.forward_wire.post([message], [], self._named(what))
+
+    def receive_gradient(self, microbatch: int, shape: tuple[int, int]) -> torch.Tensor:
+        """The gradient ``[T, D]`` of what was sent to the stage after; that has arrived, then, and is let go."""
+        gradient_TD = torch.empty(shape, device=self.device, dtype=self.dtype)
+        self._receive(self.backward_wire, self.stage + 1, gradient_TD, f"gradient of microbatch {microbatch}")
+        self._under_way.pop(("hidden", microbatch)).wait()
+        return gradient_TD
+
+    def send_gradient(self, microbatch: int, gradient_TD: torch.Tensor) -> None:
+        what = f"gradient of microbatch {microbatch}"
+        message = Message(self.stage - 1, gradient_TD.contiguous())
+        self._under_way["gradient", microbatch] = self.backward_wire.post([message], [], self._named(what))
+
+    def gradient_has_arrived(self, microbatch: int) -> None:
+        """Let go of a gradient whose receiver is known to be past it."""
+        pending = self._under_way.pop(("gradient", microbatch), None)
+        if pending is not None:
+            pending.wait()
+
+    def drain(self) -> None:
+        """Wait for all sends."""
+        for pending in self._under_way.values():
+            pending.wait()
+        self._under_way.clear()
+
+    def _receive(self, wire: Exchange, stage: int, tensor: torch.Tensor, what: str) -> None:
+        wire.post([], [Message(stage, tensor)], self._named(what)).wait()
+
+    def _named(self, what: str) -> str:
+        return f"{what}, stage {self.stage} of {self.num_stages}"
