@@ -20,6 +20,8 @@ T = TypeVar("T")
 
 def to_plain(value: Any) -> Any:
     """Dataclasses, tuples and enums as dicts, lists and strings: what ``json.dumps`` and YAML take."""
+    if value is None or type(value) in (float, int, str, bool):  # nearly all values of a plan or a cost model
+        return value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, enum.Enum):

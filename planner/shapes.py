@@ -1,7 +1,7 @@
 """The groups a strategy may form, and every sequence priced on each of them: arrays, built once per step.
 
 Time and memory of a group add up over its sequences, so all search works on one row per sequence and one column per
-*shape* (an attention kind with a degree).
+*shape*: an attention kind, a degree, and the fraction of the tokens that is computed again (``planner.memory_policy``).
 """
 
 from __future__ import annotations
@@ -23,16 +23,42 @@ IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 
 UNLIMITED_TOKENS = 2**62
+HAIR = 1e-6
+"""Of a token: loads within it of a whole number are that number."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldShare:
+    """The share of a sequence's activation bytes that stays on the device: ``max(least, at_zero - per_token * s)`` for
+    s tokens, between 0 and 1. It falls with s: longer sequences give a copy to the host more time to hide in."""
+
+    at_zero: float = 1.0
+    per_token: float = 0.0
+    least: float = 1.0
+
+    @property
+    def is_all(self) -> bool:
+        return self.least >= 1
+
+    def of(self, num_tokens: float) -> float:
+        return max(self.least, self.at_zero - self.per_token * num_tokens)
+
+
+ALL_HELD = HeldShare()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupShape:
     """A group of ``fit.degree`` ranks of one attention kind. The loads of its sequences may add up to
     ``capacity_tokens``: for local and ulysses a load is the sequence's tokens and the capacity is the whole group's;
-    for ring the load is the most tokens any one rank gets of the sequence and the capacity is one rank's."""
+    for ring the load is the most tokens any one rank gets of the sequence and the capacity is one rank's. Of these
+    tokens only the share ``held`` counts, rounded up. ``fit`` includes the time to compute ``recompute_fraction`` of
+    the tokens again."""
 
     fit: TimeFit
     capacity_tokens: int
+    recompute_fraction: float = 0.0
+    held: HeldShare = ALL_HELD
 
     @property
     def kind(self) -> AttentionKind:
@@ -48,7 +74,8 @@ class PriceTable:
     """Row per sequence (``rows[i]``: its index in the step), column per shape, degrees ascending.
 
     ``marginal_s``: seconds the sequence adds to a group of the shape, whose first sequence pays ``fixed_s`` as well.
-    ``load_tokens``: what it takes of ``capacity_tokens``. ``fits``: it may run there alone.
+    ``load_tokens``: what it takes of ``capacity_tokens``. ``memory_shares``: the share of a group's memory that it
+    certainly takes, remainders aside. ``fits``: it may run there alone.
     """
 
     shapes: tuple[GroupShape, ...]
@@ -56,6 +83,7 @@ class PriceTable:
     lengths: IntArray
     marginal_s: FloatArray
     load_tokens: IntArray
+    memory_shares: FloatArray
     fits: BoolArray
     degrees: IntArray
     fixed_s: FloatArray
@@ -70,7 +98,7 @@ class PriceTable:
         picked = np.asarray(rows, dtype=np.int64)
         return replace(
             self, rows=self.rows[picked], lengths=self.lengths[picked], marginal_s=self.marginal_s[picked],
-            load_tokens=self.load_tokens[picked], fits=self.fits[picked],
+            load_tokens=self.load_tokens[picked], memory_shares=self.memory_shares[picked], fits=self.fits[picked],
         )
 
     def take_shapes(self, columns: SequenceOf[int]) -> PriceTable:
@@ -78,8 +106,9 @@ class PriceTable:
         picked = np.asarray(columns, dtype=np.int64)
         return replace(
             self, shapes=tuple(self.shapes[column] for column in columns), marginal_s=self.marginal_s[:, picked],
-            load_tokens=self.load_tokens[:, picked], fits=self.fits[:, picked], degrees=self.degrees[picked],
-            fixed_s=self.fixed_s[picked], capacity_tokens=self.capacity_tokens[picked],
+            load_tokens=self.load_tokens[:, picked], memory_shares=self.memory_shares[:, picked],
+            fits=self.fits[:, picked], degrees=self.degrees[picked], fixed_s=self.fixed_s[picked],
+            capacity_tokens=self.capacity_tokens[picked],
         )
 
 
@@ -91,11 +120,12 @@ def shape_of(kind: AttentionKind, degree: int, cost: CostModel, limits: PlanLimi
         return None
     if kind is AttentionKind.ULYSSES and degree > limits.max_ulysses_degree:
         return None
-    if degree not in cost.degrees(kind):
+    fit = next((fit for fit in cost.times if fit.degree == degree and fit.kind is kind), None)
+    if fit is None:
         return None
     per_rank = cost.max_local_tokens(limits.device_budget_bytes)
     capacity = per_rank if kind is AttentionKind.RING else per_rank * degree
-    return GroupShape(fit=cost.time_fit(kind, degree), capacity_tokens=min(capacity, UNLIMITED_TOKENS))
+    return GroupShape(fit=fit, capacity_tokens=min(capacity, UNLIMITED_TOKENS))
 
 
 def shapes_of_degree(degree: int, cost: CostModel, limits: PlanLimits) -> tuple[GroupShape, ...]:
@@ -158,14 +188,18 @@ def price_table(lengths: SequenceOf[int] | IntArray, shapes: SequenceOf[GroupSha
     coefficients = np.array(
         [(s.fit.s_per_token2, s.fit.s_per_token, s.fit.s_per_sequence) for s in shapes], dtype=np.float64
     )
-    loads = np.stack([_load_tokens(sizes, shape) for shape in shapes], axis=1)
+    loads = _load_tokens(sizes, shapes)
     capacities = np.array([shape.capacity_tokens for shape in shapes], dtype=np.int64)
+    memory_shares = tokens / np.array([max(group_tokens(shape), 1) for shape in shapes], dtype=np.float64)
+    if not all(shape.held.is_all for shape in shapes):
+        memory_shares *= held_shares(tokens, shapes)
     return PriceTable(
         shapes=tuple(shapes),
         rows=np.arange(len(sizes), dtype=np.int64),
         lengths=sizes,
         marginal_s=coefficients[:, 0] * tokens**2 + coefficients[:, 1] * tokens + coefficients[:, 2],
         load_tokens=loads,
+        memory_shares=memory_shares,
         fits=loads <= capacities,
         degrees=np.array([shape.degree for shape in shapes], dtype=np.int64),
         fixed_s=np.array([shape.fit.fixed_s for shape in shapes], dtype=np.float64),
@@ -173,22 +207,46 @@ def price_table(lengths: SequenceOf[int] | IntArray, shapes: SequenceOf[GroupSha
     )
 
 
-def ring_peak_tokens(lengths: IntArray, degree: int) -> IntArray:
+def ring_peak_tokens(lengths: IntArray, degree: int | IntArray) -> IntArray:
     """The most tokens one rank of a ring of ``degree`` gets of each sequence (``layout``'s zigzag).
 
     Of 2 * degree chunks a remainder of r tokens makes r one token longer. A rank holds a chunk and its mirror image;
     both are long for some rank exactly where some multiple j / r of the whole, 0 < j < r, falls strictly inside a
-    chunk: where r does not divide 2 * degree.
+    chunk: where r does not divide 2 * degree. Lengths as a column and degrees as a row give a table.
     """
     chunks = 2 * degree
-    rest = lengths % chunks
+    whole, rest = np.divmod(lengths, chunks)
     longer = np.where(rest == 0, 0, np.where(chunks % np.maximum(rest, 1) == 0, 1, 2))
-    peaks: IntArray = 2 * (lengths // chunks) + longer
+    peaks: IntArray = 2 * whole + longer
     return peaks
 
 
-def _load_tokens(lengths: IntArray, shape: GroupShape) -> IntArray:
-    return ring_peak_tokens(lengths, shape.degree) if shape.kind is AttentionKind.RING else lengths
+def _load_tokens(sizes: IntArray, shapes: SequenceOf[GroupShape]) -> IntArray:
+    """``GroupShape`` loads, row per length, column per shape."""
+    loads = np.repeat(sizes[:, None], len(shapes), axis=1)
+    rings = np.array([place for place, shape in enumerate(shapes) if shape.kind is AttentionKind.RING], dtype=np.int64)
+    if len(rings):
+        degrees, which = np.unique(np.array([shapes[place].degree for place in rings.tolist()]), return_inverse=True)
+        loads[:, rings] = ring_peak_tokens(sizes[:, None], degrees[None, :])[:, which]
+    parted = np.array([place for place, shape in enumerate(shapes) if not shape.held.is_all], dtype=np.int64)
+    if len(parted):
+        shares = held_shares(sizes[:, None].astype(np.float64), [shapes[place] for place in parted.tolist()])
+        loads[:, parted] = np.ceil(loads[:, parted] * shares - HAIR).astype(np.int64)
+    return loads
+
+
+def held_shares(tokens: FloatArray, shapes: SequenceOf[GroupShape]) -> FloatArray:
+    """``HeldShare.of``: lengths (tokens) as a column, shapes as a row."""
+    at_zero, per_token, least = np.array(
+        [(shape.held.at_zero, shape.held.per_token, shape.held.least) for shape in shapes], dtype=np.float64
+    ).T
+    shares: FloatArray = np.maximum(least, at_zero - per_token * tokens)
+    return shares
+
+
+def group_tokens(shape: GroupShape) -> int:
+    """Tokens that all ranks of the group hold together at most, were all of their activations held."""
+    return shape.capacity_tokens * (shape.degree if shape.kind is AttentionKind.RING else 1)
 
 
 def require_fits(table: PriceTable, cost: CostModel, limits: PlanLimits) -> None:
