@@ -76,6 +76,9 @@ def _parser() -> argparse.ArgumentParser:
         help="one strategy, or all: every one on the same batches, the fastest in detail (default flexsp)")
     add("--degree", metavar="D", help="ranks per group, for static (default: the best one)")
     add("--attention", default="auto", metavar="KIND", help=f"{', '.join(attention_names())} (default auto)")
+    add("--memory", default="keep", metavar="POLICY",
+        help="keep (default, what training runs), swap, recompute, or auto: what pays, by microbatch; "
+        "adaptive uses them all, hdp and hdp-floor swap")
     add("--batch-sequences", metavar="N", help="sequences a step (default 512)")
     add("--batch-tokens", metavar="N", help="or: at most this many tokens a step, e.g. 512K")
     add("--max-length", metavar="N", help="drop longer sequences, e.g. 192K (= 196,608 tokens)")

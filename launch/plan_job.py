@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from planner.analytic import derive_cost
+from planner.analytic import derive_cost, host_budget_bytes
 from planner.breakdown import free_links
 from planner.cluster import ClusterSpec
 from planner.codec import suggest
@@ -17,11 +17,17 @@ from planner.errors import SpecError
 from planner.length_generators import generate_lengths, length_names, length_table
 from planner.lengths_file import batches_of_sequences, batches_of_tokens, drop_longer, read_lengths
 from planner.model_spec import ModelSpec
-from planner.plan import Sharding
+from planner.plan import MemoryAction, Sharding
 from planner.schedule import attention_kinds
 from planner.specs import load_cluster, load_cost, load_model, sources
 from planner.units import format_bytes, parse_bytes, parse_tokens
 
+POLICIES = {
+    "keep": (MemoryAction.KEEP,),
+    "swap": (MemoryAction.KEEP, MemoryAction.SWAP),
+    "recompute": (MemoryAction.KEEP, MemoryAction.RECOMPUTE),
+    "auto": tuple(MemoryAction),
+}
 _MAX_DRAWN = 10_000_000
 
 
@@ -55,6 +61,8 @@ class Job:
 def read_job(flags: argparse.Namespace) -> Job:
     """Raises SpecError on the first flag or file that is wrong."""
     kinds = attention_kinds(flags.attention)
+    if flags.memory not in POLICIES:
+        raise SpecError(f"--memory: {flags.memory!r} is none of {', '.join(POLICIES)}")
     if flags.lengths is None:
         raise SpecError(
             "longhaul plan: --lengths FILE|NAME is needed: a file of one sequence length (tokens) a line, or one of "
@@ -67,6 +75,8 @@ def read_job(flags: argparse.Namespace) -> Job:
         max_ulysses_degree=model.num_query_heads,
         kinds=kinds,
         devices_per_node=cluster.devices_per_node,
+        policies=POLICIES[flags.memory],
+        host_budget_bytes=host_budget_bytes(cluster),
     )
     longest = max(max(batch) for batch in batches)
     if flags.cost is None:
@@ -75,6 +85,8 @@ def read_job(flags: argparse.Namespace) -> Job:
         cost, remark = load_cost(flags.cost), ""
         if cost.provenance.model != model.name:
             remark = f"--cost {flags.cost} was measured for model {cost.provenance.model}, not for {model.name}"
+        if flags.memory != "keep" and cost.activation is None:
+            raise SpecError(f"--memory {flags.memory}: {flags.cost} has no prices for it; leave --memory or --cost out")
     return Job(
         cluster=cluster, model=model, cost=cost, is_measured=flags.cost is not None, limits=limits, batches=batches,
         lengths_name=flags.lengths, remarks=(*remarks, *([remark] if remark else [])),

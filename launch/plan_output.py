@@ -27,6 +27,7 @@ from planner.explain import (
     time_line,
     verdict,
 )
+from planner.policy_words import policy_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -145,6 +146,7 @@ def show(result: Result) -> None:
     for line in replay_lines(first):
         console.print(line, soft_wrap=True)
     console.print(memory_line(result.memory), soft_wrap=True)
+    console.print(policy_line(result.steps, job.cost, job.limits), soft_wrap=True)
     for remark in job.remarks:
         console.print(f"note: {remark}", soft_wrap=True)
     _show_comparison(console, result)
@@ -177,7 +179,8 @@ def page(result: Result) -> Page:
         title=f"{first.plan.strategy}: {job.model.name} on {job.cluster.name}, lengths {job.lengths_name}",
         lines=(
             *headline(result), _time_line(result), *replay_lines(first), memory_line(result.memory),
-            solver_line(first.plan), *(f"note: {remark}" for remark in job.remarks), *_refusals(result),
+            policy_line(result.steps, job.cost, job.limits), solver_line(first.plan),
+            *(f"note: {remark}" for remark in job.remarks), *_refusals(result),
         ),
         sources=tuple(provenance_lines(job.cost, job.sources)),
         step=first,
@@ -220,7 +223,7 @@ def _show_table(console: Console, title: str, columns: tuple[str, ...], rows: li
 
     table = Table(title=title, title_justify="left", title_style="")
     for name in columns:
-        is_text = name in ("attention", "ranks", "status", "strategy")
+        is_text = name in ("attention", "ranks", "status", "strategy", "memory")
         table.add_column(name, justify="left" if is_text else "right")
     for row in rows:
         table.add_row(*row)

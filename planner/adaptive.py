@@ -9,7 +9,7 @@ the guard of ``limits.time_limit_s``.
 
 Then the published strategies get their chance (``adaptive_rivals``): if one has the better plan, that is the plan.
 
-The memory policy is to keep all activations: the only one the runtime executes so far.
+What is searched over, memory policies included, is decided before (``adaptive_space``).
 """
 
 from __future__ import annotations
@@ -21,13 +21,15 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from planner.adaptive_build import Draft, Target, build_draft
-from planner.adaptive_rivals import Match, best_rival
+from planner.adaptive_rivals import Match, best_rival, makespan_s
 from planner.adaptive_shop import Workshop
+from planner.adaptive_space import search_space
 from planner.assemble import Found, GroupChoice, MicrobatchChoice
-from planner.bounds import bound_of_parts, bound_parts, settled_lengths
+from planner.bounds import settled_lengths
 from planner.cost import CostModel, PlanLimits
+from planner.memory_policy import choose_policies
 from planner.plan import AttentionKind, SolveStatus
-from planner.shapes import GroupShape, allowed_shapes, require_fits, shapes_of_degree
+from planner.shapes import GroupShape
 
 MAX_BUILDS = 12
 MIN_BUILDS = 4
@@ -57,6 +59,11 @@ class _Search:
         return draft
 
     @property
+    def best_s(self) -> float:
+        """Makespan of the best draft, infinite before the first build."""
+        return float("inf") if self.best is None else self.best.makespan_s
+
+    @property
     def done(self) -> bool:
         if self.best is None:
             return False
@@ -76,43 +83,44 @@ def plan_adaptive(
 
     Raises SpecError where no shape is priced, InfeasibleError where a sequence fits none.
     """
-    shapes = every_shape(num_ranks, cost, limits)
+    space = search_space(lengths, num_ranks, cost, limits)
+    max_builds = min(max(ROWS_AND_RANKS // (len(lengths) + num_ranks), MIN_BUILDS), MAX_BUILDS)
+    max_builds = max(max_builds // len(space.choices), MIN_BUILDS)
+    searches = []
+    for shapes in space.choices:
+        shop = _workshop(lengths, shapes, num_ranks, limits)
+        searches.append(_Search(shop, space.bound_s, deadline_s, max_builds))
+        _search(searches[-1])
+        if searches[-1].within(CLOSE_ENOUGH):
+            break
+    best = min(searches, key=lambda search: search.best_s)
+    groups = _choices(best, lengths, cost, limits)
+    match = Match(
+        lengths=lengths, num_ranks=num_ranks, cost=cost, limits=limits, beat_s=best.best_s, bound_s=space.bound_s,
+        deadline_s=deadline_s,
+    )
+    if space.has_policies:  # milder policies than the shapes' may have made it faster
+        match = replace(match, beat_s=makespan_s(groups, match))
+    found_s, note = match.beat_s, f"adaptive, {sum(search.num_builds for search in searches)} builds"
+    rival = best_rival(match)
+    if rival is not None:
+        groups, found_s, note = rival.groups, rival.makespan_s, f"{rival.name} plan, {note}"
+    proven = found_s - space.bound_s <= limits.relative_gap * (found_s + cost.step_fixed_s)
+    status = SolveStatus.OPTIMAL if proven else SolveStatus.FEASIBLE
+    return Found(groups=groups, status=status, bound_s=space.bound_s, note=note)
+
+
+def _workshop(
+    lengths: SequenceOf[int], shapes: tuple[GroupShape, ...], num_ranks: int, limits: PlanLimits
+) -> Workshop:
     sizes = np.asarray(lengths, dtype=np.int64)
     settled = np.zeros(len(sizes), dtype=np.bool_)
     if shapes[0].kind is AttentionKind.LOCAL:
         settled = settled_lengths(sizes, np.ones(len(sizes)), shapes, shapes[0], num_ranks)
-    shop = Workshop(lengths, shapes, settled.tolist(), num_ranks=num_ranks, node_size=limits.node_size(num_ranks))
-    require_fits(shop.long, cost, limits)
-    bound_s = bound_of_parts(bound_parts(sizes, shapes, num_ranks), num_ranks)
-    max_builds = min(max(ROWS_AND_RANKS // (len(sizes) + num_ranks), MIN_BUILDS), MAX_BUILDS)
-    search = _Search(shop, bound_s, deadline_s, max_builds)
-    draft = _search(search)
-    makespan_s, note = draft.makespan_s, f"adaptive, {search.num_builds} builds"
-    groups: tuple[MicrobatchChoice, ...] = _choices(shop, draft)
-    rival = best_rival(
-        Match(
-            lengths=lengths, num_ranks=num_ranks, cost=cost, limits=limits, beat_s=makespan_s, bound_s=bound_s,
-            deadline_s=deadline_s,
-        )
-    )
-    if rival is not None:
-        groups, makespan_s, note = rival.groups, rival.makespan_s, f"{rival.name} plan, {note}"
-    proven = makespan_s - bound_s <= limits.relative_gap * (makespan_s + cost.step_fixed_s)
-    status = SolveStatus.OPTIMAL if proven else SolveStatus.FEASIBLE
-    return Found(groups=groups, status=status, bound_s=bound_s, note=note)
+    return Workshop(lengths, shapes, settled.tolist(), num_ranks=num_ranks, node_size=limits.node_size(num_ranks))
 
 
-def every_shape(num_ranks: int, cost: CostModel, limits: PlanLimits) -> tuple[GroupShape, ...]:
-    """All shapes that the cost model prices and the limits allow on so many ranks, degrees ascending.
-
-    Raises SpecError where there are none.
-    """
-    degrees = sorted({fit.degree for fit in cost.times if fit.degree <= num_ranks})
-    shapes = tuple(shape for degree in degrees for shape in shapes_of_degree(degree, cost, limits))
-    return shapes or allowed_shapes(num_ranks, cost, limits)
-
-
-def _search(search: _Search) -> Draft:
+def _search(search: _Search) -> None:
     """Build for the bound in each way, then bisect the target of the best spread and the best packed way; where the
     first one is good already, of that one only."""
     bound_s = search.bound_s
@@ -131,8 +139,6 @@ def _search(search: _Search) -> Draft:
     for number, (makespan_s, way) in enumerate(finalists):
         left = search.max_builds - search.num_builds
         _bisect(search, way, makespan_s, -(-left // (NUM_FINALISTS - number)))
-    assert search.best is not None
-    return search.best
 
 
 def _bisect(search: _Search, way: Target, reached_s: float, num_builds: int) -> None:
@@ -149,12 +155,13 @@ def _bisect(search: _Search, way: Target, reached_s: float, num_builds: int) -> 
             low_s, high_s = target_s, min(high_s, draft.makespan_s)
 
 
-def _choices(shop: Workshop, draft: Draft) -> tuple[GroupChoice, ...]:
-    return tuple(
-        GroupChoice(
-            shop.shapes[batch.column].kind,
-            tuple(range(batch.first_rank, batch.first_rank + batch.degree)),
-            tuple(sorted(batch.rows)),
-        )
-        for batch in draft.batches
-    )
+def _choices(
+    search: _Search, lengths: SequenceOf[int], cost: CostModel, limits: PlanLimits
+) -> tuple[MicrobatchChoice, ...]:
+    assert search.best is not None
+    groups = []
+    for batch in search.best.batches:
+        shape = search.shop.shapes[batch.column]
+        ranks = tuple(range(batch.first_rank, batch.first_rank + batch.degree))
+        groups.append((shape, GroupChoice(shape.kind, ranks, tuple(sorted(batch.rows)))))
+    return choose_policies(groups, lengths, cost, limits)

@@ -75,11 +75,11 @@ def _exchange(
 
 
 def _shift(shop: Workshop, giver: Batch, taker: Batch, row: int) -> None:
-    size, seconds = shop.lengths[row], shop.marginal_s(row, 0)
+    load, seconds = shop.local_load[row], shop.marginal_s(row, 0)
     giver.rows.remove(row)
-    giver.load -= size
+    giver.load -= load
     giver.marginal_s -= seconds
-    taker.add(row, size, seconds)
+    taker.add(row, load, seconds)
 
 
 def _best_move(
@@ -96,8 +96,8 @@ def _best_move(
     for giver in givers:
         emptied_s = fixed_s if len(giver.rows) == 1 else 0.0
         for row in giver.rows[-MAX_GIVEN:]:
-            size, seconds = shop.lengths[row], shop.marginal_s(row, 0)
-            open_takers = [batch for batch in takers if batch.load + size <= capacity]
+            load, seconds = shop.local_load[row], shop.marginal_s(row, 0)
+            open_takers = [batch for batch in takers if batch.load + load <= capacity]
             extra_s = 0.0 if open_takers else fixed_s
             end_s = max(late_s - seconds - emptied_s, early_s + seconds + extra_s)
             if end_s < late_s and (best is None or end_s < best.worse_end_s):
@@ -111,7 +111,7 @@ def _best_move(
                 end_s = max(late_s - seconds + back_s, early_s + seconds - back_s)
                 if best is not None and end_s >= best.worse_end_s:
                     continue
-                taker, change = takers[holder], size - shop.lengths[back]
+                taker, change = takers[holder], load - shop.local_load[back]
                 if taker.load + change <= capacity and giver.load - change <= capacity:
                     best = _Move(end_s, giver, row, taker, back)
     return best

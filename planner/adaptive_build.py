@@ -215,12 +215,12 @@ class _Builder:
         heap = [(free_s, rank) for rank, free_s in enumerate(self.free_s.tolist())]
         heapq.heapify(heap)
         for row in rows:
-            size, marginal_s = shop.lengths[row], shop.marginal_s(row, 0)
+            load, marginal_s = shop.local_load[row], shop.marginal_s(row, 0)
             seen: list[tuple[float, int]] = []
             best_s, best_place, best_batch = float("inf"), 0, None
             while heap and len(seen) < MAX_PEEKS and heap[0][0] + marginal_s < best_s:
                 free_s, rank = heapq.heappop(heap)
-                room = [batch for batch in stacks[rank] if batch.load + size <= capacity]
+                room = [batch for batch in stacks[rank] if batch.load + load <= capacity]
                 end_s = free_s + marginal_s + (0.0 if room else fixed_s)
                 if end_s < best_s:
                     best_batch = max(room, key=lambda batch: batch.load) if room else None
@@ -233,6 +233,6 @@ class _Builder:
             if best_batch is None:
                 best_batch = Batch(0, 1, fixed_s, first_rank=rank)
                 stacks[rank].append(best_batch)
-            best_batch.add(row, size, marginal_s)
+            best_batch.add(row, load, marginal_s)
         for end_s, rank in heap:
             self.free_s[rank] = end_s

@@ -8,7 +8,7 @@ from math import inf, sqrt
 import numpy as np
 
 from planner.adaptive_shop import Batch, Pool, Workshop
-from planner.shapes import FloatArray, IntArray
+from planner.shapes import FloatArray
 
 SHORT_SHARE = 0.5  # of the pool's tokens: the short ones that any memory can be filled up with
 
@@ -24,7 +24,8 @@ def pack_groups(shop: Workshop, shared: SequenceOf[tuple[int, int]], makespan_s:
     column_of = np.zeros(size, dtype=np.int64)
     load_of, seconds_of = np.zeros(size, dtype=np.int64), np.zeros(size)
     square, linear, each = np.array(shop.square), np.array(shop.linear), np.array(shop.each)
-    degree, capacity, teams = np.array(shop.degree), np.array(shop.capacity), np.array(shop.num_teams)
+    degree, loads_of = np.array(shop.degree), shop.loads
+    capacity = np.array(shop.capacity)
     for row, column in shared:
         count = len(groups)
         tokens = shop.lengths[row]
@@ -35,7 +36,7 @@ def pack_groups(shop: Workshop, shared: SequenceOf[tuple[int, int]], makespan_s:
         if count:
             columns = column_of[:count]
             marginals = (square[columns] * tokens + linear[columns]) * tokens + each[columns]
-            loads = _loads(tokens, teams[columns])
+            loads = loads_of(row)[columns]
             costs = degree[columns] * marginals
             fits = (load_of[:count] + loads <= capacity[columns]) & (seconds_of[:count] + marginals <= makespan_s)
             costs = np.where(fits & (costs <= own_cost), costs, inf)
@@ -51,21 +52,12 @@ def pack_groups(shop: Workshop, shared: SequenceOf[tuple[int, int]], makespan_s:
     return groups
 
 
-def _loads(tokens: int, num_teams: IntArray) -> IntArray:
-    """``Workshop.load`` of a sequence of so many tokens on several shapes at once."""
-    chunks = 2 * num_teams
-    whole, rest = np.divmod(tokens, chunks)
-    longer = np.where(rest == 0, 0, np.where(chunks % np.maximum(rest, 1) == 0, 1, 2))
-    loads: IntArray = 2 * whole + longer
-    return loads
-
-
 def fill_groups(shop: Workshop, groups: SequenceOf[Batch], pool: Pool, makespan_s: float) -> None:
     """Fill memory that groups leave over with the pool's longest rows that fit, where the extra rank seconds of a token
     are below its share of a local microbatch's fixed time. Cheapest shapes first."""
     if not shop.has_local or not pool:
         return
-    price_s = shop.fixed[0] / max(shop.capacity[0], 1)
+    price_s = shop.fixed[0] / max(shop.held_tokens(0, shop.capacity[0]), 1)
     extra_s = [degree * linear - shop.linear[0] for degree, linear in zip(shop.degree, shop.linear, strict=True)]
     for batch in sorted(groups, key=lambda batch: (extra_s[batch.column], -batch.degree, batch.rows[0])):
         column = batch.column
@@ -107,6 +99,7 @@ class _Filler:
         self.shop, self.pool = shop, pool
         self.square, self.linear, self.each = shop.square[0], shop.linear[0], shop.each[0]
         self.fixed_s, self.capacity = shop.fixed[0], shop.capacity[0]
+        self.tokens = shop.held_tokens(0, self.capacity)
         half, tokens, count, squares = SHORT_SHARE * sum(pool.sizes), 0, 0, 0
         for size in pool.sizes:
             tokens, count, squares = tokens + size, count + 1, squares + size * size
@@ -123,7 +116,7 @@ class _Filler:
 
     def left_over_s(self, left_s: float, number: int) -> float:
         """What is left of the time once so many microbatches are full of short rows; negative where they are not."""
-        return left_s - number * (self.fixed_s + self.rho * self.capacity)
+        return left_s - number * (self.fixed_s + self.rho * self.tokens)
 
     def excess_s(self, left_s: float) -> float:
         """``left_over_s`` of as many microbatches as the rank will get."""
@@ -134,7 +127,7 @@ class _Filler:
         number = self.num_batches(left_s)
         left_s -= number * self.fixed_s
         batches = [Batch(0, 1, self.fixed_s, first_rank=rank) for _ in range(number)]
-        room = number * self.capacity
+        room = number * self.tokens
         while self.pool and left_s > 0:
             tokens = self.longest_by_excess(left_s - self.rho * room)
             most = max(self.capacity - batch.load for batch in batches)
@@ -143,8 +136,9 @@ class _Filler:
             if row is None:
                 break
             size, seconds = self.shop.lengths[row], self.shop.marginal_s(row, 0)
-            batch = max((each for each in batches if each.load + size <= self.capacity), key=lambda each: each.load)
-            batch.add(row, size, seconds)
+            load = self.shop.local_load[row]
+            batch = max((each for each in batches if each.load + load <= self.capacity), key=lambda each: each.load)
+            batch.add(row, load, seconds)
             left_s, room = left_s - seconds, room - size
         return [batch for batch in batches if batch.rows]
 

@@ -12,21 +12,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from planner.assemble import Found, MicrobatchChoice, attention_groups
-from planner.bounds import group_tokens
+from planner.assemble import Found, MicrobatchChoice, price_choice
 from planner.cost import CostModel, PlanLimits
 from planner.errors import InfeasibleError, SpecError
 from planner.flexsp import plan_flexsp
 from planner.greedy import plan_greedy
-from planner.hdp import plan_hdp, plan_hdp_floor, plan_hdp_naive, smallest_columns
+from planner.hdp import hdp_shapes, hdp_table, plan_hdp, plan_hdp_floor, plan_hdp_naive, smallest_columns
 from planner.megatron_rule import plan_megatron
-from planner.plan import SolveStatus
-from planner.shapes import GroupShape, price_table, ring_shapes
-from planner.simulate import price_groups, run_schedule
+from planner.plan import MemoryAction, SolveStatus
+from planner.shapes import GroupShape, group_tokens
+from planner.simulate import run_schedule
 from planner.static import best_layout, every_layout
 from planner.zeppelin import plan_zeppelin
 
@@ -79,9 +78,9 @@ def best_rival(match: Match) -> Rival | None:
             found = run()
         except (SpecError, InfeasibleError):  # not possible with these kinds, degrees or lengths
             continue
-        makespan_s = _makespan_s(found, match)
-        if makespan_s < (match.beat_s if best is None else best.makespan_s):
-            best = Rival(name=name, groups=found.groups, makespan_s=makespan_s)
+        found_s = makespan_s(found.groups, match)
+        if found_s < (match.beat_s if best is None else best.makespan_s):
+            best = Rival(name=name, groups=found.groups, makespan_s=found_s)
     return best
 
 
@@ -101,8 +100,10 @@ def _candidates(match: Match) -> list[tuple[str, Callable[[], Found]]]:
     runs = [("greedy", greedy), ("hdp-floor", run(plan_hdp_floor))]
     if match.small or match.open:
         runs.append(("static", lambda: _static(match)))
-    if match.size <= MIDDLING_STEP and _hdp_may_win(match):
-        runs += [("hdp", run(plan_hdp)), ("hdp-naive", run(plan_hdp_naive))]
+    if match.size <= MIDDLING_STEP:
+        keep = replace(match.limits, policies=(MemoryAction.KEEP,))
+        runs += [("hdp", run(plan_hdp))] if _hdp_may_win(match, match.limits) else []
+        runs += [("hdp-naive", run(plan_hdp_naive))] if _hdp_may_win(match, keep) else []
     if match.small:
         runs += [("zeppelin", run(plan_zeppelin)), ("megatron", run(plan_megatron))]
     if match.small and match.open:
@@ -110,14 +111,13 @@ def _candidates(match: Match) -> list[tuple[str, Callable[[], Found]]]:
     return runs
 
 
-def _hdp_may_win(match: Match) -> bool:
+def _hdp_may_win(match: Match, limits: PlanLimits) -> bool:
     """Its degrees follow from memory, so the longest sequence's time is known."""
-    degrees = range(2, match.num_ranks + 1)
     try:
-        shapes = ring_shapes("hdp", degrees, match.num_ranks, match.cost, match.limits)
+        shapes = hdp_shapes(match.num_ranks, match.cost, limits)
     except SpecError:
         return False
-    longest = price_table([max(match.lengths)], shapes)
+    longest = hdp_table([max(match.lengths)], shapes)
     column = int(smallest_columns(longest, np.inf)[0])
     return float(longest.marginal_s[0, column] + longest.fixed_s[column]) < match.beat_s
 
@@ -153,11 +153,7 @@ def _layout_bound_s(layout: SequenceOf[GroupShape], match: Match) -> float:
     return max(work_s / match.num_ranks, alone_s)
 
 
-def _makespan_s(found: Found, match: Match) -> float:
-    prices = []
-    for choice in found.groups:
-        groups = attention_groups(choice, match.cost)
-        ranks = tuple(sorted({rank for each in groups for rank in each.ranks}))
-        prices.append(price_groups(ranks, groups, match.lengths, match.cost))
-    step_s = run_schedule(prices, num_ranks=match.num_ranks, cost=match.cost).step_s
-    return step_s - match.cost.step_fixed_s
+def makespan_s(groups: SequenceOf[MicrobatchChoice], match: Match) -> float:
+    """When the last rank ends, ``step_fixed_s`` not included, as ``planner.simulate`` plays it."""
+    prices = [price_choice(choice, match.lengths, match.cost) for choice in groups]
+    return run_schedule(prices, num_ranks=match.num_ranks, cost=match.cost).step_s - match.cost.step_fixed_s

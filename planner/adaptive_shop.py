@@ -6,12 +6,12 @@ from bisect import bisect_right
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
-from math import sqrt
+from math import ceil, sqrt
 
 import numpy as np
 
 from planner.plan import AttentionKind
-from planner.shapes import GroupShape, IntArray, PriceTable, price_table
+from planner.shapes import HAIR, GroupShape, IntArray, PriceTable, price_table
 
 
 @dataclass(slots=True)
@@ -63,12 +63,15 @@ class Workshop:
         self.degree = [shape.degree for shape in self.shapes]
         self.capacity = [shape.capacity_tokens for shape in self.shapes]
         self.num_teams = [shape.num_teams for shape in self.shapes]
+        self.held = [None if shape.held.is_all else shape.held for shape in self.shapes]
         by_length = sorted(range(len(self.lengths)), key=lambda row: (-self.lengths[row], row))
         self.settled = [row for row in by_length if settled[row]]
         self.long_rows = [row for row in by_length if not settled[row]]
+        self.place_of = {row: place for place, row in enumerate(self.long_rows)}
         sizes = [self.lengths[row] for row in self.long_rows]
         priced = price_table(sizes or [1], self.shapes).take_rows(range(len(sizes)))
         self.long: PriceTable = replace(priced, rows=np.array(self.long_rows, dtype=np.int64))
+        self.local_load = self.lengths if self.held[0] is None else [self.load(row, 0) for row in range(len(lengths))]
         self._places: dict[int, tuple[IntArray, IntArray]] = {}
 
     def marginal_s(self, row: int, column: int) -> float:
@@ -78,28 +81,38 @@ class Workshop:
 
     def load(self, row: int, column: int) -> int:
         """What the row takes of the shape's capacity (see ``GroupShape``)."""
-        size = self.lengths[row]
-        chunks = 2 * self.num_teams[column]
-        if chunks == 2:
-            return size
-        whole, rest = divmod(size, chunks)
-        return 2 * whole + (0 if rest == 0 else 1 if chunks % rest == 0 else 2)
+        tokens = size = self.lengths[row]
+        teams = self.num_teams[column]
+        if teams > 1:
+            chunks = 2 * teams
+            whole, rest = divmod(size, chunks)
+            tokens = 2 * whole + (0 if rest == 0 else 1 if chunks % rest == 0 else 2)
+        held = self.held[column]
+        return tokens if held is None else ceil(tokens * held.of(size) - HAIR)
+
+    def loads(self, row: int) -> IntArray:
+        """``load`` of a long row on every shape."""
+        loads: IntArray = self.long.load_tokens[self.place_of[row]]
+        return loads
 
     def longest_within(self, column: int, seconds: float, room: int) -> int:
         """Tokens of a sequence that surely adds at most ``seconds`` and ``room`` of load to such a group: the longest,
-        but for a zigzag's remainders."""
+        but for a zigzag's remainders and for what long sequences swap."""
         spare_s = seconds - self.each[column]
         if spare_s <= 0 or room < 1:
             return 0
         square, linear = self.square[column], self.linear[column]
         root = sqrt(linear * linear + 4 * square * spare_s) + linear
         tokens = int(min(2 * spare_s / root * (1 - 1e-12), 2.0**60)) if root > 0 else 2**60
+        if self.held[column] is not None:
+            room = self.held_tokens(column, room)
         teams = self.num_teams[column]
         return min(tokens, (room - 2) // 2 * 2 * teams if teams > 1 else room)
 
-    def tokens_in(self, column: int, load: int) -> int:
-        """Tokens that so much load stands for."""
-        return load * self.num_teams[column]
+    def held_tokens(self, column: int, load: int) -> int:
+        """Tokens (of one team) of short sequences that so much load stands for: long ones may be more."""
+        held = self.held[column]
+        return load if held is None else int(min(load / max(held.at_zero, 1e-9) * (1 - 1e-12), 2.0**60))
 
     def places(self, degree: int) -> tuple[IntArray, IntArray]:
         """First ranks of the groups of this degree (see ``first_ranks``), and all ranks of each."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from planner.cluster import ClusterSpec
-from planner.cost import CostModel, MemoryFit, Provenance, TimeFit
+from planner.cost import ActivationFit, CostModel, MemoryFit, Provenance, TimeFit
 from planner.errors import SpecError
 from planner.model_spec import ModelSpec
 from planner.plan import AttentionKind, Sharding
@@ -22,6 +22,8 @@ GRADIENT_BYTES = 4  # gradients are summed and reduced in fp32
 OPTIMIZER_PASS_BYTES = 28  # AdamW reads weight, gradient, two moments and writes all but the gradient: 7 fp32 values
 LAYER_LAUNCH_S = 2.5e-4  # about 60 kernels of one layer, forward and backward, at 4 us each: a guess
 ZERO3_EXPOSED_SHARE = 1 / 3  # prefetching hides the rest: a guess that gives FlexSP's released beta1 within 3 %
+HIDDEN_SHARE = 2 / 7  # the forward's: flash attention's backward takes 2.5 forwards, matrix products' 2
+HOST_SHARE = 0.75  # of the host's memory for swapped activations: the system, data and staging have the rest
 MAX_DEGREE = 64
 """The largest ulysses group, and the largest group of another kind up to which every integer is priced."""
 
@@ -81,7 +83,13 @@ def derive_cost(
             source="derived", cluster=cluster.name, model=model.name, notes=_notes(setting, sharding)
         ),
         sharding=sharding,
+        activation=_activation(setting),
     )
+
+
+def host_budget_bytes(cluster: ClusterSpec) -> int:
+    """Bytes of its node's memory that one device may use for swapped activations."""
+    return int(HOST_SHARE * cluster.host.memory_bytes / cluster.devices_per_node)
 
 
 def _priced_degrees(schedule: AttentionSchedule, setting: _Setting) -> list[int]:
@@ -165,6 +173,28 @@ def _memory(setting: _Setting, sharding: Sharding) -> MemoryFit:
     )
 
 
+def _activation(setting: _Setting) -> ActivationFit:
+    """Two layers are always in full on the device: one in use, one on its way. In the others a swapped token frees all
+    it saved; a recomputed one all but the layer's input, attention's output and its log-sum-exp, for the time of the
+    matrix products before the last one of the MLP, whose output nothing needs (MEMO, arXiv 2407.12117, section 4.1)."""
+    model, size = setting.model, setting.tensor_parallel
+    num_layers = max(model.num_layers - 2, 0)
+    saved_bytes = model.saved_bytes_per_token(setting.element_bytes)
+    elements = model.hidden_dim + model.num_query_heads * model.head_dim
+    needed_bytes = elements * setting.element_bytes + 4 * model.num_query_heads
+    weights = model.layer_active_params - model.active_experts * model.hidden_dim * model.ffn_dim
+    device = setting.cluster.device
+    layer_s = 2 * weights / (device.peak_flop_per_s * device.linear_efficiency) / size
+    layer_s += _tensor_parallel_s_per_token(setting) / (4 * model.num_layers)  # one all-reduce of four
+    return ActivationFit(
+        swap_bytes_per_token=num_layers * saved_bytes / size,
+        recompute_bytes_per_token=num_layers * (saved_bytes - needed_bytes) / size,
+        recompute_s_per_token=num_layers * layer_s,
+        copy_bytes_per_s=setting.cluster.host.copy_bytes_per_s,
+        hidden_share=HIDDEN_SHARE,
+    )
+
+
 def _notes(setting: _Setting, sharding: Sharding) -> tuple[str, ...]:
     notes = [
         "FLOPs over data-sheet peak times one efficiency for matrix products and one for attention, at every length",
@@ -174,7 +204,10 @@ def _notes(setting: _Setting, sharding: Sharding) -> tuple[str, ...]:
         "nothing per sequence: fused variable-length kernels",
         f"guess: {LAYER_LAUNCH_S * 1e6:.0f} us of launches per layer and microbatch",
         "gradient reduction and parameter gather not overlapped with compute",
-        "activations kept in full, logits in chunks (not counted), learned positions sharded like weights",
+        "logits in chunks (not counted), learned positions sharded like weights",
+        f"copies to the host, of all layers but two, hide under {HIDDEN_SHARE:.0%} of a microbatch's time, its forward",
+        "recomputing takes the time of its matrix products",
+        f"guess: {HOST_SHARE:.0%} of the host's memory is there for swapped activations, evenly by device",
     ]
     if setting.model.num_experts > 1:
         notes.append(

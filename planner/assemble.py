@@ -6,18 +6,30 @@ from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
-from planner.cost import CostModel
-from planner.plan import AttentionGroup, AttentionKind, Microbatch, Sequence, SolveReport, SolveStatus, StepPlan
-from planner.simulate import price_groups, run_schedule
+from planner.cost import KEEP, CostModel
+from planner.errors import PlanError
+from planner.plan import (
+    AttentionGroup,
+    AttentionKind,
+    MemoryPolicy,
+    Microbatch,
+    Sequence,
+    SolveReport,
+    SolveStatus,
+    StepPlan,
+)
+from planner.simulate import MicrobatchPrice, price_groups, run_schedule
 
 
 @dataclass(frozen=True, slots=True)
 class GroupChoice:
-    """Sequences (indices into the step) whose attention these ranks share."""
+    """Sequences (indices into the step) whose attention these ranks share. ``memory``: of the microbatch, so the same
+    in all of its groups."""
 
     kind: AttentionKind
     ranks: tuple[int, ...]
     sequences: tuple[int, ...]
+    memory: MemoryPolicy = KEEP
 
 
 MicrobatchChoice = GroupChoice | tuple[GroupChoice, ...]  # one group alone, or several that run as one microbatch
@@ -55,14 +67,15 @@ def assemble_plan(
     saves hashing the cost model again where the caller holds its digest. Raises PlanError where the cost model cannot
     price a group.
     """
-    work = [attention_groups(choice, cost) for choice in groups]
-    prices = [price_groups(_ranks(attention), attention, lengths, cost) for attention in work]
+    choices = list(groups)
+    prices = [price_choice(choice, lengths, cost) for choice in choices]
     simulation = run_schedule(prices, num_ranks=num_ranks, cost=cost)
     microbatches = tuple(
         Microbatch(
-            ranks=price.ranks, groups=attention, predicted_s=price.seconds, peak_bytes=price.peak_bytes(cost)
+            ranks=price.ranks, groups=attention_groups(choice, cost), memory=price.memory, predicted_s=price.seconds,
+            peak_bytes=price.peak_bytes(cost),
         )
-        for attention, price in zip(work, prices, strict=True)
+        for choice, price in zip(choices, prices, strict=True)
     )
     report = SolveReport(
         status=status,
@@ -83,6 +96,17 @@ def assemble_plan(
         cost_digest=cost.digest if cost_digest is None else cost_digest,
         solver=report,
     )
+
+
+def price_choice(choice: MicrobatchChoice, lengths: SequenceOf[int], cost: CostModel) -> MicrobatchPrice:
+    """What the microbatch costs. Raises PlanError where the cost model cannot price it, or its groups do not agree on
+    the memory policy."""
+    groups = (choice,) if isinstance(choice, GroupChoice) else choice
+    policies = {group.memory for group in groups}
+    if len(policies) != 1:
+        raise PlanError(f"one microbatch, one memory policy: got {len(policies)} for its {len(groups)} groups")
+    attention = attention_groups(choice, cost)
+    return price_groups(_ranks(attention), attention, lengths, cost, policies.pop())
 
 
 def attention_groups(choice: MicrobatchChoice, cost: CostModel) -> tuple[AttentionGroup, ...]:

@@ -4,12 +4,18 @@ Let C be the time of the last rank to finish, ``step_fixed_s`` aside, in any pla
 
 - *Critical path.* A sequence alone on a shape takes ``marginal_s + fixed_s``; in company it takes no less. So every
   sequence runs on a shape where that is at most C, and C is at least the longest sequence's best time.
-- *Work.* A group keeps ``degree`` ranks busy for fixed_s plus its members' marginal_s, and all ranks together are busy
-  for at most num_ranks * C rank seconds.
-- *Fixed times.* A group's fixed_s is paid once. Its members' shares of its memory add up to at most 1 (that is the
-  memory bound on the number of microbatches), and so do their shares ``marginal_s / (C - fixed_s)`` of the time it has
-  left (that is the clock's bound). Any mix of the two with weights w and 1 - w adds up to at most 1 as well, so for
-  every w in 0 .. 1 each member may be charged that mix of the fixed time:
+- *Work.* In a microbatch a rank is busy for the marginal_s of its groups and the largest of their fixed times, F, and
+  all ranks together are busy for at most num_ranks * C rank seconds. So a group may be charged degree * marginal_s, and
+  all groups of a microbatch together its ranks' F in fixed times.
+- *Fixed times by memory.* Charge every sequence degree * fixed_s times its share of its group's memory, which is
+  fixed_s times the tokens it holds over the tokens m that a rank may hold. With one group that is at most its fixed
+  times, because its shares add up to at most 1. With several that overlap: for every x >= 0, the groups with
+  fixed_s > x hold their tokens on ranks that have F > x, m on each at most. Integrated over x from 0 on, the left side
+  is what all groups are charged and the right side the sum of F over the ranks.
+- *Fixed times by the clock.* Charge it degree * fixed_s * marginal_s / (C - fixed_s). On a rank the marginal_s of all
+  its groups add up to at most C - F, and fixed_s / (C - fixed_s) is largest for fixed_s = F: at most F is charged.
+
+  Any mix of the two with weights w and 1 - w is covered as well, so for every w in 0 .. 1:
 
       sum over sequences of min over shapes allowed at C of
           degree * (marginal_s + fixed_s * (w * memory share + (1 - w) * marginal_s / (C - fixed_s)))  <=  num_ranks * C
@@ -18,9 +24,10 @@ Let C be the time of the last rank to finish, ``step_fixed_s`` aside, in any pla
 
 A smaller C allows fewer shapes and raises every charge, so the left side falls as C grows: the smallest C that
 satisfies the inequality is bracketed by bisection and the lower end of the bracket is returned. The memory share counts
-tokens / (tokens that all ranks can hold), never more than what the zigzag layout takes of a ring. Nothing depends on
-rounds, placement or order, and a microbatch of several groups takes no less than its groups one by one: the bound holds
-for every strategy that forms these shapes. All coefficients must be at least 0.
+tokens / (tokens that all ranks can hold), never more than what the zigzag layout takes of a ring; of tokens that do not
+stay on the device it counts none, and a microbatch frees no more than the shapes say. Nothing depends on rounds,
+placement or order: the bound holds for every strategy that forms these shapes, several in one microbatch included. All
+coefficients must be at least 0.
 """
 
 from __future__ import annotations
@@ -31,7 +38,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from planner.plan import AttentionKind
-from planner.shapes import BoolArray, FloatArray, GroupShape, IntArray, PriceTable, price_table
+from planner.shapes import BoolArray, FloatArray, GroupShape, IntArray, PriceTable, group_tokens, price_table
 
 MEMORY_WEIGHTS = (1.0, 0.0, 0.5, 0.75, 0.25)
 MAX_EVALUATIONS = 60
@@ -85,7 +92,7 @@ def bound_parts(
 def settled_lengths(
     lengths: IntArray, counts: FloatArray, shapes: SequenceOf[GroupShape], local: GroupShape, num_ranks: int
 ) -> BoolArray:
-    """Which lengths fit ``local`` and run there alone within a simple lower bound on the makespan: the longest
+    """Which lengths surely fit ``local`` and run there alone within a simple lower bound on the makespan: the longest
     sequence's best time, and the work at the cheapest coefficients over all shapes."""
     tokens = lengths.astype(np.float64)
     coefficients = np.array(
@@ -98,26 +105,22 @@ def settled_lengths(
     least_s = max(work_s, float(_alone_s(longest).min()))
     fit = local.fit
     local_s = fit.s_per_token2 * tokens**2 + fit.s_per_token * tokens + fit.s_per_sequence + fit.fixed_s
-    settled: BoolArray = (lengths <= local.capacity_tokens) & (local_s <= least_s)
+    fits = lengths * local.held.at_zero <= local.capacity_tokens
+    settled: BoolArray = fits & (local_s <= least_s)
     return settled
 
 
 def _dominates(local: GroupShape, shape: GroupShape) -> bool:
     """Local charges every sequence it may run no more rank seconds than ``shape``, whatever the weights."""
     degree, here, there = shape.degree, local.fit, shape.fit
-    capacity = group_tokens(shape)
+    shares = here.fixed_s * local.held.at_zero, degree * there.fixed_s * shape.held.least  # most here, least there
     return (
         here.s_per_token2 <= degree * there.s_per_token2
         and here.s_per_token <= degree * there.s_per_token
         and here.s_per_sequence <= degree * there.s_per_sequence
         and here.fixed_s <= there.fixed_s
-        and here.fixed_s * capacity <= degree * there.fixed_s * local.capacity_tokens
+        and shares[0] * group_tokens(shape) <= shares[1] * local.capacity_tokens
     )
-
-
-def group_tokens(shape: GroupShape) -> int:
-    """Tokens that all ranks of the group hold together at most."""
-    return shape.capacity_tokens * shape.num_teams
 
 
 def bound_of_parts(parts: SequenceOf[BoundPart], num_ranks: int) -> float:
@@ -144,7 +147,7 @@ class _Work:
         table = part.table
         return cls(
             counts=part.counts, alone_s=_alone_s(table), rank_seconds=table.degrees * table.marginal_s,
-            memory_rank_seconds=table.degrees * table.fixed_s * _memory_shares(table), fixed_s=table.fixed_s,
+            memory_rank_seconds=table.degrees * table.fixed_s * table.memory_shares, fixed_s=table.fixed_s,
         )
 
     def charge_s(self, makespan_s: float, memory_weight: float) -> float:
@@ -187,7 +190,7 @@ def cheapest_columns(table: PriceTable, makespan_s: float, memory_weight: float 
     alone_s = _alone_s(table)
     limit_s = np.maximum(makespan_s * (1 + 1e-9), alone_s.min(axis=1))
     allowed = table.fits & (alone_s <= limit_s[:, None])
-    shares = memory_weight * _memory_shares(table)
+    shares = memory_weight * table.memory_shares
     if memory_weight < 1:
         spare_s = np.maximum(limit_s[:, None] - table.fixed_s, 1e-300)
         shares = shares + (1 - memory_weight) * np.minimum(table.marginal_s / spare_s, 1.0)
@@ -199,9 +202,3 @@ def cheapest_columns(table: PriceTable, makespan_s: float, memory_weight: float 
 def _alone_s(table: PriceTable) -> FloatArray:
     times: FloatArray = np.where(table.fits, table.marginal_s + table.fixed_s, np.inf)
     return times
-
-
-def _memory_shares(table: PriceTable) -> FloatArray:
-    capacities = np.array([max(group_tokens(shape), 1) for shape in table.shapes], dtype=np.float64)
-    shares: FloatArray = table.lengths[:, None] / capacities
-    return shares

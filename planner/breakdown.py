@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from planner.cluster import ClusterSpec, LinkSpec
 from planner.cost import CostModel
-from planner.plan import AttentionGroup, StepPlan
-from planner.simulate import Simulation, step_lengths
+from planner.plan import StepPlan
+from planner.simulate import Simulation, price_microbatch, step_lengths
 
 _FREE_LINK = LinkSpec(bytes_per_s=1e30, latency_s=0.0, source="free")
 
@@ -17,9 +16,9 @@ _FREE_LINK = LinkSpec(bytes_per_s=1e30, latency_s=0.0, source="free")
 class TimeSplit:
     """Seconds of one step, averaged over the ranks; the four add up to the step.
 
-    ``communication_s``: exposed exchanges of the microbatches, None where the cost model was measured as a whole and
-    cannot tell them from ``work_s``. ``waiting_s``: for slower ranks, inside microbatches and at the end. ``fixed_s``:
-    gather, reduction and optimizer, once a step.
+    ``communication_s``: exposed exchanges and copies of the microbatches, None where the cost model was measured as a
+    whole and cannot tell them from ``work_s``. ``waiting_s``: for slower ranks, inside microbatches and at the end.
+    ``fixed_s``: gather, reduction and optimizer, once a step.
     """
 
     work_s: float
@@ -47,23 +46,22 @@ class MemorySplit:
 
 
 def free_links(cluster: ClusterSpec) -> ClusterSpec:
-    """The same cluster with links that take no time: what a step costs there, it costs without communication."""
-    return replace(cluster, intra_node=_FREE_LINK, inter_node=_FREE_LINK)
+    """The same cluster with links, the hosts' included, that take no time: what a step costs there, it costs without
+    communication."""
+    host = replace(cluster.host, copy_bytes_per_s=_FREE_LINK.bytes_per_s)
+    return replace(cluster, host=host, intra_node=_FREE_LINK, inter_node=_FREE_LINK)
 
 
 def time_split(plan: StepPlan, simulation: Simulation, cost: CostModel, free_cost: CostModel | None) -> TimeSplit:
     """``free_cost``: the same cost model over ``free_links``, None where there is none."""
     lengths = step_lengths(plan)
 
-    def rank_s(price: Callable[[AttentionGroup], float]) -> float:
-        groups = (group for microbatch in plan.microbatches for group in microbatch.groups)
-        return sum(price(group) * group.degree for group in groups) / plan.num_ranks
+    def mean_rank_s(model: CostModel) -> float:
+        prices = (price_microbatch(microbatch, lengths, model) for microbatch in plan.microbatches)
+        return sum(sum(price.rank_s) for price in prices) / plan.num_ranks
 
-    def priced_by(model: CostModel) -> Callable[[AttentionGroup], float]:
-        return lambda group: model.group_s(group.kind, group.degree, [lengths[index] for index in group.sequences])
-
-    busy_s = rank_s(priced_by(cost))
-    work_s = busy_s if free_cost is None else rank_s(priced_by(free_cost))
+    busy_s = mean_rank_s(cost)
+    work_s = busy_s if free_cost is None else mean_rank_s(free_cost)
     return TimeSplit(
         work_s=work_s,
         communication_s=None if free_cost is None else busy_s - work_s,

@@ -18,7 +18,9 @@ from dataclasses import dataclass, field
 
 from planner.codec import LATER
 from planner.errors import PlanError, SpecError
-from planner.plan import AttentionKind, Sharding, digest_of
+from planner.plan import AttentionKind, MemoryAction, MemoryPolicy, Sharding, digest_of
+
+KEEP = MemoryPolicy()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,13 +47,14 @@ class TimeFit:
         if self.degree < 1 or self.inner_degree < 1 or self.degree % self.inner_degree:
             raise SpecError(f"{self.kind} of degree {self.degree}: inner_degree {self.inner_degree} does not divide it")
 
+    def marginal_s(self, *, num_tokens: float, num_tokens2: float, num_sequences: int) -> float:
+        """Seconds for sequences with these sums of lengths and of squared lengths, without the fixed part."""
+        return self.s_per_token2 * num_tokens2 + self.s_per_token * num_tokens + self.s_per_sequence * num_sequences
+
     def group_s(self, *, num_tokens: float, num_tokens2: float, num_sequences: int) -> float:
-        """Seconds for sequences with these sums of lengths and of squared lengths."""
-        return (
-            self.s_per_token2 * num_tokens2
-            + self.s_per_token * num_tokens
-            + self.s_per_sequence * num_sequences
-            + self.fixed_s
+        """Seconds of a microbatch of one group over such sequences."""
+        return self.fixed_s + self.marginal_s(
+            num_tokens=num_tokens, num_tokens2=num_tokens2, num_sequences=num_sequences
         )
 
 
@@ -62,6 +65,33 @@ class MemoryFit:
 
     fixed_bytes: int
     bytes_per_token: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActivationFit:
+    """What a device may do with saved activations other than keep them, per token that it holds of a microbatch.
+
+    ``swap_bytes_per_token``: bytes that leave the device, and lie on the host, for a token swapped (all layers but the
+    two in use). ``recompute_bytes_per_token``: bytes freed for a token recomputed, in ``recompute_s_per_token``;
+    attention is never computed again, so layer inputs and attention outputs stay. ``copy_bytes_per_s``: one way, device
+    to host. ``hidden_share``: share of a microbatch's seconds that the copy may take without being seen. It is the
+    forward's: there the copy out must end, and the backward, which brings it back, is longer. Raises SpecError.
+    """
+
+    swap_bytes_per_token: float
+    recompute_bytes_per_token: float
+    recompute_s_per_token: float
+    copy_bytes_per_s: float
+    hidden_share: float
+
+    def __post_init__(self) -> None:
+        for name in ("swap_bytes_per_token", "recompute_bytes_per_token", "recompute_s_per_token"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise SpecError(f"activations: {name} must be 0 or more and finite, got {getattr(self, name)}")
+        if not 0 < self.copy_bytes_per_s < math.inf:
+            raise SpecError(f"activations: copy_bytes_per_s must be above 0, got {self.copy_bytes_per_s}")
+        if not 0 <= self.hidden_share <= 1:
+            raise SpecError(f"activations: hidden_share must be in 0 .. 1, got {self.hidden_share}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +112,9 @@ class Provenance:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CostModel:
     """All a planner knows about speed and memory. ``step_fixed_s``: parameter gather, gradient reduction and
-    optimizer, once a step whatever the plan. ``sharding``: what fixed bytes and fixed seconds were priced for."""
+    optimizer, once a step whatever the plan. ``sharding``: what fixed bytes and fixed seconds were priced for.
+    ``activation``: None where only keeping all activations is priced. Raises SpecError where it frees more than a token
+    takes."""
 
     times: tuple[TimeFit, ...]
     memory: MemoryFit
@@ -90,6 +122,12 @@ class CostModel:
     peak_flop_per_s: float
     provenance: Provenance
     sharding: Sharding = Sharding.GATHER_ONCE
+    activation: ActivationFit | None = field(default=None, metadata=LATER)
+
+    def __post_init__(self) -> None:
+        fit = self.activation
+        if fit and max(fit.swap_bytes_per_token, fit.recompute_bytes_per_token) > self.memory.bytes_per_token:
+            raise SpecError("activations: a token cannot free more than memory.bytes_per_token")
 
     @property
     def digest(self) -> str:
@@ -113,9 +151,43 @@ class CostModel:
             num_tokens=sum(sizes), num_tokens2=sum(size * size for size in sizes), num_sequences=len(sizes)
         )
 
-    def device_bytes(self, num_local_tokens: int) -> int:
-        """Peak bytes of a device that holds this many tokens of its largest microbatch."""
-        return int(self.memory.fixed_bytes + self.memory.bytes_per_token * num_local_tokens)
+    def token_bytes(self, policy: MemoryPolicy = KEEP) -> float:
+        """Bytes on the device per token it holds. Raises PlanError where the policy is not priced."""
+        if policy.is_keep:
+            return self.memory.bytes_per_token
+        fit = self._activation(policy)
+        freed = policy.swap_fraction * fit.swap_bytes_per_token
+        freed += policy.recompute_fraction * fit.recompute_bytes_per_token
+        return self.memory.bytes_per_token - freed
+
+    def device_bytes(self, num_local_tokens: int, policy: MemoryPolicy = KEEP) -> int:
+        """Peak bytes of a device that holds this many tokens of its largest microbatch, run under this policy."""
+        return int(self.memory.fixed_bytes + self.token_bytes(policy) * num_local_tokens)
+
+    def host_bytes(self, num_local_tokens: int, policy: MemoryPolicy = KEEP) -> int:
+        """Bytes on the host of one device that holds this many tokens of a microbatch under this policy."""
+        if policy.swap_fraction == 0:
+            return 0
+        return int(policy.swap_fraction * self._activation(policy).swap_bytes_per_token * num_local_tokens)
+
+    def recompute_s(self, num_local_tokens: float, policy: MemoryPolicy) -> float:
+        """Seconds that recomputing adds to a microbatch on a rank that holds this many tokens of it."""
+        if policy.recompute_fraction == 0:
+            return 0.0
+        return policy.recompute_fraction * self._activation(policy).recompute_s_per_token * num_local_tokens
+
+    def exposed_copy_s(self, num_local_tokens: float, busy_s: float, policy: MemoryPolicy) -> float:
+        """Seconds by which the copy to the host outlasts its share of ``busy_s``, a microbatch without recomputing."""
+        if policy.swap_fraction == 0:
+            return 0.0
+        fit = self._activation(policy)
+        copy_s = policy.swap_fraction * fit.swap_bytes_per_token * num_local_tokens / fit.copy_bytes_per_s
+        return max(0.0, copy_s - fit.hidden_share * busy_s)
+
+    def _activation(self, policy: MemoryPolicy) -> ActivationFit:
+        if self.activation is None:
+            raise PlanError(f"cost model prices keeping all activations only, not {policy}")
+        return self.activation
 
     def max_local_tokens(self, budget_bytes: int) -> int:
         """The most tokens of one microbatch that a device with this budget can hold (0 if the fixed part is over)."""
@@ -136,7 +208,8 @@ class PlanLimits:
     ``kinds``: attention kinds allowed for groups of two and more. Solver work is counted in nodes
     (``max_nodes``), so the same inputs give the same plan; ``time_limit_s`` only guards. ``num_buckets`` (Q) and
     ``num_round_trials`` (M') are FlexSP's 16 and 5. ``devices_per_node``: consecutive data ranks that share a node
-    (None: all of them).
+    (None: all of them). ``policies``: what may happen to saved activations; keeping them always may. A device may have
+    ``host_budget_bytes`` of its node's memory for what it swaps.
     """
 
     device_budget_bytes: int
@@ -148,6 +221,11 @@ class PlanLimits:
     num_buckets: int = 16
     num_round_trials: int = 5
     devices_per_node: int | None = None
+    policies: tuple[MemoryAction, ...] = (MemoryAction.KEEP,)
+    host_budget_bytes: int = 0
+
+    def allows(self, action: MemoryAction) -> bool:
+        return action is MemoryAction.KEEP or action in self.policies
 
     def node_size(self, num_ranks: int) -> int:
         """Data ranks of a full node, at most ``num_ranks``. Raises SpecError where ``devices_per_node`` is below 1."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from planner.breakdown import MemorySplit, TimeSplit
 from planner.cost import CostModel
 from planner.plan import AttentionGroup, AttentionKind, Microbatch, Sharding, SolveStatus, StepPlan
+from planner.policy_words import policy_name
 from planner.simulate import Simulation, step_lengths
 from planner.units import format_bytes, format_count, format_seconds
 
@@ -27,7 +28,7 @@ STEP_COLUMNS = (
     "step", "seqs", "tokens", "longest", "microbatches", "seconds", "replayed", "bound", "gap", "idle", "peak",
     "status",
 )
-GROUP_COLUMNS = ("microbatch", "attention", "ranks", "seqs", "tokens", "longest", "start", "seconds", "peak")
+GROUP_COLUMNS = ("microbatch", "attention", "ranks", "seqs", "tokens", "longest", "start", "seconds", "peak", "memory")
 COMPARISON_COLUMNS = ("strategy", "step", "ratio to best", "idle", "peak", "own gap", "plan ms")
 
 _STATUS_WORDS = {
@@ -229,6 +230,7 @@ def group_rows(step: PlannedStep) -> list[tuple[str, ...]]:
                 format_seconds(starts[index]),
                 format_seconds(microbatch.predicted_s),
                 format_bytes(microbatch.peak_bytes),
+                policy_name(microbatch.memory),
             ))
     return rows
 

@@ -45,6 +45,39 @@ class _OpenBatch:
     rows: list[int]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _LaneChoice:
+    """Lanes that a row may go to, as arrays. ``column``: of all of them, None where they differ. Keeps ``places``
+    alive, whose identity finds it again."""
+
+    places: IntArray
+    first_ranks: IntArray
+    columns: IntArray
+    fixed_s: FloatArray
+    column: int | None
+
+    @classmethod
+    def of(cls, table: PriceTable, lanes: list[Lane], places: IntArray) -> _LaneChoice:
+        chosen = [lanes[place] for place in places.tolist()]
+        columns = np.array([lane.column for lane in chosen])
+        return cls(
+            places=places, first_ranks=np.array([lane.first_rank for lane in chosen]), columns=columns,
+            fixed_s=table.fixed_s[columns], column=int(columns[0]) if (columns == columns[0]).all() else None,
+        )
+
+    def first_to_finish(
+        self, table: PriceTable, row: int, free_s: FloatArray, spare_tokens: IntArray
+    ) -> tuple[int, bool, float]:
+        """The lane (a place among these), whether it opens a microbatch for the row, and when it ends then."""
+        columns = self.columns if self.column is None else self.column
+        opens = spare_tokens[self.places] < table.load_tokens[row, columns]
+        finish_s = free_s[self.first_ranks] + table.marginal_s[row, columns] + np.where(opens, self.fixed_s, 0.0)
+        if self.column is None:
+            finish_s[~table.fits[row, columns]] = np.inf
+        best = int(np.argmin(finish_s))
+        return best, bool(opens[best]), float(finish_s[best])
+
+
 def plan_greedy(lengths: SequenceOf[int], *, num_ranks: int, cost: CostModel, limits: PlanLimits) -> Found:
     """The greedy plan of sequences of these lengths (tokens) on FlexSP's shapes, with the bound of those shapes.
 
@@ -93,30 +126,30 @@ def fill_lanes(
     it: then the ranks of a lane are always free at the same time, and this is what the simulator will say. A row must
     fit at least one of its lanes. ``busy_s``: when each rank is free for all this (default: at once).
     """
-    columns = np.array([lane.column for lane in lanes])
-    first_ranks = np.array([lane.first_rank for lane in lanes])
-    rank_free_s = np.zeros(num_ranks) if busy_s is None else busy_s.copy()
+    free_s = np.zeros(num_ranks) if busy_s is None else busy_s.copy()
     spare_tokens = np.full(len(lanes), -1, dtype=np.int64)  # of each lane's emptiest microbatch; -1: there is none
     batches: list[list[_OpenBatch]] = [[] for _ in lanes]
+    choices: dict[int, _LaneChoice] = {}
+    degrees, capacities = table.degrees.tolist(), table.capacity_tokens.tolist()
     for row, places in order:
-        shape_of_place = columns[places]
-        loads = table.load_tokens[row, shape_of_place]
-        opens = loads > spare_tokens[places]
-        finish_s = rank_free_s[first_ranks[places]] + table.marginal_s[row, shape_of_place]
-        finish_s += np.where(opens, table.fixed_s[shape_of_place], 0.0)
-        finish_s[~table.fits[row, shape_of_place]] = np.inf
-        best = int(np.argmin(finish_s))
-        lane, column, load = int(places[best]), int(shape_of_place[best]), int(loads[best])
-        if opens[best]:
-            batches[lane].append(_OpenBatch(int(table.capacity_tokens[column]), []))
+        choice = choices.get(id(places))
+        if choice is None:
+            choice = choices[id(places)] = _LaneChoice.of(table, lanes, places)
+        best, opens, finish_s = choice.first_to_finish(table, row, free_s, spare_tokens)
+        lane = int(places[best])
+        column = lanes[lane].column
+        load = int(table.load_tokens[row, column])
+        opened = batches[lane]
+        if opens:
+            opened.append(_OpenBatch(capacities[column], []))
         # Best fit: the fullest microbatch that still takes the row keeps room for long ones elsewhere.
-        batch = min((b for b in batches[lane] if b.spare_tokens >= load), key=lambda b: b.spare_tokens)
+        batch = min((b for b in opened if b.spare_tokens >= load), key=lambda b: b.spare_tokens)
         batch.rows.append(row)
         batch.spare_tokens -= load
-        spare_tokens[lane] = max(b.spare_tokens for b in batches[lane])
-        first = int(first_ranks[lane])
-        rank_free_s[first : first + int(table.degrees[column])] = finish_s[best]
-    return Schedule(_groups(table, lanes, batches), float(rank_free_s.max()))
+        spare_tokens[lane] = max(b.spare_tokens for b in opened)
+        first = lanes[lane].first_rank
+        free_s[first : first + degrees[column]] = finish_s
+    return Schedule(_groups(table, lanes, batches), float(free_s.max()))
 
 
 def _groups(table: PriceTable, lanes: list[Lane], batches: list[list[_OpenBatch]]) -> tuple[GroupChoice, ...]:

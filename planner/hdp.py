@@ -10,17 +10,23 @@ of ranks that can hold it, any integer. Ranks may run unequal numbers of microba
   first, so this is longest-first list scheduling. Its slack delta, of no published value, is 0.
 - ``hdp-floor``: as ``hdp``, with the fix of the first flaw below.
 
+Where the run allows swapping, ``hdp`` and ``hdp-floor`` shrink rings by offloading (eq. 3): a sequence of s tokens that
+one rank cannot hold leaves only 1 - r(s) of its activations on its ranks, two layers aside, where r(s) is the largest
+fraction whose copy hides under the forward (``planner.memory_policy``). ``hdp-naive`` keeps everything.
+
 Flaws and gaps of the method, and what happens here:
 
 - Memory alone decides the number of ranks, so where memory is ample the longest sequence runs on too few of them and
-  sets the step time. ``hdp-floor`` takes the smallest ring that also runs the sequence within the step's proven bound.
+  sets the step time; offloading makes that worse. ``hdp-floor`` takes the smallest ring that also runs the sequence
+  within the step's proven bound.
+- Offloading has no cap by host memory in the paper. Here a sequence offloads no more than a full rank's share of its
+  host holds, and of that only what the ring it got needs: 0 where the ring is no smaller for it.
 - Full-capacity packing leaves ranks without work in a step of few tokens. So ``hdp`` packs as it balances: a short
   sequence joins the fullest microbatch of its rank that still takes it.
 - Which ranks form a ring is not said, nor in which order ranks meet. Here: consecutive ones that can start first,
   inside one node where a node is large enough (that is what rings are priced for), in one global order.
 - A ring's unused capacity is not filled, though the paper's figures show it now and then: no rule is given.
-- The ratio of offloaded activations that lets fewer ranks hold a sequence has no cap by host memory in the paper. It is
-  left out: the runtime executes ``keep_fraction = 1`` only. PP-Balance is left out as well: there are no stages.
+- PP-Balance is left out: there are no stages.
 
 Rings are only as fine as the cost model: a degree it does not price is rounded up to the next one that it does.
 """
@@ -29,6 +35,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
+from dataclasses import replace
 
 import numpy as np
 
@@ -36,8 +43,9 @@ from planner.assemble import Found, GroupChoice
 from planner.bounds import step_bound_s
 from planner.cost import CostModel, PlanLimits
 from planner.greedy import Lane, fill_lanes
-from planner.plan import AttentionKind, SolveStatus
-from planner.shapes import FloatArray, IntArray, PriceTable, price_table, require_fits, ring_shapes
+from planner.memory_policy import choose_policies, with_policy
+from planner.plan import AttentionKind, MemoryAction, SolveStatus
+from planner.shapes import FloatArray, GroupShape, IntArray, PriceTable, price_table, require_fits, ring_shapes
 
 
 def plan_hdp(
@@ -62,14 +70,14 @@ def plan_hdp_naive(
     deadline_s: float,
 ) -> Found:
     """The strategy ``hdp-naive``; arguments and errors as ``plan_hdp``."""
-    return _plan(lengths, num_ranks, cost, limits, balanced=False, floor=False)
+    return _plan(lengths, num_ranks, cost, replace(limits, policies=(MemoryAction.KEEP,)), balanced=False, floor=False)
 
 
 def _plan(
     lengths: SequenceOf[int], num_ranks: int, cost: CostModel, limits: PlanLimits, *, balanced: bool, floor: bool
 ) -> Found:
-    shapes = ring_shapes("hdp", range(2, num_ranks + 1), num_ranks, cost, limits)
-    table = price_table(lengths, shapes)
+    shapes = hdp_shapes(num_ranks, cost, limits)
+    table = hdp_table(lengths, shapes)
     require_fits(table, cost, limits)
     bound_s = step_bound_s(lengths, shapes, num_ranks)
     columns = smallest_columns(table, bound_s if floor else np.inf)
@@ -80,7 +88,22 @@ def _plan(
         f"hdp {'balanced by time' if balanced else 'by microbatch count'}, degrees by memory"
         f"{' and critical path' if floor else ''}: {int((degrees > 1).sum())} rings of up to {int(degrees.max())} ranks"
     )
-    return Found(groups=groups, status=SolveStatus.GREEDY, bound_s=bound_s, note=note)
+    shape_of = {shape.degree: shape for shape in shapes}
+    choices = choose_policies([(shape_of[len(group.ranks)], group) for group in groups], lengths, cost, limits)
+    return Found(groups=choices, status=SolveStatus.GREEDY, bound_s=bound_s, note=note)
+
+
+def hdp_shapes(num_ranks: int, cost: CostModel, limits: PlanLimits) -> tuple[GroupShape, ...]:
+    """Local and rings of any degree, swapping what hides where the limits allow it. Raises SpecError."""
+    return with_policy(ring_shapes("hdp", range(2, num_ranks + 1), num_ranks, cost, limits), 0.0, cost, limits)
+
+
+def hdp_table(lengths: SequenceOf[int], shapes: SequenceOf[GroupShape]) -> PriceTable:
+    """Prices of these shapes, local first; what one rank can hold in full is packed in full."""
+    table = price_table(lengths, shapes)
+    loads = table.load_tokens.copy()
+    loads[:, 0] = np.where(table.lengths <= table.capacity_tokens[0], table.lengths, loads[:, 0])
+    return replace(table, load_tokens=loads)
 
 
 def smallest_columns(table: PriceTable, target_s: float) -> IntArray:

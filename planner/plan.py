@@ -91,16 +91,28 @@ class AttentionGroup:
         return len(self.ranks)
 
 
+class MemoryAction(StrEnum):
+    """What can happen to the saved activations of a token between its forward and its backward."""
+
+    KEEP = "keep"
+    SWAP = "swap"
+    RECOMPUTE = "recompute"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPolicy:
     """What happens to the saved activations of a microbatch: fractions of its tokens, summing to 1.
 
-    Until the memory work lands the runtime executes ``keep_fraction = 1`` only, and the verifier says so.
+    Which fractions may be above 0 is the limits' choice (``PlanLimits.policies``).
     """
 
     keep_fraction: float = 1.0
     swap_fraction: float = 0.0
     recompute_fraction: float = 0.0
+
+    @property
+    def is_keep(self) -> bool:
+        return self.swap_fraction == 0 and self.recompute_fraction == 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -44,7 +44,8 @@ class HeadSplit:
 
 def group_tokens(group: AttentionGroup, lengths: SequenceOf[int]) -> tuple[int, ...]:
     """Tokens each rank of the group holds, by group index."""
-    return local_token_counts(group.kind, group.degree, [lengths[index] for index in group.sequences])
+    sizes = [lengths[index] for index in group.sequences]
+    return local_token_counts(group.kind, group.degree, sizes, group.inner_degree)
 
 
 def attention_work(group: AttentionGroup, lengths: SequenceOf[int]) -> AttentionWork:

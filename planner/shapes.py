@@ -1,7 +1,7 @@
 """The groups a strategy may form, and every sequence priced on each of them: arrays, built once per step.
 
 Time and memory of a group add up over its sequences, so all search works on one row per sequence and one column per
-*shape* (an attention kind with a degree).
+*shape*: an attention kind, a degree, and the fraction of the tokens that is computed again (``planner.memory_policy``).
 """
 
 from __future__ import annotations
@@ -24,6 +24,28 @@ IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 
 UNLIMITED_TOKENS = 2**62
+HAIR = 1e-6
+"""Of a token: loads within it of a whole number are that number."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldShare:
+    """The share of a sequence's activation bytes that stays on the device: ``max(least, at_zero - per_token * s)`` for
+    s tokens, between 0 and 1. It falls with s: longer sequences give a copy to the host more time to hide in."""
+
+    at_zero: float = 1.0
+    per_token: float = 0.0
+    least: float = 1.0
+
+    @property
+    def is_all(self) -> bool:
+        return self.least >= 1
+
+    def of(self, num_tokens: float) -> float:
+        return max(self.least, self.at_zero - self.per_token * num_tokens)
+
+
+ALL_HELD = HeldShare()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,11 +53,15 @@ class GroupShape:
     """A group of ``fit.degree`` ranks of one attention kind, which form ``num_teams`` teams (see ``planner.layout``).
     The loads of its sequences may add up to ``capacity_tokens``: a load is the most tokens any one team gets of the
     sequence, the capacity is what one team can hold. So for local and ulysses (one team) it is the sequence's tokens
-    and the whole group's capacity, for a ring (teams of one) the fullest rank's tokens and one rank's capacity."""
+    and the whole group's capacity, for a ring (teams of one) the fullest rank's tokens and one rank's capacity. Of
+    these tokens only the share ``held`` counts, rounded up. ``fit`` includes the time to compute ``recompute_fraction``
+    of the tokens again."""
 
     fit: TimeFit
     capacity_tokens: int
     num_teams: int
+    recompute_fraction: float = 0.0
+    held: HeldShare = ALL_HELD
 
     @property
     def kind(self) -> AttentionKind:
@@ -51,7 +77,8 @@ class PriceTable:
     """Row per sequence (``rows[i]``: its index in the step), column per shape, degrees ascending.
 
     ``marginal_s``: seconds the sequence adds to a group of the shape, whose first sequence pays ``fixed_s`` as well.
-    ``load_tokens``: what it takes of ``capacity_tokens``. ``fits``: it may run there alone.
+    ``load_tokens``: what it takes of ``capacity_tokens``. ``memory_shares``: the share of a group's memory that it
+    certainly takes, remainders aside. ``fits``: it may run there alone.
     """
 
     shapes: tuple[GroupShape, ...]
@@ -59,6 +86,7 @@ class PriceTable:
     lengths: IntArray
     marginal_s: FloatArray
     load_tokens: IntArray
+    memory_shares: FloatArray
     fits: BoolArray
     degrees: IntArray
     fixed_s: FloatArray
@@ -73,7 +101,7 @@ class PriceTable:
         picked = np.asarray(rows, dtype=np.int64)
         return replace(
             self, rows=self.rows[picked], lengths=self.lengths[picked], marginal_s=self.marginal_s[picked],
-            load_tokens=self.load_tokens[picked], fits=self.fits[picked],
+            load_tokens=self.load_tokens[picked], memory_shares=self.memory_shares[picked], fits=self.fits[picked],
         )
 
     def take_shapes(self, columns: SequenceOf[int]) -> PriceTable:
@@ -81,8 +109,9 @@ class PriceTable:
         picked = np.asarray(columns, dtype=np.int64)
         return replace(
             self, shapes=tuple(self.shapes[column] for column in columns), marginal_s=self.marginal_s[:, picked],
-            load_tokens=self.load_tokens[:, picked], fits=self.fits[:, picked], degrees=self.degrees[picked],
-            fixed_s=self.fixed_s[picked], capacity_tokens=self.capacity_tokens[picked],
+            load_tokens=self.load_tokens[:, picked], memory_shares=self.memory_shares[:, picked],
+            fits=self.fits[:, picked], degrees=self.degrees[picked], fixed_s=self.fixed_s[picked],
+            capacity_tokens=self.capacity_tokens[picked],
         )
 
 
@@ -188,14 +217,18 @@ def price_table(lengths: SequenceOf[int] | IntArray, shapes: SequenceOf[GroupSha
     coefficients = np.array(
         [(s.fit.s_per_token2, s.fit.s_per_token, s.fit.s_per_sequence) for s in shapes], dtype=np.float64
     )
-    loads = np.stack([_load_tokens(sizes, shape) for shape in shapes], axis=1)
+    loads = _load_tokens(sizes, shapes)
     capacities = np.array([shape.capacity_tokens for shape in shapes], dtype=np.int64)
+    memory_shares = tokens / np.array([max(group_tokens(shape), 1) for shape in shapes], dtype=np.float64)
+    if not all(shape.held.is_all for shape in shapes):
+        memory_shares *= held_shares(tokens, shapes)
     return PriceTable(
         shapes=tuple(shapes),
         rows=np.arange(len(sizes), dtype=np.int64),
         lengths=sizes,
         marginal_s=coefficients[:, 0] * tokens**2 + coefficients[:, 1] * tokens + coefficients[:, 2],
         load_tokens=loads,
+        memory_shares=memory_shares,
         fits=loads <= capacities,
         degrees=np.array([shape.degree for shape in shapes], dtype=np.int64),
         fixed_s=np.array([shape.fit.fixed_s for shape in shapes], dtype=np.float64),
@@ -203,22 +236,46 @@ def price_table(lengths: SequenceOf[int] | IntArray, shapes: SequenceOf[GroupSha
     )
 
 
-def ring_peak_tokens(lengths: IntArray, degree: int) -> IntArray:
+def ring_peak_tokens(lengths: IntArray, degree: int | IntArray) -> IntArray:
     """The most tokens one of ``degree`` teams gets of each sequence (``layout``'s zigzag); a ring's teams are ranks.
 
     Of 2 * degree chunks a remainder of r tokens makes r one token longer. A team holds a chunk and its mirror image;
     both are long for some team exactly where some multiple j / r of the whole, 0 < j < r, falls strictly inside a
-    chunk: where r does not divide 2 * degree.
+    chunk: where r does not divide 2 * degree. Lengths as a column and degrees as a row give a table.
     """
     chunks = 2 * degree
-    rest = lengths % chunks
+    whole, rest = np.divmod(lengths, chunks)
     longer = np.where(rest == 0, 0, np.where(chunks % np.maximum(rest, 1) == 0, 1, 2))
-    peaks: IntArray = 2 * (lengths // chunks) + longer
+    peaks: IntArray = 2 * whole + longer
     return peaks
 
 
-def _load_tokens(lengths: IntArray, shape: GroupShape) -> IntArray:
-    return ring_peak_tokens(lengths, shape.num_teams) if shape.num_teams > 1 else lengths
+def _load_tokens(sizes: IntArray, shapes: SequenceOf[GroupShape]) -> IntArray:
+    """``GroupShape`` loads, row per length, column per shape."""
+    loads = np.repeat(sizes[:, None], len(shapes), axis=1)
+    cut = np.array([place for place, shape in enumerate(shapes) if shape.num_teams > 1], dtype=np.int64)
+    if len(cut):
+        teams, which = np.unique(np.array([shapes[place].num_teams for place in cut.tolist()]), return_inverse=True)
+        loads[:, cut] = ring_peak_tokens(sizes[:, None], teams[None, :])[:, which]
+    parted = np.array([place for place, shape in enumerate(shapes) if not shape.held.is_all], dtype=np.int64)
+    if len(parted):
+        shares = held_shares(sizes[:, None].astype(np.float64), [shapes[place] for place in parted.tolist()])
+        loads[:, parted] = np.ceil(loads[:, parted] * shares - HAIR).astype(np.int64)
+    return loads
+
+
+def held_shares(tokens: FloatArray, shapes: SequenceOf[GroupShape]) -> FloatArray:
+    """``HeldShare.of``: lengths (tokens) as a column, shapes as a row."""
+    at_zero, per_token, least = np.array(
+        [(shape.held.at_zero, shape.held.per_token, shape.held.least) for shape in shapes], dtype=np.float64
+    ).T
+    shares: FloatArray = np.maximum(least, at_zero - per_token * tokens)
+    return shares
+
+
+def group_tokens(shape: GroupShape) -> int:
+    """Tokens that all ranks of the group hold together at most, were all of their activations held."""
+    return shape.capacity_tokens * shape.num_teams
 
 
 def require_fits(table: PriceTable, cost: CostModel, limits: PlanLimits) -> None:
@@ -230,7 +287,7 @@ def require_fits(table: PriceTable, cost: CostModel, limits: PlanLimits) -> None
     local = [_rank_tokens(int(load), shape) for load, shape in zip(table.load_tokens[row], table.shapes, strict=True)]
     best = int(np.argmin(local))
     shape, needed, budget = table.shapes[best], cost.device_bytes(local[best]), limits.device_budget_bytes
-    degrees = ", ".join(dict.fromkeys(str(degree) for degree in table.degrees))
+    degrees = _ranges(sorted(set(table.degrees.tolist())))
     raise InfeasibleError(
         f"sequence {table.rows[row]} ({table.lengths[row]} tokens) fits in no group: {shape.kind} degree "
         f"{shape.degree} needs {format_bytes(needed)} per device, the budget is {format_bytes(budget)} "
@@ -252,3 +309,15 @@ def describe_shapes(shapes: Iterable[GroupShape]) -> str:
         name = str(shape.kind) if shape.degree == 1 else f"{shape.kind} {shape.degree}"
         counts[name] = counts.get(name, 0) + 1
     return ", ".join(f"{name} x {count}" for name, count in counts.items())
+
+
+def _ranges(numbers: SequenceOf[int]) -> str:
+    """Ascending numbers, runs of three and more as ``first-last``, and no more than eight of those."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    words = [f"{part[0]}-{part[-1]}" if len(part) > 2 else ", ".join(map(str, part)) for part in parts]
+    return ", ".join(words if len(words) <= 8 else [*words[:6], "...", words[-1]])

@@ -2,7 +2,9 @@
 
 Microbatches run in the plan's one global order. A microbatch starts when all of its ranks are free, keeps every one of
 them busy until it ends, and waits for nobody else: there is no barrier between microbatches. A rank in several groups
-of one microbatch runs them one after the other; the microbatch lasts as long as its slowest rank.
+of one microbatch runs their attention one after the other inside each layer: it takes their marginal seconds together
+and, since layers are launched once, the largest of their fixed times. Recomputing and what a copy to the host exposes
+come on top. The microbatch lasts as long as its slowest rank.
 """
 
 from __future__ import annotations
@@ -11,9 +13,9 @@ from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
-from planner.cost import CostModel
+from planner.cost import KEEP, CostModel
 from planner.layout import local_token_counts
-from planner.plan import AttentionGroup, Microbatch, StepPlan
+from planner.plan import AttentionGroup, MemoryPolicy, Microbatch, StepPlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,15 +49,18 @@ class Simulation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicrobatchPrice:
-    """Seconds of one microbatch and the tokens each of its ranks holds, in the order of ``ranks``."""
+    """One microbatch: seconds each of its ranks works and tokens it holds, in the order of ``ranks``; ``seconds`` are
+    the slowest rank's."""
 
     seconds: float
     ranks: tuple[int, ...]
+    rank_s: tuple[float, ...]
     rank_tokens: tuple[int, ...]
+    memory: MemoryPolicy = KEEP
 
     def peak_bytes(self, cost: CostModel) -> int:
         """Peak bytes of the fullest rank."""
-        return cost.device_bytes(max(self.rank_tokens))
+        return cost.device_bytes(max(self.rank_tokens), self.memory)
 
 
 def step_lengths(plan: StepPlan) -> tuple[int, ...]:
@@ -64,42 +69,72 @@ def step_lengths(plan: StepPlan) -> tuple[int, ...]:
 
 
 def price_groups(
-    ranks: tuple[int, ...], groups: Iterable[AttentionGroup], lengths: SequenceOf[int], cost: CostModel
+    ranks: tuple[int, ...], groups: SequenceOf[AttentionGroup], lengths: SequenceOf[int], cost: CostModel,
+    memory: MemoryPolicy = KEEP,
 ) -> MicrobatchPrice:
     """Price one microbatch of these ranks and groups; ``lengths[i]`` are the tokens of sequence i.
 
-    Raises PlanError where the cost model has no coefficients for a group's kind and degree.
+    Raises PlanError where the cost model has no coefficients for a group's kind and degree, or for the policy.
     """
-    seconds, tokens = dict.fromkeys(ranks, 0.0), dict.fromkeys(ranks, 0)
+    if len(groups) == 1 and groups[0].ranks == ranks:  # nearly always: all ranks are busy for the same time
+        work_s, fixed, share, counts = _group_price(groups[0], lengths, cost)
+        seconds = _policy_s(work_s + fixed, share, memory, cost)
+        return MicrobatchPrice(
+            seconds=seconds, ranks=ranks, rank_s=(seconds,) * len(ranks), rank_tokens=counts, memory=memory
+        )
+    marginal_s, fixed_s = dict.fromkeys(ranks, 0.0), dict.fromkeys(ranks, 0.0)
+    tokens, shares = dict.fromkeys(ranks, 0), dict.fromkeys(ranks, 0.0)
     for group in groups:
-        sizes = [lengths[index] for index in group.sequences]
-        group_s = cost.group_s(group.kind, group.degree, sizes)
-        counts = local_token_counts(group.kind, group.degree, sizes, group.inner_degree)
+        work_s, fixed, share, counts = _group_price(group, lengths, cost)
         for rank, count in zip(group.ranks, counts, strict=True):
-            seconds[rank] += group_s
+            marginal_s[rank] += work_s
+            fixed_s[rank] = max(fixed_s[rank], fixed)
             tokens[rank] += count
+            shares[rank] += share
+    rank_s = tuple(_policy_s(marginal_s[rank] + fixed_s[rank], shares[rank], memory, cost) for rank in ranks)
     return MicrobatchPrice(
-        seconds=max(seconds.values()), ranks=tuple(tokens), rank_tokens=tuple(tokens.values())
+        seconds=max(rank_s), ranks=ranks, rank_s=rank_s, rank_tokens=tuple(tokens.values()), memory=memory
     )
+
+
+def _group_price(
+    group: AttentionGroup, lengths: SequenceOf[int], cost: CostModel
+) -> tuple[float, float, float, tuple[int, ...]]:
+    """Marginal and fixed seconds, tokens per rank (a group's ranks are timed alike, whatever the remainders), and the
+    tokens that each of them really holds."""
+    sizes = [lengths[index] for index in group.sequences]
+    fit, num_tokens = cost.time_fit(group.kind, group.degree), sum(sizes)
+    work_s = fit.marginal_s(
+        num_tokens=num_tokens, num_tokens2=sum(size * size for size in sizes), num_sequences=len(sizes)
+    )
+    counts = local_token_counts(group.kind, group.degree, sizes, group.inner_degree)
+    return work_s, fit.fixed_s, num_tokens / group.degree, counts
+
+
+def _policy_s(busy_s: float, num_tokens: float, memory: MemoryPolicy, cost: CostModel) -> float:
+    if memory.is_keep:
+        return busy_s
+    return busy_s + cost.recompute_s(num_tokens, memory) + cost.exposed_copy_s(num_tokens, busy_s, memory)
 
 
 def price_microbatch(microbatch: Microbatch, lengths: SequenceOf[int], cost: CostModel) -> MicrobatchPrice:
     """``price_groups`` of a plan's microbatch."""
-    return price_groups(microbatch.ranks, microbatch.groups, lengths, cost)
+    return price_groups(microbatch.ranks, microbatch.groups, lengths, cost, microbatch.memory)
 
 
 def run_schedule(prices: Iterable[MicrobatchPrice], *, num_ranks: int, cost: CostModel) -> Simulation:
     """Play priced microbatches in this order on ``num_ranks`` ranks."""
     busy_s, finish_s = [0.0] * num_ranks, [0.0] * num_ranks
-    peak_tokens = [0] * num_ranks
+    activation_bytes = [0.0] * num_ranks
     events: list[Event] = []
     for index, price in enumerate(prices):
         start_s = max(finish_s[rank] for rank in price.ranks)
         stop_s = start_s + price.seconds
+        token_bytes = cost.token_bytes(price.memory)
         for rank, tokens in zip(price.ranks, price.rank_tokens, strict=True):
             busy_s[rank] += price.seconds
             finish_s[rank] = stop_s
-            peak_tokens[rank] = max(peak_tokens[rank], tokens)
+            activation_bytes[rank] = max(activation_bytes[rank], token_bytes * tokens)
             events.append(Event(microbatch=index, rank=rank, start_s=start_s, stop_s=stop_s))
     last_s = max(finish_s)
     return Simulation(
@@ -107,7 +142,7 @@ def run_schedule(prices: Iterable[MicrobatchPrice], *, num_ranks: int, cost: Cos
         rank_busy_s=tuple(busy_s),
         rank_finish_s=tuple(finish_s),
         idle_fraction=max(0.0, 1.0 - sum(busy_s) / (num_ranks * last_s)) if last_s > 0 else 0.0,
-        rank_peak_bytes=tuple(cost.device_bytes(tokens) for tokens in peak_tokens),
+        rank_peak_bytes=tuple(int(cost.memory.fixed_bytes + held) for held in activation_bytes),
         events=tuple(events),
     )
 

@@ -1,8 +1,9 @@
 """Proof that a plan is legal, before anybody executes it: every law recomputed from the plan, nothing believed.
 
 What makes a plan safe: each sequence is run exactly once, by ranks that exist, in groups the runtime and the cost model
-know, within the device budget, at the price the plan states. Deadlock needs no search: microbatches, and the groups
-inside one, stand in one global order that every rank follows, so two ranks meet their common work in the same order.
+know, under allowed memory policies, within the device and host budgets, at the price the plan states. Deadlock needs no
+search: microbatches, and the groups inside one, stand in one global order that every rank follows, so two ranks meet
+their common work in the same order.
 """
 
 from __future__ import annotations
@@ -13,7 +14,16 @@ from collections.abc import Sequence as SequenceOf
 from planner.cost import CostModel, PlanLimits
 from planner.errors import PlanError
 from planner.layout import head_degree
-from planner.plan import PLAN_SCHEMA, AttentionGroup, AttentionKind, Microbatch, SolveStatus, StepPlan
+from planner.plan import (
+    PLAN_SCHEMA,
+    AttentionGroup,
+    AttentionKind,
+    MemoryAction,
+    MemoryPolicy,
+    Microbatch,
+    SolveStatus,
+    StepPlan,
+)
 from planner.simulate import MicrobatchPrice, price_microbatch, run_schedule
 from planner.units import format_bytes
 
@@ -77,9 +87,24 @@ def _verify_microbatch(
     for rank in microbatch.ranks:
         if rank not in working:
             raise PlanError(f"{place}: rank {rank} is in none of its groups")
-    memory = microbatch.memory
-    if (memory.keep_fraction, memory.swap_fraction, memory.recompute_fraction) != (1.0, 0.0, 0.0):
-        raise PlanError(f"{place}: only keep_fraction 1 can be executed, got {memory}")
+    _verify_policy(microbatch.memory, place, cost, limits)
+
+
+def _verify_policy(memory: MemoryPolicy, place: str, cost: CostModel, limits: PlanLimits) -> None:
+    fractions = {
+        MemoryAction.KEEP: memory.keep_fraction, MemoryAction.SWAP: memory.swap_fraction,
+        MemoryAction.RECOMPUTE: memory.recompute_fraction,
+    }
+    for action, fraction in fractions.items():
+        if not 0 <= fraction <= 1:  # NaN is refused too
+            raise PlanError(f"{place}: {action}_fraction must be in 0 .. 1, got {fraction}")
+        if fraction > 0 and not limits.allows(action):
+            allowed = ", ".join(dict.fromkeys((MemoryAction.KEEP, *limits.policies)))
+            raise PlanError(f"{place}: memory policy {action} is not allowed here (allowed: {allowed}), got {memory}")
+    if not math.isclose(sum(fractions.values()), 1.0, rel_tol=RELATIVE_TOLERANCE):
+        raise PlanError(f"{place}: the memory fractions must add up to 1, got {memory}")
+    if not memory.is_keep and cost.activation is None:
+        raise PlanError(f"{place}: the cost model prices keeping all activations only, got {memory}")
 
 
 def _verify_group(
@@ -161,12 +186,22 @@ def _verify_prices(plan: StepPlan, lengths: SequenceOf[int], cost: CostModel, li
 
 
 def _verify_memory(price: MicrobatchPrice, place: str, cost: CostModel, limits: PlanLimits) -> None:
+    fullest = max(price.rank_tokens)
+    within_device = cost.device_bytes(fullest, price.memory) <= limits.device_budget_bytes
+    if within_device and cost.host_bytes(fullest, price.memory) <= limits.host_budget_bytes:
+        return
     for rank, num_tokens in zip(price.ranks, price.rank_tokens, strict=True):
-        needed = cost.device_bytes(num_tokens)
+        needed = cost.device_bytes(num_tokens, price.memory)
         if needed > limits.device_budget_bytes:
             raise PlanError(
                 f"{place}: rank {rank} holds {num_tokens} tokens and needs {format_bytes(needed)}, over the budget of "
                 f"{format_bytes(limits.device_budget_bytes)}"
+            )
+        swapped = cost.host_bytes(num_tokens, price.memory)
+        if swapped > limits.host_budget_bytes:
+            raise PlanError(
+                f"{place}: rank {rank} swaps {format_bytes(swapped)} to its host, over the budget of "
+                f"{format_bytes(limits.host_budget_bytes)}"
             )
 
 

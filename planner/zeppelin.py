@@ -19,8 +19,8 @@ Flaws and gaps of the method, and what happens here:
   with the slack, longest first, each to the one with the fewest tokens.
 
 Not in the plan yet, since the runtime has neither: routing of cluster transfers over proxy ranks, and remapping for the
-token-wise layers. So each rank runs these on the tokens its groups give it, and a rank in several groups is charged
-the fixed time of each.
+token-wise layers. So each rank runs these on the tokens its groups give it. Layers are launched once a microbatch: a
+rank in several groups is charged the largest of their fixed times (``planner.simulate``).
 """
 
 from __future__ import annotations
@@ -271,17 +271,19 @@ class _NodeFiller:
     def cut(self, threshold: int) -> _Members | None:
         """Sequences longer than the threshold in rings, the others whole on one rank."""
         table, members = self.cutter.table, _Members()
-        seconds = np.zeros(len(self.ranks))
+        seconds, fixed_s = np.zeros(len(self.ranks)), np.zeros(len(self.ranks))
         tokens = np.full(len(self.ranks), self.taken, dtype=np.int64)
         is_cut = table.lengths[self.rows] > threshold
         share_s = float(self.cutter.work_s[self.rows][is_cut].sum()) / len(self.ranks)
         for row, cut in zip(self.rows, is_cut.tolist(), strict=True):
-            places = self._ring(row, share_s, seconds, tokens) if cut else self._single(row, seconds, tokens)
+            busy_s = seconds + fixed_s
+            places = self._ring(row, share_s, busy_s, tokens) if cut else self._single(row, busy_s, tokens)
             if places is None:
                 return None
             ranks = tuple(self.ranks[place] for place in places)
             column = self.cutter.column_of[len(ranks)]
-            seconds[places] += table.marginal_s[row, column] + (0.0 if ranks in members else table.fixed_s[column])
+            seconds[places] += table.marginal_s[row, column]
+            fixed_s[places] = np.maximum(fixed_s[places], table.fixed_s[column])
             tokens[places] += table.load_tokens[row, column]
             members.setdefault(ranks, []).append(row)
         return members

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planner.adaptive import every_shape
 from planner.adaptive_shop import Pool, Workshop, first_ranks
+from planner.adaptive_space import every_shape
 from planner.cost import CostModel, PlanLimits
 from planner.errors import InfeasibleError, SpecError
 from planner.plan import AttentionKind, SolveStatus, StepPlan, plan_digest

@@ -3,57 +3,23 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from itertools import combinations, permutations
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planner.adaptive import every_shape
-from planner.bounds import bound_parts, group_tokens, makespan_bound_s, step_bound_s
+from planner.adaptive_space import every_shape
+from planner.bounds import bound_parts, makespan_bound_s, step_bound_s
 from planner.cost import CostModel, PlanLimits
-from planner.layout import local_token_counts
 from planner.plan import AttentionKind
-from planner.shapes import GroupShape, price_table
+from planner.shapes import group_tokens, price_table
 from planner.step_planner import STRATEGIES, greedy_step, plan_step
+from tests.planner.brute_force import best_makespan_s, kept_groups
 from tests.planner.random_plans import toy_cost
 from tests.planner.step_cases import RING, ULYSSES, make_cost, make_limits, skewed_lengths
-from tests.planner.test_static_greedy import partitions
 
 BOTH = (ULYSSES, RING)
-_Group = tuple[float, tuple[int, ...]]
-
-
-def best_makespan_s(lengths: list[int], shapes: tuple[GroupShape, ...], num_ranks: int, rank_tokens: int) -> float:
-    """The best of all plans: every partition, every shape, every set of ranks, every order."""
-
-    def choices(parts: list[list[int]]) -> Iterator[list[_Group]]:
-        if not parts:
-            yield []
-            return
-        sizes = [lengths[index] for index in parts[0]]
-        for shape in shapes:
-            if max(local_token_counts(shape.kind, shape.degree, sizes)) > rank_tokens:
-                continue
-            squares = sum(size * size for size in sizes)
-            group_s = shape.fit.group_s(num_tokens=sum(sizes), num_tokens2=squares, num_sequences=len(sizes))
-            for ranks in combinations(range(num_ranks), shape.degree):
-                for rest in choices(parts[1:]):
-                    yield [(group_s, ranks), *rest]
-
-    best_s = float("inf")
-    for parts in partitions(list(range(len(lengths)))):
-        for groups in choices(parts):
-            for order in permutations(groups):
-                free_s = [0.0] * num_ranks
-                for group_s, ranks in order:
-                    end_s = max(free_s[rank] for rank in ranks) + group_s
-                    for rank in ranks:
-                        free_s[rank] = end_s
-                best_s = min(best_s, max(free_s))
-    return best_s
 
 
 @given(
@@ -84,7 +50,7 @@ def check_against_brute_force(
     lengths: list[int], num_ranks: int, cost: CostModel, limits: PlanLimits, rank_tokens: int
 ) -> None:
     shapes = every_shape(num_ranks, cost, limits)
-    best_s = best_makespan_s(lengths, shapes, num_ranks, rank_tokens)
+    best_s = best_makespan_s(lengths, kept_groups(shapes, num_ranks, rank_tokens), num_ranks, rank_tokens)
     bound_s = step_bound_s(lengths, shapes, num_ranks)
     assert 0 < bound_s <= best_s * (1 + 1e-9)
     assert makespan_bound_s(price_table(lengths, shapes), num_ranks) <= best_s * (1 + 1e-9)

@@ -66,7 +66,7 @@ def test_group_rows_follow_execution_order() -> None:
     assert [row["attention"] for row in rows] == ["ring 2", "local", "ulysses 2", "local"]
     assert rows[2] == {
         "microbatch": "2", "attention": "ulysses 2", "ranks": "1-2", "seqs": "1", "tokens": "2", "longest": "2",
-        "start": "4 s", "seconds": "1 s", "peak": "110 B",
+        "start": "4 s", "seconds": "1 s", "peak": "110 B", "memory": "keep",
     }
 
 

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planner.assemble import GroupChoice, assemble_plan
+from planner.assemble import GroupChoice, MicrobatchChoice, assemble_plan
+from planner.breakdown import time_split
 from planner.cost import CostModel, MemoryFit, Provenance, TimeFit
 from planner.errors import PlanError
 from planner.layout import local_token_counts, shard_spans
@@ -34,7 +35,7 @@ def second_cost() -> CostModel:
     )
 
 
-def assemble(lengths: list[int], groups: list[GroupChoice], cost: CostModel, num_ranks: int = 4) -> StepPlan:
+def assemble(lengths: list[int], groups: list[MicrobatchChoice], cost: CostModel, num_ranks: int = 4) -> StepPlan:
     return assemble_plan(
         step=0, strategy="hand", num_ranks=num_ranks, lengths=lengths, groups=groups, cost=cost,
         status=SolveStatus.GREEDY, bound_s=0.0, wall_s=0.0,
@@ -77,6 +78,23 @@ def test_a_rank_in_two_groups_of_one_microbatch_runs_both() -> None:
     assert simulation.step_s == 2.0 + 5.0 + 3.0 + 0.5  # rank 1: 8 / 4, then 5, then 6 / 2
     assert simulation.rank_busy_s == (10.0,) * 4 and simulation.idle_fraction == 0.0
     assert simulation.rank_peak_bytes == (120, 200, 120, 150)  # rank 1 holds 2 + 5 + 3 tokens
+
+
+def test_layers_are_launched_once_a_microbatch() -> None:
+    """A rank in several groups takes their marginal seconds and the largest of their fixed times."""
+    fixed_s = {(LOCAL, 1): 0.25, (ULYSSES, 2): 1.0, (RING, 4): 4.0}
+    cost = second_cost()
+    cost = replace(cost, times=tuple(
+        replace(fit, fixed_s=fixed_s.get((fit.kind, fit.degree), 0.0)) for fit in cost.times
+    ))
+    ring, pair = GroupChoice(RING, (0, 1, 2, 3), (0,)), GroupChoice(ULYSSES, (1, 3), (2,))
+    alone, other = GroupChoice(LOCAL, (1,), (1,)), GroupChoice(LOCAL, (0,), (3,))
+    plan = assemble([8, 5, 6, 1], [(ring, alone, pair), (alone, pair), other], cost)
+    assert [microbatch.predicted_s for microbatch in plan.microbatches] == [2 + 5 + 3 + 4, 5 + 3 + 1, 1 + 0.25]
+    split = time_split(plan, simulate(plan, cost), cost, None)
+    busy_s = (4 * (2 + 4) + 5 + 2 * 3) + (5 + 3 + 1 + 3 + 1) + 1.25
+    assert split.work_s == pytest.approx(busy_s / 4)
+    assert split.work_s + split.waiting_s + split.fixed_s == pytest.approx(plan.predicted_s)
 
 
 def test_order_matters_where_ranks_are_shared() -> None:

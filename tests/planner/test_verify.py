@@ -127,10 +127,17 @@ def foreign_rank(rng: random.Random, case: Case) -> Case | None:
     return with_microbatch(case, index, replace(microbatch, ranks=microbatch.ranks[1:]))
 
 
-def swap_kind(rng: random.Random, case: Case) -> Case:
+def falsely_priced(case: Case) -> Case | None:
+    """The case, or None where the slack of a rank beside the slowest one leaves its stated prices true."""
+    return None if repriced(case) == case else case
+
+
+def swap_kind(rng: random.Random, case: Case) -> Case | None:
     index, which = pick(rng, case)
     kind = case.plan.microbatches[index].groups[which].kind
-    return change_group(case, (index, which), kind=rng.choice([other for other in AttentionKind if other is not kind]))
+    other = rng.choice([other for other in AttentionKind if other is not kind])
+    changed = change_group(case, (index, which), kind=other)
+    return changed if LOCAL in (kind, other) else falsely_priced(changed)
 
 
 def remove_microbatch(rng: random.Random, case: Case) -> Case | None:
@@ -193,7 +200,7 @@ def move_sequence(rng: random.Random, case: Case) -> Case | None:
         return None
     moved = change_group(case, source, sequences=sequences[1:])
     others = moved.plan.microbatches[target[0]].groups[target[1]].sequences
-    return change_group(moved, target, sequences=(*others, sequences[0]))
+    return falsely_priced(change_group(moved, target, sequences=(*others, sequences[0])))
 
 
 def move_where_it_does_not_fit(rng: random.Random, case: Case) -> Case | None:
@@ -239,7 +246,11 @@ def other_cost_model(rng: random.Random, case: Case) -> Case:
 
 def other_memory_policy(rng: random.Random, case: Case) -> Case:
     index, _ = pick(rng, case)
-    policy = rng.choice((MemoryPolicy(keep_fraction=0.5, swap_fraction=0.5), MemoryPolicy(keep_fraction=0.9)))
+    policy = rng.choice((
+        MemoryPolicy(keep_fraction=0.5, swap_fraction=0.5), MemoryPolicy(keep_fraction=0.9),
+        MemoryPolicy(keep_fraction=0.0, recompute_fraction=1.0), MemoryPolicy(keep_fraction=math.nan),
+        MemoryPolicy(keep_fraction=1.5, swap_fraction=-0.5),
+    ))
     return with_microbatch(case, index, replace(case.plan.microbatches[index], memory=policy))
 
 
@@ -306,7 +317,7 @@ MUTATIONS: dict[Callable[[random.Random, Case], Case | None], str] = {
     wrong_bound: r"bound_s",
     other_num_ranks: r"plan is for \d+ data ranks, there are \d+",
     other_cost_model: r"plan was priced with cost model",
-    other_memory_policy: r"microbatch \d+: only keep_fraction 1",
+    other_memory_policy: r"policy \w+ is not allowed here|fractions must add up to 1|_fraction must be in 0 .. 1",
     other_head: r"schema 2|step -1|sharding",
     degree_over_heads: r"microbatch \d+, group \d+: ulysses degree \d+ is above the limit",
     forbidden_kind: r"microbatch \d+, group \d+: attention \w+ is not allowed",

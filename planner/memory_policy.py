@@ -1,0 +1,137 @@
+"""What may happen to saved activations, as shapes to search over, and the policy of a microbatch once it is packed.
+
+*Swap.* Tokens copied to the host cost device memory in two layers only, and no time as long as the copy hides under the
+forward. A sequence of s tokens in a group of d ranks takes a s^2 + b s seconds, so it can hide the fraction
+
+    r(s) = d * hidden_share * copy_bytes_per_s / swap_bytes_per_token * (a s + b)
+
+of its tokens: the overlap condition of ByteScale (arXiv 2502.21231, eq. 3) and MEMO (arXiv 2407.12117), per sequence.
+The copies of a microbatch hide if each of its sequences' do, and what its sequences leave on the device adds up. So
+swapping makes no further shapes: it makes the loads of a shape smaller (``shapes.HeldShare``), at no price.
+
+*Host memory.* Of F bytes a token m can go. A device with D bytes for activations that is full with the fraction r of
+its tokens swapped has r m D / (F - r m) bytes on its host. That is within the host's H where r <= F H / (m (D + H)): no
+sequence swaps more, and then no microbatch does.
+
+*Recompute.* Computing token-wise work again takes time in proportion to the tokens: another shape for each of a few
+fractions. What is not computed again may still be swapped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from collections.abc import Sequence as SequenceOf
+from dataclasses import replace
+
+from planner.assemble import GroupChoice, MicrobatchChoice
+from planner.cost import KEEP, ActivationFit, CostModel, PlanLimits
+from planner.layout import local_token_counts
+from planner.plan import MemoryAction, MemoryPolicy
+from planner.shapes import GroupShape, HeldShare
+
+RECOMPUTE_FRACTIONS = (0.5, 1.0)
+SWAP_STEP = 1e-6  # swap fractions are multiples of it, rounded up
+HOST_SLACK = 1e-4  # of the host's share, beside a step: rounding up never fills it
+
+
+def swaps(cost: CostModel, limits: PlanLimits) -> bool:
+    """Whether anything can be swapped here at all."""
+    return limits.allows(MemoryAction.SWAP) and limits.host_budget_bytes > 0 and cost.activation is not None
+
+
+def recompute_fractions(cost: CostModel, limits: PlanLimits) -> tuple[float, ...]:
+    """The fractions of recomputed tokens that are searched, 0 first."""
+    if limits.allows(MemoryAction.RECOMPUTE) and cost.activation is not None:
+        return (0.0, *RECOMPUTE_FRACTIONS)
+    return (0.0,)
+
+
+def with_policy(
+    shapes: Iterable[GroupShape], recompute_fraction: float, cost: CostModel, limits: PlanLimits
+) -> tuple[GroupShape, ...]:
+    """These shapes (of kept activations) where so many tokens are computed again and, if allowed, the others swapped
+    as far as that hides."""
+    fit = cost.activation
+    if fit is None or (recompute_fraction == 0 and not swaps(cost, limits)):
+        return tuple(shapes)
+    return tuple(
+        replace(
+            shape, recompute_fraction=recompute_fraction, held=_held(shape, fit, recompute_fraction, cost, limits),
+            fit=replace(
+                shape.fit,
+                s_per_token=shape.fit.s_per_token + recompute_fraction * fit.recompute_s_per_token / shape.degree,
+            ),
+        )
+        for shape in shapes
+    )
+
+
+def _held(
+    shape: GroupShape, fit: ActivationFit, recompute_fraction: float, cost: CostModel, limits: PlanLimits
+) -> HeldShare:
+    token_bytes = cost.memory.bytes_per_token
+    kept_bytes = token_bytes - recompute_fraction * fit.recompute_bytes_per_token
+    swap_bytes = fit.swap_bytes_per_token
+    at_zero = least = kept_bytes / token_bytes
+    per_token = 0.0
+    if swaps(cost, limits) and swap_bytes > 0:
+        device_bytes = max(limits.device_budget_bytes - cost.memory.fixed_bytes, 0)
+        # One token to spare on device and host: the fullest rank of a group may hold one more than its share.
+        host_bytes = max(limits.host_budget_bytes - kept_bytes, 0)
+        by_host = kept_bytes / swap_bytes * host_bytes / max(device_bytes + host_bytes, 1) * (1 - HOST_SLACK)
+        by_device = 1 - recompute_fraction - kept_bytes / swap_bytes * token_bytes / max(device_bytes, 1)
+        most = max(min(by_device, by_host - SWAP_STEP), 0.0)
+        hidden_per_s = shape.degree * fit.hidden_share * fit.copy_bytes_per_s / swap_bytes
+        freed = swap_bytes / token_bytes
+        at_zero -= freed * min(most, hidden_per_s * shape.fit.s_per_token)
+        per_token = freed * hidden_per_s * shape.fit.s_per_token2
+        least -= freed * most
+    return HeldShare(at_zero=at_zero, per_token=per_token, least=least)
+
+
+def choose_policies(
+    groups: Iterable[tuple[GroupShape, GroupChoice]], lengths: SequenceOf[int], cost: CostModel, limits: PlanLimits
+) -> tuple[MicrobatchChoice, ...]:
+    """Microbatches of one group each, packed under the loads of their shapes, with the mildest policy that fits."""
+    if set(limits.policies) <= {MemoryAction.KEEP} or cost.activation is None:
+        return tuple(choice for _, choice in groups)
+    return tuple(
+        replace(choice, memory=_mildest(choice, shape, [lengths[index] for index in choice.sequences], cost, limits))
+        for shape, choice in groups
+    )
+
+
+def _mildest(
+    choice: GroupChoice, shape: GroupShape, sizes: list[int], cost: CostModel, limits: PlanLimits
+) -> MemoryPolicy:
+    """Recompute the least of the fractions, then swap the least, that fits the budget with the copy hidden. The shape's
+    own fraction always fits."""
+    inner_degree = cost.time_fit(choice.kind, len(choice.ranks)).inner_degree
+    tokens = max(local_token_counts(choice.kind, len(choice.ranks), sizes, inner_degree))
+    if cost.device_bytes(tokens) <= limits.device_budget_bytes:
+        return KEEP
+    fit = cost.activation
+    assert fit is not None
+    plain = replace(shape, fit=cost.time_fit(choice.kind, len(choice.ranks)))
+    for fraction in recompute_fractions(cost, limits):
+        kept = cost.token_bytes() - fraction * fit.recompute_bytes_per_token
+        over_bytes = cost.memory.fixed_bytes + tokens * kept - limits.device_budget_bytes
+        if over_bytes <= 0:
+            return _policy(0.0, fraction)
+        if not swaps(cost, limits):
+            continue
+        needed = over_bytes / (tokens * fit.swap_bytes_per_token)
+        held = _held(plain, fit, fraction, cost, limits)
+        left = sum(size * held.of(size) for size in sizes) / sum(sizes)  # a share of all bytes, like ``held``
+        hidden = (kept / cost.token_bytes() - left) * cost.token_bytes() / fit.swap_bytes_per_token
+        if needed <= hidden or fraction >= shape.recompute_fraction:
+            return _policy(min(math.ceil(needed / SWAP_STEP) * SWAP_STEP, 1 - fraction), fraction)
+    return _policy(0.0, shape.recompute_fraction)
+
+
+def _policy(swap_fraction: float, recompute_fraction: float) -> MemoryPolicy:
+    return MemoryPolicy(
+        keep_fraction=max(0.0, 1.0 - swap_fraction - recompute_fraction), swap_fraction=swap_fraction,
+        recompute_fraction=recompute_fraction,
+    )

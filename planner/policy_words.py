@@ -1,0 +1,70 @@
+"""Memory policies in words: one name for tables, one line for the verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from typing import TYPE_CHECKING
+
+from planner.cost import CostModel, PlanLimits
+from planner.layout import local_token_counts
+from planner.plan import AttentionGroup, MemoryAction, MemoryPolicy, Microbatch
+from planner.simulate import step_lengths
+from planner.units import format_count
+
+if TYPE_CHECKING:
+    from planner.explain import PlannedStep
+
+
+def policy_name(policy: MemoryPolicy) -> str:
+    """``keep``, ``swap 0.50``, ``swap 0.25, recompute 0.50``."""
+    parts = [("swap", policy.swap_fraction), ("recompute", policy.recompute_fraction)]
+    return ", ".join(f"{name} {fraction:.2f}" for name, fraction in parts if fraction > 0) or "keep"
+
+
+def policy_line(steps: SequenceOf[PlannedStep], cost: CostModel, limits: PlanLimits) -> str:
+    """One line: which policies the microbatches of these steps got, and what that made possible."""
+    found = [(microbatch, step_lengths(step.plan)) for step in steps for microbatch in step.plan.microbatches]
+    changed = [(microbatch, lengths) for microbatch, lengths in found if not microbatch.memory.is_keep]
+    if not changed:
+        return f"memory policy: all activations kept{_why_kept(cost, limits)}"
+    actions = []
+    for action in (MemoryAction.SWAP, MemoryAction.RECOMPUTE):
+        fractions = [getattr(microbatch.memory, f"{action}_fraction") for microbatch, _ in changed]
+        used = [fraction for fraction in fractions if fraction > 0]
+        if used:
+            actions.append(f"{len(used)} {action} {min(used):.2f} to {max(used):.2f} of their tokens")
+    held = cost.max_local_tokens(limits.device_budget_bytes)
+    shrunk = [text for microbatch, lengths in changed for text in _shrunk(microbatch, lengths, held, cost)]
+    why = [f"{len(changed) - len(shrunk)} to hold more in one microbatch"] if len(changed) > len(shrunk) else []
+    if shrunk:
+        why.insert(0, f"{len(shrunk)} to need fewer ranks ({max(shrunk)[1]})")
+    return (
+        f"memory policy: {len(changed)} of {len(found)} microbatches do not keep all, {' and '.join(actions)}: "
+        f"{', '.join(why)}"
+    )
+
+
+def _why_kept(cost: CostModel, limits: PlanLimits) -> str:
+    if set(limits.policies) <= {MemoryAction.KEEP}:
+        return ""
+    if cost.activation is None:
+        return ", since the cost model prices nothing else"
+    return ", since swapping and recomputing would gain nothing or are not for this strategy"
+
+
+def _shrunk(
+    microbatch: Microbatch, lengths: SequenceOf[int], rank_tokens: int, cost: CostModel
+) -> list[tuple[int, str]]:
+    """(ranks saved, words) where its longest sequence needs more ranks with everything kept; else nothing."""
+    group: AttentionGroup = max(microbatch.groups, key=lambda group: max(lengths[i] for i in group.sequences))
+    longest = max(lengths[index] for index in group.sequences)
+    # A single rank's alternative is a group of whichever kind takes the fewest ranks.
+    fits = sorted(
+        (fit.degree, fit.kind, fit.inner_degree) for fit in cost.times if group.degree == 1 or fit.kind is group.kind
+    )
+    for degree, kind, inner_degree in fits:
+        if max(local_token_counts(kind, degree, [longest], inner_degree)) <= rank_tokens:
+            if degree <= group.degree:
+                return []
+            return [(degree - group.degree, f"{group.degree} instead of {degree} for {format_count(longest)} tokens")]
+    return [(2**31, f"{group.degree} for {format_count(longest)} tokens, which no number of ranks could keep")]
