@@ -1,4 +1,4 @@
-# make train, make test: everything needed on a fresh machine, nothing twice.
+# make train, make test, make nightly (the long tests): everything needed on a fresh machine, nothing twice.
 #   ARGS="--steps 20"    more arguments for `longhaul train`, pytest or the benchmark
 #   PYTHON=python3.12    the interpreter that the virtual environment is made from
 #   TORCH="torch==2.12.0"  another build of torch; empty to take what pip or the image offers
@@ -14,13 +14,16 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.longhaul-installed
 CHECK_PYTHON := import sys; sys.exit("Longhaul needs Python 3.11 or newer: make PYTHON=..." if sys.version_info < (3, 11) else 0)
 
-.PHONY: train test lint bench clean
+.PHONY: train test nightly lint bench clean
 
 train: $(INSTALLED)
 	$(BIN)/longhaul train $(ARGS)
 
 test: lint
 	$(BIN)/python -m pytest -q $(ARGS)
+
+nightly: $(INSTALLED)
+	$(BIN)/python -m pytest -q -m nightly $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/python -m ruff check .

@@ -42,25 +42,27 @@ class StageLink:
     def receive_hidden(self, microbatch: int, shape: tuple[int, int]) -> torch.Tensor:
         """The hidden states ``[T, D]`` of the stage before, ready for autograd."""
         hidden_TD = torch.empty(shape, device=self.device, dtype=self.dtype)
-        self._receive(self.forward_wire, self.stage - 1, hidden_TD, f"hidden states of microbatch {microbatch}")
+        message = Message(self.stage - 1, hidden_TD)
+        self.forward_wire.post([], [message], _hidden_to(self.stage, microbatch)).wait()
         return hidden_TD.requires_grad_()
 
     def send_hidden(self, microbatch: int, hidden_TD: torch.Tensor) -> None:
-        what = f"hidden states of microbatch {microbatch}"
         message = Message(self.stage + 1, hidden_TD.detach().contiguous())
-        self._under_way["hidden", microbatch] = self.forward_wire.post([message], [], self._named(what))
+        what = _hidden_to(self.stage + 1, microbatch)
+        self._under_way["hidden", microbatch] = self.forward_wire.post([message], [], what)
 
     def receive_gradient(self, microbatch: int, shape: tuple[int, int]) -> torch.Tensor:
         """The gradient ``[T, D]`` of what was sent to the stage after; that has arrived, then, and is let go."""
         gradient_TD = torch.empty(shape, device=self.device, dtype=self.dtype)
-        self._receive(self.backward_wire, self.stage + 1, gradient_TD, f"gradient of microbatch {microbatch}")
+        message = Message(self.stage + 1, gradient_TD)
+        self.backward_wire.post([], [message], _gradient_to(self.stage, microbatch)).wait()
         self._under_way.pop(("hidden", microbatch)).wait()
         return gradient_TD
 
     def send_gradient(self, microbatch: int, gradient_TD: torch.Tensor) -> None:
-        what = f"gradient of microbatch {microbatch}"
         message = Message(self.stage - 1, gradient_TD.contiguous())
-        self._under_way["gradient", microbatch] = self.backward_wire.post([message], [], self._named(what))
+        what = _gradient_to(self.stage - 1, microbatch)
+        self._under_way["gradient", microbatch] = self.backward_wire.post([message], [], what)
 
     def gradient_has_arrived(self, microbatch: int) -> None:
         """Let go of a gradient whose receiver is known to be past it."""
@@ -74,8 +76,10 @@ class StageLink:
             pending.wait()
         self._under_way.clear()
 
-    def _receive(self, wire: Exchange, stage: int, tensor: torch.Tensor, what: str) -> None:
-        wire.post([], [Message(stage, tensor)], self._named(what)).wait()
 
-    def _named(self, what: str) -> str:
-        return f"{what}, stage {self.stage} of {self.num_stages}"
+def _hidden_to(stage: int, microbatch: int) -> str:
+    return f"hidden states of microbatch {microbatch} to stage {stage}"
+
+
+def _gradient_to(stage: int, microbatch: int) -> str:
+    return f"gradient of microbatch {microbatch} to stage {stage}"
