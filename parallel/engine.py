@@ -24,6 +24,7 @@ class _GroupRunner:
     group: GroupProgram
     walker: RoundWalker
     heads: HeadExchange | None
+    regather: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,14 +52,21 @@ class AttentionEngine:
     device: torch.device
 
     def bind(
-        self, microbatch: RankMicrobatch, *, num_query_heads: int, num_kv_heads: int, head_dim: int
+        self, microbatch: RankMicrobatch, *, num_query_heads: int, num_kv_heads: int, head_dim: int,
+        regather: bool = False,
     ) -> MicrobatchAttention:
-        """Prepare one microbatch: pure set-up, no communication. Head counts are those of one tensor rank."""
+        """Prepare one microbatch: pure set-up, no communication. Head counts are those of one tensor rank.
+
+        ``regather``: save q, k and v as they were before a head exchange and repeat it in the backward, so that they
+        are rows of this rank, which a memory policy can recompute. The same on all ranks of a group.
+        """
         return MicrobatchAttention(
-            tuple(self._runner(group, num_query_heads, num_kv_heads, head_dim) for group in microbatch.groups)
+            tuple(self._runner(group, num_query_heads, num_kv_heads, head_dim, regather) for group in microbatch.groups)
         )
 
-    def _runner(self, group: GroupProgram, num_query_heads: int, num_kv_heads: int, head_dim: int) -> _GroupRunner:
+    def _runner(
+        self, group: GroupProgram, num_query_heads: int, num_kv_heads: int, head_dim: int, regather: bool
+    ) -> _GroupRunner:
         kernel, heads = self.kernel, None
         if group.team is not None:
             team = group.team
@@ -73,20 +81,22 @@ class AttentionEngine:
             wire=self.wire,
             scale=head_dim**-0.5,
         )
-        return _GroupRunner(group, walker, heads)
+        return _GroupRunner(group, walker, heads, regather)
 
 
 class _GroupAttention(torch.autograd.Function):
-    """What is saved is what flash attention saves: q, k, v (after the head exchange), out and lse."""
+    """What is saved is what flash attention saves: q, k, v (after the head exchange, or before it where it is repeated
+    in the backward), out and lse."""
 
     @staticmethod
     def forward(
         ctx: Any, q_TNH: torch.Tensor, k_TKH: torch.Tensor, v_TKH: torch.Tensor, runner: _GroupRunner
     ) -> torch.Tensor:
+        own = (q_TNH, k_TKH, v_TKH)
         if runner.heads is not None:
             q_TNH, k_TKH, v_TKH = runner.heads.gather_qkv(q_TNH, k_TKH, v_TKH)
         out_TNH, lse_TN = runner.walker.forward(q_TNH, k_TKH, v_TKH)
-        ctx.save_for_backward(q_TNH, k_TKH, v_TKH, out_TNH, lse_TN)
+        ctx.save_for_backward(*(own if runner.regather else (q_TNH, k_TKH, v_TKH)), out_TNH, lse_TN)
         ctx.runner = runner
         return runner.heads.scatter_out(out_TNH) if runner.heads is not None else out_TNH
 
@@ -94,9 +104,12 @@ class _GroupAttention(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (dout_TNH,) = grad_outputs
         runner: _GroupRunner = ctx.runner
+        q_TNH, k_TKH, v_TKH, out_TNH, lse_TN = ctx.saved_tensors
         if runner.heads is not None:
+            if runner.regather:
+                q_TNH, k_TKH, v_TKH = runner.heads.gather_qkv(q_TNH, k_TKH, v_TKH)
             dout_TNH = runner.heads.gather_out_grad(dout_TNH)
-        grads = runner.walker.backward(dout_TNH.contiguous(), *ctx.saved_tensors)
+        grads = runner.walker.backward(dout_TNH.contiguous(), q_TNH, k_TKH, v_TKH, out_TNH, lse_TN)
         if runner.heads is not None:
             grads = runner.heads.scatter_qkv_grads(*grads)
         return (*grads, None)

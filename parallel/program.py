@@ -15,7 +15,16 @@ from planner.errors import PlanError
 from planner.layout import local_token_counts, shard_spans, team_spans
 from planner.lockstep import lockstep_rounds
 from planner.pipeline_order import StageWork, pipeline_order, rank_actions
-from planner.plan import AttentionGroup, AttentionKind, Microbatch, Sharding, Span, StepPlan, plan_digest
+from planner.plan import (
+    AttentionGroup,
+    AttentionKind,
+    MemoryPolicy,
+    Microbatch,
+    Sharding,
+    Span,
+    StepPlan,
+    plan_digest,
+)
 from planner.schedule import Round, Task, Transfer, write_schedule
 
 Rows = tuple[int, int]
@@ -99,6 +108,7 @@ class RankMicrobatch:
     spans: tuple[Span, ...]
     groups: tuple[GroupProgram, ...]
     num_rows: int
+    memory: MemoryPolicy
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +176,9 @@ def _compile_microbatch(index: int, microbatch: Microbatch, lengths: list[int], 
         groups.append(_compile_group(group, lengths, rank, own, first_row))
         spans.extend(own)
         first_row = groups[-1].rows[1]
-    return RankMicrobatch(index=index, spans=tuple(spans), groups=tuple(groups), num_rows=first_row)
+    return RankMicrobatch(
+        index=index, spans=tuple(spans), groups=tuple(groups), num_rows=first_row, memory=microbatch.memory
+    )
 
 
 def _compile_group(

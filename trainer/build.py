@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 
 import torch
 
+from memory.activations import ActivationMemory
 from memory.peak import PeakMemory
 from parallel import comm
 from parallel.comm import GroupExchange
@@ -23,6 +25,7 @@ from trainer.initialize import initialize_weights
 from trainer.optimizer import ShardedAdamW
 from trainer.rank_env import RankEnv
 from trainer.step import Runtime
+from trainer.swap_setup import make_memory
 from trainer.transformer import Decoder, StageShard, TensorShard
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -47,7 +50,8 @@ def build_runtime(
 ) -> Runtime:
     """Join the process group and make mesh, model, attention engine and optimizer. Collective.
 
-    Raises SpecError before any communication if this device cannot run the asked dtype.
+    Raises SpecError before any communication if this device cannot run the asked dtype, and the errors of
+    ``trainer.swap_setup`` where swapped activations have no room.
     """
     device = pick_device(config, env)
     dtype = DTYPES[config.run.dtype]
@@ -73,7 +77,7 @@ def build_runtime(
             forward_wire=TimedExchange(GroupExchange(mesh.forward_group), clock),
             backward_wire=TimedExchange(GroupExchange(mesh.backward_group), clock),
         )
-    return Runtime(
+    runtime = Runtime(
         mesh=mesh,
         model=model,
         engine=AttentionEngine(kernel, wire, device),
@@ -81,9 +85,11 @@ def build_runtime(
         optimizer=ShardedAdamW(model, config.optimizer, mesh),
         clock=clock,
         peak=PeakMemory(device),
+        memory=ActivationMemory(),
         compute_dtype=dtype,
         sharding=sharding,
     )
+    return dataclasses.replace(runtime, memory=make_memory(config, runtime, env.local_world_size))
 
 
 def build_model(

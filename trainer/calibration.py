@@ -7,9 +7,7 @@ was measured, interpolated, instead of a sum of parts measured apart.
 
 from __future__ import annotations
 
-import ctypes
 import statistics
-import sys
 import time
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
@@ -18,6 +16,7 @@ from datetime import UTC, datetime
 import numpy as np
 import torch
 
+from memory.peak import give_back_freed_memory
 from parallel import comm
 from parallel.program import compile_rank_program
 from parallel.sharding import sharded_step
@@ -146,7 +145,7 @@ def _measure_group(
 ) -> tuple[GroupSample, float, int]:
     """The sample, the wall seconds spent on it, and the highest peak of any rank (bytes). Of two repeats the quicker
     one counts: what another process did to the machine meanwhile is no property of the plan."""
-    plan = _design_plan(runtime.mesh.data_size, shape, lengths)
+    plan = design_plan(runtime.mesh.data_size, shape, lengths, runtime.sharding)
     (microbatch,) = compile_rank_program(plan, runtime.mesh.data_rank).microbatches or (None,)
     start_s = time.perf_counter()
     times: list[float] = []
@@ -174,7 +173,7 @@ def _measure_group(
     return sample, _slowest(runtime, time.perf_counter() - start_s), peak_bytes
 
 
-def _design_plan(
+def design_plan(
     num_ranks: int, shape: MeasuredShape, lengths: tuple[int, ...], sharding: Sharding = Sharding.GATHER_ONCE
 ) -> StepPlan:
     """As many equal groups side by side as fit, each with its own copy of the sequences; left-over ranks idle."""
@@ -199,7 +198,7 @@ def _design_plan(
 
 def _measure_empty_step(runtime: Runtime) -> tuple[float, int]:
     """Seconds and peak bytes of a step without sequences: gather, reduce, optimizer at learning rate zero."""
-    design = _design_plan(runtime.mesh.data_size, MeasuredShape(AttentionKind.LOCAL, 1), (), runtime.sharding)
+    design = design_plan(runtime.mesh.data_size, MeasuredShape(AttentionKind.LOCAL, 1), (), runtime.sharding)
     program = compile_rank_program(design, 0)
     times = []
     peak_bytes = 0
@@ -221,10 +220,8 @@ def _no_rows(runtime: Runtime) -> ReadSpans:
 def _reset_peak(runtime: Runtime) -> None:
     """Start a measurement of memory. On CPU the C library keeps freed memory for later: the resident set would still
     show what the set before needed, so it is given back first (glibc; elsewhere peaks err on the high side)."""
-    if runtime.mesh.device.type == "cpu" and sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
+    if runtime.mesh.device.type == "cpu":
+        give_back_freed_memory()
     runtime.peak.reset()
 
 

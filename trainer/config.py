@@ -175,11 +175,15 @@ class MemoryConfig:
     """What happens to saved activations."""
 
     policy: Annotated[str, short("--memory")] = "auto"
-    """Policy: auto, keep (later recompute, swap, seco, spaco)."""
+    """Policy: auto (what the plan says, else keep), keep, recompute (all but layer inputs and attention), swap (later
+    seco, spaco)."""
     swap_fraction: Annotated[float | None, short("--swap-fraction")] = None
-    """Share of the tokens whose activations are swapped out."""
+    """With policy swap: share of the tokens swapped out, the rest is recomputed (none: the best shares, from measured
+    speeds). Layer inputs and attention outputs are swapped whole."""
     tier: Annotated[str | None, short("--tier")] = None
-    """Where swapped activations go: host or disk."""
+    """Where swapped activations go: host or disk (none: host memory for cuda, disk for cpu)."""
+    tier_budget: str = "auto"
+    """Bytes of the tier one rank may use, such as '8 GiB'; auto takes what the run can need, within what is free."""
     chunk_tokens: Annotated[int | None, short("--chunk-tokens")] = None
     """Tokens per chunk of chunked backpropagation."""
     sample_fraction: Annotated[float | None, short("--sample-fraction")] = None

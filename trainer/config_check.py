@@ -19,8 +19,9 @@ from planner.units import parse_bytes
 if TYPE_CHECKING:
     from trainer.config import TrainConfig
 
-BUILT_POLICIES = ("auto", "keep")
-LATER_POLICIES = ("recompute", "swap", "seco", "spaco")
+BUILT_POLICIES = ("auto", "keep", "recompute", "swap")
+LATER_POLICIES = ("seco", "spaco")
+TIERS = ("host", "disk")
 
 _Range = tuple[str, Callable[[Any], bool], str]
 
@@ -28,7 +29,7 @@ _Range = tuple[str, Callable[[Any], bool], str]
 def check_config(config: TrainConfig) -> tuple[str, ...]:
     """One line per problem; empty when the run may start. Reads the file system, never a device."""
     found: list[str] = []
-    for check in (_out_of_range, _not_built_yet, _wrong_paths, _wrong_texts, _wrong_sizes, _wrong_model):
+    for check in (_out_of_range, _not_built_yet, _wrong_memory, _wrong_paths, _wrong_texts, _wrong_sizes, _wrong_model):
         found.extend(check(config))
     return tuple(found)
 
@@ -102,8 +103,6 @@ def _not_built_yet(config: TrainConfig) -> Iterator[str]:
     yield from _choice("plan.attention", config.plan.attention, attention_names(), ())
     yield from _choice("memory.policy", config.memory.policy, BUILT_POLICIES, LATER_POLICIES)
     later = {
-        "memory.swap_fraction": "activations are kept",
-        "memory.tier": "activations are kept",
         "memory.chunk_tokens": "whole sequences",
         "memory.sample_fraction": "whole sequences",
         "model.init_from": "random initial weights",
@@ -119,6 +118,19 @@ def _choice(name: str, value: str, built: tuple[str, ...], later: tuple[str, ...
         yield f"{name} {value} is not built yet; available: {', '.join(built)}"
     elif value not in built:
         yield f"{name} {value!r} is unknown{suggest(value, (*built, *later))}"
+
+
+def _wrong_memory(config: TrainConfig) -> Iterator[str]:
+    memory = config.memory
+    if memory.tier is not None:
+        yield from _choice("memory.tier", memory.tier, TIERS, ())
+    if memory.policy != "swap":
+        settings = {"memory.swap_fraction": memory.swap_fraction, "memory.tier": memory.tier}
+        for name, value in settings.items():
+            if value is not None:
+                yield f"{name} is for memory.policy swap only, not {memory.policy}: add --memory swap or leave it out"
+    if memory.tier == "disk" and config.run.device == "cuda":
+        yield "memory.tier disk is not built yet for run.device cuda; available: host"
 
 
 def _wrong_paths(config: TrainConfig) -> Iterator[str]:
@@ -146,15 +158,15 @@ def _holds(path: str, test: Callable[[Path], bool]) -> bool:
 def _wrong_texts(config: TrainConfig) -> Iterator[str]:
     if not config.data.text_field:
         yield "data.text_field must not be empty"
-    if config.plan.device_budget == "auto":
-        return
-    try:
-        budget_bytes = parse_bytes(config.plan.device_budget, what="plan.device_budget")
-    except SpecError as error:
-        yield str(error)
-        return
-    if budget_bytes < 1:
-        yield f"plan.device_budget must be above 0 bytes, got {config.plan.device_budget!r}"
+    budgets = {"plan.device_budget": config.plan.device_budget, "memory.tier_budget": config.memory.tier_budget}
+    for name, text in budgets.items():
+        if text == "auto":
+            continue
+        try:
+            if parse_bytes(text, what=name) < 1:
+                yield f"{name} must be above 0 bytes, got {text!r}"
+        except SpecError as error:
+            yield str(error)
 
 
 def _wrong_sizes(config: TrainConfig) -> Iterator[str]:
@@ -196,6 +208,8 @@ def _wrong_model(config: TrainConfig) -> Iterator[str]:
     num_stages = config.parallel.pipeline_parallel
     if num_stages > 1 and config.parallel.sharding == "zero3":
         yield "parallel.sharding zero3 cannot be used with pipeline_parallel above 1: use gather_once"
+    if config.parallel.sharding == "zero3" and config.memory.policy not in ("auto", "keep"):
+        yield f"memory.policy {config.memory.policy} is not built yet for parallel.sharding zero3: use gather_once"
     if num_stages > spec.num_layers:
         yield f"parallel.pipeline_parallel ({num_stages}) is more than the {spec.num_layers} layers of {spec.name}"
     if num_stages > 1 and spec.tied_head:

@@ -145,6 +145,7 @@ def _cost_key(config: TrainConfig, runtime: Runtime, shapes: tuple[MeasuredShape
         "world_size": mesh.world_size, "tensor_size": mesh.tensor_size, "num_stages": mesh.num_stages,
         "shard_size": mesh.shape.shard_size, "sharding": str(runtime.sharding), "dtype": config.run.dtype,
         "model": to_plain(runtime.model.spec), "max_length": config.data.max_length,
+        "memory": to_plain(config.memory), "memory_policy": to_plain(runtime.memory.policy),
         "pairs": [[str(s.kind), s.degree, *([s.inner_degree] if s.inner_degree > 1 else [])] for s in shapes],
     }
     return digest_of(conditions)[:24]

@@ -70,6 +70,7 @@ def run_rank(config: TrainConfig, env: RankEnv, *, cache_root: Path) -> int:
         with StopFlag() as stop, _feed(session) as feed, _display(session, notes) as display:
             return _train(session, stop, feed, display)
     finally:
+        runtime.memory.close()
         comm.shutdown()
 
 
@@ -91,6 +92,7 @@ def _open_session(
         f"ranks: {_grid(mesh)} on {mesh.device.type}, {config.run.dtype}, "
         f"attention kernel {runtime.engine.kernel.name}",
         source,
+        *([runtime.memory.note] if runtime.memory.note else []),
         *resumed,
     ]
     session = _Session(

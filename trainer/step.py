@@ -10,7 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
+from memory.activations import ActivationMemory
 from memory.peak import PeakMemory
+from memory.policy import ActivationPolicy
+from memory.token_swap import MicrobatchMemory
 from parallel import comm
 from parallel.engine import AttentionEngine, MicrobatchAttention
 from parallel.mesh import RankMesh
@@ -18,7 +21,7 @@ from parallel.program import RankMicrobatch, RankProgram, compile_rank_program
 from parallel.sharding import sharded_step
 from parallel.stages import StageLink
 from parallel.timing import StepClock
-from planner.errors import NumericError
+from planner.errors import NumericError, PlanError
 from planner.measured import RankStep
 from planner.plan import Sharding, Span, StepPlan
 from trainer.batch import TokenRows, token_rows
@@ -40,6 +43,7 @@ class Runtime:
     optimizer: ShardedAdamW
     clock: StepClock
     peak: PeakMemory
+    memory: ActivationMemory
     compute_dtype: torch.dtype
     sharding: Sharding
 
@@ -144,7 +148,8 @@ def run_alone(runtime: Runtime, rows: TokenRows, attention: MicrobatchAttention)
     if not runtime.model.stage.is_first:
         shape = (len(rows.tokens_T), runtime.model.spec.hidden_dim)
         hidden_TD = torch.zeros(shape, device=runtime.mesh.device, dtype=runtime.compute_dtype, requires_grad=True)
-    runtime.model(rows.tokens_T, rows.positions_T, rows.labels_T, attention, hidden_TD).sum().backward()
+    memory = bind_memory(runtime, runtime.memory.policy, len(rows.tokens_T))
+    runtime.model(rows.tokens_T, rows.positions_T, rows.labels_T, attention, hidden_TD, memory).sum().backward()
 
 
 class StageRunner:
@@ -169,7 +174,8 @@ class StageRunner:
             if settled >= 0:
                 link.gradient_has_arrived(self._program.microbatches[settled].index)
         attention = bind_attention(runtime, microbatch)
-        output = runtime.model(rows.tokens_T, rows.positions_T, rows.labels_T, attention, hidden_TD)
+        memory = bind_memory(runtime, memory_policy(runtime, microbatch), microbatch.num_rows)
+        output = runtime.model(rows.tokens_T, rows.positions_T, rows.labels_T, attention, hidden_TD, memory)
         if link is not None and not link.is_last:
             link.send_hidden(microbatch.index, output)
         else:
@@ -202,6 +208,29 @@ def bind_attention(runtime: Runtime, microbatch: RankMicrobatch) -> MicrobatchAt
         num_query_heads=spec.num_query_heads // size,
         num_kv_heads=spec.num_kv_heads // size,
         head_dim=spec.head_dim,
+        regather=memory_policy(runtime, microbatch).recomputes,
+    )
+
+
+def memory_policy(runtime: Runtime, microbatch: RankMicrobatch) -> ActivationPolicy:
+    """The plan's policy for this microbatch, or the run's where the plan just keeps."""
+    planned = microbatch.memory
+    if planned.keep_fraction >= 1:
+        return runtime.memory.policy
+    return ActivationPolicy(
+        swap_fraction=planned.swap_fraction, keep_fraction=planned.keep_fraction,
+        swap_pair=planned.swap_fraction > 0, row_multiple=runtime.memory.policy.row_multiple,
+    )
+
+
+def bind_memory(runtime: Runtime, policy: ActivationPolicy, num_rows: int) -> MicrobatchMemory:
+    """What becomes of the activations of one microbatch of ``num_rows`` local rows. Raises PlanError where the policy
+    swaps and the run has no tier."""
+    if policy.swaps and runtime.memory.tier is None:
+        raise PlanError("the plan swaps activations, but the run has no tier: use --memory swap")
+    stage = runtime.model.stage
+    return MicrobatchMemory(
+        policy, runtime.memory.tier, num_layers=len(runtime.model.layers), num_rows=num_rows, keeps_last=stage.is_last
     )
 
 

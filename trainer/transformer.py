@@ -4,13 +4,13 @@ the first one embeds, the last one has norm, head and loss.
 
 Each layer is three segments, so that one layer serves every system: ``before_attention`` (norm, qkv, RoPE; token-wise),
 ``attention`` (given from outside; crosses tokens and ranks), ``after_attention`` (output projection, residual, norm,
-MLP; token-wise).
+MLP; token-wise). The token-wise ones are chains of steps on a ``memory.tape``, which may swap or recompute what they
+save, token by token.
 Shapes: T packed tokens on this rank, D hidden, N/K query/KV heads of this tensor rank, H head dim.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -20,10 +20,13 @@ from torch import nn
 from torch.nn import functional
 
 from memory.chunked_loss import VocabShard, chunked_token_loss
+from memory.tape import Attention, PlainTape, Tape
+from memory.token_swap import MicrobatchMemory
 from parallel import comm
 from planner.model_spec import ModelSpec
 
-Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+STEPS = ("attention_norm", "qkv", "attention_output", "mlp_norm", "gate_up", "swiglu", "down")
+"""The token-wise steps of a layer, in order; a memory policy may name them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +70,12 @@ class RotaryTable:
         self.cos = angles.cos().to(dtype).unsqueeze(1)
         self.sin = angles.sin().to(dtype).unsqueeze(1)
 
-    def rotate(self, x_TNH: torch.Tensor) -> torch.Tensor:
-        """RoPE with the two halves of a head as pairs (the Llama convention), in the table's dtype."""
-        first, second = x_TNH.to(self.cos.dtype).chunk(2, dim=-1)
-        turned = torch.cat((first * self.cos - second * self.sin, second * self.cos + first * self.sin), dim=-1)
-        return turned.to(x_TNH.dtype)
+
+def rotate(x_TNH: torch.Tensor, cos_T1H: torch.Tensor, sin_T1H: torch.Tensor) -> torch.Tensor:
+    """RoPE with the two halves of a head as pairs (the Llama convention), in the table's dtype."""
+    first, second = x_TNH.to(cos_T1H.dtype).chunk(2, dim=-1)
+    turned = torch.cat((first * cos_T1H - second * sin_T1H, second * cos_T1H + first * sin_T1H), dim=-1)
+    return turned.to(x_TNH.dtype)
 
 
 class DecoderLayer(nn.Module):
@@ -106,26 +110,52 @@ class DecoderLayer(nn.Module):
         self.down = row(spec.ffn_dim)
 
     def before_attention(
-        self, hidden_TD: torch.Tensor, rotary: RotaryTable
+        self, hidden_TD: torch.Tensor, rotary: RotaryTable, tape: Tape
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Token-wise: q ``[T, N, H]``, k and v ``[T, K, H]``, RoPE applied."""
+        normed_TD = tape.step("attention_norm", self.attention_norm, hidden_TD)
+        q, k, v = tape.step("qkv", self._project_qkv, normed_TD, rotary.cos, rotary.sin)
+        return q, k, v
+
+    def after_attention(self, hidden_TD: torch.Tensor, context_TNH: torch.Tensor, tape: Tape) -> torch.Tensor:
+        """Token-wise: output projection, residual, norm, SwiGLU, residual."""
+        hidden_TD = tape.step("attention_output", self._add_attention, hidden_TD, context_TNH)
+        normed_TD = tape.step("mlp_norm", self.mlp_norm, hidden_TD)
+        gate_up_TF2 = tape.step("gate_up", self._project_gate_up, normed_TD)
+        product_TF = tape.step("swiglu", _swiglu, gate_up_TF2)
+        output_TD: torch.Tensor = tape.step("down", self._add_mlp, hidden_TD, product_TF)
+        return output_TD
+
+    def forward(
+        self, hidden_TD: torch.Tensor, rotary: RotaryTable, attention: Attention, tape: Tape
+    ) -> torch.Tensor:
+        q, k, v = self.before_attention(hidden_TD, rotary, tape)
+        return self.after_attention(hidden_TD, tape.attention(attention, q, k, v), tape)
+
+    def _project_qkv(
+        self, normed_TD: torch.Tensor, cos_T1H: torch.Tensor, sin_T1H: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         width = self.queries_per_kv + 2
-        packed = self.qkv(self.attention_norm(hidden_TD))[0].unflatten(-1, (self.num_kv_heads, width, self.head_dim))
+        packed = self.qkv(normed_TD)[0].unflatten(-1, (self.num_kv_heads, width, self.head_dim))
         q, k, v = packed.split((self.queries_per_kv, 1, 1), dim=2)
         q, k, v = q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2)
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
-        return rotary.rotate(q), rotary.rotate(k), v
+        return rotate(q, cos_T1H, sin_T1H), rotate(k, cos_T1H, sin_T1H), v
 
-    def after_attention(self, hidden_TD: torch.Tensor, context_TNH: torch.Tensor) -> torch.Tensor:
-        """Token-wise: output projection, residual, norm, SwiGLU, residual."""
-        hidden_TD = hidden_TD + self.out(context_TNH.flatten(1))[0]
-        gate, up = self.gate_up(self.mlp_norm(hidden_TD))[0].unflatten(-1, (-1, 2)).unbind(-1)
-        return hidden_TD + self.down(functional.silu(gate) * up)[0]
+    def _add_attention(self, hidden_TD: torch.Tensor, context_TNH: torch.Tensor) -> torch.Tensor:
+        return hidden_TD + self.out(context_TNH.flatten(1))[0]
 
-    def forward(self, hidden_TD: torch.Tensor, rotary: RotaryTable, attention: Attention) -> torch.Tensor:
-        q, k, v = self.before_attention(hidden_TD, rotary)
-        return self.after_attention(hidden_TD, attention(q, k, v))
+    def _project_gate_up(self, normed_TD: torch.Tensor) -> torch.Tensor:
+        return self.gate_up(normed_TD)[0].unflatten(-1, (-1, 2))
+
+    def _add_mlp(self, hidden_TD: torch.Tensor, product_TF: torch.Tensor) -> torch.Tensor:
+        return hidden_TD + self.down(product_TF)[0]
+
+
+def _swiglu(gate_up_TF2: torch.Tensor) -> torch.Tensor:
+    gate, up = gate_up_TF2.unbind(-1)
+    return functional.silu(gate) * up
 
 
 class Decoder(nn.Module):
@@ -162,11 +192,12 @@ class Decoder(nn.Module):
 
     def forward(
         self, tokens_T: torch.Tensor, positions_T: torch.Tensor, labels_T: torch.Tensor, attention: Attention,
-        hidden_TD: torch.Tensor | None = None,
+        hidden_TD: torch.Tensor | None = None, memory: MicrobatchMemory | None = None,
     ) -> torch.Tensor:
         """Sum of the losses of this rank's tokens (fp32 scalar or wider). ``labels_T`` may hold IGNORE.
 
         ``hidden_TD``: what the stage before returned; a stage that is not the last returns hidden states ``[T, D]``.
+        ``memory``: what becomes of the layers' saved activations (None: they stay).
         """
         if hidden_TD is None:
             assert self.embedding is not None, "only the first stage starts from tokens"
@@ -175,8 +206,11 @@ class Decoder(nn.Module):
             positions_T, head_dim=self.spec.head_dim, theta=self.spec.rope_theta,
             dtype=torch.promote_types(hidden_TD.dtype, torch.float32),
         )
-        for layer in self.layers.values():
-            hidden_TD = layer(hidden_TD, rotary, attention)
+        for place, layer in enumerate(self.layers.values()):
+            tape = PlainTape() if memory is None else memory.tape(place, layer.parameters())
+            hidden_TD = layer(hidden_TD, rotary, attention, tape)
+            if memory is not None:
+                memory.finish(place, hidden_TD)
         if self.norm is None:
             return hidden_TD
         head = self.embedding if self.head is None else self.head

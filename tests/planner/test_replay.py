@@ -22,7 +22,7 @@ from planner.plan import AttentionGroup, AttentionKind, MemoryPolicy, Sharding, 
 from planner.replay import Replay, replay_step
 from planner.replay_layer import KEPT_LAYERS, token_seconds
 from planner.replay_state import Setting, kernel_seconds
-from planner.replay_work import attention_work, split_heads
+from planner.replay_work import split_heads, whole_work, zigzag_blocks
 from planner.schedule import Round, write_schedule
 from planner.simulate import step_lengths
 from planner.specs import load_cluster, load_model
@@ -77,7 +77,7 @@ def test_ring_arrays_are_the_written_schedule() -> None:
         degree = draw.randint(2, 9)
         lengths = [draw.choice([draw.randint(1, 30), draw.randint(1, 2000)]) for _ in range(draw.randint(1, 5))]
         group = AttentionGroup(kind=RING, ranks=tuple(range(degree)), sequences=tuple(range(len(lengths))))
-        work = attention_work(group, lengths)
+        work = zigzag_blocks(np.array(lengths), degree).work
         for rank in range(degree):
             schedule = write_schedule(group, lengths, rank)
             for walk, towards in ((schedule.forward, -1), (schedule.backward, 1)):
@@ -116,7 +116,8 @@ def test_a_single_rank_is_a_closed_form() -> None:
     for microbatch in plan.microbatches:
         (group,) = microbatch.groups
         tokens = np.array([float(sum(lengths[index] for index in group.sequences))])
-        kernels = kernel_seconds(attention_work(group, lengths), setting, MODEL.num_query_heads)
+        sizes = np.array([lengths[index] for index in group.sequences])
+        kernels = kernel_seconds(whole_work(sizes), setting, MODEL.num_query_heads)
         forward_s, backward_s, head_s = token_seconds(tokens, setting)
         layer_s = forward_s + backward_s + kernels[0].sum() + kernels[1].sum()
         expected_s += float(MODEL.num_layers * layer_s[0] + head_s[0])

@@ -80,9 +80,13 @@ def test_short_forms(flag: str, expected: tuple[str, str, object]) -> None:
         assert getattr(getattr(resolve_config(arguments), section), field) == value, arguments
 
 
+def test_short_forms_of_swapping() -> None:
+    memory = resolve_config(["--memory", "swap", "--swap-fraction", "0.25", "--tier", "disk"]).memory
+    assert (memory.policy, memory.swap_fraction, memory.tier) == ("swap", 0.25, "disk")
+
+
 @pytest.mark.parametrize("arguments", [
-    ["--degree", "2", "--swap-fraction", "0.5"], ["--tier", "host"], ["--chunk-tokens", "64"],
-    ["--sample-fraction", "0.5"], ["--init-from", "x"], ["--lora-rank", "8"],
+    ["--degree", "2", "--chunk-tokens", "64"], ["--sample-fraction", "0.5"], ["--init-from", "x"], ["--lora-rank", "8"],
 ])
 def test_short_forms_of_later_features_exist_and_are_refused(arguments: list[str]) -> None:
     lines = refusal(["--strategy", "static", *arguments])
@@ -161,13 +165,21 @@ BAD_FLAGS = [
     (["--strategy", "zepelin"], "plan.strategy 'zepelin' is unknown (did you mean 'zeppelin'?)"),
     (["--strategy", "megatron", "--degree", "2"], "plan.degree is for plan.strategy static only, not megatron"),
     (["--attention", "ulises"], "plan.attention 'ulises' is unknown (did you mean 'ulysses'?)"),
-    (["--memory", "seco"], "memory.policy seco is not built yet; available: auto, keep"),
+    (["--memory", "seco"], "memory.policy seco is not built yet; available: auto, keep, recompute, swap"),
+    (["--swap-fraction", "0.5"], "memory.swap_fraction is for memory.policy swap only, not auto"),
+    (["--memory", "keep", "--tier", "disk"], "memory.tier is for memory.policy swap only, not keep"),
+    (["--memory", "swap", "--tier", "dsk"], "memory.tier 'dsk' is unknown (did you mean 'disk'?)"),
+    (["--memory", "swap", "--memory.tier-budget", "0"], "memory.tier_budget must be above 0 bytes, got '0'"),
+    (["--memory", "swap", "--memory.tier-budget", "many"], "memory.tier_budget"),
+    (["--memory", "swap", "--tier", "disk", "--run.device", "cuda"], "memory.tier disk is not built yet"),
     (["--model", "mixtral-8x7b"], "model.preset (mixtral-8x7b) is a shape to plan with"),
     (["--model", "gpt-7b"], "model.preset (gpt-7b) is a shape to plan with: training builds dense gated decoders"),
     (["--pipeline-parallel", "3"], "parallel.tensor_parallel (1) x parallel.pipeline_parallel (3) must divide "
      "run.world_size (4)"),
     (["--pipeline-parallel", "2", "--model.num-layers", "1"], "pipeline_parallel (2) is more than the 1 layers"),
     (["--pipeline-parallel", "2", "--model.tied-head", "true"], "on different stages; use --model.tied-head false"),
+    (["--parallel.sharding", "zero3", "--memory", "recompute"], "recompute is not built yet for parallel.sharding zero3"),
+    (["--parallel.sharding", "zero3", "--pipeline-parallel", "2"], "cannot be used with pipeline_parallel above 1"),
     (["--parallel.shard-ranks", "3"], "parallel.shard_ranks (3) must divide the 4 data ranks"),
     (["--parallel.shard-ranks", "0"], "parallel.shard_ranks must be at least 1"),
     (["--model", "tinny"], "unknown model 'tinny' (did you mean 'tiny'?)"),

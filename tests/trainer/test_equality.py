@@ -18,7 +18,7 @@ from tests.ranks import RankPool
 from tests.trainer import dense
 from trainer.batch import token_rows
 from trainer.build import build_runtime
-from trainer.config import OptimizerConfig, ParallelConfig, RunConfig, TrainConfig
+from trainer.config import DataConfig, MemoryConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainConfig
 from trainer.optimizer import learning_rate
 from trainer.rank_env import RankEnv
 from trainer.step import compile_stage_program, train_step
@@ -44,9 +44,15 @@ def batches():
     return steps
 
 
-def train_rank(rank, world_size, init_method, parallel, strategy, degree, kinds, budget_tokens, spec):
+def train_rank(
+    rank, world_size, init_method, parallel, strategy, degree, kinds, budget_tokens, spec, memory=None, folder=None
+):
     """One rank's run of ten steps; rank 0 returns (losses, full initial weights, full final weights, group shapes)."""
     config = dataclasses.replace(CONFIG, parallel=parallel)
+    if memory is not None:
+        config = dataclasses.replace(
+            config, memory=memory, run=dataclasses.replace(CONFIG.run, dir=str(folder)), data=SMALL_STEPS
+        )
     env = RankEnv(rank=rank, world_size=world_size, local_rank=rank, local_world_size=world_size)
     runtime = build_runtime(config, env, spec, init_method=init_method)
     num_ranks = parallel.data_ranks(world_size)
@@ -76,6 +82,10 @@ def train_rank(rank, world_size, init_method, parallel, strategy, degree, kinds,
         )
         losses.append(outcome.loss)
     final = full_weights(runtime)
+    tier = runtime.memory.tier
+    if memory is not None and memory.policy == "swap" and (parallel == DATA or not runtime.model.stage.is_last):
+        assert tier.written_bytes == tier.read_bytes > 0, "nothing was swapped"
+    runtime.memory.close()
     return losses, initial, final, shapes
 
 
@@ -129,6 +139,20 @@ RUNS = {
 }
 
 
+SMALL_STEPS = DataConfig(max_length=150, tokens_per_step=1050)
+DEEP = dataclasses.replace(SPEC, num_layers=4)
+"""The last two layers of a run that swaps stay; two more are put away."""
+HALF = MemoryConfig(policy="swap", swap_fraction=0.5, tier="disk")
+FLEXSP = ("flexsp", None, ULYSSES, 60)
+MEMORY_RUNS = {
+    "half swapped, half recomputed": (DATA, *FLEXSP, HALF),
+    "all swapped, ring": (DATA, "hdp", None, RING, 60, MemoryConfig(policy="swap", swap_fraction=1.0, tier="host")),
+    "recompute": (DATA, *FLEXSP, MemoryConfig(policy="recompute")),
+    "measured fractions": (DATA, *FLEXSP, MemoryConfig(policy="swap", tier="disk")),
+    "half and half, tensor 2": (TENSOR_2, "static", 2, ULYSSES, 2**40, HALF),
+    "half and half, pipeline 2": (STAGES_2, "flexsp", None, ULYSSES, 80, HALF),
+}
+CHEAP_RUNS = ("all swapped, ring", "half and half, tensor 2")
 STRATEGIES = ("flexsp", "adaptive", "hdp", "zeppelin", "megatron", "static")
 
 
@@ -169,6 +193,23 @@ class TestEquality:
         losses, _, final, used = results[0]
         assert shapes <= used
         self.compare(oracle, losses, final)
+
+    @pytest.mark.parametrize(
+        "name", [pytest.param(name, marks=() if name in CHEAP_RUNS else pytest.mark.nightly) for name in MEMORY_RUNS]
+    )
+    def test_swapping_and_recomputing_change_nothing(self, pool, tmp_path, name):
+        """Against the same plans with everything kept: of recomputed rows some products round otherwise, no more."""
+        *arguments, memory = MEMORY_RUNS[name]
+        losses, _, final, _ = pool.run(train_rank, *arguments, DEEP, memory, tmp_path)[0]
+        kept_losses, _, kept, _ = pool.run(train_rank, *arguments, DEEP)[0]
+        assert losses == pytest.approx(kept_losses, rel=1e-6)
+        assert max(np.abs(final[name] - weight).max() for name, weight in kept.items()) < 1e-6
+        assert not list(tmp_path.glob("swap/*")), "the disk tier leaves no file"
+
+    def test_half_swapped_half_recomputed_equals_dense_model(self, pool, tmp_path):
+        losses, _, final, _ = pool.run(train_rank, *MEMORY_RUNS["half swapped, half recomputed"][:-1], DEEP, HALF,
+                                       tmp_path)[0]
+        self.compare(dense_run(pool, DEEP), losses, final)
 
     def test_tied_head_under_tensor_parallelism(self, pool):
         spec = dataclasses.replace(SPEC, tied_head=True, qk_norm=False)

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from memory.ledger import MemoryFullError
 from parallel.engine import AttentionEngine
 from parallel.program import compile_rank_program
 from planner.errors import NumericError
-from planner.plan import AttentionGroup, AttentionKind
+from planner.plan import AttentionGroup, AttentionKind, MemoryPolicy
 from tests.parallel.test_attention import TOLERANCE, dense_attention
 from tests.plans import verified_plan
 from tests.ranks import RankPool
@@ -22,6 +23,7 @@ from trainer.batch import token_rows
 from trainer.build import build_runtime
 from trainer.calibration import MeasuredShape, calibrate, length_design
 from trainer.checkpoint import weights_digest
+from trainer.config import DataConfig, MemoryConfig
 from trainer.rank_env import RankEnv
 from trainer.step import accumulate_gradients, train_step
 
@@ -160,6 +162,53 @@ def numeric_failure(rank, world_size, init_method):
     return "no error", False
 
 
+def planned_memory(rank, world_size, init_method, folder):
+    """Every microbatch with a policy of its own, none of them the run's: gradients and bytes that went to the tier."""
+    config = dataclasses.replace(
+        CONFIG, run=dataclasses.replace(CONFIG.run, dir=str(folder)),
+        data=DataConfig(max_length=64, tokens_per_step=256),
+        memory=MemoryConfig(policy="swap", swap_fraction=1.0, tier="disk"),
+    )
+    runtime = start(rank, world_size, init_method, config, dataclasses.replace(SMALL, num_layers=4))
+    kept = random_plan(5)
+    policies = [
+        MemoryPolicy(keep_fraction=0.2, swap_fraction=0.5, recompute_fraction=0.3),
+        MemoryPolicy(keep_fraction=0.0, swap_fraction=0.0, recompute_fraction=1.0),
+        MemoryPolicy(keep_fraction=0.5, swap_fraction=0.0, recompute_fraction=0.5),
+    ]
+    own = tuple(
+        dataclasses.replace(microbatch, memory=policies[index % 3])
+        for index, microbatch in enumerate(kept.microbatches)
+    )
+    answers = []
+    for plan in (kept, dataclasses.replace(kept, microbatches=own)):
+        written = runtime.memory.tier.written_bytes
+        accumulate_gradients(
+            runtime, compile_rank_program(plan, rank), reader(documents_of(plan)), num_tokens=plan.num_tokens
+        )
+        grads = {name: p.grad.full_tensor().clone().numpy() for name, p in runtime.model.named_parameters()}
+        answers.append((grads, runtime.memory.tier.written_bytes - written))
+        runtime.optimizer.zero_grad()
+    runtime.memory.close()
+    return answers
+
+
+def full_tier(rank, world_size, init_method, folder):
+    """A tier that one layer overflows: the step ends with need and have."""
+    config = dataclasses.replace(
+        CONFIG, run=dataclasses.replace(CONFIG.run, dir=str(folder)),
+        memory=MemoryConfig(policy="swap", swap_fraction=1.0, tier="disk", tier_budget="64 KiB"),
+    )
+    runtime = start(rank, world_size, init_method, config, dataclasses.replace(SMALL, num_layers=4))
+    plan = plan_of([AttentionGroup(kind=AttentionKind.LOCAL, ranks=(0,), sequences=(0,))], [300], num_ranks=1)
+    with pytest.raises(MemoryFullError) as caught:
+        train_step(
+            runtime, compile_rank_program(plan, 0), reader(documents_of(plan)), num_tokens=plan.num_tokens, lr=1e-2
+        )
+    runtime.memory.close()
+    return str(caught.value)
+
+
 def calibration(rank, world_size, init_method):
     runtime = start(rank, world_size, init_method)
     before = weights_digest(runtime)
@@ -201,6 +250,18 @@ class TestStep:
     def test_bf16_trains_with_fp32_weights(self, pool):
         losses, dtypes = pool.run(bf16_losses)[0]
         assert losses[-1] < 0.8 * losses[0] and dtypes == {"torch.float32"}
+
+    def test_a_microbatch_s_own_memory_policy_is_executed(self, pool, tmp_path):
+        results = pool.run(planned_memory, tmp_path)
+        for (kept, kept_bytes), (own, own_bytes) in results:
+            for name, grad in kept.items():
+                assert np.linalg.norm(own[name] - grad) < 1e-6 * max(np.linalg.norm(grad), 1e-3), name
+            assert own_bytes <= kept_bytes
+        assert 0 < sum(own for _, (_, own) in results) < sum(kept for (_, kept), _ in results)
+
+    def test_a_full_tier_names_need_and_have(self, pool, tmp_path):
+        (message,) = pool.run(full_tier, tmp_path, world_size=1)
+        assert "disk: need" in message and "of 64 KiB" in message and "raise --memory.tier-budget" in message
 
     def test_not_finite_stops_all_ranks_before_the_update(self, pool):
         for message, unchanged in pool.run(numeric_failure):

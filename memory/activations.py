@@ -1,0 +1,21 @@
+"""The run's memory policy and the tier it swaps to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from memory.policy import KEEP_ALL, ActivationPolicy
+from memory.tiers import Tier
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActivationMemory:
+    """``policy`` holds for every microbatch whose plan does not say otherwise. ``note``: one line for the log."""
+
+    policy: ActivationPolicy = KEEP_ALL
+    tier: Tier | None = None
+    note: str = ""
+
+    def close(self) -> None:
+        if self.tier is not None:
+            self.tier.close()

@@ -1,0 +1,168 @@
+"""Where swapped activations go: places with a bounded number of bytes below the device.
+
+A tier is asked to ``store`` a tensor and later to ``load`` it into another one. Both only start the work: the copy runs
+beside the computation (a worker thread, or a CUDA stream of its own) and ``Transfer.wait`` is where it must be done.
+``memory.disk_tier`` is the tier below this one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from memory.ledger import MemoryFullError, MemoryLedger, Regions
+from planner.errors import LonghaulError
+from planner.units import format_bytes
+
+HOST = "host"
+_HOST_ALIGNMENT_BYTES = 512
+_WHAT = "swapped activations"
+_REMEDY = ": raise --memory.tier-budget, lower --swap-fraction or use shorter samples"
+
+
+class TierError(LonghaulError):
+    """A tier cannot do its work: a full disk, a failed or short read or write. The text names file and offset."""
+
+
+class Transfer(Protocol):
+    """A copy under way."""
+
+    def wait(self) -> None:
+        """Return when the copy is done (CPU), or make the current stream wait for it (CUDA). Raises TierError."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """What ``store`` put away: ``num_bytes`` at ``offset``; ``transfer`` is the copy out of the device. The source
+    tensor must neither change nor be freed before it is done."""
+
+    offset: int
+    num_bytes: int
+    transfer: Transfer
+
+
+class Tier(Protocol):
+    """One level below the device. Tensors are contiguous, of any dtype and shape with at least one element."""
+
+    name: str
+    written_bytes: int
+    read_bytes: int
+
+    def store(self, source: torch.Tensor) -> Stored:
+        """Start copying ``source`` out. Raises MemoryFullError, before any copy, where it does not fit."""
+
+    def load(self, stored: Stored, into: torch.Tensor) -> Transfer:
+        """Start copying back into ``into`` (as many bytes as were stored)."""
+
+    def release(self, stored: Stored) -> None:
+        """Free the place. The transfers in and out of it have been waited for."""
+
+    def close(self) -> None:
+        """Give everything back. Waits for copies under way, swallows their errors: nobody needs the data any more."""
+
+
+class Places:
+    """The bookkeeping that tiers share: the ledger decides whether bytes fit, regions decide where."""
+
+    def __init__(self, account: str, capacity_bytes: int, ledger: MemoryLedger, *, alignment_bytes: int) -> None:
+        self._account = account
+        self._ledger = ledger
+        self._regions = Regions(capacity_bytes, alignment_bytes=alignment_bytes)
+
+    def take(self, num_bytes: int) -> int:
+        """Offset of a reserved place. Raises MemoryFullError."""
+        size = self._regions.size_bytes(num_bytes)
+        self._ledger.reserve(self._account, size, _WHAT, _REMEDY)
+        offset = self._regions.take(num_bytes)
+        if offset is None:
+            self._ledger.release(self._account, size)
+            largest = self._regions.largest_free_bytes
+            raise MemoryFullError(
+                f"{self._account}: need {format_bytes(size)} in one piece for {_WHAT}, the largest free piece has "
+                f"{format_bytes(largest)}{_REMEDY}",
+                account=self._account, needed_bytes=size, available_bytes=largest,
+            )
+        return offset
+
+    def give(self, stored: Stored) -> None:
+        self._regions.give(stored.offset, stored.num_bytes)
+        self._ledger.release(self._account, self._regions.size_bytes(stored.num_bytes))
+
+
+@dataclass(frozen=True, slots=True)
+class _Done:
+    def wait(self) -> None:
+        return
+
+
+@dataclass(frozen=True, slots=True)
+class _StreamCopy:
+    """A copy on another CUDA stream: the stream that asks waits for its event, the host does not."""
+
+    event: torch.cuda.Event
+    device: torch.device
+
+    def wait(self) -> None:
+        torch.cuda.current_stream(self.device).wait_event(self.event)
+
+
+class HostTier:
+    """One pinned buffer, allocated once, with separate CUDA streams for the way out and the way back.
+
+    The source's memory may be freed after ``transfer.wait()``: the caching allocator hands it out again in the order of
+    the computing stream, which by then waits for the copy. On CPU the buffer is plain memory and copies are immediate.
+    """
+
+    name = HOST
+
+    def __init__(self, capacity_bytes: int, ledger: MemoryLedger, device: torch.device) -> None:
+        self._device = device
+        self._places = Places(HOST, capacity_bytes, ledger, alignment_bytes=_HOST_ALIGNMENT_BYTES)
+        on_cuda = device.type == "cuda"
+        self._buffer = torch.empty(capacity_bytes, dtype=torch.uint8, pin_memory=on_cuda)
+        self._offload = torch.cuda.Stream(device) if on_cuda else None
+        self._prefetch = torch.cuda.Stream(device) if on_cuda else None
+        self.written_bytes = 0
+        self.read_bytes = 0
+
+    def store(self, source: torch.Tensor) -> Stored:
+        data = flat_bytes(source)
+        offset = self._places.take(data.numel())
+        place = self._buffer[offset : offset + data.numel()]
+        self.written_bytes += data.numel()
+        return Stored(offset, data.numel(), self._copy(place, data, self._offload))
+
+    def load(self, stored: Stored, into: torch.Tensor) -> Transfer:
+        place = self._buffer[stored.offset : stored.offset + stored.num_bytes]
+        self.read_bytes += stored.num_bytes
+        return self._copy(flat_bytes(into), place, self._prefetch)
+
+    def release(self, stored: Stored) -> None:
+        # On CUDA the next store into this place runs on the offload stream, after the computing stream's event, which
+        # is after the wait for this place's load: the order holds without a host synchronisation.
+        self._places.give(stored)
+
+    def close(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+
+    def _copy(self, target: torch.Tensor, source: torch.Tensor, stream: torch.cuda.Stream | None) -> Transfer:
+        if stream is None:
+            target.copy_(source)
+            return _Done()
+        stream.wait_stream(torch.cuda.current_stream(self._device))  # the source is made there, the target freed there
+        with torch.cuda.stream(stream):
+            target.copy_(source, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record(stream)
+        return _StreamCopy(event, self._device)
+
+
+def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a contiguous tensor, one dimension, same memory."""
+    if not tensor.is_contiguous() or not tensor.numel():
+        raise ValueError(f"a tier takes contiguous tensors with elements, got {tuple(tensor.shape)}")
+    return tensor.detach().view(-1).view(torch.uint8)
