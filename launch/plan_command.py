@@ -72,8 +72,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", default="tiny", metavar="NAME|FILE", help=f"{', '.join(model_names())} or a .yaml file")
     add("--cluster", default="laptop-cpu", metavar="NAME|FILE", help=f"{', '.join(cluster_names())} or a .yaml file")
     add("--cost", metavar="FILE", help="times measured by longhaul calibrate, instead of the cluster's data sheet")
-    add("--strategy", default="flexsp", metavar="NAME",
-        help="one strategy, or all: every one on the same batches, the fastest in detail (default flexsp)")
+    add("--strategy", default="adaptive", metavar="NAME",
+        help="one strategy, or all: every one on the same batches, the fastest in detail (default adaptive)")
     add("--degree", metavar="D", help="ranks per group, for static (default: the best one)")
     add("--attention", default="auto", metavar="KIND", help=f"{', '.join(attention_names())} (default auto)")
     add("--memory", default="keep", metavar="POLICY",
@@ -147,33 +147,6 @@ def _planned(job: Job, strategy: str, degree: int | None) -> Iterator[PlannedSte
             degree=degree,
         )
         yield PlannedStep(plan=plan, simulation=simulate(plan, job.cost))
-
-
-def _replayed(job: Job, steps: tuple[PlannedStep, ...], *, draw: bool) -> tuple[Job, tuple[PlannedStep, ...]]:
-    """The steps that are shown with their replay. A measured cost model stands for itself; a plan over very many ranks
-    takes too long, and a remark says so."""
-    from planner.machine_model import load_curves, scale_note
-    from planner.replay import MAX_RANKS, SCHEME, ZERO3_SCHEME, replay_step
-
-    if job.is_measured:
-        return job, steps
-    if job.cluster.num_ranks > MAX_RANKS:
-        remark = f"not replayed: {job.cluster.num_ranks} ranks, the replay takes at most {MAX_RANKS}"
-        return replace(job, remarks=(*job.remarks, remark)), steps
-    curves = load_curves()
-    note = scale_note(job.cluster, curves)
-    sources = [("replay", SCHEME), *((f"replay, {part}", source) for part, source in curves.sources)]
-    if job.cost.sharding is Sharding.ZERO3:
-        sources.insert(1, ("replay", ZERO3_SCHEME))
-    if note is not None:
-        sources.append(("replay, device", note))
-    replayed = (
-        replace(step, replay=replay_step(
-            step.plan, job.cluster, job.model, job.cost.memory, curves=curves, draw=draw
-        ))
-        for step in steps
-    )
-    return replace(job, sources=(*job.sources, *sources)), tuple(replayed)
 
 
 def _refusal(refusals: list[SpecError | InfeasibleError], job: Job) -> SpecError | InfeasibleError:

@@ -126,8 +126,8 @@ class ParallelConfig:
 class PlanConfig:
     """How steps are planned."""
 
-    strategy: Annotated[str, short("--strategy")] = "flexsp"
-    """Planner: flexsp, static, hdp, zeppelin, megatron and more; an unknown name lists them all."""
+    strategy: Annotated[str, short("--strategy")] = "adaptive"
+    """Planner: adaptive, flexsp, static, hdp, zeppelin, megatron and more; an unknown name lists them all."""
     degree: Annotated[int | None, short("--degree")] = None
     """Ranks per attention group, for strategy static only (none: the best one)."""
     attention: Annotated[str, short("--attention")] = "auto"

@@ -82,14 +82,15 @@ def test_same_inputs_same_plan(lengths: str, capsys: pytest.CaptureFixture[str])
     assert first == second
 
 
-def test_flexsp_is_the_default_and_beats_the_worst_static_degree(
+def test_adaptive_is_the_default_and_no_worse_than_any_static_degree(
     lengths: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     common = ("--lengths", lengths, "--batch-sequences", "20", "--steps", "1", "--attention", "ulysses")
-    flexsp = planned(capsys, *common)
-    assert flexsp["strategy"] == "flexsp"
+    adaptive = planned(capsys, *common)
+    assert adaptive["strategy"] == "adaptive"
     static = [planned(capsys, *common, "--strategy", "static", "--degree", degree) for degree in ("1", "2", "4")]
-    assert flexsp["steps"][0]["predicted_s"] < max(result["steps"][0]["predicted_s"] for result in static)
+    times = [result["steps"][0]["predicted_s"] for result in static]
+    assert adaptive["steps"][0]["predicted_s"] <= min(times) * (1 + 1e-9) and min(times) < max(times)
 
 
 def test_table_for_people(lengths: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -339,10 +340,10 @@ def test_a_measured_cost_is_used_and_its_band_shown(
 
 def test_help_is_quick_and_loads_nothing_heavy() -> None:
     program = (
-        "import sys, time\nstarted = time.perf_counter()\n"
+        "import sys, time\nstarted = time.process_time()\n"
         "from launch.plan_command import run\n"
         "assert run(['--help']) == 0\n"
-        "seconds = time.perf_counter() - started\n"
+        "seconds = time.process_time() - started\n"
         "heavy = {'torch', 'numpy', 'rich', 'yaml', 'pulp', 'highspy', 'tyro', 'megatron'} & set(sys.modules)\n"
         "print(seconds, sorted(heavy), file=sys.stderr)\n"
     )

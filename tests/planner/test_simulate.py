@@ -166,10 +166,10 @@ def test_assembling_64_ranks_and_512_sequences_takes_milliseconds() -> None:
     groups = [GroupChoice(RING, tuple(range(64)), tuple(range(first, 512, 8))) for first in range(8)]
     seconds = []
     for _ in range(7):
-        started = time.perf_counter()
+        started = time.process_time()
         assemble_plan(
             step=0, strategy="hand", num_ranks=64, lengths=lengths, groups=groups, cost=cost,
             status=SolveStatus.STATIC, bound_s=0.0, wall_s=0.0, cost_digest="known",
         )
-        seconds.append(time.perf_counter() - started)
+        seconds.append(time.process_time() - started)
     assert min(seconds) < 0.03, f"best of 7: {min(seconds) * 1e3:.1f} ms"

@@ -131,9 +131,9 @@ def test_greedy_takes_milliseconds() -> None:
     table = price_table(lengths, allowed_shapes(64, cost, limits))
     times = []
     for _ in range(3):
-        started = time.perf_counter()
+        started = time.process_time()
         greedy_schedule(table, 64)
-        times.append(time.perf_counter() - started)
+        times.append(time.process_time() - started)
     assert min(times) < 0.1  # about 10 ms on one quiet core
 
 

@@ -368,7 +368,7 @@ def test_verifying_64_ranks_and_512_sequences_takes_milliseconds(kind: Attention
     limits = PlanLimits(device_budget_bytes=plan.peak_bytes, max_ulysses_degree=64, kinds=(ULYSSES, RING))
     seconds = []
     for _ in range(7):
-        started = time.perf_counter()
+        started = time.process_time()
         verify_plan(plan, lengths, num_ranks=64, cost=cost, limits=limits)
-        seconds.append(time.perf_counter() - started)
+        seconds.append(time.process_time() - started)
     assert min(seconds) < 0.03, f"best of 7: {min(seconds) * 1e3:.1f} ms"  # 3 to 8 ms on an idle core

@@ -158,7 +158,7 @@ BAD_FLAGS = [
     (["--tensor-parallel", "3", "--world-size", "6"], "must divide num_query_heads (4) and num_kv_heads (2) of"),
     (["--tensor-parallel", "4", "--world-size", "8"], "must divide num_kv_heads (2) of model tiny"),
     (["--tensor-parallel", "2", "--model.ffn-dim", "385"], "must divide ffn_dim (385) of model tiny"),
-    (["--degree", "2"], "plan.degree is for plan.strategy static only, not flexsp"),
+    (["--degree", "2"], "plan.degree is for plan.strategy static only, not adaptive"),
     (["--strategy", "static", "--degree", "5"], "plan.degree (5) must be at most 4"),
     (["--strategy", "static", "--degree", "0"], "plan.degree must be at least 1, got 0"),
     (["--strategy", "flexps"], "plan.strategy 'flexps' is unknown (did you mean 'flexsp'?)"),
