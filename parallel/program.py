@@ -56,7 +56,8 @@ class RankRound:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupProgram:
-    """One rank's part in one attention group. ``rows``: the group's rows within the microbatch.
+    """One rank's part in one attention group. ``rows``: the group's rows within the microbatch. ``sequences``: the
+    group's documents, whole, in packing order.
 
     ``member_rows``: rows of every member, by group index; with a head exchange the rounds work on all of them.
     """
@@ -64,6 +65,7 @@ class GroupProgram:
     kind: AttentionKind
     ranks: tuple[int, ...]
     group_index: int
+    sequences: tuple[Span, ...]
     rows: Rows
     member_rows: tuple[int, ...]
     exchanges_heads: bool
@@ -156,11 +158,13 @@ def _compile_group(
     counts = local_token_counts(group.kind, group.degree, [lengths[index] for index in group.sequences])
     schedule = write_schedule(group, lengths, group_index)
     exchanges = schedule.head_exchange is not None
-    resident = tuple(Span(index, 0, lengths[index]) for index in group.sequences) if exchanges else own
+    whole = tuple(Span(index, 0, lengths[index]) for index in group.sequences)
+    resident = whole if exchanges else own
     return GroupProgram(
         kind=group.kind,
         ranks=group.ranks,
         group_index=group_index,
+        sequences=whole,
         rows=(first_row, first_row + counts[group_index]),
         member_rows=counts,
         exchanges_heads=exchanges,

@@ -18,6 +18,7 @@ from parallel.timing import TimedExchange, WaitClock
 from planner.errors import SpecError
 from planner.model_spec import ModelSpec
 from planner.plan import Sharding
+from trainer.chunked_step import chunk_policy
 from trainer.config import TrainConfig
 from trainer.initialize import initialize_weights
 from trainer.optimizer import ShardedAdamW
@@ -83,6 +84,7 @@ def build_runtime(
         peak=PeakMemory(device),
         compute_dtype=dtype,
         sharding=sharding,
+        chunking=chunk_policy(config, spec),
     )
 
 

@@ -174,15 +174,21 @@ class MemoryConfig:
     """What happens to saved activations."""
 
     policy: Annotated[str, short("--memory")] = "auto"
-    """Policy: auto, keep (later recompute, swap, seco, spaco)."""
+    """Policy: auto, keep, seco (chunk by chunk, exact), spaco (a sample of the chunks: gradients are estimates) (later
+    recompute, swap)."""
     swap_fraction: Annotated[float | None, short("--swap-fraction")] = None
     """Share of the tokens whose activations are swapped out."""
     tier: Annotated[str | None, short("--tier")] = None
     """Where swapped activations go: host or disk."""
     chunk_tokens: Annotated[int | None, short("--chunk-tokens")] = None
-    """Tokens per chunk of chunked backpropagation."""
+    """With seco and spaco: most tokens a rank has in one chunk."""
     sample_fraction: Annotated[float | None, short("--sample-fraction")] = None
-    """Share of the chunks that sparse backpropagation keeps."""
+    """With spaco: share of the chunks whose backward runs."""
+    sampling: Literal["bernoulli", "importance", "published"] = "bernoulli"
+    """With spaco: independent draws, all alike or by loss tokens, or the published fixed number, which is biased."""
+    chunk_budget: str = "0"
+    """With seco and spaco: bytes of activations of trailing chunks that one rank keeps instead of computing them twice,
+    such as '2 GiB'."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

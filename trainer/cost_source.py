@@ -135,6 +135,7 @@ def _cost_key(config: TrainConfig, runtime: Runtime, pairs: tuple[tuple[Attentio
         "world_size": mesh.world_size, "tensor_size": mesh.tensor_size, "num_stages": mesh.num_stages,
         "shard_size": mesh.shape.shard_size, "sharding": str(runtime.sharding), "dtype": config.run.dtype,
         "model": to_plain(runtime.model.spec), "max_length": config.data.max_length,
+        "memory": to_plain(config.memory),
         "pairs": [[str(kind), degree] for kind, degree in pairs],
     }
     return digest_of(conditions)[:24]

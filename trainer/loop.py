@@ -87,12 +87,22 @@ def _open_session(
         f"ranks: {_grid(mesh)} on {mesh.device.type}, {config.run.dtype}, "
         f"attention kernel {runtime.engine.kernel.name}",
         source,
+        *_chunk_notes(runtime),
         *resumed,
     ]
     session = _Session(
         config=config, runtime=runtime, data=data, cost=cost, limits=limits, folder=folder, first_step=first_step
     )
     return session, notes
+
+
+def _chunk_notes(runtime: Runtime) -> list[str]:
+    policy = runtime.chunking
+    if policy is None:
+        return []
+    gradients = policy.describe_gradients()
+    lines = [f"chunks: {policy.chunk_tokens:,} tokens a rank, activations of the last {policy.keep_rows:,} are kept"]
+    return lines if gradients == "exact" else [*lines, f"NOTE: {gradients}, and so is the loss shown"]
 
 
 def _grid(mesh: RankMesh) -> str:
@@ -177,6 +187,7 @@ def _train(session: _Session, stop: StopFlag, feed: PlanFeed | None, display: _D
             report = make_report(
                 plan, outcome, lr=lr, spec=session.data.spec, plan_wait_s=taken.wait_s,
                 flop_per_s=session.cost.peak_flop_per_s * runtime.mesh.world_size,
+                gradients=runtime.chunking.describe_gradients() if runtime.chunking is not None else "exact",
             )
             display.metrics.append(report)
             with display.plans.open("a", encoding="utf-8") as file:

@@ -10,7 +10,8 @@ from trainer.step import StepOutcome
 
 
 def make_report(
-    plan: StepPlan, outcome: StepOutcome, *, lr: float, spec: ModelSpec, plan_wait_s: float, flop_per_s: float
+    plan: StepPlan, outcome: StepOutcome, *, lr: float, spec: ModelSpec, plan_wait_s: float, flop_per_s: float,
+    gradients: str = "exact",
 ) -> StepReport:
     """``flop_per_s``: what all devices of the job could do together; 0 if unknown (then no MFU)."""
     lengths = [sequence.num_tokens for sequence in plan.sequences]
@@ -43,6 +44,7 @@ def make_report(
         padding_tokens=num_executed_tokens(plan) - plan.num_tokens,
         num_microbatches=len(plan.microbatches),
         group_summary=group_summary(plan),
+        gradients=gradients,
     )
 
 

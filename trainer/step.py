@@ -20,6 +20,7 @@ from parallel.timing import WaitClock
 from planner.errors import NumericError
 from planner.plan import Sharding, Span, StepPlan
 from trainer.batch import TokenRows, token_rows
+from trainer.chunked_step import ChunkPolicy, run_chunked
 from trainer.optimizer import ShardedAdamW
 from trainer.transformer import Decoder
 
@@ -28,7 +29,7 @@ ReadSpans = Callable[[tuple[Span, ...]], TokenRows]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Runtime:
-    """What a step works with; made once in ``trainer.build``."""
+    """What a step works with; made once in ``trainer.build``. ``chunking``: None for whole microbatches."""
 
     mesh: RankMesh
     model: Decoder
@@ -39,6 +40,7 @@ class Runtime:
     peak: PeakMemory
     compute_dtype: torch.dtype
     sharding: Sharding
+    chunking: ChunkPolicy | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,6 +149,10 @@ class StageRunner:
 
     def forward(self, place: int) -> None:
         runtime, microbatch = self._runtime, self._program.microbatches[place]
+        if runtime.chunking is not None:  # both passes at once: without pipeline stages the backward comes next anyway
+            step, num_tokens = self._program.step, self._num_tokens
+            self.loss_sum.add_(run_chunked(runtime, microbatch, self._read_spans, step=step, num_tokens=num_tokens))
+            return
         rows, link, hidden_TD = self._read_spans(microbatch.spans), runtime.link, None
         if link is not None and not link.is_first:
             hidden_TD = link.receive_hidden(microbatch.index, self._shape(microbatch))
@@ -163,6 +169,8 @@ class StageRunner:
         self._in_flight[place] = hidden_TD, output
 
     def backward(self, place: int) -> None:
+        if self._runtime.chunking is not None:
+            return
         link, microbatch = self._runtime.link, self._program.microbatches[place]
         hidden_TD, output = self._in_flight.pop(place)
         if link is not None and not link.is_last:

@@ -23,7 +23,8 @@ from memory.chunked_loss import VocabShard, chunked_token_loss
 from parallel import comm
 from planner.model_spec import ModelSpec
 
-Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor | None]
+"""None where it only wanted the keys and values: the layer then ends there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +126,8 @@ class DecoderLayer(nn.Module):
 
     def forward(self, hidden_TD: torch.Tensor, rotary: RotaryTable, attention: Attention) -> torch.Tensor:
         q, k, v = self.before_attention(hidden_TD, rotary)
-        return self.after_attention(hidden_TD, attention(q, k, v))
+        context_TNH = attention(q, k, v)
+        return hidden_TD if context_TNH is None else self.after_attention(hidden_TD, context_TNH)
 
 
 class Decoder(nn.Module):
@@ -161,10 +163,11 @@ class Decoder(nn.Module):
             )
 
     def forward(
-        self, tokens_T: torch.Tensor, positions_T: torch.Tensor, labels_T: torch.Tensor, attention: Attention,
+        self, tokens_T: torch.Tensor, positions_T: torch.Tensor, labels_T: torch.Tensor | None, attention: Attention,
         hidden_TD: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Sum of the losses of this rank's tokens (fp32 scalar or wider). ``labels_T`` may hold IGNORE.
+        """Sum of the losses of this rank's tokens (fp32 scalar or wider). ``labels_T`` may hold IGNORE; None: no loss,
+        hidden states are returned.
 
         ``hidden_TD``: what the stage before returned; a stage that is not the last returns hidden states ``[T, D]``.
         """
@@ -177,7 +180,7 @@ class Decoder(nn.Module):
         )
         for layer in self.layers.values():
             hidden_TD = layer(hidden_TD, rotary, attention)
-        if self.norm is None:
+        if self.norm is None or labels_T is None:
             return hidden_TD
         head = self.embedding if self.head is None else self.head
         assert head is not None, "a tied head needs the embedding on the same stage"

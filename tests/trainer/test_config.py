@@ -80,9 +80,15 @@ def test_short_forms(flag: str, expected: tuple[str, str, object]) -> None:
         assert getattr(getattr(resolve_config(arguments), section), field) == value, arguments
 
 
+def test_chunked_training_has_its_flags() -> None:
+    memory = resolve_config(["--memory", "spaco", "--chunk-tokens", "64", "--sample-fraction", "0.125"]).memory
+    assert (memory.policy, memory.chunk_tokens, memory.sample_fraction) == ("spaco", 64, 0.125)
+    assert resolve_config(["--memory", "seco", "--chunk-tokens", "64"]).memory.sample_fraction is None
+
+
 @pytest.mark.parametrize("arguments", [
-    ["--degree", "2", "--swap-fraction", "0.5"], ["--tier", "host"], ["--chunk-tokens", "64"],
-    ["--sample-fraction", "0.5"], ["--init-from", "x"], ["--lora-rank", "8"],
+    ["--degree", "2", "--swap-fraction", "0.5"], ["--tier", "host"], ["--init-from", "x"],
+    ["--lora-rank", "8"],
 ])
 def test_short_forms_of_later_features_exist_and_are_refused(arguments: list[str]) -> None:
     lines = refusal(["--strategy", "static", *arguments])
@@ -161,7 +167,17 @@ BAD_FLAGS = [
     (["--strategy", "zepelin"], "plan.strategy 'zepelin' is unknown (did you mean 'zeppelin'?)"),
     (["--strategy", "megatron", "--degree", "2"], "plan.degree is for plan.strategy static only, not megatron"),
     (["--attention", "usp"], "plan.attention usp is not built yet; available: auto, ulysses, ring"),
-    (["--memory", "seco"], "memory.policy seco is not built yet; available: auto, keep"),
+    (["--memory", "seco"], "memory.policy seco needs memory.chunk_tokens (--chunk-tokens N)"),
+    (["--memory", "spaco", "--chunk-tokens", "64"], "memory.policy spaco needs memory.sample_fraction"),
+    (["--memory", "spaco", "--chunk-tokens", "64", "--sample-fraction", "0"], "sample_fraction must be in (0, 1]"),
+    (["--memory", "seco", "--chunk-tokens", "0"], "memory.chunk_tokens must be at least 1, got 0"),
+    (["--chunk-tokens", "64"], "memory.chunk_tokens is for memory.policy seco and spaco, not auto"),
+    (["--memory", "seco", "--chunk-tokens", "64", "--sample-fraction", "0.5"], "memory.sample_fraction is for"),
+    (["--memory", "seco", "--chunk-tokens", "64", "--memory.sampling", "importance"], "memory.sampling is for"),
+    (["--memory.chunk-budget", "1 GiB"], "memory.chunk_budget is for memory.policy seco and spaco, not auto"),
+    (["--memory.chunk-budget", "much"], "memory.chunk_budget: expected"),
+    (["--memory", "seco", "--chunk-tokens", "64", "--pipeline-parallel", "2"], "for pipeline_parallel above 1"),
+    (["--memory", "seco", "--chunk-tokens", "64", "--parallel.sharding", "zero3"], "cannot be used with parallel."),
     (["--model", "mixtral-8x7b"], "model.preset (mixtral-8x7b) is a shape to plan with"),
     (["--model", "gpt-7b"], "model.preset (gpt-7b) is a shape to plan with: training builds dense gated decoders"),
     (["--pipeline-parallel", "3"], "parallel.tensor_parallel (1) x parallel.pipeline_parallel (3) must divide "

@@ -18,7 +18,7 @@ from tests.ranks import RankPool
 from tests.trainer import dense
 from trainer.batch import token_rows
 from trainer.build import build_runtime
-from trainer.config import OptimizerConfig, ParallelConfig, RunConfig, TrainConfig
+from trainer.config import MemoryConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainConfig
 from trainer.optimizer import learning_rate
 from trainer.rank_env import RankEnv
 from trainer.step import compile_stage_program, train_step
@@ -44,9 +44,9 @@ def batches():
     return steps
 
 
-def train_rank(rank, world_size, init_method, parallel, strategy, degree, kinds, budget_tokens, spec):
+def train_rank(rank, world_size, init_method, parallel, strategy, degree, kinds, budget_tokens, spec, memory=None):
     """One rank's run of ten steps; rank 0 returns (losses, full initial weights, full final weights, group shapes)."""
-    config = dataclasses.replace(CONFIG, parallel=parallel)
+    config = dataclasses.replace(CONFIG, parallel=parallel, memory=memory or MemoryConfig())
     env = RankEnv(rank=rank, world_size=world_size, local_rank=rank, local_world_size=world_size)
     runtime = build_runtime(config, env, spec, init_method=init_method)
     num_ranks = parallel.data_ranks(world_size)
@@ -125,6 +125,19 @@ RUNS = {
 }
 
 
+SECO_16 = MemoryConfig(policy="seco", chunk_tokens=16)
+CHUNKED_RUNS = {
+    "4 ranks flexsp": (DATA, "flexsp", None, ULYSSES, 60, SECO_16),
+    "4 ranks hdp": (DATA, "hdp", None, RING, 60, SECO_16),
+    "zeppelin, some chunks kept": (
+        DATA, "zeppelin", None, RING, 60, dataclasses.replace(SECO_16, chunk_tokens=7, chunk_budget="64 KiB"),
+    ),
+    "tensor 2 x data 2": (TENSOR_2, "static", 2, ULYSSES, 2**40, SECO_16),
+    "2 replicas of 2": (REPLICAS_2, "flexsp", None, ULYSSES, 60, SECO_16),
+    "all chunks sampled": (
+        DATA, "flexsp", None, ULYSSES, 60, dataclasses.replace(SECO_16, policy="spaco", sample_fraction=1.0),
+    ),
+}
 STRATEGIES = ("flexsp", "adaptive", "hdp", "zeppelin", "megatron", "static")
 
 
@@ -164,6 +177,12 @@ class TestEquality:
         assert all(losses == results[0][0] for losses, *_ in results), "ranks report different losses"
         losses, _, final, used = results[0]
         assert shapes <= used
+        self.compare(oracle, losses, final)
+
+    @pytest.mark.parametrize("name", CHUNKED_RUNS)
+    def test_chunk_by_chunk_equals_dense_model(self, pool, oracle, name):
+        *arguments, memory = CHUNKED_RUNS[name]
+        losses, _, final, _ = pool.run(train_rank, *arguments, SPEC, memory)[0]
         self.compare(oracle, losses, final)
 
     def test_tied_head_under_tensor_parallelism(self, pool):
