@@ -25,7 +25,8 @@ from planner.errors import LonghaulError
 PAIR = "pair"
 """Name under which the bytes of layer input and attention's saved tensors are counted."""
 TokenWise = Callable[..., Any]
-Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor | None]
+"""None where it only wanted the keys and values: the layer then ends there."""
 
 
 class TapeError(LonghaulError):
@@ -39,7 +40,7 @@ class Tape(Protocol):
         """``function(*inputs)``: a tensor or a tuple of tensors. Every input and output has a row per token, and rows
         do not mix. Parameters are reached through the function."""
 
-    def attention(self, function: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def attention(self, function: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor | None:
         """``function(q, k, v)``, which may mix rows and talk to other ranks."""
 
 
@@ -49,7 +50,7 @@ class PlainTape:
     def step(self, name: str, function: TokenWise, *inputs: torch.Tensor) -> Any:
         return function(*inputs)
 
-    def attention(self, function: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def attention(self, function: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor | None:
         return function(q, k, v)
 
 
@@ -117,7 +118,7 @@ class LayerTape:
                 self._blocks[address] = step.outputs[place] = Block(base)
         return outputs
 
-    def attention(self, function: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def attention(self, function: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor | None:
         def pack(tensor: torch.Tensor) -> View:
             address = tensor.untyped_storage().data_ptr()
             if address not in self._blocks:

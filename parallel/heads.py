@@ -180,6 +180,13 @@ class MappedHeadsKernel:
         )
         return dq, self._fold(dk, k_SKH.shape[1]), self._fold(dv, v_SKH.shape[1])
 
+    def query_gradient(
+        self, dout_TNH: torch.Tensor, q_TNH: torch.Tensor, k_SKH: torch.Tensor, v_SKH: torch.Tensor,
+        out_TNH: torch.Tensor, lse_TN: torch.Tensor, pairs: Pairs, scale: float,
+    ) -> torch.Tensor:
+        k_SNH, v_SNH = k_SKH[:, self.kv_index_N], v_SKH[:, self.kv_index_N]
+        return self.kernel.query_gradient(dout_TNH, q_TNH, k_SNH, v_SNH, out_TNH, lse_TN, pairs, scale)
+
     def _fold(self, dk_SNH: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
         wide = accumulate_dtype(dk_SNH.dtype)
         folded = dk_SNH.new_zeros((dk_SNH.shape[0], num_kv_heads, dk_SNH.shape[2]), dtype=wide)

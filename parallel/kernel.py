@@ -18,6 +18,8 @@ import torch
 from planner.errors import SpecError
 
 Rows = tuple[int, int]
+_BLOCK_ROWS = 1024
+"""Query and key rows of one block where a product of blocks is made outside a kernel."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,12 @@ class AttentionKernel(Protocol):
         ``out`` and ``lse`` are the *final* ones over all keys, so that partial gradients simply add up.
         """
 
+    def query_gradient(
+        self, dout_TNH: torch.Tensor, q_TNH: torch.Tensor, k_SKH: torch.Tensor, v_SKH: torch.Tensor,
+        out_TNH: torch.Tensor, lse_TN: torch.Tensor, pairs: Pairs, scale: float,
+    ) -> torch.Tensor:
+        """dq alone (fp32 or wider) of a call without mask, for keys whose gradients nobody wants."""
+
 
 def choose_kernel(device: torch.device, dtype: torch.dtype) -> AttentionKernel:
     """The best kernel for this device and dtype. Raises SpecError where there is none (fp32 on CUDA)."""
@@ -87,10 +95,42 @@ def choose_kernel(device: torch.device, dtype: torch.dtype) -> AttentionKernel:
     return CudaFlashKernel()
 
 
+def blocked_query_gradient(
+    dout_TNH: torch.Tensor, q_TNH: torch.Tensor, k_SKH: torch.Tensor, v_SKH: torch.Tensor,
+    out_TNH: torch.Tensor, lse_TN: torch.Tensor, pairs: Pairs, scale: float,
+) -> torch.Tensor:
+    """``AttentionKernel.query_gradient`` by products of blocks, on any device.
+
+    Flash backward kernels make dq, dk and dv together. Where dk and dv are not wanted this takes three of their five
+    products, block by block: scores again, dP = dout v^T, dq = dS k (equations of FlashAttention-2, arXiv 2307.08691,
+    section 3.1).
+    """
+    assert not pairs.causal, "only for keys that all the queries see"
+    wide = torch.promote_types(q_TNH.dtype, torch.float32)
+    ratio = q_TNH.shape[1] // k_SKH.shape[1]
+    parts = []
+    for (q0, q1), (k0, k1) in zip(pairs.query_rows, pairs.key_rows, strict=True):
+        for start in range(q0, q1, _BLOCK_ROWS):
+            rows = slice(start, min(start + _BLOCK_ROWS, q1))
+            q, dout, out = (_by_kv_head(x_TNH[rows], ratio) for x_TNH in (q_TNH, dout_TNH, out_TNH))
+            lse = _by_kv_head(lse_TN[rows].unsqueeze(-1), ratio)
+            delta = (dout.to(wide) * out.to(wide)).sum(-1, keepdim=True)
+            dq = torch.zeros_like(q, dtype=wide)
+            for first in range(k0, k1, _BLOCK_ROWS):
+                keys = slice(first, min(first + _BLOCK_ROWS, k1))
+                k, v = k_SKH[keys].transpose(0, 1), v_SKH[keys].transpose(0, 1)
+                weights = _product(q, k.transpose(1, 2), wide).mul_(scale).sub_(lse).exp_()
+                weights *= _product(dout, v.transpose(1, 2), wide).sub_(delta)
+                dq += _product(weights.to(k.dtype), k, wide)
+            parts.append((dq * scale).unflatten(1, (ratio, -1)).permute(2, 0, 1, 3).flatten(1, 2))
+    return _cat(parts)
+
+
 class CpuFlashKernel:
     """torch's blocked CPU kernel, one call per pair (it knows no cu_seqlens). fp32, fp64 and bf16."""
 
     name = "torch-cpu-flash"
+    query_gradient = staticmethod(blocked_query_gradient)
 
     def forward(
         self, q_TNH: torch.Tensor, k_SKH: torch.Tensor, v_SKH: torch.Tensor, pairs: Pairs, scale: float
@@ -126,6 +166,7 @@ class CudaFlashKernel:
     """torch's own varlen flash attention (bf16, fp16)."""
 
     name = "torch-cuda-flash"
+    query_gradient = staticmethod(blocked_query_gradient)
 
     def forward(
         self, q_TNH: torch.Tensor, k_SKH: torch.Tensor, v_SKH: torch.Tensor, pairs: Pairs, scale: float
@@ -155,6 +196,7 @@ class FlashAttnKernel:
     """The ``flash_attn`` package's varlen kernels (bf16, fp16)."""
 
     name = "flash-attn"
+    query_gradient = staticmethod(blocked_query_gradient)
 
     def forward(
         self, q_TNH: torch.Tensor, k_SKH: torch.Tensor, v_SKH: torch.Tensor, pairs: Pairs, scale: float
@@ -184,6 +226,18 @@ class FlashAttnKernel:
             window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None, deterministic=False,
         )
         return dq, dk, dv
+
+
+def _by_kv_head(x_TNX: torch.Tensor, ratio: int) -> torch.Tensor:
+    """``[T, N, X] -> [K, ratio * T, X]``: the rows of all query heads that read one KV head."""
+    return x_TNX.unflatten(1, (-1, ratio)).permute(1, 2, 0, 3).flatten(1, 2)
+
+
+def _product(a: torch.Tensor, b: torch.Tensor, wide: torch.dtype) -> torch.Tensor:
+    """Batched product with a wide result; half precision is multiplied as it is where the device can sum it wide."""
+    if a.is_cuda and a.dtype != wide:
+        return torch.bmm(a, b, out_dtype=wide)
+    return torch.bmm(a.to(wide), b.to(wide))
 
 
 def _heads_first(x_TNH: torch.Tensor) -> torch.Tensor:

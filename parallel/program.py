@@ -88,12 +88,14 @@ class HeadTeam:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupProgram:
-    """One rank's part in one attention group. ``rows``: the group's rows within the microbatch. With a ``team`` the
-    rounds work on the rows of all its members, one behind the other."""
+    """One rank's part in one attention group. ``rows``: the group's rows within the microbatch. ``sequences``: the
+    group's documents, whole, in packing order. With a ``team`` the rounds work on the rows of all its members, one
+    behind the other."""
 
     kind: AttentionKind
     ranks: tuple[int, ...]
     group_index: int
+    sequences: tuple[Span, ...]
     rows: Rows
     team: HeadTeam | None
     forward: tuple[RankRound, ...]
@@ -188,6 +190,7 @@ def _compile_group(
     sizes = [lengths[index] for index in group.sequences]
     counts = local_token_counts(group.kind, group.degree, sizes, group.inner_degree)
     schedule = write_schedule(group, lengths, group_index)
+    whole = tuple(Span(index, 0, lengths[index]) for index in group.sequences)
     team, resident = None, own
     if schedule.head_exchange is not None:
         members = schedule.head_exchange
@@ -198,6 +201,7 @@ def _compile_group(
         kind=group.kind,
         ranks=group.ranks,
         group_index=group_index,
+        sequences=whole,
         rows=(first_row, first_row + counts[group_index]),
         team=team,
         forward=_compile_rounds(schedule.forward, _row_map(resident)),

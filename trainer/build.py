@@ -20,6 +20,7 @@ from parallel.timing import StepClock, TimedExchange
 from planner.errors import SpecError
 from planner.model_spec import ModelSpec
 from planner.plan import Sharding
+from trainer.chunked_step import chunk_policy
 from trainer.config import TrainConfig
 from trainer.initialize import initialize_weights
 from trainer.optimizer import ShardedAdamW
@@ -88,6 +89,7 @@ def build_runtime(
         memory=ActivationMemory(),
         compute_dtype=dtype,
         sharding=sharding,
+        chunking=chunk_policy(config, spec),
     )
     return dataclasses.replace(runtime, memory=make_memory(config, runtime, env.local_world_size))
 

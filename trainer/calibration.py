@@ -7,6 +7,7 @@ was measured, interpolated, instead of a sum of parts measured apart.
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import time
 from collections.abc import Sequence as SequenceOf
@@ -18,7 +19,7 @@ import torch
 
 from memory.peak import give_back_freed_memory
 from parallel import comm
-from parallel.program import compile_rank_program
+from parallel.program import RankMicrobatch, compile_rank_program
 from parallel.sharding import sharded_step
 from planner.cost import CostModel, MemoryFit, Provenance
 from planner.fitting import GroupSample, SizeSample, best_rate, fit_group_times
@@ -30,9 +31,11 @@ from planner.plan import (
     Sharding,
     SolveReport,
     SolveStatus,
+    Span,
     StepPlan,
 )
-from trainer.batch import token_rows
+from trainer.batch import TokenRows, token_rows
+from trainer.chunked_step import run_chunked
 from trainer.machine_samples import measure_operations
 from trainer.step import ReadSpans, Runtime, bind_attention, run_alone, run_empty_microbatch, train_step
 
@@ -156,11 +159,7 @@ def _measure_group(
         if microbatch is None:
             run_empty_microbatch(runtime)  # zero3 needs every rank
         else:
-            rows = token_rows(
-                [np.full(span.num_tokens + 1, span.start_token % 7) for span in microbatch.spans],
-                microbatch.spans, runtime.mesh.device,
-            )
-            run_alone(runtime, rows, bind_attention(runtime, microbatch))
+            _run_microbatch(runtime, microbatch)
         if runtime.mesh.device.type == "cuda":
             torch.cuda.synchronize(runtime.mesh.device)
         seconds = _slowest(runtime, time.perf_counter() - began_s)
@@ -171,6 +170,20 @@ def _measure_group(
     peak_bytes = _highest(runtime, runtime.peak.read_bytes())
     sample = GroupSample(kind=shape.kind, degree=shape.degree, lengths=lengths, seconds=statistics.median_low(times))
     return sample, _slowest(runtime, time.perf_counter() - start_s), peak_bytes
+
+
+def _run_microbatch(runtime: Runtime, microbatch: RankMicrobatch) -> None:
+    """Forward and backward of made-up tokens under the run's memory policy. Of sampled chunks always the same ones."""
+
+    def read(spans: tuple[Span, ...]) -> TokenRows:
+        ids = [np.full(span.num_tokens + 1, span.start_token % 7) for span in spans]
+        return token_rows(ids, spans, runtime.mesh.device)
+
+    if runtime.chunking is None:
+        run_alone(runtime, read(microbatch.spans), bind_attention(runtime, microbatch))
+    else:
+        steady = dataclasses.replace(runtime, chunking=runtime.chunking.steady())
+        run_chunked(steady, microbatch, read, step=0, num_tokens=1)
 
 
 def design_plan(

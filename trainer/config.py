@@ -175,8 +175,8 @@ class MemoryConfig:
     """What happens to saved activations."""
 
     policy: Annotated[str, short("--memory")] = "auto"
-    """Policy: auto (what the plan says, else keep), keep, recompute (all but layer inputs and attention), swap (later
-    seco, spaco)."""
+    """Policy: auto (what the plan says, else keep), keep, recompute (all but layer inputs and attention), swap, seco
+    (chunk by chunk, exact), spaco (a sample of the chunks: gradients are estimates)."""
     swap_fraction: Annotated[float | None, short("--swap-fraction")] = None
     """With policy swap: share of the tokens swapped out, the rest is recomputed (none: the best shares, from measured
     speeds). Layer inputs and attention outputs are swapped whole."""
@@ -185,9 +185,14 @@ class MemoryConfig:
     tier_budget: str = "auto"
     """Bytes of the tier one rank may use, such as '8 GiB'; auto takes what the run can need, within what is free."""
     chunk_tokens: Annotated[int | None, short("--chunk-tokens")] = None
-    """Tokens per chunk of chunked backpropagation."""
+    """With seco and spaco: most tokens a rank has in one chunk."""
     sample_fraction: Annotated[float | None, short("--sample-fraction")] = None
-    """Share of the chunks that sparse backpropagation keeps."""
+    """With spaco: share of the chunks whose backward runs."""
+    sampling: Literal["bernoulli", "importance", "published"] = "bernoulli"
+    """With spaco: independent draws, all alike or by loss tokens, or the published fixed number, which is biased."""
+    chunk_budget: str = "0"
+    """With seco and spaco: bytes of activations of trailing chunks that one rank keeps instead of computing them twice,
+    such as '2 GiB'."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,8 +19,8 @@ from planner.units import parse_bytes
 if TYPE_CHECKING:
     from trainer.config import TrainConfig
 
-BUILT_POLICIES = ("auto", "keep", "recompute", "swap")
-LATER_POLICIES = ("seco", "spaco")
+BUILT_POLICIES = ("auto", "keep", "recompute", "swap", "seco", "spaco")
+CHUNKED_POLICIES = ("seco", "spaco")
 TIERS = ("host", "disk")
 
 _Range = tuple[str, Callable[[Any], bool], str]
@@ -29,7 +29,11 @@ _Range = tuple[str, Callable[[Any], bool], str]
 def check_config(config: TrainConfig) -> tuple[str, ...]:
     """One line per problem; empty when the run may start. Reads the file system, never a device."""
     found: list[str] = []
-    for check in (_out_of_range, _not_built_yet, _wrong_memory, _wrong_paths, _wrong_texts, _wrong_sizes, _wrong_model):
+    checks = (
+        _out_of_range, _not_built_yet, _wrong_memory, _wrong_chunks, _wrong_paths, _wrong_texts, _wrong_sizes,
+        _wrong_model,
+    )
+    for check in checks:
         found.extend(check(config))
     return tuple(found)
 
@@ -101,10 +105,8 @@ def _not_built_yet(config: TrainConfig) -> Iterator[str]:
 
         yield from _choice("plan.strategy", config.plan.strategy, tuple(STRATEGIES), ())
     yield from _choice("plan.attention", config.plan.attention, attention_names(), ())
-    yield from _choice("memory.policy", config.memory.policy, BUILT_POLICIES, LATER_POLICIES)
+    yield from _choice("memory.policy", config.memory.policy, BUILT_POLICIES, ())
     later = {
-        "memory.chunk_tokens": "whole sequences",
-        "memory.sample_fraction": "whole sequences",
         "model.init_from": "random initial weights",
         "model.lora_rank": "training all weights",
     }
@@ -208,7 +210,7 @@ def _wrong_model(config: TrainConfig) -> Iterator[str]:
     num_stages = config.parallel.pipeline_parallel
     if num_stages > 1 and config.parallel.sharding == "zero3":
         yield "parallel.sharding zero3 cannot be used with pipeline_parallel above 1: use gather_once"
-    if config.parallel.sharding == "zero3" and config.memory.policy not in ("auto", "keep"):
+    if config.parallel.sharding == "zero3" and config.memory.policy in ("recompute", "swap"):
         yield f"memory.policy {config.memory.policy} is not built yet for parallel.sharding zero3: use gather_once"
     if num_stages > spec.num_layers:
         yield f"parallel.pipeline_parallel ({num_stages}) is more than the {spec.num_layers} layers of {spec.name}"
@@ -229,4 +231,32 @@ def _wrong_model(config: TrainConfig) -> Iterator[str]:
         yield (
             f"plan.degree ({degree}) is more than the {heads} query heads of a tensor rank: ulysses splits heads; "
             "use a smaller degree or --attention ring"
+        )
+
+
+def _wrong_chunks(config: TrainConfig) -> Iterator[str]:
+    """Settings of chunked training: all there where it is asked for, none where it is not."""
+    memory, policy = config.memory, config.memory.policy
+    chunked, sampled = policy in CHUNKED_POLICIES, policy == "spaco"
+    if chunked and memory.chunk_tokens is None:
+        yield f"memory.policy {policy} needs memory.chunk_tokens (--chunk-tokens N): tokens a rank has in one chunk"
+    if sampled and memory.sample_fraction is None:
+        yield "memory.policy spaco needs memory.sample_fraction (--sample-fraction F): share of the chunks to run back"
+    if memory.chunk_tokens is not None and not chunked:
+        yield f"memory.chunk_tokens is for memory.policy seco and spaco, not {policy}"
+    if memory.sample_fraction is not None and not sampled:
+        yield f"memory.sample_fraction is for memory.policy spaco, not {policy}"
+    if memory.sampling != type(memory)().sampling and not sampled:
+        yield f"memory.sampling is for memory.policy spaco, not {policy}"
+    try:
+        if parse_bytes(memory.chunk_budget, what="memory.chunk_budget") and not chunked:
+            yield f"memory.chunk_budget is for memory.policy seco and spaco, not {policy}"
+    except SpecError as error:
+        yield str(error)
+    if chunked and config.parallel.pipeline_parallel > 1:
+        yield f"memory.policy {policy} is not built yet for pipeline_parallel above 1; available: one stage"
+    if chunked and config.parallel.sharding == "zero3":
+        yield (
+            f"memory.policy {policy} cannot be used with parallel.sharding zero3: ranks run unequal numbers of chunks; "
+            "use gather_once"
         )

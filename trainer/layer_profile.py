@@ -106,7 +106,7 @@ class _TimedTape:
             self.step_s[name] = min(self._time(lambda: function(*inputs)) for _ in range(_REPEATS))
         return self.tape.step(name, function, *inputs)
 
-    def attention(self, function: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def attention(self, function: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor | None:
         with torch.no_grad():
             self.attention_s = min(self._time(lambda: function(q, k, v)) for _ in range(_REPEATS))
         return self.tape.attention(function, q, k, v)

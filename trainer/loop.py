@@ -93,12 +93,22 @@ def _open_session(
         f"attention kernel {runtime.engine.kernel.name}",
         source,
         *([runtime.memory.note] if runtime.memory.note else []),
+        *_chunk_notes(runtime),
         *resumed,
     ]
     session = _Session(
         config=config, runtime=runtime, data=data, cost=cost, limits=limits, folder=folder, first_step=first_step
     )
     return session, notes
+
+
+def _chunk_notes(runtime: Runtime) -> list[str]:
+    policy = runtime.chunking
+    if policy is None:
+        return []
+    gradients = policy.describe_gradients()
+    lines = [f"chunks: {policy.chunk_tokens:,} tokens a rank, activations of the last {policy.keep_rows:,} are kept"]
+    return lines if gradients == "exact" else [*lines, f"NOTE: {gradients}, and so is the loss shown"]
 
 
 def _grid(mesh: RankMesh) -> str:
@@ -155,6 +165,7 @@ class _Display:
             plan, outcome, lr=lr, spec=session.data.spec, plan_wait_s=taken.wait_s,
             flop_per_s=session.cost.peak_flop_per_s * session.runtime.mesh.world_size,
             drift_ratio=None if drift is None else drift.ratio,
+            gradients="exact" if session.runtime.chunking is None else session.runtime.chunking.describe_gradients(),
         )
         self.metrics.append(report)
         with (folder / PLANS).open("a", encoding="utf-8") as file:

@@ -33,6 +33,7 @@ class StepReport:
     ``idle_fraction``: share of rank-seconds spent waiting. ``imbalance``: slowest rank's busy time over the mean,
     minus 1. ``model_flops``: forward and backward, attention counted from the sum of squared document lengths.
     ``mfu``: model_flops over what the devices could do in ``measured_s``; None where their peak is unknown.
+    ``gradients``: "exact", or in words what kind of estimate they (and the loss) are.
     ``group_summary``: degrees of the attention groups, ``+`` inside a microbatch, ``|`` between: ``"4 | 2+1+1"``.
     """
 
@@ -67,6 +68,7 @@ class StepReport:
     reduce_s: float
     update_s: float
     drift_ratio: float | None
+    gradients: str = "exact"
 
 
 class MetricsLog:

@@ -11,7 +11,7 @@ from trainer.step import StepOutcome
 
 def make_report(
     plan: StepPlan, outcome: StepOutcome, *, lr: float, spec: ModelSpec, plan_wait_s: float, flop_per_s: float,
-    drift_ratio: float | None,
+    drift_ratio: float | None, gradients: str = "exact",
 ) -> StepReport:
     """``flop_per_s``: what all devices of the job could do together; 0 if unknown (then no MFU)."""
     lengths = [sequence.num_tokens for sequence in plan.sequences]
@@ -50,6 +50,7 @@ def make_report(
         reduce_s=min(outcome.reduce_s),
         update_s=outcome.update_s,
         drift_ratio=drift_ratio,
+        gradients=gradients,
     )
 
 

@@ -25,6 +25,7 @@ from planner.errors import NumericError, PlanError
 from planner.measured import RankStep
 from planner.plan import Sharding, Span, StepPlan
 from trainer.batch import TokenRows, token_rows
+from trainer.chunked_step import ChunkPolicy, run_chunked
 from trainer.optimizer import ShardedAdamW
 from trainer.spans import NUM_TIMES, pack_times, unpack_times
 from trainer.transformer import Decoder
@@ -34,7 +35,7 @@ ReadSpans = Callable[[tuple[Span, ...]], TokenRows]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Runtime:
-    """What a step works with; made once in ``trainer.build``."""
+    """What a step works with; made once in ``trainer.build``. ``chunking``: None for whole microbatches."""
 
     mesh: RankMesh
     model: Decoder
@@ -46,6 +47,7 @@ class Runtime:
     memory: ActivationMemory
     compute_dtype: torch.dtype
     sharding: Sharding
+    chunking: ChunkPolicy | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,6 +168,11 @@ class StageRunner:
     def forward(self, place: int) -> None:
         runtime, microbatch = self._runtime, self._program.microbatches[place]
         runtime.clock.begin(microbatch.index)
+        if runtime.chunking is not None:  # both passes at once: without pipeline stages the backward comes next anyway
+            step, num_tokens = self._program.step, self._num_tokens
+            self.loss_sum.add_(run_chunked(runtime, microbatch, self._read_spans, step=step, num_tokens=num_tokens))
+            runtime.clock.turn()
+            return
         rows, link, hidden_TD = self._read_spans(microbatch.spans), runtime.link, None
         if link is not None and not link.is_first:
             hidden_TD = link.receive_hidden(microbatch.index, self._shape(microbatch))
@@ -186,6 +193,9 @@ class StageRunner:
     def backward(self, place: int) -> None:
         link, microbatch = self._runtime.link, self._program.microbatches[place]
         self._runtime.clock.resume(microbatch.index)
+        if self._runtime.chunking is not None:
+            self._runtime.clock.end()
+            return
         hidden_TD, output = self._in_flight.pop(place)
         if link is not None and not link.is_last:
             output.backward(link.receive_gradient(microbatch.index, self._shape(microbatch)))

@@ -130,7 +130,8 @@ class DecoderLayer(nn.Module):
         self, hidden_TD: torch.Tensor, rotary: RotaryTable, attention: Attention, tape: Tape
     ) -> torch.Tensor:
         q, k, v = self.before_attention(hidden_TD, rotary, tape)
-        return self.after_attention(hidden_TD, tape.attention(attention, q, k, v), tape)
+        context_TNH = tape.attention(attention, q, k, v)
+        return hidden_TD if context_TNH is None else self.after_attention(hidden_TD, context_TNH, tape)
 
     def _project_qkv(
         self, normed_TD: torch.Tensor, cos_T1H: torch.Tensor, sin_T1H: torch.Tensor
@@ -191,10 +192,11 @@ class Decoder(nn.Module):
             )
 
     def forward(
-        self, tokens_T: torch.Tensor, positions_T: torch.Tensor, labels_T: torch.Tensor, attention: Attention,
+        self, tokens_T: torch.Tensor, positions_T: torch.Tensor, labels_T: torch.Tensor | None, attention: Attention,
         hidden_TD: torch.Tensor | None = None, memory: MicrobatchMemory | None = None,
     ) -> torch.Tensor:
-        """Sum of the losses of this rank's tokens (fp32 scalar or wider). ``labels_T`` may hold IGNORE.
+        """Sum of the losses of this rank's tokens (fp32 scalar or wider). ``labels_T`` may hold IGNORE; None: no loss,
+        hidden states are returned.
 
         ``hidden_TD``: what the stage before returned; a stage that is not the last returns hidden states ``[T, D]``.
         ``memory``: what becomes of the layers' saved activations (None: they stay).
@@ -211,7 +213,7 @@ class Decoder(nn.Module):
             hidden_TD = layer(hidden_TD, rotary, attention, tape)
             if memory is not None:
                 memory.finish(place, hidden_TD)
-        if self.norm is None:
+        if self.norm is None or labels_T is None:
             return hidden_TD
         head = self.embedding if self.head is None else self.head
         assert head is not None, "a tied head needs the embedding on the same stage"

@@ -85,8 +85,14 @@ def test_short_forms_of_swapping() -> None:
     assert (memory.policy, memory.swap_fraction, memory.tier) == ("swap", 0.25, "disk")
 
 
+def test_chunked_training_has_its_flags() -> None:
+    memory = resolve_config(["--memory", "spaco", "--chunk-tokens", "64", "--sample-fraction", "0.125"]).memory
+    assert (memory.policy, memory.chunk_tokens, memory.sample_fraction) == ("spaco", 64, 0.125)
+    assert resolve_config(["--memory", "seco", "--chunk-tokens", "64"]).memory.sample_fraction is None
+
+
 @pytest.mark.parametrize("arguments", [
-    ["--degree", "2", "--chunk-tokens", "64"], ["--sample-fraction", "0.5"], ["--init-from", "x"], ["--lora-rank", "8"],
+    ["--init-from", "x"], ["--lora-rank", "8"],
 ])
 def test_short_forms_of_later_features_exist_and_are_refused(arguments: list[str]) -> None:
     lines = refusal(["--strategy", "static", *arguments])
@@ -165,13 +171,23 @@ BAD_FLAGS = [
     (["--strategy", "zepelin"], "plan.strategy 'zepelin' is unknown (did you mean 'zeppelin'?)"),
     (["--strategy", "megatron", "--degree", "2"], "plan.degree is for plan.strategy static only, not megatron"),
     (["--attention", "ulises"], "plan.attention 'ulises' is unknown (did you mean 'ulysses'?)"),
-    (["--memory", "seco"], "memory.policy seco is not built yet; available: auto, keep, recompute, swap"),
     (["--swap-fraction", "0.5"], "memory.swap_fraction is for memory.policy swap only, not auto"),
     (["--memory", "keep", "--tier", "disk"], "memory.tier is for memory.policy swap only, not keep"),
     (["--memory", "swap", "--tier", "dsk"], "memory.tier 'dsk' is unknown (did you mean 'disk'?)"),
     (["--memory", "swap", "--memory.tier-budget", "0"], "memory.tier_budget must be above 0 bytes, got '0'"),
     (["--memory", "swap", "--memory.tier-budget", "many"], "memory.tier_budget"),
     (["--memory", "swap", "--tier", "disk", "--run.device", "cuda"], "memory.tier disk is not built yet"),
+    (["--memory", "seco"], "memory.policy seco needs memory.chunk_tokens (--chunk-tokens N)"),
+    (["--memory", "spaco", "--chunk-tokens", "64"], "memory.policy spaco needs memory.sample_fraction"),
+    (["--memory", "spaco", "--chunk-tokens", "64", "--sample-fraction", "0"], "sample_fraction must be in (0, 1]"),
+    (["--memory", "seco", "--chunk-tokens", "0"], "memory.chunk_tokens must be at least 1, got 0"),
+    (["--chunk-tokens", "64"], "memory.chunk_tokens is for memory.policy seco and spaco, not auto"),
+    (["--memory", "seco", "--chunk-tokens", "64", "--sample-fraction", "0.5"], "memory.sample_fraction is for"),
+    (["--memory", "seco", "--chunk-tokens", "64", "--memory.sampling", "importance"], "memory.sampling is for"),
+    (["--memory.chunk-budget", "1 GiB"], "memory.chunk_budget is for memory.policy seco and spaco, not auto"),
+    (["--memory.chunk-budget", "much"], "memory.chunk_budget: expected"),
+    (["--memory", "seco", "--chunk-tokens", "64", "--pipeline-parallel", "2"], "for pipeline_parallel above 1"),
+    (["--memory", "seco", "--chunk-tokens", "64", "--parallel.sharding", "zero3"], "cannot be used with parallel."),
     (["--model", "mixtral-8x7b"], "model.preset (mixtral-8x7b) is a shape to plan with"),
     (["--model", "gpt-7b"], "model.preset (gpt-7b) is a shape to plan with: training builds dense gated decoders"),
     (["--pipeline-parallel", "3"], "parallel.tensor_parallel (1) x parallel.pipeline_parallel (3) must divide "

@@ -153,6 +153,21 @@ MEMORY_RUNS = {
     "half and half, pipeline 2": (STAGES_2, "flexsp", None, ULYSSES, 80, HALF),
 }
 CHEAP_RUNS = ("all swapped, ring", "half and half, tensor 2")
+
+
+SECO_16 = MemoryConfig(policy="seco", chunk_tokens=16)
+CHUNKED_RUNS = {
+    "4 ranks flexsp": (DATA, "flexsp", None, ULYSSES, 60, SECO_16),
+    "4 ranks hdp": (DATA, "hdp", None, RING, 60, SECO_16),
+    "zeppelin, some chunks kept": (
+        DATA, "zeppelin", None, RING, 60, dataclasses.replace(SECO_16, chunk_tokens=7, chunk_budget="64 KiB"),
+    ),
+    "tensor 2 x data 2": (TENSOR_2, "static", 2, ULYSSES, 2**40, SECO_16),
+    "2 replicas of 2": (REPLICAS_2, "flexsp", None, ULYSSES, 60, SECO_16),
+    "all chunks sampled": (
+        DATA, "flexsp", None, ULYSSES, 60, dataclasses.replace(SECO_16, policy="spaco", sample_fraction=1.0),
+    ),
+}
 STRATEGIES = ("flexsp", "adaptive", "hdp", "zeppelin", "megatron", "static")
 
 
@@ -210,6 +225,12 @@ class TestEquality:
         losses, _, final, _ = pool.run(train_rank, *MEMORY_RUNS["half swapped, half recomputed"][:-1], DEEP, HALF,
                                        tmp_path)[0]
         self.compare(dense_run(pool, DEEP), losses, final)
+
+    @pytest.mark.parametrize("name", CHUNKED_RUNS)
+    def test_chunk_by_chunk_equals_dense_model(self, pool, oracle, name):
+        *arguments, memory = CHUNKED_RUNS[name]
+        losses, _, final, _ = pool.run(train_rank, *arguments, SPEC, memory)[0]
+        self.compare(oracle, losses, final)
 
     def test_tied_head_under_tensor_parallelism(self, pool):
         spec = dataclasses.replace(SPEC, tied_head=True, qk_norm=False)

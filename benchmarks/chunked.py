@@ -1,0 +1,267 @@
+"""Chunked training against whole microbatches and full checkpointing: peak memory, time, and what sampling costs.
+
+    python -m benchmarks.chunked [--tokens N] [--chunks K] [--layers N] [--hidden N] [--repeats N] [--out FILE]
+
+One rank trains one document of ``--tokens`` tokens, each way in a process of its own: kept whole, every layer
+recomputed (``torch.utils.checkpoint``), SeCO in ``--chunks`` chunks, SeCO with the last eighth of the chunks kept,
+SpaCO with every eighth chunk. Peaks are over those of an empty step (weights, gradients, libraries); on CPU they are
+resident memory, which no CPU program holds to the byte. Beside each chunked peak stands what it should be: K/V, dK/dV
+(fp32) and one chunk's activations. The second table enumerates all samples of a small case: how far the mean of each
+way of sampling is from the exact gradient, and its spread, both relative to the exact gradient's norm.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import dataclasses
+import functools
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from memory.chunked import cut_chunks, place_rows, schedule_chunks
+from memory.chunked_loss import IGNORE
+from memory.sparse_chunks import EXACT, ChunkSampler, ChunkWeight, Sampling, moments
+from parallel import comm
+from parallel.program import RankProgram, compile_rank_program
+from planner.model_spec import ModelSpec
+from planner.plan import AttentionGroup, AttentionKind, Microbatch, SolveReport, SolveStatus, Span, StepPlan
+from planner.plan import Sequence as Document
+from planner.units import format_bytes, format_seconds
+from trainer.batch import TokenRows, token_rows
+from trainer.build import build_runtime
+from trainer.chunked_step import ChunkPolicy
+from trainer.config import RunConfig, TrainConfig
+from trainer.optimizer import local_shard
+from trainer.rank_env import RankEnv
+from trainer.step import Runtime, accumulate_gradients
+
+WAYS = ("whole", "checkpoint", "seco", "seco, 1/8 kept", "spaco 1/8")
+_SHARE = 8
+_SPREAD_CHUNKS = 6
+"""Of which the first half has no loss, like a prompt."""
+_SPREAD_CHUNK_TOKENS = 16
+_SPREAD_FRACTION = 0.5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """What is trained. ``num_chunks`` divides ``num_tokens``."""
+
+    num_tokens: int
+    num_chunks: int
+    num_layers: int
+    hidden_dim: int
+    repeats: int
+
+    @property
+    def spec(self) -> ModelSpec:
+        return ModelSpec(
+            name="benchmark", num_layers=self.num_layers, hidden_dim=self.hidden_dim, ffn_dim=self.hidden_dim * 8 // 3,
+            num_query_heads=self.hidden_dim // 32, num_kv_heads=max(1, self.hidden_dim // 128), head_dim=32,
+            vocab_size=256,
+        )
+
+    @property
+    def chunk_tokens(self) -> int:
+        return self.num_tokens // self.num_chunks
+
+    def policy(self, way: str) -> ChunkPolicy | None:
+        """How ``way`` trains; None for whole microbatches."""
+        keep_rows = self.num_tokens // _SHARE if way.endswith("kept") else 0
+        sampler = ChunkSampler(kind=Sampling.EVEN, fraction=1 / _SHARE, seed=0) if way.startswith("spaco") else None
+        if not way.startswith(("seco", "spaco")):
+            return None
+        return ChunkPolicy(chunk_tokens=self.chunk_tokens, keep_rows=keep_rows, sampler=sampler)
+
+    def ideal_bytes(self, way: str) -> int | None:
+        """K/V, dK/dV and the activations that stay, fp32."""
+        policy, spec = self.policy(way), self.spec
+        if policy is None:
+            return None
+        chunks = cut_chunks([Span(0, 0, self.num_tokens)], degree=1, chunk_tokens=self.chunk_tokens)
+        selected = [True] * len(chunks)
+        if policy.sampler is not None:
+            selected = [weight.selected for weight in policy.sampler.draw([self.chunk_tokens] * len(chunks), (0,))]
+        schedule = schedule_chunks(chunks, selected, keep_rows=policy.keep_rows)
+        _, num_rows, num_carried = place_rows(chunks, schedule, member=None)
+        row_bytes = spec.num_layers * 2 * spec.num_kv_heads * spec.head_dim * 4
+        kept_rows = sum(chunks[index].num_tokens for index in schedule.kept)
+        return (num_rows + num_carried) * row_bytes + kept_rows * spec.num_layers * spec.saved_bytes_per_token(4)
+
+
+def measure(case: Case, way: str) -> dict[str, float]:
+    """Seconds (best of the repeats) and peak bytes over an empty step's, in this process."""
+    with _runtime(case.spec) as runtime:
+        if way == "checkpoint":
+            for layer in runtime.model.layers.values():
+                layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+        runtime = dataclasses.replace(runtime, chunking=case.policy(way))
+        program, read = _program(case.num_tokens), _Reader(case.num_tokens, runtime.mesh.device)
+        empty = dataclasses.replace(program, microbatches=(), actions=())
+        base_bytes = _peak(runtime, empty, read)
+        times, peaks = [], []
+        for _ in range(case.repeats):
+            began_s = time.perf_counter()
+            peaks.append(_peak(runtime, program, read))
+            times.append(time.perf_counter() - began_s)
+        return {"seconds": min(times), "peak_bytes": min(peaks) - base_bytes}
+
+
+def spread() -> dict[str, tuple[float, float]]:
+    """By way of sampling: relative error of the mean gradient, relative standard deviation. All samples enumerated."""
+    spec = Case(num_tokens=1, num_chunks=1, num_layers=3, hidden_dim=64, repeats=1).spec
+    num_tokens, half = _SPREAD_CHUNKS * _SPREAD_CHUNK_TOKENS, _SPREAD_CHUNKS // 2
+    loss_tokens = [0] * half + [_SPREAD_CHUNK_TOKENS] * (_SPREAD_CHUNKS - half)
+    with _runtime(spec) as runtime:
+        program = _program(num_tokens)
+        read = _Reader(num_tokens, runtime.mesh.device, num_without_loss=half * _SPREAD_CHUNK_TOKENS)
+
+        def gradient(weights: tuple[ChunkWeight, ...]) -> torch.Tensor:
+            policy = ChunkPolicy(chunk_tokens=_SPREAD_CHUNK_TOKENS, sampler=_Told(weights))  # type: ignore[arg-type]
+            return _gradient(dataclasses.replace(runtime, chunking=policy), program, read)
+
+        exact = gradient((EXACT,) * _SPREAD_CHUNKS)
+        norm = exact.norm().item()
+        found = {}
+        for kind in (Sampling.BERNOULLI, Sampling.IMPORTANCE, Sampling.PUBLISHED):
+            sampler = ChunkSampler(kind=kind, fraction=_SPREAD_FRACTION, seed=0)
+            result = moments((gradient(weights), chance) for weights, chance in sampler.outcomes(loss_tokens))
+            found[kind.value] = ((result.mean - exact).norm().item() / norm, result.variance**0.5 / norm)
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """A sampler with one outcome."""
+
+    weights: tuple[ChunkWeight, ...]
+    needs_loss_tokens: bool = False
+
+    def draw(self, loss_tokens: Sequence[int], key: tuple[int, ...]) -> tuple[ChunkWeight, ...]:
+        return self.weights
+
+
+@contextmanager
+def _runtime(spec: ModelSpec) -> Iterator[Runtime]:
+    """A rank alone."""
+    env = RankEnv(rank=0, world_size=1, local_rank=0, local_world_size=1)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            yield build_runtime(
+                TrainConfig(run=RunConfig(world_size=1, seed=3)), env, spec, init_method=f"file://{folder}/store"
+            )
+        finally:
+            comm.shutdown()
+
+
+def _program(num_tokens: int) -> RankProgram:
+    group = AttentionGroup(kind=AttentionKind.LOCAL, ranks=(0,), sequences=(0,))
+    plan = StepPlan(
+        step=0, strategy="benchmark", num_ranks=1, sequences=(Document(0, num_tokens),),
+        microbatches=(Microbatch(ranks=(0,), groups=(group,), predicted_s=0.0, peak_bytes=0),), predicted_s=0.0,
+        peak_bytes=0, cost_digest="", solver=SolveReport(status=SolveStatus.STATIC, objective_s=0.0, bound_s=0.0),
+    )
+    return compile_rank_program(plan, 0)
+
+
+class _Reader:
+    """Random tokens, the same for every way; the first ones may carry no loss."""
+
+    def __init__(self, num_tokens: int, device: torch.device, num_without_loss: int = 0) -> None:
+        self._ids = np.random.default_rng(7).integers(0, 256, size=num_tokens + 1)
+        self._device, self._num_without_loss = device, num_without_loss
+
+    def __call__(self, spans: tuple[Span, ...]) -> TokenRows:
+        rows = token_rows([self._ids[span.start_token : span.stop_token + 1] for span in spans], spans, self._device)
+        unlabelled_T = rows.positions_T < self._num_without_loss
+        return dataclasses.replace(rows, labels_T=rows.labels_T.masked_fill(unlabelled_T, IGNORE))
+
+
+def _gradient(runtime: Runtime, program: RankProgram, read: _Reader) -> torch.Tensor:
+    """One step's gradients as one float64 vector; ``.grad`` is empty afterwards."""
+    accumulate_gradients(runtime, program, read, num_tokens=1)
+    grads = [parameter.grad for parameter in runtime.model.parameters()]
+    runtime.optimizer.zero_grad()
+    return torch.cat([local_shard(grad).flatten().to(torch.float64) for grad in grads if grad is not None])
+
+
+def _peak(runtime: Runtime, program: RankProgram, read: _Reader) -> int:
+    """Peak bytes of one step."""
+    if runtime.mesh.device.type == "cpu" and sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)  # freed memory goes back, or it would count as used
+    runtime.peak.reset()
+    accumulate_gradients(runtime, program, read, num_tokens=1)
+    peak_bytes = runtime.peak.read_bytes()
+    runtime.optimizer.zero_grad()
+    return peak_bytes
+
+
+def report(case: Case, measured: dict[str, dict[str, float]], spreads: dict[str, tuple[float, float]]) -> str:
+    """Markdown."""
+    spec = case.spec
+    lines = [
+        f"{case.num_tokens:,} tokens, {case.num_chunks} chunks, {spec.num_layers} layers of {spec.hidden_dim}, fp32, "
+        f"{platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads", "",
+        "| way | seconds | of whole | peak over an empty step | should be |", "|---|---|---|---|---|",
+    ]
+    for way, found in measured.items():
+        ideal = case.ideal_bytes(way)
+        lines.append(
+            f"| {way} | {format_seconds(found['seconds'])} | {found['seconds'] / measured['whole']['seconds']:.2f} | "
+            f"{format_bytes(found['peak_bytes'])} | {'' if ideal is None else format_bytes(ideal)} |"
+        )
+    ratio = measured["seco"]["seconds"] / measured["spaco 1/8"]["seconds"]
+    lines += [
+        "", f"SeCO / SpaCO 1/8, seconds: {ratio:.2f}", "",
+        f"Samples of half of {_SPREAD_CHUNKS} chunks, loss in the last half, all samples enumerated:", "",
+        "| sampling | error of the mean | standard deviation |", "|---|---|---|",
+        *(f"| {name} | {bias:.1e} | {deviation:.2f} |" for name, (bias, deviation) in spreads.items()),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.chunked", description=__doc__)
+    parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--chunks", type=int, default=64)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--hidden", type=int, default=256, help="a multiple of 128")
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)  # in the process of one measurement
+    options = parser.parse_args(arguments)
+    if options.tokens % options.chunks or options.hidden % 128:
+        parser.error("--chunks must divide --tokens, and 128 must divide --hidden")
+    case = Case(
+        num_tokens=options.tokens, num_chunks=options.chunks, num_layers=options.layers, hidden_dim=options.hidden,
+        repeats=options.repeats,
+    )
+    if options.way is not None:
+        print(json.dumps(measure(case, options.way)))
+        return
+    measured = {}
+    for way in WAYS:
+        command = [sys.executable, "-m", "benchmarks.chunked", *arguments, "--way", way]
+        answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        measured[way] = json.loads(answer.splitlines()[-1])
+    text = report(case, measured, spread())
+    print(text, end="")
+    if options.out is not None:
+        options.out.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,131 @@
+"""Chunked training on real processes: calibration under the policy, half precision, samples that all ranks share."""
+
+from __future__ import annotations
+
+import dataclasses
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+
+from memory.sparse_chunks import Sampling
+from parallel.program import compile_rank_program
+from planner.plan import AttentionGroup, AttentionKind
+from tests.plans import verified_plan
+from tests.ranks import RankPool
+from tests.trainer.test_equality import CONFIG, SPEC
+from tests.trainer.test_step import reader, start
+from trainer.calibration import MeasuredShape, calibrate
+from trainer.checkpoint import weights_digest
+from trainer.chunked_step import chunk_policy
+from trainer.config import MemoryConfig
+from trainer.step import train_step
+
+LENGTHS = [70, 9, 31]
+SECO = MemoryConfig(policy="seco", chunk_tokens=8)
+SPACO = MemoryConfig(policy="spaco", chunk_tokens=8, sample_fraction=0.5)
+
+
+def configured(memory, dtype="fp32"):
+    return dataclasses.replace(CONFIG, memory=memory, run=dataclasses.replace(CONFIG.run, dtype=dtype))
+
+
+def losses(rank, world_size, init_method, memory, dtype, kind):
+    """Losses of some steps on the same documents, and the digest of the weights after them."""
+    runtime = start(rank, world_size, init_method, configured(memory, dtype), SPEC)
+    groups = [[AttentionGroup(kind=kind, ranks=(1, 0), sequences=(0, 2))],
+              [AttentionGroup(kind=AttentionKind.LOCAL, ranks=(1,), sequences=(1,))]]
+    program = compile_rank_program(verified_plan(groups, LENGTHS, world_size), rank)
+    rng = np.random.default_rng(8)
+    read = reader([rng.integers(0, SPEC.vocab_size, size=size + 1) for size in LENGTHS])
+    values = [
+        train_step(runtime, dataclasses.replace(program, step=step), read, num_tokens=sum(LENGTHS), lr=1e-2).loss
+        for step in range(12)
+    ]
+    return values, weights_digest(runtime)
+
+
+def calibration(rank, world_size, init_method, memory):
+    runtime = start(rank, world_size, init_method, configured(memory))
+    before = weights_digest(runtime)
+    shapes = (
+        MeasuredShape(AttentionKind.LOCAL, 1), MeasuredShape(AttentionKind.ULYSSES, 2),
+        MeasuredShape(AttentionKind.RING, 2),
+    )
+    return calibrate(runtime, shapes, max_length=64, machine="here").cost, before == weights_digest(runtime)
+
+
+@pytest.fixture(scope="module")
+def pool():
+    pool = RankPool(2)
+    yield pool
+    pool.close()
+
+
+@pytest.mark.parametrize("kind", [AttentionKind.ULYSSES, AttentionKind.RING])
+def test_half_precision_chunks_train_like_whole_microbatches(pool, kind):
+    (chunked, _), _ = pool.run(losses, SECO, "bf16", kind)
+    (whole, _), _ = pool.run(losses, MemoryConfig(), "bf16", kind)
+    assert chunked[-1] < 0.8 * chunked[0]
+    assert max(abs(a - b) for a, b in zip(chunked, whole, strict=True)) < 0.05
+
+
+def test_sampled_chunks_repeat_exactly_and_differ_by_step_and_seed(pool):
+    (first, digest), (other_rank, _) = pool.run(losses, SPACO, "fp32", AttentionKind.ULYSSES)
+    assert first == other_rank
+    assert pool.run(losses, SPACO, "fp32", AttentionKind.ULYSSES)[0] == (first, digest)
+    exact, _ = pool.run(losses, SECO, "fp32", AttentionKind.ULYSSES)[0]
+    assert first[0] != pytest.approx(exact[0], rel=1e-3), "the loss of a sample is an estimate"
+
+
+@pytest.mark.parametrize("memory", [SECO, SPACO])
+def test_calibration_measures_the_policy(pool, memory):
+    cost, unchanged = pool.run(calibration, memory)[0]
+    assert unchanged
+    assert {(fit.kind, fit.degree) for fit in cost.times} == {
+        (AttentionKind.LOCAL, 1), (AttentionKind.ULYSSES, 2), (AttentionKind.RING, 2)
+    }
+
+
+def test_budget_becomes_rows_and_measuring_has_no_chance():
+    memory = dataclasses.replace(SPACO, chunk_budget="1 MiB", sampling="importance")
+    policy = chunk_policy(configured(memory), SPEC)
+    assert policy.keep_rows == 2**20 // (SPEC.num_layers * SPEC.saved_bytes_per_token(4))
+    assert chunk_policy(configured(memory, "bf16"), SPEC).keep_rows > policy.keep_rows
+    assert policy.sampler.kind is Sampling.IMPORTANCE and policy.sampler.seed == CONFIG.run.seed
+    assert policy.steady().sampler.kind is Sampling.EVEN and policy.steady().keep_rows == policy.keep_rows
+    assert chunk_policy(CONFIG, SPEC) is None
+    assert "estimates (SpaCO, fraction 0.5, importance sampling)" in policy.describe_gradients()
+
+
+def reductions(rank, world_size, init_method, memory):
+    """Gradient reductions over the data axis and backward calls in one step."""
+    from torch.distributed.fsdp._fully_shard import _fsdp_param_group
+
+    runtime = start(rank, world_size, init_method, configured(memory), SPEC)
+    counted = {"reduce": 0, "backward": 0}
+    reduce, backward = _fsdp_param_group.foreach_reduce, torch.Tensor.backward
+
+    def watched(name, function):
+        def call(*arguments, **options):
+            counted[name] += 1
+            return function(*arguments, **options)
+
+        return call
+
+    groups = [[AttentionGroup(kind=AttentionKind.ULYSSES, ranks=(1, 0), sequences=(0,))]]
+    program = compile_rank_program(verified_plan(groups, [64], world_size), rank)
+    read = reader([np.arange(65) % SPEC.vocab_size])
+    with (
+        mock.patch.object(_fsdp_param_group, "foreach_reduce", watched("reduce", reduce)),
+        mock.patch.object(torch.Tensor, "backward", watched("backward", backward)),
+    ):
+        train_step(runtime, program, read, num_tokens=64, lr=1e-2)
+    return counted
+
+
+def test_gradients_are_reduced_once_a_step(pool):
+    chunked, whole = pool.run(reductions, SECO)[0], pool.run(reductions, MemoryConfig())[0]
+    assert whole["backward"] == 2 and chunked["backward"] == 64 // (2 * 8) + 1  # the last one is the empty microbatch
+    assert chunked["reduce"] == whole["reduce"] == SPEC.num_layers + 1

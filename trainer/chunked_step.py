@@ -1,0 +1,180 @@
+"""One microbatch, chunk by chunk: SeCO (all chunks, exact) and SpaCO (a sample of them, an estimate).
+
+The function to read first is ``run_chunked``. Groups run one after the other in plan order, on all their ranks alike:
+a forward pass over the chunks that leaves K/V, then the selected chunks from last to first, each run again with its
+graph and straight back. Parameters were gathered before the step's first microbatch and gradients are summed after its
+last, so each chunk's backward just adds to ``.grad``.
+
+A chunk's tokens are shared evenly by the group's ranks, whatever the plan's layout of a whole microbatch: queries may
+only meet keys of their own or an earlier chunk, and every rank should have work in every chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from memory.chunked import Chunk, cut_chunks, place_rows, schedule_chunks
+from memory.chunked_kv import ChunkStore
+from memory.chunked_loss import IGNORE
+from memory.sparse_chunks import EXACT, ChunkSampler, ChunkWeight, Sampling
+from parallel.chunk_attention import ChunkAttention, ChunkPlaces
+from parallel.chunk_exchange import ChunkExchange, ChunkHeads, NoExchange, QueryExchange
+from parallel.heads import HeadExchange, HeadLayout
+from parallel.program import GroupProgram, RankMicrobatch
+from planner.model_spec import ModelSpec
+from planner.plan import AttentionKind, Span
+from planner.units import parse_bytes
+from trainer.batch import TokenRows
+
+if TYPE_CHECKING:
+    from trainer.config import TrainConfig
+    from trainer.step import Runtime
+
+ReadSpans = Callable[[tuple[Span, ...]], TokenRows]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChunkPolicy:
+    """How a run trains in chunks. ``chunk_tokens``: most rows of a rank in one chunk. ``keep_rows``: rows of trailing
+    chunks whose activations stay instead of being made twice. ``sampler``: None for all chunks."""
+
+    chunk_tokens: int
+    keep_rows: int = 0
+    sampler: ChunkSampler | None = None
+
+    def describe_gradients(self) -> str:
+        """What the gradients are, for logs and metrics."""
+        return "exact" if self.sampler is None else self.sampler.describe()
+
+    def steady(self) -> ChunkPolicy:
+        """The same work without chance, for measuring time and memory."""
+        sampler = None if self.sampler is None else replace(self.sampler, kind=Sampling.EVEN)
+        return replace(self, sampler=sampler)
+
+
+def chunk_policy(config: TrainConfig, spec: ModelSpec) -> ChunkPolicy | None:
+    """The policy of a run's (checked) settings; None where it trains whole microbatches."""
+    memory = config.memory
+    if memory.chunk_tokens is None:
+        return None
+    sampler = None
+    if memory.sample_fraction is not None:
+        sampler = ChunkSampler(
+            kind=Sampling(memory.sampling), fraction=memory.sample_fraction, seed=config.run.seed
+        )
+    element_bytes = 2 if config.run.dtype == "bf16" else 4
+    row_bytes = spec.num_layers * spec.saved_bytes_per_token(element_bytes) // config.parallel.tensor_parallel
+    budget_bytes = parse_bytes(memory.chunk_budget, what="memory.chunk_budget")
+    return ChunkPolicy(chunk_tokens=memory.chunk_tokens, keep_rows=budget_bytes // row_bytes, sampler=sampler)
+
+
+def run_chunked(
+    runtime: Runtime, microbatch: RankMicrobatch, read_spans: ReadSpans, *, step: int, num_tokens: int
+) -> torch.Tensor:
+    """Forward and backward of one microbatch; gradients of (sum of token losses / num_tokens) are added to ``.grad``.
+
+    Returns this rank's sum of token losses, float64; with a sampler an estimate of it, like the gradients, and the
+    same for the same (seed, step, plan).
+    """
+    total = torch.zeros((), dtype=torch.float64, device=runtime.mesh.device)
+    for group in microbatch.groups:
+        if group.sequences:
+            run = _GroupRun(runtime, group, read_spans, key=(step, microbatch.index), num_tokens=num_tokens)
+            total += run.run()
+    return total
+
+
+class _GroupRun:
+    """One group's chunks on one rank, from the first forward to the last backward."""
+
+    def __init__(
+        self, runtime: Runtime, group: GroupProgram, read_spans: ReadSpans, *, key: tuple[int, ...], num_tokens: int
+    ) -> None:
+        policy = runtime.chunking
+        assert policy is not None, "a run without chunks"
+        self._runtime, self._group, self._read, self._num_tokens = runtime, group, read_spans, num_tokens
+        self._chunks = cut_chunks(group.sequences, degree=len(group.ranks), chunk_tokens=policy.chunk_tokens)
+        self._weights = self._draw(policy, (*key, group.sequences[0].sequence))
+        selected = [weight.selected for weight in self._weights]
+        self._schedule = schedule_chunks(self._chunks, selected, keep_rows=policy.keep_rows)
+        # with an exchange of heads a rank holds all tokens of some heads, else its own tokens of all heads
+        self._key_member = None if group.kind is AttentionKind.ULYSSES else group.group_index
+        self._places, num_rows, num_carried = place_rows(self._chunks, self._schedule, member=self._key_member)
+        self._store = ChunkStore(num_rows, num_carried)
+
+    def run(self) -> torch.Tensor:
+        """The two passes. Returns the (weighted) sum of own tokens' losses."""
+        total = torch.zeros((), dtype=torch.float64, device=self._runtime.mesh.device)
+        kept: dict[int, torch.Tensor] = {}
+        for index in self._schedule.forward:
+            if index in self._schedule.kept:
+                kept[index] = self._forward(self._chunks[index], stores=True)
+            else:
+                self._store_tail(self._chunks[index])
+        for index in self._schedule.backward:
+            loss = kept.pop(index) if index in kept else self._forward(self._chunks[index], stores=False)
+            weight = self._weights[index].loss_weight
+            total += loss.detach() * weight
+            (loss * (weight / self._num_tokens)).backward()
+        return total
+
+    def _draw(self, policy: ChunkPolicy, key: tuple[int, ...]) -> tuple[ChunkWeight, ...]:
+        if policy.sampler is None:
+            return (EXACT,) * len(self._chunks)
+        loss_tokens = [chunk.num_tokens for chunk in self._chunks]
+        if policy.sampler.needs_loss_tokens:
+            # all ranks of the group must draw alike, so each counts the labels of all of the chunk
+            loss_tokens = [int((self._read(chunk.spans).labels_T != IGNORE).sum()) for chunk in self._chunks]
+        return policy.sampler.draw(loss_tokens, key)
+
+    def _forward(self, chunk: Chunk, *, stores: bool) -> torch.Tensor:
+        """Sum of the chunk's own losses, with its graph. ``stores``: its K/V are stored if later chunks read them."""
+        rows = self._read(chunk.members[self._group.group_index])
+        attention = self._attention(chunk, stores=stores, keys_only=False)
+        loss: torch.Tensor = self._runtime.model(rows.tokens_T, rows.positions_T, rows.labels_T, attention)
+        return loss
+
+    @torch.no_grad()
+    def _store_tail(self, chunk: Chunk) -> None:
+        """Run the document that goes on, as far as its K/V, and store them. No loss, no last MLP, no graph."""
+        tail = chunk.tail()
+        rows = self._read(tail.members[self._group.group_index])
+        attention = self._attention(tail, stores=True, keys_only=True)
+        self._runtime.model(rows.tokens_T, rows.positions_T, None, attention)
+
+    def _attention(self, chunk: Chunk, *, stores: bool, keys_only: bool) -> ChunkAttention:
+        runtime, placed = self._runtime, self._places[chunk.index]
+        places = ChunkPlaces(
+            parts=placed.parts, tail=placed.tail if stores else (0, 0), carried=placed.carried,
+            hop_weight=self._weights[chunk.index].hop_weight,
+        )
+        spec, tensor_size = runtime.model.spec, runtime.mesh.tensor_size
+        exchange = make_exchange(
+            runtime, self._group, chunk, spec.num_query_heads // tensor_size, spec.num_kv_heads // tensor_size
+        )
+        kernel, device = runtime.engine.kernel, runtime.mesh.device
+        if isinstance(exchange, ChunkHeads):
+            kernel = exchange.heads.mapped_kernel(kernel, device)
+        return ChunkAttention(
+            chunk.members, key_member=self._key_member, places=places, store=self._store, exchange=exchange,
+            kernel=kernel, scale=spec.head_dim**-0.5, num_layers=len(runtime.model.layers),
+            keys_only=keys_only, device=device,
+        )
+
+
+def make_exchange(
+    runtime: Runtime, group: GroupProgram, chunk: Chunk, num_query_heads: int, num_kv_heads: int
+) -> ChunkExchange:
+    """How the group's ranks share one chunk. Heads are those of a tensor rank."""
+    if len(group.ranks) == 1:
+        return NoExchange()
+    rows = tuple(sum(span.num_tokens for span in spans) for spans in chunk.members)
+    wire = runtime.engine.wire
+    if group.kind is AttentionKind.ULYSSES:
+        layout = HeadLayout(num_query_heads, num_kv_heads, len(group.ranks))
+        return ChunkHeads(HeadExchange(layout, group.ranks, group.group_index, rows, wire))
+    return QueryExchange(group.ranks, group.group_index, rows, wire)
