@@ -5,17 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
 from launch import plan_output
 from launch.plan_job import Job, count, read_job
+from launch.plan_replay import with_replays
 from planner.codec import suggest
 from planner.errors import EXIT_OK, InfeasibleError, SpecError
 from planner.explain import Candidate, PlannedStep, best_candidate
 from planner.length_generators import length_names
-from planner.plan import Sharding
 from planner.schedule import attention_names
 from planner.simulate import simulate
 from planner.specs import cluster_names, model_names
@@ -42,12 +41,11 @@ def run(arguments: list[str]) -> int:
 
         require_plotly()
     job = read_job(flags)
-    candidates = _candidates(job, flags)
+    job, candidates = with_replays(job, _candidates(job, flags), draw=flags.trace is not None)
     best = best_candidate(candidates)
     assert best is not None  # _candidates raises where all refuse
-    job, steps = _replayed(job, best.steps, draw=flags.trace is not None)
     result = plan_output.Result(
-        job=job, strategy=flags.strategy, steps=steps, candidates=candidates if flags.strategy == _ALL else ()
+        job=job, strategy=flags.strategy, steps=best.steps, candidates=candidates if flags.strategy == _ALL else ()
     )
     _write_files(result, flags)
     if flags.json != "-":

@@ -15,10 +15,12 @@ from planner.explain import (
     PlannedStep,
     best_candidate,
     comparison_row,
+    fastest_replayed,
     group_rows,
     knob_lines,
     memory_line,
     provenance_lines,
+    ranking_line,
     replay_lines,
     shape_line,
     solver_line,
@@ -55,7 +57,8 @@ class Result:
 
 
 def as_json(result: Result) -> dict[str, Any]:
-    """Schema 1. With ``all``, ``steps`` and ``summary`` are the fastest strategy's, and ``comparison`` has them all."""
+    """Schema 1. With ``all``, ``steps`` and ``summary`` are those of the fastest strategy as predicted, and
+    ``comparison`` has them all, with the replay of their first step where that was made."""
     job = result.job
     value = {
         "schema": PLAN_JSON_SCHEMA,
@@ -66,17 +69,22 @@ def as_json(result: Result) -> dict[str, Any]:
         "summary": _summary_json(result.steps, job.cluster.num_ranks),
     }
     if result.candidates:
-        value["comparison"] = [_candidate_json(candidate, job.cluster.num_ranks) for candidate in result.candidates]
+        quickest = fastest_replayed(result.candidates)
+        value["comparison"] = [
+            _candidate_json(candidate, job.cluster.num_ranks, candidate is quickest) for candidate in result.candidates
+        ]
     return value
 
 
-def _candidate_json(candidate: Candidate, num_devices: int) -> dict[str, Any]:
+def _candidate_json(candidate: Candidate, num_devices: int, is_quickest: bool) -> dict[str, Any]:
     if not candidate.steps:
         return {"strategy": candidate.strategy, "refused": candidate.refusal}
     return {
         "strategy": candidate.strategy,
         "steps": [_step_json(step) for step in candidate.steps],
         "summary": _summary_json(candidate.steps, num_devices),
+        "first_step_replay": _replay_json(candidate.steps[0]),
+        "is_fastest_by_replay": is_quickest,
     }
 
 
@@ -180,7 +188,7 @@ def page(result: Result) -> Page:
         lines=(
             *headline(result), _time_line(result), *replay_lines(first), memory_line(result.memory),
             policy_line(result.steps, job.cost, job.limits), solver_line(first.plan),
-            *(f"note: {remark}" for remark in job.remarks), *_refusals(result),
+            *(f"note: {remark}" for remark in job.remarks), *_comparison_lines(result),
         ),
         sources=tuple(provenance_lines(job.cost, job.sources)),
         step=first,
@@ -208,14 +216,17 @@ def _show_comparison(console: Console, result: Result) -> None:
     if best is None:
         return
     planned = sorted((found for found in result.candidates if found.steps), key=lambda found: found.mean_step_s)
-    rows = [comparison_row(candidate, best) for candidate in planned]
+    quickest = fastest_replayed(result.candidates)
+    rows = [comparison_row(candidate, best, quickest) for candidate in planned]
     _show_table(console, f"every strategy on the same batches ({len(best.steps)})", COMPARISON_COLUMNS, rows)
-    for line in _refusals(result):
+    for line in _comparison_lines(result):
         console.print(line, soft_wrap=True)
 
 
-def _refusals(result: Result) -> list[str]:
-    return [f"{found.strategy} refuses {found.refusal}" for found in result.candidates if found.refusal]
+def _comparison_lines(result: Result) -> list[str]:
+    ranking = ranking_line(result.candidates)
+    refusals = [f"{found.strategy} refuses {found.refusal}" for found in result.candidates if found.refusal]
+    return [*([ranking] if ranking else []), *refusals]
 
 
 def _show_table(console: Console, title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:

@@ -14,7 +14,7 @@ from planner.errors import SpecError
 from planner.model_spec import ModelSpec
 from planner.plan import AttentionKind, Sharding
 from planner.schedule import AttentionSchedule, GroupLimits, schedule_of
-from planner.wire_price import EXPOSED_SHARE, WireSetting
+from planner.wire_price import WireSetting
 
 MASTER_BYTES = 4  # fp32 weights that the optimizer updates
 ADAM_BYTES = 8  # two fp32 moments
@@ -106,17 +106,13 @@ def _priced_degrees(schedule: AttentionSchedule, setting: _Setting) -> list[int]
 
 
 def _fit(setting: _Setting, kind: AttentionKind, degree: int, fixed_s: float) -> TimeFit:
-    device, model = setting.cluster.device, setting.model
-    share = degree * setting.tensor_parallel
-    attention_s = model.attention_flop((1,)) / (device.peak_flop_per_s * device.attention_efficiency) / share
-    linear_s = model.linear_flop(1) / (device.peak_flop_per_s * device.linear_efficiency) / share
     schedule = schedule_of(kind)
     inner_degree = schedule.inner_degree(degree, setting.group_limits) or 1
     wire = schedule.price(setting, degree, inner_degree)
     return TimeFit(
-        kind=kind, degree=degree, s_per_token2=attention_s * wire.attention_factor,
-        s_per_token=linear_s + _tensor_parallel_s_per_token(setting) / degree + wire.s_per_token, s_per_sequence=0.0,
-        fixed_s=fixed_s + wire.fixed_s, inner_degree=inner_degree,
+        kind=kind, degree=degree, s_per_token2=setting.attention_s / degree * wire.attention_factor,
+        s_per_token=(setting.linear_s + _tensor_parallel_s_per_token(setting)) / degree + wire.s_per_token,
+        s_per_sequence=0.0, fixed_s=fixed_s + wire.fixed_s, inner_degree=inner_degree,
     )
 
 
@@ -199,7 +195,8 @@ def _notes(setting: _Setting, sharding: Sharding) -> tuple[str, ...]:
     notes = [
         "FLOPs over data-sheet peak times one efficiency for matrix products and one for attention, at every length",
         "ulysses: all-to-alls not overlapped, groups of consecutive ranks aligned with nodes, no contention",
-        f"rings and group-cast: {EXPOSED_SHARE:.0%} of the K/V transfer time exposed, whatever the length",
+        "kinds in rounds: one price a token for the K/V transfers that attention may hide, whatever the length: too "
+        "low for short sequences, too high for middling ones, at most by a factor of 1.62",
         "all_gather: the K/V of the group that a rank holds, one layer at a time, is not counted in memory",
         "nothing per sequence: fused variable-length kernels",
         f"guess: {LAYER_LAUNCH_S * 1e6:.0f} us of launches per layer and microbatch",

@@ -29,7 +29,7 @@ STEP_COLUMNS = (
     "status",
 )
 GROUP_COLUMNS = ("microbatch", "attention", "ranks", "seqs", "tokens", "longest", "start", "seconds", "peak", "memory")
-COMPARISON_COLUMNS = ("strategy", "step", "ratio to best", "idle", "peak", "own gap", "plan ms")
+COMPARISON_COLUMNS = ("strategy", "step", "ratio to best", "first replayed", "idle", "peak", "own gap", "plan ms")
 
 _STATUS_WORDS = {
     SolveStatus.OPTIMAL: "proven optimal",
@@ -62,15 +62,42 @@ class Candidate:
     def mean_step_s(self) -> float:
         return sum(step.plan.predicted_s for step in self.steps) / len(self.steps)
 
+    @property
+    def replayed_s(self) -> float | None:
+        """The first step by replay, None where it was not replayed."""
+        replay = self.steps[0].replay if self.steps else None
+        return replay.step_s if replay is not None else None
+
 
 def best_candidate(candidates: SequenceOf[Candidate]) -> Candidate | None:
     """The fastest of those that planned every batch, the first one of equals; None where all refuse."""
     return min((found for found in candidates if found.steps), key=lambda found: found.mean_step_s, default=None)
 
 
-def comparison_row(candidate: Candidate, best: Candidate) -> tuple[str, ...]:
+def fastest_replayed(candidates: SequenceOf[Candidate]) -> Candidate | None:
+    """The one whose first step is the shortest by replay; None where not all that planned were replayed."""
+    times = [(found.replayed_s, place) for place, found in enumerate(candidates) if found.steps]
+    known = [(seconds, place) for seconds, place in times if seconds is not None]
+    return candidates[min(known)[1]] if known and len(known) == len(times) else None
+
+
+def ranking_line(candidates: SequenceOf[Candidate]) -> str:
+    """One line: whether both models find the same strategy fastest. Empty where they were not compared."""
+    best, quickest = best_candidate(candidates), fastest_replayed(candidates)
+    if best is None or quickest is None:
+        return ""
+    if best is quickest:
+        return f"fastest: {best.strategy}, by predicted steps and by the replay of the first step (*)"
+    return (
+        f"fastest: {best.strategy} by predicted steps, {quickest.strategy} by the replay of the first step (*): "
+        f"{format_seconds(quickest.replayed_s or 0.0)} against {format_seconds(best.replayed_s or 0.0)}"
+    )
+
+
+def comparison_row(candidate: Candidate, best: Candidate, quickest: Candidate | None = None) -> tuple[str, ...]:
     """One row under ``COMPARISON_COLUMNS`` for a candidate with plans. Own gap: to the bound of what this strategy
-    could have planned, so a narrow strategy may have a small one and yet be slow."""
+    could have planned, so a narrow strategy may have a small one and yet be slow. ``quickest``: marked with a star."""
+    replayed = "-" if candidate.replayed_s is None else format_seconds(candidate.replayed_s)
     plans = [step.plan for step in candidate.steps]
     gap = "-"
     if all(plan.solver.bound_s > 0 for plan in plans):
@@ -79,6 +106,7 @@ def comparison_row(candidate: Candidate, best: Candidate) -> tuple[str, ...]:
         candidate.strategy,
         format_seconds(candidate.mean_step_s),
         f"{candidate.mean_step_s / best.mean_step_s:.3f}",
+        f"{replayed} *" if candidate is quickest else replayed,
         f"{sum(step.simulation.idle_fraction for step in candidate.steps) / len(plans):.1%}",
         format_bytes(max(plan.peak_bytes for plan in plans)),
         gap,
@@ -163,10 +191,11 @@ def replay_lines(step: PlannedStep) -> list[str]:
         f"{max(replay.node_nic_share):.1%} of the time; planner {format_seconds(step.plan.solver.wall_s)} ahead of it",
     ]
     if not 1 / MODELS_AGREE <= ratio <= MODELS_AGREE:
+        waiting = ", nor that zero3's ranks wait for each other" if step.plan.sharding is Sharding.ZERO3 else ""
         lines.append(
             f"the two models of step {step.plan.step} differ by more than {MODELS_AGREE}x: the plan is the best found "
-            "for the predicted seconds, which expose a fixed share of every ring and know neither contention nor "
-            "waiting inside a microbatch"
+            "for the predicted seconds, which have one price a token for every group and know neither contention nor "
+            f"waiting inside a microbatch{waiting}"
         )
     return lines
 

@@ -14,8 +14,17 @@ from importlib.util import find_spec
 from typing import Any
 
 from planner.errors import SpecError
-from planner.explain import Candidate, PlannedStep, best_candidate, group_names, groups_by_rank, shape_name
+from planner.explain import (
+    Candidate,
+    PlannedStep,
+    best_candidate,
+    fastest_replayed,
+    group_names,
+    groups_by_rank,
+    shape_name,
+)
 from planner.plan import AttentionKind
+from planner.policy_words import policy_name
 from planner.simulate import Event, step_lengths
 from planner.units import GIB, KIB, format_bytes, format_count, format_seconds
 
@@ -26,14 +35,17 @@ _FONT = "system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', sans-serif"
 _INK, _MUTED, _GRID = "#1f2933", "#616e7c", "#e4e7eb"
 _PLAIN, _STRONG, _ALERT, _FIXED = "#9fb3c8", "#2b6cb0", "#c53030", "#d9e2ec"
 _EXCHANGE, _SWAP = "#ed8936", "#805ad5"
-# Light to dark with the degree, one hue for each common kind.
+# Light to dark with the degree, one hue for each kind; kinds of later share the last one.
 _HUES = {
     AttentionKind.LOCAL: ("#9fb3c8",),
     AttentionKind.ULYSSES: ("#90cdf4", "#63b3ed", "#4299e1", "#3182ce", "#2b6cb0", "#2c5282", "#1a365d"),
     AttentionKind.RING: ("#fbd38d", "#f6ad55", "#ed8936", "#dd6b20", "#c05621", "#9c4221", "#652b19"),
     AttentionKind.USP: ("#d6bcfa", "#b794f4", "#9f7aea", "#805ad5", "#6b46c1", "#553c9a", "#44337a"),
+    AttentionKind.DOUBLE_RING: ("#feb2b2", "#fc8181", "#f56565", "#e53e3e", "#c53030", "#9b2c2c", "#63171b"),
+    AttentionKind.GROUP_CAST: ("#9ae6b4", "#68d391", "#48bb78", "#38a169", "#2f855a", "#276749", "#1c4532"),
+    AttentionKind.ALL_GATHER: ("#81e6d9", "#4fd1c5", "#38b2ac", "#319795", "#2c7a7b", "#285e61", "#1d4044"),
 }
-_OTHER_HUES = ("#9ae6b4", "#68d391", "#48bb78", "#38a169", "#2f855a", "#276749", "#1c4532")
+_OTHER_HUES = ("#fbb6ce", "#f687b3", "#ed64a6", "#d53f8c", "#b83280", "#97266d", "#521b41")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,7 +204,7 @@ def _hover_texts(step: PlannedStep) -> list[str]:
         texts.append(
             f"microbatch {index}: {len(sizes)} sequences, {format_count(sum(sizes))} tokens, longest "
             f"{format_count(max(sizes))}<br>{format_seconds(microbatch.predicted_s)}, peak "
-            f"{format_bytes(microbatch.peak_bytes)}"
+            f"{format_bytes(microbatch.peak_bytes)}, activations: {policy_name(microbatch.memory)}"
         )
     return texts
 
@@ -256,7 +268,8 @@ def _memory(page: Page, ranks: tuple[int, ...]) -> _Figure:
 
 
 def _comparison(candidates: SequenceOf[Candidate]) -> _Figure:
-    """Mean step of each strategy, the fastest on top; those that refuse are named in the page's lines."""
+    """Mean step of each strategy, the fastest on top, and its first step as replayed; those that refuse are named in
+    the page's lines."""
     import plotly.graph_objects as go
 
     best = best_candidate(candidates)
@@ -267,8 +280,18 @@ def _comparison(candidates: SequenceOf[Candidate]) -> _Figure:
         orientation="h", y=[found.strategy for found in planned], x=[found.mean_step_s for found in planned],
         marker={"color": [_STRONG if found is best else _PLAIN for found in planned]},
         text=[f"{format_seconds(found.mean_step_s)}, {found.mean_step_s / best_s:.2f}x" for found in planned],
-        textposition="auto", hovertemplate="%{y}: %{text}<extra></extra>",
+        textposition="auto", hovertemplate="%{y}: %{text}<extra></extra>", name="predicted, mean of the steps",
     )
+    replayed = [(found.strategy, found.replayed_s) for found in planned if found.replayed_s is not None]
+    if replayed:
+        quickest = fastest_replayed(candidates)
+        edges = [2 if quickest is not None and name == quickest.strategy else 0 for name, _ in replayed]
+        figure.add_scatter(
+            mode="markers", name="first step, replayed" + (" (red edge: the fastest)" if quickest is not None else ""),
+            y=[name for name, _ in replayed], x=[seconds for _, seconds in replayed],
+            marker={"symbol": "diamond", "size": 9, "color": _EXCHANGE, "line": {"color": _ALERT, "width": edges}},
+            hovertemplate="%{y}: %{x:.4g} s, first step replayed<extra></extra>",
+        )
     _style(figure, height=110 + 34 * len(planned))
     figure.update_xaxes(title="seconds")
     return _Figure(title="Mean step of every strategy on the same batches", plot=figure, is_wide=True)

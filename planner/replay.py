@@ -7,35 +7,40 @@ ends have posted them, NICs shared by those who send at once, copies to the host
 What is approximated, besides the curves of ``planner.machine_model``:
 - layers are alike: the first REPLAYED_LAYERS forward and backward are replayed, the others go on at the pace of the
   last one (of the slowest rank among those tied together by groups); a test holds this to all layers replayed;
-- a NIC is shared evenly among the messages of one round, and between groups of one wave by their mean use of it;
+- messages that a group posts together and that share a port or a NIC are through together; groups of one wave share a
+  NIC by their mean use of it;
   microbatches in different waves (see ``planner.replay_waves``) and collectives over all ranks do not slow each other;
-- zero3 gathers are prefetched one layer ahead, and ranks wait for each other once a wave, not once a layer;
+- zero3: waves are the rounds that the runtime executes (``planner.lockstep``), in which every rank takes part in every
+  gather; gathers are prefetched one layer ahead, and ranks wait for each other once a wave, not once a layer;
 - the tensor-parallel peers of a rank do the same at the same time;
 - a swapped layer is copied while the layer is computed, forward and backward; the last KEPT_LAYERS are never swapped.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from planner.analytic import GRADIENT_BYTES, OPTIMIZER_PASS_BYTES
 from planner.cluster import ClusterSpec
 from planner.cost import MemoryFit
+from planner.errors import SpecError
+from planner.layout import head_degree
 from planner.machine_model import Curves, End, load_curves, machine_model
 from planner.model_spec import ModelSpec
 from planner.plan import Sharding, StepPlan
+from planner.replay_flows import has_closed_form
 from planner.replay_lanes import LaneEvent, LaneRecorder
 from planner.replay_layer import KEPT_LAYERS, REPLAYED_LAYERS, Layer, all_layers, layers, windows
 from planner.replay_state import Ledger, Setting
-from planner.replay_waves import Wave, build_wave, contended, free_links, split_waves
+from planner.replay_waves import Wave, WaveShape, contended, free_links, split_waves, wave_shape
 from planner.replay_work import FloatArray
 from planner.simulate import step_lengths
 
 SCHEME = (
-    f"{REPLAYED_LAYERS} layers replayed forward and backward, the others at their pace; a NIC shared evenly by the "
-    "messages of a round, by mean use between groups of one wave of microbatches, not between waves"
+    f"{REPLAYED_LAYERS} layers replayed forward and backward, the others at their pace; messages of a round that share "
+    "a NIC end together; between groups of one wave of microbatches it is shared by mean use, between waves not"
 )
 ZERO3_SCHEME = "zero3 gathers hide behind the layer before; ranks wait for each other once a wave of microbatches"
 MAX_RANKS = 2048
@@ -75,6 +80,24 @@ class Replay:
         return sum(values) / len(values)
 
 
+_ROUND_S, _MESSAGE_S, _WRITTEN_S = 1e-3, 1.2e-6, 1e-4
+"""Of the replay itself, on one core: each round of a wave's groups of one shape; each rank and round of a group, from a
+closed form or from the written schedules."""
+
+
+def estimated_s(plan: StepPlan) -> float:
+    """About how long ``replay_step`` takes, from the plan alone: no clock decides what a command shows."""
+    seconds = 0.0
+    for microbatches in split_waves(plan.microbatches):
+        num_rounds = {}
+        for group in (group for microbatch in microbatches for group in microbatch.groups):
+            rounds = group.degree // head_degree(group.kind, group.degree, group.inner_degree)
+            num_rounds[group.kind, group.degree, group.inner_degree] = rounds
+            seconds += group.degree * rounds * (_MESSAGE_S if has_closed_form(group.kind) else _WRITTEN_S)
+        seconds += _ROUND_S * sum(num_rounds.values())
+    return seconds
+
+
 def replay_step(
     plan: StepPlan, cluster: ClusterSpec, model: ModelSpec, memory: MemoryFit, *, tensor_parallel: int = 1,
     element_bytes: int = 2, curves: Curves | None = None, draw: bool = False,
@@ -84,17 +107,20 @@ def replay_step(
     ``memory``: bytes of a device, as the plan was made with. ``element_bytes``: of activations and gathered weights.
     ``draw``: keep lanes for a trace. Sharding is the plan's own.
     """
-    nominal = machine_model(cluster, curves or load_curves())
+    _refuse_stages(plan)
+    setting = Setting(
+        machine=machine_model(cluster, curves or load_curves()), model=model, num_ranks=plan.num_ranks,
+        tensor_parallel=tensor_parallel, element_bytes=element_bytes,
+    )
+    lengths = step_lengths(plan)
+    shapes = tuple(wave_shape(each, lengths, setting) for each in split_waves(plan.microbatches))
     runs = {}
     recorder = LaneRecorder(plan.num_ranks) if draw else None
     for end in End:
-        setting = Setting(
-            machine=nominal.at(end), model=model, num_ranks=plan.num_ranks, tensor_parallel=tensor_parallel,
-            element_bytes=element_bytes,
-        )
         is_told = end is End.NOMINAL  # of the ends of the band only the step's length is wanted
         runs[end] = _Step(
-            setting=setting, plan=plan, memory=memory, splits=is_told, recorder=recorder if is_told else None
+            setting=replace(setting, machine=setting.machine.at(end)), plan=plan, shapes=shapes, memory=memory,
+            splits=is_told, recorder=recorder if is_told else None,
         )
         runs[end].run()
     step = runs[End.NOMINAL]
@@ -110,12 +136,21 @@ def replay_step(
     )
 
 
+def _refuse_stages(plan: StepPlan) -> None:
+    num_stages = getattr(plan, "num_stages", 1)
+    if num_stages > 1:
+        raise SpecError(
+            f"step {plan.step}: a plan of {num_stages} pipeline stages cannot be replayed: the replay knows no stages"
+        )
+
+
 @dataclass(slots=True)
 class _Step:
     """One replay in progress at one end of the machine. ``splits``: whether waiting is told from communication."""
 
     setting: Setting
     plan: StepPlan
+    shapes: tuple[WaveShape, ...]
     memory: MemoryFit
     splits: bool
     recorder: LaneRecorder | None
@@ -135,12 +170,12 @@ class _Step:
         self.host_bytes, self.sent_bytes, self.received_bytes, self.far_bytes = (np.zeros(num_ranks) for _ in range(4))
 
     def run(self) -> None:
-        lengths, params = step_lengths(self.plan), self.setting.model.num_params / self.setting.tensor_parallel
+        params = self.setting.model.num_params / self.setting.tensor_parallel
         gathers_once = self.plan.sharding is Sharding.GATHER_ONCE
         if gathers_once:
             self._collective("gather of the parameters", params * self.setting.element_bytes)
-        for microbatches in split_waves(self.plan.microbatches):
-            self._wave(build_wave(microbatches, lengths, self.setting))
+        for shape in self.shapes:
+            self._wave(shape.priced(self.setting))
         self._wait_for_all()
         if gathers_once:
             self._collective("reduction of the gradients", params * GRADIENT_BYTES)

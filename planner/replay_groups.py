@@ -1,12 +1,7 @@
 """One layer's attention in the replay: groups of one shape as arrays that move a clock per rank.
 
-A group's ranks go through its rounds as ``parallel.rounds`` walks them: post the next round's messages, run this
-round's kernels, wait for both ends of the messages. A message starts when both ends have posted it. Waiting for it to
-arrive is exposed communication; waiting because the other end posted late is idle time at first sight (see
-``planner.replay`` for what the other end was late for).
-
-Arrays are ``[group, rank]`` (group index) or ``[round, group, rank]``. Flows of one group in one round are under way
-together: a NIC's rate is divided evenly among those that use it. What other groups take of it comes with ``slowed``.
+What a group does (``GroupStack``) knows nothing of rates, so it is worked out once for a machine and its two ends;
+``priced`` gives the seconds.
 """
 
 from __future__ import annotations
@@ -17,17 +12,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from planner.plan import AttentionGroup
-from planner.replay_state import (
-    WIDE_BYTES,
-    BoolArray,
-    Ledger,
-    Recorder,
-    Setting,
-    Traffic,
-    kernel_seconds,
-    nic_load,
-)
-from planner.replay_work import FloatArray, IntArray, attention_work, group_tokens
+from planner.replay_flows import group_shape
+from planner.replay_state import GroupRun, Ledger, Recorder, Setting, Traffic, kernel_seconds
+from planner.replay_trade import Trades, trades_of
+from planner.replay_walk import Flows, Walk, flows_of, walk_of
+from planner.replay_work import AttentionWork, FloatArray, HeadSplit, IntArray, side_by_side
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,152 +58,102 @@ class LocalRun:
         return self
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RingWalk:
-    """One direction: ``kernel_s`` of each round and the message posted in it, ``[round, group, rank]``.
-
-    ``source``, ``target``: group index of the other end of what a rank receives and sends. ``hop_bytes``: into the
-    rank. ``is_far``: it comes from another node. ``has_message``: of each round, whether any group sends.
-    """
-
-    source: IntArray
-    target: IntArray
-    kernel_s: FloatArray
-    hop_bytes: FloatArray
-    latency_s: FloatArray
-    s_per_byte: FloatArray
-    is_far: BoolArray
-
-    def run(self, ranks: IntArray, clock: FloatArray, ledger: Ledger, record: Recorder | None) -> None:
-        start = clock[ranks]
-        exposed, idle = np.zeros(start.shape), np.zeros(start.shape)
-        has_hop = np.asarray(self.hop_bytes > 0, dtype=np.bool_)
-        hop_s = np.where(has_hop, self.latency_s + self.hop_bytes * self.s_per_byte, 0.0)
-        left_s, leaves = hop_s[:, :, self.target], has_hop[:, :, self.target]
-        full, some = (np.asarray(each((1, 2))).tolist() for each in (has_hop.all, has_hop.any))
-        for number, kernel_s in enumerate(self.kernel_s):
-            after = finish = start + kernel_s
-            if some[number]:
-                into, out = start[:, self.source], start[:, self.target]
-                arrive = np.maximum(start, into) + hop_s[number]
-                left = np.maximum(start, out) + left_s[number]
-                posted = np.maximum(into, out)
-                if not full[number]:
-                    arrive, left = np.where(has_hop[number], arrive, start), np.where(leaves[number], left, start)
-                    posted = np.maximum(
-                        np.where(has_hop[number], into, start), np.where(leaves[number], out, start)
-                    )
-                after = np.maximum(finish, np.maximum(arrive, left))
-                late = np.maximum(posted, finish) - finish
-                idle += late
-                exposed += after - finish - late
-            if record is not None:
-                self._draw(record, number, ranks, start, finish, hop_s)
-            start = after
-        clock[ranks] = start
-        ledger.compute_s[ranks] += self.kernel_s.sum(axis=0)
-        ledger.exposed_s[ranks] += exposed
-        ledger.idle_s[ranks] += idle
-
-    def _draw(
-        self, record: Recorder, number: int, ranks: IntArray, start: FloatArray, finish: FloatArray, hop_s: FloatArray
-    ) -> None:
-        record("compute", f"round {number}", ranks, start, finish)
-        posted = np.maximum(start, start[:, self.source])
-        arrived, name = posted + hop_s[number], f"message of round {number}"
-        for lane, chosen in (("exchange", hop_s[number] > 0), ("nic", (hop_s[number] > 0) & self.is_far)):
-            record(lane, name, ranks[chosen], posted[chosen], arrived[chosen])
-
-    @property
-    def traffic(self) -> Traffic:
-        received = self.hop_bytes.sum(axis=0)
-        far, near = np.where(self.is_far, received, 0.0), np.where(self.is_far, 0.0, received)
-        return Traffic(
-            far_sent=far[:, self.target], far_received=far, near_sent=near[:, self.target], near_received=near
-        )
-
-    def slowed(self, factor: FloatArray) -> RingWalk:
-        slow = np.maximum(factor, factor[:, self.source])
-        return replace(self, s_per_byte=np.where(self.is_far, self.s_per_byte * slow, self.s_per_byte))
-
-    def freed(self) -> RingWalk:
-        nothing = np.zeros_like(self.latency_s)
-        return replace(self, latency_s=nothing, s_per_byte=nothing)
-
-
 @dataclass(frozen=True, slots=True)
-class RingRun:
-    """Zigzag rings of one degree."""
+class ExchangeRun:
+    """Groups of one kind and degree over disjoint ranks: heads traded in, rounds, heads traded back."""
 
     ranks: IntArray
-    there: RingWalk
-    back: RingWalk
+    there: Walk
+    back: Walk
+    trades: Trades | None
 
     @property
     def forward_traffic(self) -> Traffic:
-        return self.there.traffic
+        return self._traffic(True)
 
     @property
     def backward_traffic(self) -> Traffic:
-        return self.back.traffic
+        return self._traffic(False)
+
+    def _traffic(self, is_forward: bool) -> Traffic:
+        walked = (self.there if is_forward else self.back).traffic(self.ranks.shape)
+        if self.trades is None:
+            return walked
+        traded = self.trades.traffic(is_forward, self.ranks.shape)
+        return Traffic(
+            far_sent=walked.far_sent + traded.far_sent, far_received=walked.far_received + traded.far_received,
+            near_sent=walked.near_sent + traded.near_sent, near_received=walked.near_received + traded.near_received,
+        )
 
     def forward(self, clock: FloatArray, ledger: Ledger, record: Recorder | None) -> None:
-        self.there.run(self.ranks, clock, ledger, record)
+        self._run(True, clock, ledger, record)
 
     def backward(self, clock: FloatArray, ledger: Ledger, record: Recorder | None) -> None:
-        self.back.run(self.ranks, clock, ledger, record)
+        self._run(False, clock, ledger, record)
 
-    def slowed(self, forward: FloatArray, backward: FloatArray) -> RingRun:
-        return RingRun(self.ranks, self.there.slowed(forward), self.back.slowed(backward))
+    def _run(self, is_forward: bool, clock: FloatArray, ledger: Ledger, record: Recorder | None) -> None:
+        if self.trades is not None:
+            self.trades.before(is_forward, clock, ledger, record)
+        (self.there if is_forward else self.back).run(self.ranks, clock, ledger, record)
+        if self.trades is not None:
+            self.trades.after(is_forward, clock, ledger, record)
 
-    def freed(self) -> RingRun:
-        return RingRun(self.ranks, self.there.freed(), self.back.freed())
+    def slowed(self, forward: FloatArray, backward: FloatArray) -> ExchangeRun:
+        return ExchangeRun(
+            self.ranks, self.there.slowed(forward), self.back.slowed(backward),
+            self.trades.slowed(forward, backward) if self.trades is not None else None,
+        )
+
+    def freed(self) -> ExchangeRun:
+        return replace(
+            self, there=self.there.freed(), back=self.back.freed(),
+            trades=self.trades.freed() if self.trades is not None else None,
+        )
 
 
-def local_run(groups: SequenceOf[AttentionGroup], lengths: SequenceOf[int], setting: Setting) -> LocalRun:
-    """Groups of one rank: their kernels, nothing else."""
-    seconds = [kernel_seconds(attention_work(group, lengths), setting, setting.query_heads) for group in groups]
-    return LocalRun(
-        np.array([group.ranks for group in groups]), np.array([float(each[0].sum()) for each in seconds])[:, None],
-        np.array([float(each[1].sum()) for each in seconds])[:, None],
-    )
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupStack:
+    """Groups of one shape, ``[group, member]``; work is ``[round, member of all groups]``. ``rows``: tokens that each
+    member holds."""
+
+    ranks: IntArray
+    rows: FloatArray
+    heads: HeadSplit
+    forward_work: AttentionWork
+    backward_work: AttentionWork
+    forward_flows: Flows
+    backward_flows: Flows
+
+    def priced(self, setting: Setting) -> GroupRun:
+        heads = np.tile(self.heads.queries, self.ranks.size // len(self.heads.queries))
+        forward_s, _ = kernel_seconds(self.forward_work, setting, heads)
+        _, backward_s = kernel_seconds(self.backward_work, setting, heads)
+        if self.ranks.shape[1] == 1:
+            return LocalRun(self.ranks, forward_s.sum(axis=0)[:, None], backward_s.sum(axis=0)[:, None])
+        return ExchangeRun(
+            self.ranks, walk_of(self.forward_flows, forward_s, setting),
+            walk_of(self.backward_flows, backward_s, setting),
+            trades_of(self.ranks, self.rows, self.heads, setting) if len(self.heads.queries) > 1 else None,
+        )
 
 
-def ring_run(groups: SequenceOf[AttentionGroup], lengths: SequenceOf[int], setting: Setting) -> RingRun:
-    """Rings of one degree over disjoint ranks: forward degree rounds, backward one more (see ``planner.schedule``)."""
+def stack_groups(
+    groups: SequenceOf[AttentionGroup], lengths: SequenceOf[int], setting: Setting, *, is_written: bool = False
+) -> GroupStack:
+    """Groups of one kind and degree; unless of one rank each, over disjoint ranks. ``is_written``: see
+    ``group_shape``."""
+    shapes = [group_shape(group, lengths, setting, is_written=is_written) for group in groups]
     ranks = np.array([group.ranks for group in groups])
-    degree = ranks.shape[1]
-    place, hops = np.arange(degree), np.arange(degree + 1)[:, None]
-    behind, ahead = (place - hops) % degree, (place + hops) % degree
-    tokens = np.array([group_tokens(group, lengths) for group in groups], dtype=np.float64)
-    works = [kernel_seconds(attention_work(group, lengths), setting, setting.query_heads) for group in groups]
-    there_s = np.stack([forward_s[place, behind[:degree]] for forward_s, _ in works], axis=1)
-    back_s = np.stack([backward_s[place, ahead[:degree]] for _, backward_s in works], axis=1)
-    token_bytes = 2 * setting.kv_heads * setting.model.head_dim
-    kv_bytes, grad_bytes = token_bytes * setting.element_bytes, token_bytes * max(WIDE_BYTES, setting.element_bytes)
-    arriving = tokens.T[behind].transpose(0, 2, 1)  # [hops, group, rank]: tokens of the shard that many places behind
-    returning = tokens.T[ahead].transpose(0, 2, 1)
-    there, back = np.zeros((degree, *tokens.shape)), np.zeros((degree + 1, *tokens.shape))
-    there[:-1] = kv_bytes * arriving[1:degree]
-    back[: degree - 1] = kv_bytes * returning[1:degree]
-    back[2:] += grad_bytes * returning[2:]
-    return RingRun(
-        ranks, _ring_walk(setting, ranks, behind[1], there_s, there),
-        _ring_walk(setting, ranks, ahead[1], np.concatenate([back_s, np.zeros((1, *tokens.shape))]), back),
+    forward_work, backward_work = (
+        side_by_side([getattr(shape, walk).work for shape in shapes]) for walk in ("forward", "backward")
     )
-
-
-def _ring_walk(
-    setting: Setting, ranks: IntArray, source: IntArray, kernel_s: FloatArray, hop_bytes: FloatArray
-) -> RingWalk:
-    machine, target = setting.machine, np.argsort(source)
-    nodes, nics = setting.node_of(ranks), setting.nic_of(ranks)
-    is_far = nodes != nodes[:, source]
-    load = np.maximum(nic_load(nics, is_far), nic_load(nics, is_far[:, target])[:, source])
-    near_s = 1 / machine.intra_node.bytes_per_s
-    far_s = np.maximum(near_s, setting.flows_per_rank * load / machine.nic_bytes_per_s)
-    return RingWalk(
-        source=source, target=target, kernel_s=kernel_s, hop_bytes=hop_bytes, is_far=is_far,
-        latency_s=np.where(is_far, machine.inter_node.latency_s, machine.intra_node.latency_s),
-        s_per_byte=np.where(is_far, far_s, near_s),
+    return GroupStack(
+        ranks=ranks, rows=np.array([shape.rows for shape in shapes], dtype=np.float64), heads=shapes[0].heads,
+        forward_work=forward_work, backward_work=backward_work,
+        forward_flows=flows_of(
+            [shape.forward.messages for shape in shapes], ranks, setting, len(forward_work.calls)
+        ),
+        backward_flows=flows_of(
+            [shape.backward.messages for shape in shapes], ranks, setting, len(backward_work.calls)
+        ),
     )

@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from planner.lockstep import lockstep_rounds
 from planner.plan import AttentionGroup, AttentionKind, MemoryPolicy, Microbatch
-from planner.replay_groups import local_run, ring_run
+from planner.replay_groups import GroupStack, stack_groups
 from planner.replay_state import GroupRun, Setting, Traffic
-from planner.replay_ulysses import ulysses_run
 from planner.replay_work import FloatArray, IntArray, group_tokens
 
 
@@ -36,20 +36,33 @@ class Wave:
         return any(run.ranks.shape[1] > 1 for run in self.runs)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WaveShape:
+    """A wave before its groups have seconds."""
+
+    ranks: IntArray
+    stacks: tuple[GroupStack, ...]
+    part: IntArray
+    rank_tokens: FloatArray
+    swap_fraction: FloatArray
+    recompute_fraction: FloatArray
+
+    def priced(self, setting: Setting) -> Wave:
+        return Wave(
+            ranks=self.ranks, runs=tuple(stack.priced(setting) for stack in self.stacks), part=self.part,
+            rank_tokens=self.rank_tokens, swap_fraction=self.swap_fraction,
+            recompute_fraction=self.recompute_fraction,
+        )
+
+
 def split_waves(microbatches: SequenceOf[Microbatch]) -> list[list[Microbatch]]:
-    """Each microbatch in the first wave after all earlier ones it shares a rank with."""
-    waves: list[list[Microbatch]] = []
-    next_wave: dict[int, int] = {}
-    for microbatch in microbatches:
-        place = max(next_wave.get(rank, 0) for rank in microbatch.ranks)
-        next_wave.update(dict.fromkeys(microbatch.ranks, place + 1))
-        if place == len(waves):
-            waves.append([])
-        waves[place].append(microbatch)
-    return waves
+    """The rounds of ``planner.lockstep``: each microbatch in the first one after those before it that share a rank with
+    it. With ``zero3`` they are what runs; else only a way to replay many microbatches at once."""
+    rounds = lockstep_rounds(microbatch.ranks for microbatch in microbatches)
+    return [[microbatches[index] for index in members] for members in rounds]
 
 
-def build_wave(microbatches: SequenceOf[Microbatch], lengths: SequenceOf[int], setting: Setting) -> Wave:
+def wave_shape(microbatches: SequenceOf[Microbatch], lengths: SequenceOf[int], setting: Setting) -> WaveShape:
     """Work and traffic of a wave's groups."""
     tokens = np.zeros(setting.num_ranks)
     swap, recompute = np.zeros(setting.num_ranks), np.zeros(setting.num_ranks)
@@ -60,29 +73,21 @@ def build_wave(microbatches: SequenceOf[Microbatch], lengths: SequenceOf[int], s
                 fractions[list(microbatch.ranks)] = value
         for group in microbatch.groups:
             tokens[list(group.ranks)] += group_tokens(group, lengths)
-    stacks = _stacks(group for microbatch in microbatches for group in microbatch.groups)
-    runs = [_run(groups, lengths, setting) for groups in stacks]
-    return Wave(
-        ranks=np.array(sorted(rank for microbatch in microbatches for rank in microbatch.ranks)), runs=tuple(runs),
-        part=_parts(runs, setting.num_ranks), rank_tokens=tokens, swap_fraction=swap, recompute_fraction=recompute,
+    found = _stacks(group for microbatch in microbatches for group in microbatch.groups)
+    stacks = tuple(stack_groups(groups, lengths, setting) for groups in found)
+    return WaveShape(
+        ranks=np.array(sorted(rank for microbatch in microbatches for rank in microbatch.ranks)), stacks=stacks,
+        part=_parts(stacks, setting.num_ranks), rank_tokens=tokens, swap_fraction=swap, recompute_fraction=recompute,
     )
-
-
-def _run(groups: SequenceOf[AttentionGroup], lengths: SequenceOf[int], setting: Setting) -> GroupRun:
-    if groups[0].degree == 1:
-        return local_run(groups, lengths, setting)
-    if groups[0].kind is AttentionKind.RING:
-        return ring_run(groups, lengths, setting)
-    return ulysses_run(groups, lengths, setting)
 
 
 def _stacks(groups: Iterable[AttentionGroup]) -> list[list[AttentionGroup]]:
     """Groups of one shape in one stack, none before or beside an earlier group that it shares a rank with."""
     stacks: list[list[AttentionGroup]] = []
-    shape_of: list[tuple[AttentionKind, int]] = []
+    shape_of: list[tuple[AttentionKind, int, int]] = []
     next_stack: dict[int, int] = {}
     for group in groups:
-        shape = (group.kind, group.degree)
+        shape = (group.kind, group.degree, group.inner_degree)
         place = max(next_stack.get(rank, 0) for rank in group.ranks)
         if group.degree == 1 and place and shape_of[place - 1] == shape:
             place -= 1  # kernels of one rank just follow each other
@@ -96,13 +101,13 @@ def _stacks(groups: Iterable[AttentionGroup]) -> list[list[AttentionGroup]]:
     return stacks
 
 
-def _parts(runs: SequenceOf[GroupRun], num_ranks: int) -> IntArray:
+def _parts(stacks: SequenceOf[GroupStack], num_ranks: int) -> IntArray:
     part = np.arange(num_ranks)
     while True:
         before = part.copy()
-        for run in runs:
-            if run.ranks.shape[1] > 1:
-                part[run.ranks] = part[run.ranks].min(axis=1, keepdims=True)
+        for stack in stacks:
+            if stack.ranks.shape[1] > 1:
+                part[stack.ranks] = part[stack.ranks].min(axis=1, keepdims=True)
         if (part == before).all():
             return part
 

@@ -1,9 +1,10 @@
-"""What the ranks of one attention group compute and send in each round, as arrays: ``planner.schedule`` without the
-objects, so that a ring of a thousand ranks (a million rounds) takes milliseconds. A test holds the two together.
+"""What the members of one attention group compute, hold and trade, as arrays: ``planner.schedule`` without the objects,
+so that a ring of a thousand ranks (a million rounds) takes milliseconds. A test holds the two together.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from planner.layout import local_token_counts
-from planner.plan import AttentionGroup, AttentionKind
+from planner.plan import AttentionGroup
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -19,12 +20,11 @@ IntArray = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionWork:
-    """Kernel work of a group. Arrays ``[rank, owner]``: the queries of the rank at that group index over the keys of
-    the rank at index ``owner``; a group without rounds has one column.
+    """Kernel work as arrays of one shape, mostly ``[round, member]``.
 
     ``queries`` and ``keys``: tokens summed over the spans of all tasks (a span in two tasks counts twice). ``pairs``:
-    (query, key) pairs computed. ``calls``: kernel launches. ``merged``: query tokens whose partial result is merged
-    into an earlier one.
+    (query, key) pairs computed. ``calls``: kernel launches: one for the triangles, one for the rest of the own keys,
+    one for the keys of each message. ``merged``: query tokens whose partial result is merged into an earlier one.
     """
 
     calls: FloatArray
@@ -33,13 +33,46 @@ class AttentionWork:
     pairs: FloatArray
     merged: FloatArray
 
+    def each(self, change: Callable[[FloatArray], FloatArray]) -> AttentionWork:
+        """The same change made to all arrays."""
+        return AttentionWork(
+            calls=change(self.calls), queries=change(self.queries), keys=change(self.keys), pairs=change(self.pairs),
+            merged=change(self.merged),
+        )
+
+
+def side_by_side(works: SequenceOf[AttentionWork]) -> AttentionWork:
+    """Members of several groups in one array, one group behind the other."""
+    return AttentionWork(
+        calls=np.concatenate([work.calls for work in works], axis=1),
+        queries=np.concatenate([work.queries for work in works], axis=1),
+        keys=np.concatenate([work.keys for work in works], axis=1),
+        pairs=np.concatenate([work.pairs for work in works], axis=1),
+        merged=np.concatenate([work.merged for work in works], axis=1),
+    )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadSplit:
-    """Heads of each member of a ulysses group, by group index. ``width``: in a row of q, k and v together."""
+    """Heads of each member of a team that trades heads, by its place. ``width``: in a row of q, k and v together."""
 
     queries: FloatArray
     width: FloatArray
+
+    @property
+    def kv(self) -> FloatArray:
+        """KV heads of each member: those that its query heads read."""
+        return (self.width - self.queries) / 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Blocks:
+    """A group's tokens by team. ``tokens[t]``: of team t. ``work[t, s]``: its queries over the keys of team s.
+    ``needed[t, s]``: tokens of team s that some query of team t reads."""
+
+    tokens: FloatArray
+    work: AttentionWork
+    needed: FloatArray
 
 
 def group_tokens(group: AttentionGroup, lengths: SequenceOf[int]) -> tuple[int, ...]:
@@ -48,14 +81,22 @@ def group_tokens(group: AttentionGroup, lengths: SequenceOf[int]) -> tuple[int, 
     return local_token_counts(group.kind, group.degree, sizes, group.inner_degree)
 
 
-def attention_work(group: AttentionGroup, lengths: SequenceOf[int]) -> AttentionWork:
-    """The tasks of ``write_schedule``, added up for each rank and each owner of keys."""
-    sizes = np.array([lengths[index] for index in group.sequences], dtype=np.int64)
-    if group.kind is AttentionKind.RING:
-        return _ring_work(*_zigzag_chunks(sizes, group.degree))
-    total, pairs = float(sizes.sum()), float((sizes * (sizes + 1) // 2).sum())
-    one = np.ones((group.degree, 1))
+def whole_work(sizes: IntArray) -> AttentionWork:
+    """Sequences of these lengths, each in one piece, one call: ``[1, 1]``."""
+    one, total, pairs = np.ones((1, 1)), float(sizes.sum()), float((sizes * (sizes + 1) // 2).sum())
     return AttentionWork(calls=one, queries=total * one, keys=total * one, pairs=pairs * one, merged=0.0 * one)
+
+
+def zigzag_blocks(sizes: IntArray, num_teams: int) -> Blocks:
+    """Sequences of these lengths dealt to the teams as ``planner.layout`` does."""
+    if num_teams == 1:
+        total = np.array([float(sizes.sum())])
+        return Blocks(tokens=total, work=whole_work(sizes), needed=total[:, None])
+    early, late = _zigzag_chunks(sizes, num_teams)
+    both = early + late
+    has, has_late = (both > 0).astype(np.float64), (late > 0).astype(np.float64)
+    needed = np.tril(has.T @ early, -1) + np.triu(has_late.T @ both, 1) + np.diag(both.sum(axis=0))
+    return Blocks(tokens=both.sum(axis=0), work=_zigzag_work(early, late), needed=needed)
 
 
 def _zigzag_chunks(sizes: IntArray, degree: int) -> tuple[FloatArray, FloatArray]:
@@ -69,9 +110,9 @@ def _zigzag_chunks(sizes: IntArray, degree: int) -> tuple[FloatArray, FloatArray
     return whole.astype(np.float64), np.where(touching, 0, late).astype(np.float64)
 
 
-def _ring_work(early: FloatArray, late: FloatArray) -> AttentionWork:
-    """Rank r meets the keys of rank s. Behind it (s < r) only s's early chunk lies before r's chunks; ahead of it
-    (s > r) both of s's chunks lie before r's late chunk."""
+def _zigzag_work(early: FloatArray, late: FloatArray) -> AttentionWork:
+    """Team r meets the keys of team s, ``[r, s]``. Behind it (s < r) only s's early chunk lies before r's chunks; ahead
+    of it (s > r) both of s's chunks lie before r's late chunk."""
     degree = early.shape[1]
     has_early, has_late = (early > 0).astype(np.float64), (late > 0).astype(np.float64)
     both, has = early + late, has_early + has_late

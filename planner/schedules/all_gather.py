@@ -22,7 +22,7 @@ from planner.schedule import (
     needed_spans,
     span_tasks,
 )
-from planner.wire_price import PASSES, WirePrice, WireSetting
+from planner.wire_price import WirePrice, WireSetting
 
 
 def _write(group: AttentionGroup, lengths: SequenceOf[int], group_index: int) -> ExchangeSchedule:
@@ -57,9 +57,11 @@ def _head_degree(degree: int, inner_degree: int) -> int:
 
 
 def _price(setting: WireSetting, degree: int, inner_degree: int) -> WirePrice:
-    """Only the rank's own block hides anything: all of the transfer is charged."""
+    """Only the rank's own block hides anything: all of the transfer is charged, and what the pieces add to the
+    kernels."""
     return WirePrice(
-        s_per_token=PASSES * setting.direct_s_per_token(degree, degree * setting.kv_bytes),
+        s_per_token=setting.kv_passes * setting.direct_s_per_token(degree, degree * setting.kv_bytes)
+        + setting.rounds_s(degree, 1),
         fixed_s=setting.latency_s(degree, 3),
     )
 

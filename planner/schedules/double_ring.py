@@ -19,7 +19,7 @@ from math import gcd, isqrt
 from planner.layout import team_spans
 from planner.plan import AttentionGroup, Span
 from planner.schedule import AttentionSchedule, ExchangeSchedule, GroupLimits, Round, Transfer, message, span_tasks
-from planner.wire_price import EXPOSED_SHARE, PASSES, WirePrice, WireSetting
+from planner.wire_price import WirePrice, WireSetting
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +124,7 @@ def _price(setting: WireSetting, degree: int, inner_degree: int) -> WirePrice:
     outer_s = (num_rings - 1) / degree * setting.kv_bytes / outer_bytes_per_s
     inner_hops, outer_hops = 2 * num_rings * (inner_degree - 1), 2 * (num_rings - 1)
     return WirePrice(
-        s_per_token=EXPOSED_SHARE * PASSES * (inner_s + outer_s),
+        s_per_token=setting.beside_kernels(degree, 1, inner_s + outer_s),
         fixed_s=setting.latency_s(inner_degree, inner_hops) + setting.latency_s(degree, outer_hops),
     )
 

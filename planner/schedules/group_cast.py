@@ -14,7 +14,7 @@ from collections.abc import Sequence as SequenceOf
 from planner.layout import team_spans
 from planner.plan import AttentionGroup, Span
 from planner.schedule import AttentionSchedule, ExchangeSchedule, GroupLimits, Round, message, needed_spans, span_tasks
-from planner.wire_price import EXPOSED_SHARE, PASSES, WirePrice, WireSetting
+from planner.wire_price import WirePrice, WireSetting
 
 
 def _write(group: AttentionGroup, lengths: SequenceOf[int], group_index: int) -> ExchangeSchedule:
@@ -62,7 +62,7 @@ def _price(setting: WireSetting, degree: int, inner_degree: int) -> WirePrice:
     on links that ranks share, which is not priced, and the boundary between nodes, which no single rank has to carry
     everything over."""
     return WirePrice(
-        s_per_token=EXPOSED_SHARE * PASSES * setting.direct_s_per_token(degree, degree * setting.kv_bytes),
+        s_per_token=setting.beside_kernels(degree, 1, setting.direct_s_per_token(degree, degree * setting.kv_bytes)),
         fixed_s=setting.latency_s(degree, 2 * (degree - 1)),
     )
 

@@ -254,6 +254,33 @@ def test_all_compares_every_strategy(lengths: str, capsys: pytest.CaptureFixture
     assert run(list(flags)) == 0
     out = capsys.readouterr().out
     assert "ratio to best" in out and all(f"│ {row['strategy']} " in out for row in known)
+    assert "first replayed" in out and " * │" in out and "fastest: " in out
+
+
+def test_all_replays_every_first_step(
+    lengths: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ("--lengths", lengths, "--batch-sequences", "20", "--steps", "2", "--strategy", "all")
+    known = [row for row in planned(capsys, *flags)["comparison"] if "refused" not in row]
+    assert all(set(row["first_step_replay"]) == REPLAY_KEYS for row in known)
+    times = [row["first_step_replay"]["step_s"] for row in known]
+    assert [row["is_fastest_by_replay"] for row in known].index(True) == times.index(min(times))
+    assert sum(row["is_fastest_by_replay"] for row in known) == 1
+    monkeypatch.setattr("launch.plan_replay.MAX_COMPARING_S", 0.0)
+    result = planned(capsys, *flags)
+    fastest = min((row for row in result["comparison"] if "refused" not in row),
+                  key=lambda row: row["summary"]["mean_step_s"])["strategy"]
+    for row in result["comparison"]:
+        assert row.get("first_step_replay") is None or row["strategy"] == fastest
+        assert not row.get("is_fastest_by_replay")
+    assert all(step["replay"] is not None for step in result["steps"])
+    assert run(list(flags)) == 0
+    out = capsys.readouterr().out
+    assert f"note: of the strategies only {fastest} is replayed: the first step of the others would take about" in out
+    assert "fastest: " not in out
+    monkeypatch.setattr("launch.plan_replay.MAX_REPLAYING_S", 0.0)
+    assert run(list(flags)) == 0
+    assert "note: not replayed: it would take about" in capsys.readouterr().out
 
 
 def test_a_strategy_that_cannot_is_a_line_not_the_end(

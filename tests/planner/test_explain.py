@@ -16,11 +16,13 @@ from planner.explain import (
     band_text,
     best_candidate,
     comparison_row,
+    fastest_replayed,
     group_rows,
     knob_lines,
     memory_line,
     provenance_lines,
     rank_ranges,
+    ranking_line,
     replay_lines,
     shape_line,
     solver_line,
@@ -124,9 +126,24 @@ def test_comparison() -> None:
     assert best_candidate((refused, slow, fast)) is fast and best_candidate((refused,)) is None
     row = dict(zip(COMPARISON_COLUMNS, comparison_row(slow, fast), strict=True))
     assert row == {
-        "strategy": "b", "step": "11 s", "ratio to best": "2.000", "idle": "20.0%", "peak": "140 B", "own gap": "20.0%",
-        "plan ms": "250.0",
+        "strategy": "b", "step": "11 s", "ratio to best": "2.000", "first replayed": "-", "idle": "20.0%",
+        "peak": "140 B", "own gap": "20.0%", "plan ms": "250.0",
     }
+
+
+def test_the_comparison_marks_the_fastest_by_replay() -> None:
+    slow = replace(planned(), plan=replace(planned().plan, predicted_s=11.0))
+    first = Candidate(strategy="a", steps=(replayed(planned(), 7.0),))
+    second, refused = Candidate(strategy="b", steps=(replayed(slow, 6.0),)), Candidate(strategy="c", refusal="no")
+    assert fastest_replayed((first, second, refused)) is second and fastest_replayed((refused,)) is None
+    assert ranking_line((first, second, refused)) == (
+        "fastest: a by predicted steps, b by the replay of the first step (*): 6 s against 7 s"
+    )
+    assert ranking_line((first, refused)).startswith("fastest: a, by predicted steps and by the replay")
+    rows = [comparison_row(found, first, second) for found in (first, second)]
+    assert [dict(zip(COMPARISON_COLUMNS, row, strict=True))["first replayed"] for row in rows] == ["7 s", "6 s *"]
+    some = (first, Candidate(strategy="b", steps=(slow,)))
+    assert fastest_replayed(some) is None and ranking_line(some) == "", "one without a replay could be faster"
 
 
 def test_knob_lines() -> None:

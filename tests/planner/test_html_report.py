@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from importlib.util import find_spec
 
 import pytest
@@ -11,6 +12,7 @@ from planner import html_report
 from planner.errors import SpecError
 from planner.explain import Candidate
 from planner.html_report import MAX_RANKS_SHOWN, Page, html_page, require_plotly
+from planner.plan import AttentionKind, MemoryPolicy
 from tests.planner.test_trace import planned, replayed
 
 needs_plotly = pytest.mark.skipif(find_spec("plotly") is None, reason="plotly is not installed (extra: report)")
@@ -52,6 +54,28 @@ def test_the_comparison_is_drawn_fastest_on_top() -> None:
     assert list(figure.data[0].y)[-1] == "flexsp" and len(figure.data[0].y) == 2
     assert figure.data[0].text[-1].endswith("1.00x")
     assert "Mean step of every strategy" in html_page(make_page(candidates=candidates))
+
+
+@needs_plotly
+def test_the_comparison_marks_the_fastest_by_replay() -> None:
+    (flexsp,), (static,) = replayed("flexsp", num_steps=1), replayed("static", num_steps=1)
+    static = replace(static, replay=replace(static.replay, step_s=flexsp.replay.step_s / 2))
+    candidates = (Candidate(strategy="static", steps=(static,)), Candidate(strategy="flexsp", steps=(flexsp,)))
+    _, marks = html_report._comparison(candidates).plot.data
+    assert dict(zip(marks.y, marks.x, strict=True)) == {
+        "flexsp": flexsp.replay.step_s, "static": static.replay.step_s,
+    }
+    assert dict(zip(marks.y, marks.marker.line.width, strict=True)) == {"flexsp": 0, "static": 2}
+
+
+def test_every_kind_has_its_own_colour_and_the_policy_is_told() -> None:
+    colours = [html_report._colour(kind, 4) for kind in AttentionKind]
+    assert len(set(colours)) == len(colours)
+    (step,) = planned("flexsp", num_steps=1)
+    first, *others = step.plan.microbatches
+    swapped = replace(first, memory=MemoryPolicy(keep_fraction=0.5, swap_fraction=0.5))
+    texts = html_report._hover_texts(replace(step, plan=replace(step.plan, microbatches=(swapped, *others))))
+    assert texts[0].endswith("activations: swap 0.50") and all(text.endswith("activations: keep") for text in texts[1:])
 
 
 @needs_plotly
