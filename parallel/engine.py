@@ -14,7 +14,8 @@ from parallel.comm import Exchange
 from parallel.heads import HeadExchange, HeadLayout
 from parallel.kernel import AttentionKernel
 from parallel.program import GroupProgram, RankMicrobatch
-from parallel.rounds import RoundWalker, bind_rounds
+from parallel.remap import Remap
+from parallel.rounds import RoundWalker, StartedWalk, bind_rounds
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,18 +30,29 @@ class _GroupRunner:
 
 @dataclass(frozen=True, slots=True)
 class MicrobatchAttention:
-    """Callable ``(q_TNH, k_TKH, v_TKH) -> out_TNH`` for all layers of one microbatch. Communicates with its groups."""
+    """Callable ``(q_TNH, k_TKH, v_TKH) -> out_TNH`` for all layers of one microbatch. Communicates with its groups, and
+    with ``remap`` with the ranks that its rows come from or go to: T rows in the linear layout, in and out."""
 
     runners: tuple[_GroupRunner, ...]
+    remap: Remap | None = None
 
     def __call__(self, q_TNH: torch.Tensor, k_TKH: torch.Tensor, v_TKH: torch.Tensor) -> torch.Tensor:
         if not self.runners:  # the empty microbatch that ends a step: no rows, but k and v stay in the graph
             return q_TNH + 0 * (k_TKH.sum() + v_TKH.sum())
-        outs = []
-        for runner in self.runners:
-            start, stop = runner.group.rows
-            outs.append(_GroupAttention.apply(q_TNH[start:stop], k_TKH[start:stop], v_TKH[start:stop], runner))
-        return outs[0] if len(outs) == 1 else torch.cat(outs)
+        if self.remap is not None:
+            q_TNH, k_TKH, v_TKH = self.remap.qkv_to_attention(q_TNH, k_TKH, v_TKH)
+        parts = [tuple(x[slice(*runner.group.rows)] for x in (q_TNH, k_TKH, v_TKH)) for runner in self.runners]
+        # every group's first messages fly while the first group's kernels run; heads have to be traded before that
+        started = [
+            None if runner.heads is not None else runner.walker.start(part[1], part[2])
+            for runner, part in zip(self.runners, parts, strict=True)
+        ]
+        outs = [
+            _GroupAttention.apply(*part, runner, walk)
+            for runner, part, walk in zip(self.runners, parts, started, strict=True)
+        ]
+        out_TNH = outs[0] if len(outs) == 1 else torch.cat(outs)
+        return out_TNH if self.remap is None else self.remap.out_to_linear(out_TNH)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +73,10 @@ class AttentionEngine:
         are rows of this rank, which a memory policy can recompute. The same on all ranks of a group.
         """
         return MicrobatchAttention(
-            tuple(self._runner(group, num_query_heads, num_kv_heads, head_dim, regather) for group in microbatch.groups)
+            tuple(
+                self._runner(group, num_query_heads, num_kv_heads, head_dim, regather) for group in microbatch.groups
+            ),
+            None if microbatch.moves is None else Remap(microbatch.moves, self.wire),
         )
 
     def _runner(
@@ -90,12 +105,13 @@ class _GroupAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q_TNH: torch.Tensor, k_TKH: torch.Tensor, v_TKH: torch.Tensor, runner: _GroupRunner
+        ctx: Any, q_TNH: torch.Tensor, k_TKH: torch.Tensor, v_TKH: torch.Tensor, runner: _GroupRunner,
+        started: StartedWalk | None,
     ) -> torch.Tensor:
         own = (q_TNH, k_TKH, v_TKH)
         if runner.heads is not None:
             q_TNH, k_TKH, v_TKH = runner.heads.gather_qkv(q_TNH, k_TKH, v_TKH)
-        out_TNH, lse_TN = runner.walker.forward(q_TNH, k_TKH, v_TKH)
+        out_TNH, lse_TN = runner.walker.forward(q_TNH, k_TKH, v_TKH, started)
         ctx.save_for_backward(*(own if runner.regather else (q_TNH, k_TKH, v_TKH)), out_TNH, lse_TN)
         ctx.runner = runner
         return runner.heads.scatter_out(out_TNH) if runner.heads is not None else out_TNH
@@ -112,4 +128,4 @@ class _GroupAttention(torch.autograd.Function):
         grads = runner.walker.backward(dout_TNH.contiguous(), q_TNH, k_TKH, v_TKH, out_TNH, lse_TN)
         if runner.heads is not None:
             grads = runner.heads.scatter_qkv_grads(*grads)
-        return (*grads, None)
+        return (*grads, None, None)

@@ -1,8 +1,9 @@
 """StepPlan -> what one rank does, as row numbers: pure integers, no tensors, no communication.
 
-Rows are places in the rank's local tensors. A microbatch's rows are its groups' rows one behind the other; inside a
-group they follow ``layout.shard_spans``; after a head exchange, ``layout.team_spans``. Held rows (received K/V) count
-from 0 in every round.
+Rows are places in the rank's local tensors. A microbatch's attention rows are its groups' rows one behind the other;
+outside attention some of them may be elsewhere (``planner.linear_layout``). Inside a group they follow
+``layout.shard_spans``; after a head exchange, ``layout.team_spans``. Held rows (received K/V) count from 0 in every
+round.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 
 from planner.errors import PlanError
 from planner.layout import local_token_counts, shard_spans, team_spans
+from planner.linear_layout import RankMoves, linear_spans, rank_moves
 from planner.lockstep import lockstep_rounds
 from planner.pipeline_order import StageWork, pipeline_order, rank_actions
 from planner.plan import (
@@ -104,13 +106,16 @@ class GroupProgram:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankMicrobatch:
-    """One microbatch of this rank. ``index``: its place in the plan's global order."""
+    """One microbatch of this rank. ``index``: its place in the plan's global order. ``spans``, ``num_rows``: what it
+    holds outside attention (``planner.linear_layout``). ``moves``: how that becomes the rows of its groups; None where
+    it is them."""
 
     index: int
     spans: tuple[Span, ...]
     groups: tuple[GroupProgram, ...]
     num_rows: int
     memory: MemoryPolicy
+    moves: RankMoves | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,8 +183,16 @@ def _compile_microbatch(index: int, microbatch: Microbatch, lengths: list[int], 
         groups.append(_compile_group(group, lengths, rank, own, first_row))
         spans.extend(own)
         first_row = groups[-1].rows[1]
+    if not microbatch.moves:
+        return RankMicrobatch(
+            index=index, spans=tuple(spans), groups=tuple(groups), num_rows=first_row, memory=microbatch.memory
+        )
+    if not microbatch.memory.is_keep:
+        raise PlanError(f"microbatch {index}: remapped tokens with memory policy {microbatch.memory} cannot be run yet")
+    moves = rank_moves(microbatch.moves, rank, first_row)
     return RankMicrobatch(
-        index=index, spans=tuple(spans), groups=tuple(groups), num_rows=first_row, memory=microbatch.memory
+        index=index, spans=linear_spans(microbatch, lengths, rank), groups=tuple(groups), memory=microbatch.memory,
+        num_rows=moves.num_linear_rows, moves=moves if moves.lent or moves.guests else None,
     )
 
 
@@ -207,6 +220,18 @@ def _compile_group(
         forward=_compile_rounds(schedule.forward, _row_map(resident)),
         backward=_compile_rounds(schedule.backward, _row_map(resident)),
     )
+
+
+def _rows_of(span: Span, rows: dict[Span, Rows]) -> Rows | None:
+    """Rows of one of these spans or of a part of one."""
+    found = rows.get(span)
+    if found is not None:
+        return found
+    for whole, (first, _) in rows.items():
+        if whole.sequence == span.sequence and whole.start_token <= span.start_token < whole.stop_token:
+            start = first + span.start_token - whole.start_token
+            return (start, start + span.num_tokens) if span.stop_token <= whole.stop_token else None
+    return None
 
 
 def _row_map(spans: Iterable[Span]) -> dict[Span, Rows]:
@@ -264,12 +289,16 @@ def _messages(posted: dict[int, _Messages], wait_after: int) -> _Messages:
 
 
 def _source_rows(transfer: Transfer, own: dict[Span, Rows], held: dict[Span, Rows]) -> PeerRows:
-    from_own = transfer.spans[0] in own
+    """Held rows come first: gradients of parts of a held block are not own, and what a rank holds it does not own."""
+    from_own = transfer.spans[0] not in held
     return _peer_rows(transfer, own if from_own else held, held=not from_own)
 
 
 def _peer_rows(transfer: Transfer, rows: dict[Span, Rows], *, held: bool) -> PeerRows:
-    merged = _merge(rows[span] for span in transfer.spans)
+    found = [_rows_of(span, rows) for span in transfer.spans]
+    if None in found:
+        raise PlanError(f"message with rank {transfer.rank} names spans that are not there: {transfer.spans}")
+    merged = _merge(rows for rows in found if rows is not None)
     return PeerRows(rank=transfer.rank, rows=merged, num_rows=sum(b - a for a, b in merged), held=held)
 
 

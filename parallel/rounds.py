@@ -98,6 +98,14 @@ class _Traffic:
 
 
 @dataclass(frozen=True, slots=True)
+class StartedWalk:
+    """A forward whose first messages are on their way."""
+
+    traffic: _Traffic
+    kv_T2KH: torch.Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
 class RoundWalker:
     """Runs one group's rounds on one rank. Stateless between calls."""
 
@@ -108,17 +116,27 @@ class RoundWalker:
     wire: Exchange
     scale: float
 
+    def start(self, k_TKH: torch.Tensor, v_TKH: torch.Tensor) -> StartedWalk:
+        """Post the forward's first messages. Between other groups' ``start`` and ``forward``, ranks must agree on the
+        order."""
+        traffic = _Traffic(self.forward_rounds, self.wire, self._what)
+        if len(self.forward_rounds) == 1:
+            return StartedWalk(traffic, None)
+        kv_T2KH = torch.stack((k_TKH.detach(), v_TKH.detach()), dim=1)
+        traffic.post(0, kv_T2KH, None, None, None)
+        return StartedWalk(traffic, kv_T2KH)
+
     def forward(
-        self, q_TNH: torch.Tensor, k_TKH: torch.Tensor, v_TKH: torch.Tensor
+        self, q_TNH: torch.Tensor, k_TKH: torch.Tensor, v_TKH: torch.Tensor, started: StartedWalk | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Attention of own queries over everything they may see: out ``[T, N, H]`` (q's dtype), lse ``[T, N]``."""
-        rounds = self.forward_rounds
-        traffic = _Traffic(rounds, self.wire, self._what)
+        """Attention of own queries over everything they may see: out ``[T, N, H]`` (q's dtype), lse ``[T, N]``.
+        ``started``: by ``start`` with the same K and V, else it is now."""
+        started = self.start(k_TKH, v_TKH) if started is None else started
+        traffic, kv_T2KH = started.traffic, started.kv_T2KH
         result = _PartialResult(q_TNH)
-        kv_T2KH = torch.stack((k_TKH, v_TKH), dim=1) if len(rounds) > 1 else None
         held = None
-        for number, step in enumerate(rounds):
-            if kv_T2KH is not None:
+        for number, step in enumerate(self.forward_rounds):
+            if kv_T2KH is not None and number:
                 traffic.post(number, kv_T2KH, held, None, None)
             for call, pairs in step.pairs:
                 keys, values = (held[:, 0], held[:, 1]) if call.held and held is not None else (k_TKH, v_TKH)

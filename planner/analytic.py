@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from planner.cluster import ClusterSpec
-from planner.cost import ActivationFit, CostModel, MemoryFit, Provenance, TimeFit
+from planner.cost import ActivationFit, CostModel, MemoryFit, Provenance, RemapFit, TimeFit
 from planner.errors import SpecError
 from planner.model_spec import ModelSpec
 from planner.plan import AttentionKind, Sharding
@@ -24,6 +24,7 @@ LAYER_LAUNCH_S = 2.5e-4  # about 60 kernels of one layer, forward and backward, 
 ZERO3_EXPOSED_SHARE = 1 / 3  # prefetching hides the rest: a guess that gives FlexSP's released beta1 within 3 %
 HIDDEN_SHARE = 2 / 7  # the forward's: flash attention's backward takes 2.5 forwards, matrix products' 2
 HOST_SHARE = 0.75  # of the host's memory for swapped activations: the system, data and staging have the rest
+NUM_REMAPS = 4  # of a layer: to attention and back, forward and backward
 MAX_DEGREE = 64
 """The largest ulysses group, and the largest group of another kind up to which every integer is priced."""
 
@@ -84,6 +85,7 @@ def derive_cost(
         ),
         sharding=sharding,
         activation=_activation(setting),
+        remap=_remap(setting),
     )
 
 
@@ -111,8 +113,27 @@ def _fit(setting: _Setting, kind: AttentionKind, degree: int, fixed_s: float) ->
     wire = schedule.price(setting, degree, inner_degree)
     return TimeFit(
         kind=kind, degree=degree, s_per_token2=setting.attention_s / degree * wire.attention_factor,
-        s_per_token=(setting.linear_s + _tensor_parallel_s_per_token(setting)) / degree + wire.s_per_token,
-        s_per_sequence=0.0, fixed_s=fixed_s + wire.fixed_s, inner_degree=inner_degree,
+        s_per_token=_linear_s_per_token(setting) / degree + wire.s_per_token, s_per_sequence=0.0,
+        fixed_s=fixed_s + wire.fixed_s, inner_degree=inner_degree,
+    )
+
+
+def _linear_s_per_token(setting: _Setting) -> float:
+    """All but attention of one token on its rank."""
+    return setting.linear_s + _tensor_parallel_s_per_token(setting)
+
+
+def _remap(setting: _Setting) -> RemapFit:
+    """In each layer q, k and v go to attention and the output comes back, and in the backward their gradients: nothing
+    of it overlaps, and a device moves its own heads."""
+    token_bytes = 2 * 2 * (setting.query_heads + setting.kv_heads) * setting.head_bytes
+    intra, inter = setting.cluster.intra_node, setting.cluster.inter_node
+    return RemapFit(
+        linear_s_per_token=_linear_s_per_token(setting),
+        intra_s_per_token=token_bytes / intra.bytes_per_s,
+        inter_s_per_token=token_bytes / inter.bytes_per_s,
+        fixed_s=setting.latency_s(setting.num_ranks, NUM_REMAPS),
+        node_size=min(setting.ranks_per_node, setting.num_ranks),
     )
 
 
@@ -200,6 +221,7 @@ def _notes(setting: _Setting, sharding: Sharding) -> tuple[str, ...]:
         "all_gather: the K/V of the group that a rank holds, one layer at a time, is not counted in memory",
         "nothing per sequence: fused variable-length kernels",
         f"guess: {LAYER_LAUNCH_S * 1e6:.0f} us of launches per layer and microbatch",
+        "remap of tokens for the token-wise layers not overlapped with compute",
         "gradient reduction and parameter gather not overlapped with compute",
         "logits in chunks (not counted), learned positions sharded like weights",
         f"copies to the host, of all layers but two, hide under {HIDDEN_SHARE:.0%} of a microbatch's time, its forward",

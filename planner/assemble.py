@@ -18,6 +18,7 @@ from planner.plan import (
     SolveStatus,
     StepPlan,
 )
+from planner.remap import Move
 from planner.simulate import MicrobatchPrice, price_groups, run_schedule
 
 
@@ -37,12 +38,14 @@ MicrobatchChoice = GroupChoice | tuple[GroupChoice, ...]  # one group alone, or 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
-    """A strategy's answer: microbatches in global order. ``bound_s`` (seconds) leaves ``step_fixed_s`` out."""
+    """A strategy's answer: microbatches in global order. ``bound_s`` (seconds) leaves ``step_fixed_s`` out. ``moves``:
+    of each microbatch (see ``Microbatch``); empty where none has any."""
 
     groups: tuple[MicrobatchChoice, ...]
     status: SolveStatus
     bound_s: float
     note: str
+    moves: tuple[tuple[Move, ...], ...] = ()
 
 
 def assemble_plan(
@@ -58,24 +61,26 @@ def assemble_plan(
     wall_s: float,
     note: str = "",
     cost_digest: str | None = None,
+    moves: SequenceOf[tuple[Move, ...]] = (),
 ) -> StepPlan:
     """One microbatch per entry of ``groups``, in the given order, which becomes the plan's global order. The groups of
     an entry that holds several may share ranks; they run in their order too.
 
     ``lengths[i]``: tokens of sequence i. ``bound_s``: proven lower bound of the whole step, ``step_fixed_s`` included
     (0 where none is known); where rounding puts it above the simulated step, it is lowered to it. ``cost_digest``
-    saves hashing the cost model again where the caller holds its digest. Raises PlanError where the cost model cannot
-    price a group.
+    saves hashing the cost model again where the caller holds its digest. ``moves``: of each entry, or nothing at all.
+    Raises PlanError where the cost model cannot price a group or moves.
     """
     choices = list(groups)
-    prices = [price_choice(choice, lengths, cost) for choice in choices]
+    moved = list(moves) or [()] * len(choices)
+    prices = [price_choice(choice, lengths, cost, part) for choice, part in zip(choices, moved, strict=True)]
     simulation = run_schedule(prices, num_ranks=num_ranks, cost=cost)
     microbatches = tuple(
         Microbatch(
             ranks=price.ranks, groups=attention_groups(choice, cost), memory=price.memory, predicted_s=price.seconds,
-            peak_bytes=price.peak_bytes(cost),
+            peak_bytes=price.peak_bytes(cost), moves=part,
         )
-        for choice, price in zip(choices, prices, strict=True)
+        for choice, price, part in zip(choices, prices, moved, strict=True)
     )
     report = SolveReport(
         status=status,
@@ -98,7 +103,9 @@ def assemble_plan(
     )
 
 
-def price_choice(choice: MicrobatchChoice, lengths: SequenceOf[int], cost: CostModel) -> MicrobatchPrice:
+def price_choice(
+    choice: MicrobatchChoice, lengths: SequenceOf[int], cost: CostModel, moves: SequenceOf[Move] = ()
+) -> MicrobatchPrice:
     """What the microbatch costs. Raises PlanError where the cost model cannot price it, or its groups do not agree on
     the memory policy."""
     groups = (choice,) if isinstance(choice, GroupChoice) else choice
@@ -106,7 +113,7 @@ def price_choice(choice: MicrobatchChoice, lengths: SequenceOf[int], cost: CostM
     if len(policies) != 1:
         raise PlanError(f"one microbatch, one memory policy: got {len(policies)} for its {len(groups)} groups")
     attention = attention_groups(choice, cost)
-    return price_groups(_ranks(attention), attention, lengths, cost, policies.pop())
+    return price_groups(_ranks(attention), attention, lengths, cost, policies.pop(), moves)
 
 
 def attention_groups(choice: MicrobatchChoice, cost: CostModel) -> tuple[AttentionGroup, ...]:

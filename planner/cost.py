@@ -95,6 +95,35 @@ class ActivationFit:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RemapFit:
+    """What a token costs outside attention, and what it costs to have that done elsewhere: seconds of one forward plus
+    backward of one microbatch, all layers.
+
+    ``linear_s_per_token``: token-wise work on one rank, for a token it holds; with a group's degree divided out it is a
+    part of the ``s_per_token`` of every TimeFit. A moved token takes ``intra_s_per_token`` or, between nodes of
+    ``node_size`` consecutive data ranks, ``inter_s_per_token`` at both of its ranks; a rank with any move takes
+    ``fixed_s`` as well, for latency. Raises SpecError where one of them is below 0, or a node has no rank."""
+
+    linear_s_per_token: float
+    intra_s_per_token: float
+    inter_s_per_token: float
+    fixed_s: float
+    node_size: int
+
+    def __post_init__(self) -> None:
+        for name in ("linear_s_per_token", "intra_s_per_token", "inter_s_per_token", "fixed_s"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise SpecError(f"remap: {name} must be 0 or more and finite, got {getattr(self, name)}")
+        if self.node_size < 1:
+            raise SpecError(f"remap: a node needs at least 1 data rank, got {self.node_size}")
+
+    def move_s(self, source: int, destination: int, num_tokens: int) -> float:
+        """Seconds of one move at each of its two ranks, latency left out."""
+        inside = source // self.node_size == destination // self.node_size
+        return num_tokens * (self.intra_s_per_token if inside else self.inter_s_per_token)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Provenance:
     """Where the numbers come from. ``source`` is ``measured`` or ``derived``; errors are relative, of the fit."""
 
@@ -113,8 +142,9 @@ class Provenance:
 class CostModel:
     """All a planner knows about speed and memory. ``step_fixed_s``: parameter gather, gradient reduction and
     optimizer, once a step whatever the plan. ``sharding``: what fixed bytes and fixed seconds were priced for.
-    ``activation``: None where only keeping all activations is priced. Raises SpecError where it frees more than a token
-    takes."""
+    ``activation``: None where only keeping all activations is priced. ``remap``: None where tokens cannot be moved for
+    the token-wise layers. Raises SpecError where activations free more than a token takes, or a token's work outside
+    attention takes longer than all of it."""
 
     times: tuple[TimeFit, ...]
     memory: MemoryFit
@@ -123,11 +153,16 @@ class CostModel:
     provenance: Provenance
     sharding: Sharding = Sharding.GATHER_ONCE
     activation: ActivationFit | None = field(default=None, metadata=LATER)
+    remap: RemapFit | None = field(default=None, metadata=LATER)
 
     def __post_init__(self) -> None:
         fit = self.activation
         if fit and max(fit.swap_bytes_per_token, fit.recompute_bytes_per_token) > self.memory.bytes_per_token:
             raise SpecError("activations: a token cannot free more than memory.bytes_per_token")
+        linear_s = self.remap.linear_s_per_token if self.remap else 0.0
+        for time in self.times if linear_s > 0 else ():
+            if linear_s > time.degree * time.s_per_token * (1 + 1e-9):
+                raise SpecError(f"remap: linear_s_per_token is above all of {time.kind} {time.degree}'s s_per_token")
 
     @property
     def digest(self) -> str:

@@ -38,10 +38,9 @@ def shard_spans(group: AttentionGroup, lengths: SequenceOf[int]) -> tuple[tuple[
     size = group.degree // len(teams)
     if size == 1:
         return teams
-    shards = []
+    shards: list[tuple[Span, ...]] = []
     for spans in teams:
-        cuts = _even_cuts(sum(span.num_tokens for span in spans), size)
-        shards += [_packed_spans(spans, start, stop) for start, stop in pairwise(cuts)]
+        shards += cut_spans(spans, size)
     return tuple(shards)
 
 
@@ -71,7 +70,13 @@ def _zigzag_counts(degree: int, lengths: SequenceOf[int]) -> tuple[int, ...]:
     return tuple(sizes[index] + sizes[chunks - 1 - index] for index in range(degree))
 
 
-def _packed_spans(packed: SequenceOf[Span], start: int, stop: int) -> tuple[Span, ...]:
+def cut_spans(packed: SequenceOf[Span], num_parts: int) -> tuple[tuple[Span, ...], ...]:
+    """These spans, put one behind the other, cut into contiguous parts that differ by at most one token."""
+    cuts = _even_cuts(sum(span.num_tokens for span in packed), num_parts)
+    return tuple(packed_spans(packed, start, stop) for start, stop in pairwise(cuts))
+
+
+def packed_spans(packed: SequenceOf[Span], start: int, stop: int) -> tuple[Span, ...]:
     """Rows ``start .. stop`` of these spans put one behind the other."""
     spans, offset = [], 0
     for span in packed:

@@ -29,6 +29,7 @@ class AttentionKind(StrEnum):
     DOUBLE_RING = "double_ring"
     GROUP_CAST = "group_cast"
     ALL_GATHER = "all_gather"
+    ROUTED_RING = "routed_ring"
 
 
 class Sharding(StrEnum):
@@ -78,7 +79,7 @@ class AttentionGroup:
     """Ranks that share the attention of these sequences. ``ranks`` in group order; ``sequences`` in packing order.
 
     ``inner_degree``: for kinds of two levels, how many consecutive members form an inner group (usp: they trade heads;
-    double_ring: they form a ring). It divides the degree; 1 for all other kinds.
+    double_ring: they form a ring; routed_ring: they are of one node). It divides the degree; 1 for all other kinds.
     """
 
     kind: AttentionKind
@@ -117,13 +118,17 @@ class MemoryPolicy:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Microbatch:
-    """The ranks that run one forward and backward together. Every rank of ``ranks`` is in at least one group."""
+    """The ranks that run one forward and backward together. Every rank of ``ranks`` is in at least one group.
+
+    ``moves``: (source rank, destination rank, tokens) from where attention leaves tokens to where everything else runs
+    on them (see ``planner.linear_layout``); none where that is the same."""
 
     ranks: tuple[int, ...]
     groups: tuple[AttentionGroup, ...]
     memory: MemoryPolicy = MemoryPolicy()
     predicted_s: float
     peak_bytes: int
+    moves: tuple[tuple[int, int, int], ...] = field(default=(), metadata=LATER)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

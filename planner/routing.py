@@ -11,19 +11,21 @@ import math
 
 
 def routed_transfer_s(
-    num_bytes: float, *, intra_s_per_byte: float, inter_s_per_byte: float, num_proxies: int
+    num_bytes: float, *, intra_s_per_byte: float, inter_s_per_byte: float, num_proxies: int, pipelined: bool = False
 ) -> float:
     """Seconds of a message over ``num_proxies`` proxies in each of the two nodes; with 1, of a direct message.
 
     The three stages run one after the other and a stage is as long as its transfers at their rates, latency left out.
-    Of the message 1 / num_proxies stays with the sender, and as much is at the receiver already. Raises ValueError on
-    fewer than one proxy or on a negative size or rate.
+    Of the message 1 / num_proxies stays with the sender, and as much is at the receiver already. ``pipelined``: each of
+    many such messages in a row, whose stages overlap: the longest stage. Raises ValueError on fewer than one proxy or
+    on a negative size or rate.
     """
     if num_proxies < 1:
         raise ValueError(f"a routed transfer needs at least 1 proxy, got {num_proxies}")
     _require_rates(num_bytes=num_bytes, intra_s_per_byte=intra_s_per_byte, inter_s_per_byte=inter_s_per_byte)
     aside_bytes = num_bytes * (num_proxies - 1) / num_proxies
-    return 2 * aside_bytes * intra_s_per_byte + num_bytes * inter_s_per_byte / num_proxies
+    aside_s, send_s = aside_bytes * intra_s_per_byte, num_bytes * inter_s_per_byte / num_proxies
+    return max(aside_s, send_s) if pipelined else 2 * aside_s + send_s
 
 
 def best_num_proxies(*, intra_s_per_byte: float, inter_s_per_byte: float, num_available: int) -> int:

@@ -3,9 +3,11 @@
 A schedule belongs to one rank. K and V move, queries stay; with a head exchange, heads are traded for tokens first, and
 then a rank works on all tokens of its exchange group, for some of the heads. Rules, which ``schedule_check`` proves:
 
-- In round i a rank *holds* its own spans and the spans it receives for round i, not longer.
+- In round i a rank *holds* its own spans and the spans it receives for round i, not longer. Of its own spans it may
+  send parts, and parts of their gradients may come home by different ways.
 - A message that arrives for round i with lead n is posted while round i - n runs. It holds spans that are the sender's
   own or that it holds in round i - n. A longer lead lets nobody use them longer: the message only starts earlier.
+- Messages between two ranks that are posted together stand in the same order at both ends.
 - The keys of a task are held in that round. Forward and backward walk different routes but do the same tasks.
 - Backward only: after the tasks of round i, the partial dK/dV of every span received for round i that has any leaves
   through ``grad_sends`` and is added to what its receiver has for the same span in the round it arrives for. So each

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+from itertools import pairwise
 
 from planner.errors import PlanError
 from planner.layout import head_degree, shard_spans, team_spans
@@ -94,25 +95,28 @@ def _rows(spans: Iterable[Span]) -> list[tuple[int, int]]:
 
 
 def _check_messages(lane: _Lane) -> None:
-    """Both ends agree on round, lead, spans; between two ranks at most one message of a kind arrives for a round, so
-    that the order in which messages of a pair are posted is the same at both ends."""
+    """Both ends agree on round, lead, spans; and on the order of messages that a pair posts at the same time, those of
+    one arrival and one lead. So the order in which messages of a pair are posted is the same at both ends."""
     for grad in (False, True):
         what = "gradient" if grad else "K/V"
-        sent: Counter[tuple[int, int, int, int, tuple[Span, ...]]] = Counter()
-        received: Counter[tuple[int, int, int, int, tuple[Span, ...]]] = Counter()
+        sent: dict[tuple[int, int, int, int], list[tuple[Span, ...]]] = {}  # by arrival, source, target, lead
+        received: dict[tuple[int, int, int, int], list[tuple[Span, ...]]] = {}
         for rank, walked in zip(lane.ranks, lane.rounds, strict=True):
             for number, step in enumerate(walked):
                 for out in step.grad_sends if grad else step.sends:
                     arrival = number + out.lead if grad else number
-                    sent[(arrival, rank, out.rank, out.lead, out.spans)] += 1
+                    sent.setdefault((arrival, rank, out.rank, out.lead), []).append(out.spans)
                 for into in step.grad_receives if grad else step.receives:
-                    received[(number, into.rank, rank, into.lead, into.spans)] += 1
-        if sent != received:
-            odd = next(iter((sent - received) + (received - sent)))
-            raise PlanError(f"{lane.walk} round {odd[0]}: {what} message {odd[1]} -> {odd[2]} has only one end")
-        for (arrival, source, target), count in Counter(key[:3] for key in sent.elements()).items():
-            if count > 1 or source == target:
-                raise PlanError(f"{lane.walk} round {arrival}: {count} {what} messages {source} -> {target}")
+                    received.setdefault((number, into.rank, rank, into.lead), []).append(into.spans)
+        for key in {**sent, **received}:
+            ends = sent.get(key, []), received.get(key, [])
+            place = f"{lane.walk} round {key[0]}: {what} message {key[1]} -> {key[2]}"
+            if sorted(ends[0]) != sorted(ends[1]):
+                raise PlanError(f"{place} has only one end")
+            if ends[0] != ends[1]:
+                raise PlanError(f"{place} stands in another order at its other end")
+            if key[1] == key[2]:
+                raise PlanError(f"{place} stays where it is")
 
 
 def _check_holdings(lane: _Lane) -> None:
@@ -122,13 +126,14 @@ def _check_holdings(lane: _Lane) -> None:
             place = f"{lane.walk} round {number}: rank {rank}"
             held = lane.held(index, number)
             received = [span for into in step.receives for span in into.spans]
-            if len(held) != len(received) or held & owned:
+            if len(held) != len(received) or any(_is_part(span, owned) for span in held):
                 raise PlanError(f"{place} receives spans that it has")
             for transfer in (*step.sends, *step.receives):
                 if not (transfer.spans and 1 <= transfer.lead <= number):
                     raise PlanError(f"{place} has a message that is empty or posted before the first round: {transfer}")
             for out in step.sends:
-                if not (set(out.spans) <= owned or set(out.spans) <= lane.held(index, number - out.lead)):
+                is_own = all(_is_part(span, owned) for span in out.spans)
+                if not (is_own or set(out.spans) <= lane.held(index, number - out.lead)):
                     raise PlanError(f"{place} sends spans it does not hold")
             for task in step.tasks:
                 if task.query not in owned or task.key not in owned | held:
@@ -159,9 +164,20 @@ def _check_coverage(lane: _Lane, lengths: dict[int, int]) -> None:
                 raise PlanError(f"{lane.walk}: sequence {index}, queries {start}..{stop}: pairs missing or twice")
 
 
+def _is_part(span: Span, owned: frozenset[Span]) -> bool:
+    """The span is one of these, or a part of one."""
+    if span in owned:
+        return True
+    return any(
+        own.sequence == span.sequence and own.start_token <= span.start_token < span.stop_token <= own.stop_token
+        for own in owned
+    )
+
+
 def _check_gradients(lane: _Lane) -> None:
     """Follow every part of every span's gradient from the round that computes it to the rank where it ends."""
-    totals: list[_Parts] = [{span: Counter() for span in spans} for spans in lane.owned]
+    cuts = _cut_owned(lane)
+    totals: list[_Parts] = [{cut: Counter() for cut in own} for own in cuts]
     in_flight: dict[tuple[int, int, int, Span], Counter[_Contribution]] = {}
     for number in range(max(len(walked) for walked in lane.rounds)):
         for index, (rank, walked) in enumerate(zip(lane.ranks, lane.rounds, strict=True)):
@@ -170,14 +186,16 @@ def _check_gradients(lane: _Lane) -> None:
             step, place = walked[number], f"backward round {number}: rank {rank}"
             held: _Parts = {span: Counter() for span in lane.held(index, number)}
             for task in step.tasks:
-                (held if task.key in held else totals[index])[task.key][(rank, number)] += 1
+                for part in [task.key] if task.key in held else _covered(task.key, cuts[index]):
+                    (held if task.key in held else totals[index])[part][(rank, number)] += 1
             for into in step.grad_receives:
                 for span in into.spans:
                     parts = in_flight.pop((number, into.rank, rank, span), None)
-                    target = held if span in held else totals[index]
-                    if parts is None or span not in target:
+                    own = _covered(span, cuts[index])
+                    if parts is None or (span not in held and not own):
                         raise PlanError(f"{place} receives a gradient of {span} that it has no place for")
-                    target[span].update(parts)
+                    for part in [span] if span in held else own:
+                        (held if span in held else totals[index])[part].update(parts)
             for out in step.grad_sends:
                 for span in out.spans:
                     if span not in held or out.lead < 1:
@@ -187,14 +205,45 @@ def _check_gradients(lane: _Lane) -> None:
                 raise PlanError(f"{place} drops gradients of received spans")
     if in_flight:
         raise PlanError("backward: gradients are still on their way after the last round")
-    for rank, spans, total in zip(lane.ranks, lane.owned, totals, strict=True):
-        for span in spans:
-            wanted = Counter(
-                (other, number)
-                for other, walked in zip(lane.ranks, lane.rounds, strict=True)
-                for number, step in enumerate(walked)
-                for task in step.tasks
-                if task.key == span
-            )
-            if total[span] != wanted:
-                raise PlanError(f"backward: rank {rank}: gradient of {span} is not the sum of its parts")
+    _check_totals(lane, cuts, totals)
+
+
+def _check_totals(lane: _Lane, cuts: list[tuple[Span, ...]], totals: list[_Parts]) -> None:
+    """Every cut has all that tasks anywhere computed for it, each once."""
+    wanted: _Parts = {cut: Counter() for own in cuts for cut in own}
+    everywhere = tuple(wanted)
+    for rank, walked in zip(lane.ranks, lane.rounds, strict=True):
+        for number, step in enumerate(walked):
+            for task in step.tasks:
+                for cut in _covered(task.key, everywhere):
+                    wanted[cut][(rank, number)] += 1
+    for rank, total in zip(lane.ranks, totals, strict=True):
+        for cut, parts in total.items():
+            if parts != wanted[cut]:
+                raise PlanError(f"backward: rank {rank}: gradient of {cut} is not the sum of its parts")
+
+
+def _cut_owned(lane: _Lane) -> list[tuple[Span, ...]]:
+    """Each rank's own spans, cut wherever some task's key or some gradient begins or ends."""
+    edges: dict[int, set[int]] = {}
+    for step in (step for walked in lane.rounds for step in walked):
+        for span in (*(task.key for task in step.tasks), *(s for into in step.grad_receives for s in into.spans)):
+            edges.setdefault(span.sequence, set()).update((span.start_token, span.stop_token))
+    found = []
+    for spans in lane.owned:
+        cuts: list[Span] = []
+        for span in sorted(spans):
+            inside = sorted(e for e in edges.get(span.sequence, ()) if span.start_token < e < span.stop_token)
+            borders = [span.start_token, *inside, span.stop_token]
+            cuts += [Span(span.sequence, start, stop) for start, stop in pairwise(borders)]
+        found.append(tuple(cuts))
+    return found
+
+
+def _covered(span: Span, cuts: SequenceOf[Span]) -> list[Span]:
+    """Those of ``cuts`` that make up the span; none where they do not."""
+    inside = [
+        cut for cut in cuts
+        if cut.sequence == span.sequence and span.start_token <= cut.start_token and cut.stop_token <= span.stop_token
+    ]
+    return inside if sum(cut.num_tokens for cut in inside) == span.num_tokens else []

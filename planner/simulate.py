@@ -3,7 +3,8 @@
 Microbatches run in the plan's one global order. A microbatch starts when all of its ranks are free, keeps every one of
 them busy until it ends, and waits for nobody else: there is no barrier between microbatches. A rank in several groups
 of one microbatch runs their attention one after the other inside each layer: it takes their marginal seconds together
-and, since layers are launched once, the largest of their fixed times. Recomputing and what a copy to the host exposes
+and, since layers are launched once, the largest of their fixed times. Moves for the token-wise layers change who does
+them, for the time of the exchange. Recomputing and what a copy to the host exposes
 come on top. The microbatch lasts as long as its slowest rank.
 """
 
@@ -14,8 +15,11 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
 from planner.cost import KEEP, CostModel
+from planner.errors import PlanError
 from planner.layout import local_token_counts
+from planner.linear_layout import linear_counts
 from planner.plan import AttentionGroup, MemoryPolicy, Microbatch, StepPlan
+from planner.remap import Move
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,13 +74,14 @@ def step_lengths(plan: StepPlan) -> tuple[int, ...]:
 
 def price_groups(
     ranks: tuple[int, ...], groups: SequenceOf[AttentionGroup], lengths: SequenceOf[int], cost: CostModel,
-    memory: MemoryPolicy = KEEP,
+    memory: MemoryPolicy = KEEP, moves: SequenceOf[Move] = (),
 ) -> MicrobatchPrice:
-    """Price one microbatch of these ranks and groups; ``lengths[i]`` are the tokens of sequence i.
+    """Price one microbatch of these ranks and groups; ``lengths[i]`` are the tokens of sequence i. With ``moves`` a
+    rank does the token-wise work of the tokens it has after them, and holds the memory of the fuller of its layouts.
 
-    Raises PlanError where the cost model has no coefficients for a group's kind and degree, or for the policy.
+    Raises PlanError where the cost model has no coefficients for a group's kind and degree, the policy or moves.
     """
-    if len(groups) == 1 and groups[0].ranks == ranks:  # nearly always: all ranks are busy for the same time
+    if len(groups) == 1 and groups[0].ranks == ranks and not moves:  # nearly always: all ranks are busy equally long
         work_s, fixed, share, counts = _group_price(groups[0], lengths, cost)
         seconds = _policy_s(work_s + fixed, share, memory, cost)
         return MicrobatchPrice(
@@ -91,6 +96,8 @@ def price_groups(
             fixed_s[rank] = max(fixed_s[rank], fixed)
             tokens[rank] += count
             shares[rank] += share
+    if moves:
+        _apply_moves(moves, cost, marginal_s, fixed_s, tokens, shares)
     rank_s = tuple(_policy_s(marginal_s[rank] + fixed_s[rank], shares[rank], memory, cost) for rank in ranks)
     return MicrobatchPrice(
         seconds=max(rank_s), ranks=ranks, rank_s=rank_s, rank_tokens=tuple(tokens.values()), memory=memory
@@ -111,6 +118,26 @@ def _group_price(
     return work_s, fit.fixed_s, num_tokens / group.degree, counts
 
 
+def _apply_moves(
+    moves: SequenceOf[Move], cost: CostModel, marginal_s: dict[int, float], fixed_s: dict[int, float],
+    tokens: dict[int, int], shares: dict[int, float],
+) -> None:
+    """Change what was summed up by rank. Groups charge the token-wise work of even shares; it gives way to that of the
+    tokens a rank has in the linear layout, so all ranks together work as long as before, and the exchange on top."""
+    fit = cost.remap
+    if fit is None:
+        raise PlanError("cost model does not price moving tokens for the token-wise layers")
+    after = linear_counts(tokens, moves)
+    for rank, count in after.items():
+        marginal_s[rank] += fit.linear_s_per_token * (count - shares[rank])
+        shares[rank], tokens[rank] = float(count), max(count, tokens[rank])
+    for source, destination, num_tokens in moves:
+        for rank in (source, destination):
+            marginal_s[rank] += fit.move_s(source, destination, num_tokens)
+    for rank in {rank for source, destination, _ in moves for rank in (source, destination)}:
+        fixed_s[rank] += fit.fixed_s
+
+
 def _policy_s(busy_s: float, num_tokens: float, memory: MemoryPolicy, cost: CostModel) -> float:
     if memory.is_keep:
         return busy_s
@@ -119,7 +146,7 @@ def _policy_s(busy_s: float, num_tokens: float, memory: MemoryPolicy, cost: Cost
 
 def price_microbatch(microbatch: Microbatch, lengths: SequenceOf[int], cost: CostModel) -> MicrobatchPrice:
     """``price_groups`` of a plan's microbatch."""
-    return price_groups(microbatch.ranks, microbatch.groups, lengths, cost, microbatch.memory)
+    return price_groups(microbatch.ranks, microbatch.groups, lengths, cost, microbatch.memory, microbatch.moves)
 
 
 def run_schedule(prices: Iterable[MicrobatchPrice], *, num_ranks: int, cost: CostModel) -> Simulation:

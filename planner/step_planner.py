@@ -109,7 +109,7 @@ def _finish(
     plan = assemble_plan(
         step=step, strategy=strategy, num_ranks=num_ranks, lengths=lengths, groups=found.groups, cost=cost,
         status=found.status, bound_s=found.bound_s + cost.step_fixed_s, wall_s=time.perf_counter() - started_s,
-        note=found.note,
+        note=found.note, moves=found.moves,
     )
     verify_plan(plan, lengths, num_ranks=num_ranks, cost=cost, limits=limits)
     return plan

@@ -13,7 +13,7 @@ from collections.abc import Sequence as SequenceOf
 
 from planner.cost import CostModel, PlanLimits
 from planner.errors import PlanError
-from planner.layout import head_degree
+from planner.layout import head_degree, local_token_counts
 from planner.plan import (
     PLAN_SCHEMA,
     AttentionGroup,
@@ -88,6 +88,42 @@ def _verify_microbatch(
         if rank not in working:
             raise PlanError(f"{place}: rank {rank} is in none of its groups")
     _verify_policy(microbatch.memory, place, cost, limits)
+    _verify_moves(microbatch, place, cost)
+
+
+def _verify_moves(microbatch: Microbatch, place: str, cost: CostModel) -> None:
+    """All but that a source has the tokens, which takes their prices (``_verify_prices``)."""
+    moves = microbatch.moves
+    if moves and cost.remap is None:
+        raise PlanError(f"{place}: the cost model does not price moving tokens for the token-wise layers")
+    sources, destinations = {source for source, _, _ in moves}, {destination for _, destination, _ in moves}
+    for rank in (*sources, *destinations):
+        if rank not in microbatch.ranks:
+            raise PlanError(f"{place}: a move names rank {rank}, which is not a rank of the microbatch")
+    for rank in sources & destinations:
+        raise PlanError(f"{place}: rank {rank} both sends and receives tokens for the token-wise layers")
+    if len({(source, destination) for source, destination, _ in moves}) < len(moves):
+        raise PlanError(f"{place}: two moves between the same ranks")
+    for source, destination, num_tokens in moves:
+        if num_tokens < 1:
+            raise PlanError(f"{place}: move {source} -> {destination} of {num_tokens} tokens; at least 1 is needed")
+
+
+def _verify_moved_tokens(plan: StepPlan, index: int, lengths: SequenceOf[int]) -> None:
+    """No source moves more tokens than its groups give it."""
+    microbatch = plan.microbatches[index]
+    leaving: dict[int, int] = {}
+    for source, _, num_tokens in microbatch.moves:
+        leaving[source] = leaving.get(source, 0) + num_tokens
+    for rank, num_tokens in leaving.items():
+        held = sum(
+            local_token_counts(
+                group.kind, group.degree, [lengths[sequence] for sequence in group.sequences], group.inner_degree
+            )[group.ranks.index(rank)]
+            for group in microbatch.groups if rank in group.ranks
+        )
+        if num_tokens > held:
+            raise PlanError(f"microbatch {index}: rank {rank} moves {num_tokens} tokens, it holds {held}")
 
 
 def _verify_policy(memory: MemoryPolicy, place: str, cost: CostModel, limits: PlanLimits) -> None:
@@ -168,6 +204,7 @@ def _verify_prices(plan: StepPlan, lengths: SequenceOf[int], cost: CostModel, li
         raise PlanError(f"plan was priced with cost model {plan.cost_digest[:12]}, this is {cost.digest[:12]}")
     prices = []
     for index, microbatch in enumerate(plan.microbatches):
+        _verify_moved_tokens(plan, index, lengths)
         price = price_microbatch(microbatch, lengths, cost)
         _verify_memory(price, f"microbatch {index}", cost, limits)
         _same_bytes(microbatch.peak_bytes, price.peak_bytes(cost), f"microbatch {index}")

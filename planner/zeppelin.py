@@ -9,18 +9,22 @@ nothing. Thresholds start at what a node, or a rank, may hold and fall until eve
 Flaws and gaps of the method, and what happens here:
 
 - What ranks may hold is the step's mean, which keeps token-wise layers even. Without slack on it hardly anything fits
-  whole, thresholds collapse and nearly every sequence is cut over all nodes. So a node may take ``NODE_SLACK`` and a
-  rank ``RANK_SLACK`` above the mean; where that is not enough, memory alone is the limit.
+  whole, thresholds collapse and nearly every sequence is cut over all nodes. So a rank may take ``RANK_SLACK`` above
+  the mean, and a node each of ``NODE_SLACKS`` in turn: the plan with the lowest price is the answer. Where that is not
+  enough, memory alone is the limit.
 - Thresholds are found by doubling steps and bisection over the lengths, not by starting again for each of them.
 - Work is balanced in seconds of the cost model where the paper balances squared lengths: that is right only with
-  remapping. And a sequence is cut where it has more tokens *or* more work than its node, or rank, is due: by tokens
-  alone, one long sequence that just fits a node makes that node the slowest.
+  remapping. Where moving tokens is priced, balancing the seconds of attention alone is tried as well. And a sequence
+  is cut where it has more tokens *or* more work than its node, or rank, is due: by tokens alone, one long sequence that
+  just fits a node makes that node the slowest.
 - A step is assumed to fit memory at once. Where it does not, sequences are dealt to as few microbatches as hold them
   with the slack, longest first, each to the one with the fewest tokens.
 
-Not in the plan yet, since the runtime has neither: routing of cluster transfers over proxy ranks, and remapping for the
-token-wise layers. So each rank runs these on the tokens its groups give it. Layers are launched once a microbatch: a
-rank in several groups is charged the largest of their fixed times (``planner.simulate``).
+The routing layer: rings over several nodes are of the allowed kind that the cost model finds cheapest a token
+(``routed_ring``, ``double_ring``), plain rings where only those are allowed. The remapping layer: where the priced time
+of a microbatch falls, its tokens are evened out for the token-wise layers (``planner.linear_balance``). Layers are
+launched once a microbatch: a rank in several groups is charged the largest of their fixed times
+(``planner.simulate``).
 """
 
 from __future__ import annotations
@@ -34,14 +38,29 @@ from typing import TypeVar
 import numpy as np
 
 from planner.assemble import Found, GroupChoice
-from planner.bounds import step_bound_s
 from planner.cost import CostModel, PlanLimits
+from planner.linear_balance import attention_shapes, price_with_moves, remap_bound_s
 from planner.plan import AttentionKind, SolveStatus
-from planner.shapes import UNLIMITED_TOKENS, FloatArray, IntArray, PriceTable, price_table, require_fits, ring_shapes
+from planner.remap import Move
+from planner.shapes import (
+    UNLIMITED_TOKENS,
+    FloatArray,
+    GroupShape,
+    IntArray,
+    PriceTable,
+    price_table,
+    require_fits,
+    ring_shapes,
+    shape_of,
+)
+from planner.simulate import MicrobatchPrice, run_schedule
 
 T = TypeVar("T")
-NODE_SLACK = Fraction(5, 100)
+NODE_SLACKS = (Fraction(5, 100), Fraction(10, 100), Fraction(20, 100))
 RANK_SLACK = Fraction(25, 100)
+CLUSTER_KINDS = (AttentionKind.ROUTED_RING, AttentionKind.DOUBLE_RING)
+"""Kinds that use all NICs of a node, beside plain rings."""
+_NO_MOVES: tuple[Move, ...] = ()
 _Members = dict[tuple[int, ...], list[int]]  # rows of the table by the ranks that share them, in order of first use
 
 
@@ -52,17 +71,61 @@ def plan_zeppelin(
     """The strategy ``zeppelin``. It chooses its own degrees and takes milliseconds, so neither ``degree`` nor the
     deadline matters. Raises SpecError where no ring can be formed, InfeasibleError where a sequence fits on none."""
     nodes = _Nodes(num_ranks, limits.node_size(num_ranks))
-    shapes = ring_shapes("zeppelin", nodes.ring_degrees(), num_ranks, cost, limits)
+    shapes = _shapes(nodes, cost, limits)
     table = price_table(lengths, shapes)
     require_fits(table, cost, limits)
-    parts = _microbatches(table, nodes)
-    counts = [sum(len(rows) for members in parts for ranks, rows in members.items() if low < len(ranks) <= high)
+    tables = [table]
+    if attention := attention_shapes(shapes, cost):  # with moves to come, attention alone has to be even
+        tables.append(price_table(lengths, attention))
+    plans = [
+        _priced(_microbatches(each, nodes, slack), table, num_ranks, cost) for each in tables for slack in NODE_SLACKS
+    ]
+    best = min(plans, key=lambda plan: plan.seconds)
+    counts = [sum(len(rows) for members in best.parts for ranks, rows in members.items() if low < len(ranks) <= high)
               for low, high in ((0, 1), (1, nodes.size), (nodes.size, num_ranks))]
     note = f"zeppelin zones: {counts[0]} local, {counts[1]} node, {counts[2]} cluster sequences"
+    num_moved = sum(tokens for moves in best.moves for _, _, tokens in moves)
+    if num_moved:
+        note += f"; {num_moved} tokens moved for the token-wise layers"
     return Found(
-        groups=tuple(_choices(table, members) for members in parts), status=SolveStatus.GREEDY,
-        bound_s=step_bound_s(lengths, shapes, num_ranks), note=note,
+        groups=best.groups, status=SolveStatus.GREEDY, bound_s=remap_bound_s(lengths, shapes, num_ranks, cost),
+        note=note, moves=best.moves,
     )
+
+
+def _shapes(nodes: _Nodes, cost: CostModel, limits: PlanLimits) -> tuple[GroupShape, ...]:
+    """Local and rings; over several nodes, of each degree the allowed kind that takes the fewest seconds a token."""
+    shapes = list(ring_shapes("zeppelin", nodes.ring_degrees(), nodes.num_ranks, cost, limits))
+    for place, ring in enumerate(shapes):
+        if ring.degree <= nodes.size:
+            continue
+        rivals = (shape_of(kind, ring.degree, cost, limits) for kind in CLUSTER_KINDS)
+        shapes[place] = min(
+            (ring, *(shape for shape in rivals if shape is not None)),
+            key=lambda shape: (shape.fit.s_per_token, shape.fit.fixed_s),
+        )
+    return tuple(shapes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Priced:
+    """A way to cut the step, and what it takes."""
+
+    parts: list[_Members]
+    groups: tuple[tuple[GroupChoice, ...], ...]
+    moves: tuple[tuple[Move, ...], ...]
+    seconds: float
+
+
+def _priced(parts: list[_Members], table: PriceTable, num_ranks: int, cost: CostModel) -> _Priced:
+    groups = tuple(_choices(table, members) for members in parts)
+    lengths: list[int] = table.lengths.tolist()
+    if cost.remap is None:
+        found = [(_table_price(table, members), _NO_MOVES) for members in parts]
+    else:
+        found = [price_with_moves(choice, lengths, num_ranks, cost) for choice in groups]
+    simulation = run_schedule([price for price, _ in found], num_ranks=num_ranks, cost=cost)
+    return _Priced(parts=parts, groups=groups, moves=tuple(moves for _, moves in found), seconds=simulation.step_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,16 +148,33 @@ class _Nodes:
         return {*range(2, self.size + 1), *whole, *(count * self.size + rest for count in range(1, num_full + 1))}
 
 
-def _microbatches(table: PriceTable, nodes: _Nodes) -> list[_Members]:
+def _table_price(table: PriceTable, members: _Members) -> MicrobatchPrice:
+    """The microbatch without moves, as ``planner.simulate`` prices it but for its memory, which fits: a quick sum."""
+    columns = {degree: column for column, degree in enumerate(table.degrees.tolist())}
+    marginal_s: dict[int, float] = {}
+    fixed_s: dict[int, float] = {}
+    for ranks, rows in members.items():
+        column = columns[len(ranks)]
+        work_s, group_fixed_s = float(table.marginal_s[rows, column].sum()), float(table.fixed_s[column])
+        for rank in ranks:
+            marginal_s[rank] = marginal_s.get(rank, 0.0) + work_s
+            fixed_s[rank] = max(fixed_s.get(rank, 0.0), group_fixed_s)
+    rank_s = tuple(marginal_s[rank] + fixed_s[rank] for rank in marginal_s)
+    return MicrobatchPrice(
+        seconds=max(rank_s), ranks=tuple(marginal_s), rank_s=rank_s, rank_tokens=(0,) * len(rank_s)
+    )
+
+
+def _microbatches(table: PriceTable, nodes: _Nodes, node_slack: Fraction) -> list[_Members]:
     """One microbatch, or as few as hold the step with the slack; at the latest, one for each sequence."""
     held = nodes.num_ranks * int(table.capacity_tokens[0])
-    needed = int(table.lengths.sum()) * (1 + NODE_SLACK) / held
+    needed = int(table.lengths.sum()) * (1 + node_slack) / held
     num_parts = min(-(-needed.numerator // needed.denominator), table.num_rows)
     while True:
         parts = _deal(table.lengths, num_parts)
         found = []
         for rows in parts:
-            members = _partition(table, rows, nodes)
+            members = _partition(table, rows, nodes, node_slack)
             if members is None:
                 break
             found.append(members)
@@ -114,11 +194,11 @@ def _deal(lengths: IntArray, num_parts: int) -> list[list[int]]:
     return parts
 
 
-def _partition(table: PriceTable, rows: list[int], nodes: _Nodes) -> _Members | None:
+def _partition(table: PriceTable, rows: list[int], nodes: _Nodes, node_slack: Fraction) -> _Members | None:
     """The zones of one microbatch, ``rows`` longest first; None where these sequences were not made to fit."""
     if len(rows) == 1:
         return _alone(table, rows[0], nodes)
-    for slack in (True, False):
+    for slack in (node_slack, None):
         cutter = _Cutter(table, nodes, rows, slack)
         found = _highest_threshold(cutter.cut, cutter.thresholds())
         if found is not None:
@@ -159,29 +239,29 @@ def _highest_threshold(attempt: Callable[[int], T | None], thresholds: list[int]
 class _Cutter:
     """Zones of one microbatch for a threshold of the cluster zone.
 
-    ``rows`` longest first. With ``slack`` nodes and ranks stay near their due share, else memory alone limits them. A
-    ring takes of each of its ranks the most tokens that one of them gets.
+    ``rows`` longest first. With ``node_slack`` nodes and ranks stay near their due share, else memory alone limits
+    them. A ring takes of each of its ranks the most tokens that one of them gets.
     """
 
-    def __init__(self, table: PriceTable, nodes: _Nodes, rows: list[int], slack: bool) -> None:
-        self.table, self.nodes, self.rows, self.slack = table, nodes, rows, slack
+    def __init__(self, table: PriceTable, nodes: _Nodes, rows: list[int], node_slack: Fraction | None) -> None:
+        self.table, self.nodes, self.rows, self.node_slack = table, nodes, rows, node_slack
         self.capacity = int(table.capacity_tokens[0])
         self.column_of = {degree: column for column, degree in enumerate(table.degrees.tolist())}
         self.inside = np.array([degree for degree in self.column_of if 1 < degree <= nodes.size], dtype=np.int64)
         self.work_s = np.where(table.fits, table.degrees * table.marginal_s, np.inf).min(axis=1)
         self.sizes = np.array(nodes.sizes(), dtype=np.int64)
         self.node_limits = np.minimum(self.sizes.astype(np.float64) * self.capacity, UNLIMITED_TOKENS)
-        if slack:
+        if node_slack is not None:
             due = int(table.lengths[rows].sum()) * self.sizes / nodes.num_ranks
-            self.node_limits = np.minimum(self.node_limits, due * float(1 + NODE_SLACK) + 1)
+            self.node_limits = np.minimum(self.node_limits, due * float(1 + node_slack) + 1)
 
     def thresholds(self) -> list[int]:
         """Descending thresholds of the cluster zone; with one node there is none to cut over."""
         if len(self.sizes) == 1:
             return [UNLIMITED_TOKENS]
         start = int(self.node_limits.max())
-        if self.slack:
-            due_s = float(self.work_s[self.rows].sum()) / len(self.sizes) * float(1 + NODE_SLACK)
+        if self.node_slack is not None:
+            due_s = float(self.work_s[self.rows].sum()) / len(self.sizes) * float(1 + self.node_slack)
             start = self.within(self.rows, start, due_s)
         return _thresholds(self.table.lengths[self.rows], start)
 
@@ -205,15 +285,19 @@ class _Cutter:
                 ranks = tuple(rank for node in sorted(chosen) for rank in self.nodes.ranks(node))
                 ring_tokens[chosen] += self.table.load_tokens[row, self.column_of[len(ranks)]]
                 members.setdefault(ranks, []).append(row)
+                share = self.sizes[chosen] / self.sizes[chosen].sum()
+                node_tokens[chosen] += length * share
+                node_s[chosen] += self.work_s[row] * share
             else:
-                has_room = node_tokens + length <= self.node_limits
-                if not has_room.any():
-                    return None
-                chosen = [int(np.argmin(np.where(has_room, node_s / self.sizes, np.inf)))]
-                lists[chosen[0]].append(row)
-            share = self.sizes[chosen] / self.sizes[chosen].sum()
-            node_tokens[chosen] += length * share
-            node_s[chosen] += self.work_s[row] * share
+                node = int((node_s / self.sizes).argmin())
+                if node_tokens[node] + length > self.node_limits[node]:
+                    has_room = node_tokens + length <= self.node_limits
+                    if not has_room.any():
+                        return None
+                    node = int(np.where(has_room, node_s / self.sizes, np.inf).argmin())
+                lists[node].append(row)
+                node_tokens[node] += length
+                node_s[node] += self.work_s[row]
         return self._fill_nodes(members, lists, node_tokens, ring_tokens)
 
     def _cluster_ring(self, row: int, node_s: FloatArray, ring_tokens: IntArray) -> list[int] | None:
@@ -238,7 +322,8 @@ class _Cutter:
         for node, rows in enumerate(lists):
             ranks, taken = self.nodes.ranks(node), int(ring_tokens[node])
             due = max(taken, int(node_tokens[node] / len(ranks) * float(1 + RANK_SLACK)) + 1)
-            limits = dict.fromkeys((min(due, self.capacity), self.capacity) if self.slack else (self.capacity,))
+            held = (self.capacity,) if self.node_slack is None else (min(due, self.capacity), self.capacity)
+            limits = dict.fromkeys(held)
             for limit in limits:
                 filled = _NodeFiller(self, rows, ranks, taken, limit).fill()
                 if filled is not None:
@@ -263,21 +348,30 @@ class _NodeFiller:
     def fill(self) -> _Members | None:
         """The node's zones at the highest threshold that works."""
         due_s = float(self.cutter.work_s[self.rows].sum()) / len(self.ranks) * float(1 + RANK_SLACK)
-        start = self.limit - self.taken
-        if self.limit < self.cutter.capacity:
-            start = self.cutter.within(self.rows, start, due_s)
+        start = self.cutter.within(self.rows, self.limit - self.taken, due_s)
         return _highest_threshold(self.cut, _thresholds(self.cutter.table.lengths[self.rows], start))
 
     def cut(self, threshold: int) -> _Members | None:
         """Sequences longer than the threshold in rings, the others whole on one rank."""
-        table, members = self.cutter.table, _Members()
+        table, members = self.cutter.table, _Members()  # of its shapes, local is the first
         seconds, fixed_s = np.zeros(len(self.ranks)), np.zeros(len(self.ranks))
         tokens = np.full(len(self.ranks), self.taken, dtype=np.int64)
-        is_cut = table.lengths[self.rows] > threshold
+        lengths, alone_s = table.lengths[self.rows], table.marginal_s[self.rows, 0].tolist()
+        is_cut = lengths > threshold
+        local_s = float(table.fixed_s[0])
         share_s = float(self.cutter.work_s[self.rows][is_cut].sum()) / len(self.ranks)
-        for row, cut in zip(self.rows, is_cut.tolist(), strict=True):
+        for row, length, work_s, cut in zip(self.rows, lengths.tolist(), alone_s, is_cut.tolist(), strict=True):
             busy_s = seconds + fixed_s
-            places = self._ring(row, share_s, busy_s, tokens) if cut else self._single(row, busy_s, tokens)
+            if not cut:
+                place = self._single(length, busy_s, tokens)
+                if place is None:
+                    return None
+                seconds[place] += work_s
+                fixed_s[place] = max(fixed_s[place], local_s)
+                tokens[place] += length
+                members.setdefault((self.ranks[place],), []).append(row)
+                continue
+            places = self._ring(row, share_s, busy_s, tokens)
             if places is None:
                 return None
             ranks = tuple(self.ranks[place] for place in places)
@@ -288,9 +382,13 @@ class _NodeFiller:
             members.setdefault(ranks, []).append(row)
         return members
 
-    def _single(self, row: int, seconds: FloatArray, tokens: IntArray) -> list[int] | None:
-        free = tokens + self.cutter.table.lengths[row] <= self.limit
-        return [int(np.argmin(np.where(free, seconds, np.inf)))] if free.any() else None
+    def _single(self, length: int, seconds: FloatArray, tokens: IntArray) -> int | None:
+        """The least busy rank that has room."""
+        place = int(seconds.argmin())
+        if tokens[place] + length <= self.limit:
+            return place
+        free = tokens + length <= self.limit
+        return int(np.where(free, seconds, np.inf).argmin()) if free.any() else None
 
     def _ring(self, row: int, share_s: float, seconds: FloatArray, tokens: IntArray) -> list[int] | None:
         """The least busy ranks that have room: as many as the sequence's share of the cut work takes, else more, else
@@ -309,8 +407,9 @@ class _NodeFiller:
 
 def _choices(table: PriceTable, members: _Members) -> tuple[GroupChoice, ...]:
     """Groups of one microbatch: the most ranks first."""
+    kinds = {shape.degree: shape.kind for shape in table.shapes}
     groups = []
     for ranks in sorted(members, key=lambda ranks: (-len(ranks), ranks)):
-        kind = AttentionKind.RING if len(ranks) > 1 else AttentionKind.LOCAL
+        kind = kinds[len(ranks)]
         groups.append(GroupChoice(kind, ranks, tuple(sorted(table.rows[members[ranks]].tolist()))))
     return tuple(groups)

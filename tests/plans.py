@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from planner.assemble import GroupChoice, assemble_plan
-from planner.cost import CostModel, MemoryFit, PlanLimits, Provenance, TimeFit
+from planner.cost import CostModel, MemoryFit, PlanLimits, Provenance, RemapFit, TimeFit
 from planner.plan import AttentionGroup, AttentionKind, SolveStatus, StepPlan
 from planner.schedule import GroupLimits, schedule_of
 from planner.verify import verify_plan
@@ -15,20 +15,27 @@ MOST_HEADS = 64
 KINDS = tuple(kind for kind in AttentionKind if kind is not AttentionKind.LOCAL)
 
 
-def cost_model(num_ranks: int, kinds: Sequence[AttentionKind] = KINDS) -> CostModel:
+def cost_model(
+    num_ranks: int, kinds: Sequence[AttentionKind] = KINDS, *, node_size: int | None = None, with_remap: bool = False
+) -> CostModel:
     """Made up: short sequences are cheapest alone, long ones are cheapest shared, by all kinds alike; one byte a
-    token. Inner degrees as in one node, with enough heads."""
+    token. Inner degrees as in nodes of ``node_size`` (None: all of a group in one), with enough heads. ``with_remap``:
+    tokens move for the token-wise layers at next to no cost."""
     times = [TimeFit(kind=AttentionKind.LOCAL, degree=1, s_per_token2=1e-6, s_per_token=1e-5, s_per_sequence=0.0,
                      fixed_s=1e-4)]
     for kind in kinds:
         times += [
             TimeFit(kind=kind, degree=d, s_per_token2=1e-6 / d, s_per_token=1.3e-5 / d, s_per_sequence=0.0,
-                    fixed_s=2e-4 * d, inner_degree=inner_degree(kind, d))
+                    fixed_s=2e-4 * d, inner_degree=inner_degree(kind, d, node_size))
             for d in range(2, num_ranks + 1)
         ]
+    remap = RemapFit(
+        linear_s_per_token=1e-5, intra_s_per_token=1e-8, inter_s_per_token=1e-7, fixed_s=1e-7,
+        node_size=node_size or num_ranks,
+    )
     return CostModel(
         times=tuple(times), memory=MemoryFit(fixed_bytes=0, bytes_per_token=1), step_fixed_s=1e-4, peak_flop_per_s=1e9,
-        provenance=Provenance(source="test", cluster="test", model="test"),
+        provenance=Provenance(source="test", cluster="test", model="test"), remap=remap if with_remap else None,
     )
 
 

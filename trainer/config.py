@@ -131,7 +131,8 @@ class PlanConfig:
     degree: Annotated[int | None, short("--degree")] = None
     """Ranks per attention group, for strategy static only (none: the best one)."""
     attention: Annotated[str, short("--attention")] = "auto"
-    """How the ranks of a group share attention: auto, ulysses, ring, usp, double_ring, group_cast, all_gather."""
+    """How the ranks of a group share attention: auto, ulysses, ring, usp, double_ring, routed_ring, group_cast,
+    all_gather."""
     ahead: int = 4
     """Steps the planner works ahead of training."""
     wait_budget_s: float = 10.0

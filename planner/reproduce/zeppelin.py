@@ -306,7 +306,8 @@ def _assumptions(data: ZeppelinData, gains: Gains) -> tuple[str, ...]:
         f"grid, declared before the first run: tensor-parallel {degrees}; {', '.join(map(str, grid.devices))} devices "
         f"of A; lengths {', '.join(grid.lengths)}; without MoE 8x550M, whose shape is not known",
         f"TE CP slows down with every device, so a speed-up over it depends on their number; here: {by_devices}",
-        "zones: our zeppelin partitioner (5 % slack a node, 25 % a rank) on derived costs, the same in every variant",
+        "zones: our zeppelin partitioner (5, 10 or 20 % slack a node, 25 % a rank) on derived costs, the same in every "
+        "variant",
         "guess: routing not pipelined, all NICs of a node as proxies, both directions at full rate",
         "guess: remap in four exchanges a layer, each as long as its busiest link",
         "TE CP: one ring of all ranks; head, embedding, optimizer and gradient reduction left out of all variants",

@@ -12,7 +12,7 @@ from parallel.engine import AttentionEngine
 from parallel.kernel import CpuFlashKernel
 from parallel.program import compile_rank_program
 from planner.assemble import GroupChoice, MicrobatchChoice, assemble_plan
-from planner.cost import CostModel, MemoryFit, PlanLimits, Provenance, TimeFit
+from planner.cost import CostModel, MemoryFit, PlanLimits, Provenance, RemapFit, TimeFit
 from planner.errors import PlanError
 from planner.plan import AttentionKind, SolveStatus
 from planner.verify import verify_plan
@@ -29,7 +29,7 @@ Parts = tuple[torch.Tensor, ...]
 
 
 def toy_cost(shapes: Shapes) -> CostModel:
-    """Prices single ranks and these shapes. The prices do not matter here."""
+    """Prices single ranks, these shapes and moves. The prices do not matter here."""
     times = [
         TimeFit(kind=kind, degree=degree, inner_degree=inner, s_per_token2=1e-9, s_per_token=1e-6, s_per_sequence=1e-6,
                 fixed_s=1e-3)
@@ -38,6 +38,9 @@ def toy_cost(shapes: Shapes) -> CostModel:
     return CostModel(
         times=tuple(times), memory=MemoryFit(fixed_bytes=0, bytes_per_token=1), step_fixed_s=1e-3, peak_flop_per_s=1e9,
         provenance=Provenance(source="test", cluster="test", model="test"),
+        remap=RemapFit(
+            linear_s_per_token=5e-7, intra_s_per_token=1e-9, inter_s_per_token=1e-8, fixed_s=1e-6, node_size=4
+        ),
     )
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from collections import Counter
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from parallel.engine import AttentionEngine
 from parallel.program import compile_rank_program
 from parallel.rounds import RoundWalker, bind_rounds
 from planner.errors import PlanError
@@ -44,7 +46,7 @@ def test_every_written_schedule_is_exact(kind, degree, lengths, node_size, rng):
     check_schedules(group, lengths, schedules_of(group, lengths))
 
 
-@pytest.mark.parametrize("kind", [AttentionKind.USP, AttentionKind.DOUBLE_RING])
+@pytest.mark.parametrize("kind", [AttentionKind.USP, AttentionKind.DOUBLE_RING, AttentionKind.ROUTED_RING])
 @pytest.mark.parametrize("degree", [1, 2, 6, 8, 9, 12])
 def test_every_inner_degree_is_exact(kind, degree):
     lengths = [200, 7, 31]
@@ -105,6 +107,63 @@ def test_a_double_ring_crosses_each_boundary_once_for_each_block():
             assert all(out.lead == size for out in crossing if messages == "sends")
 
 
+def boundary_tokens(group, schedules, walk, messages):
+    """Tokens that cross a boundary between nodes in one walk: by sender, by receiver, and by (sender, round)."""
+    size, sent, received, by_round = group.inner_degree, Counter(), Counter(), Counter()
+    for index, schedule in enumerate(schedules):
+        for number, step in enumerate(getattr(schedule, walk)):
+            for out in getattr(step, messages):
+                other = group.ranks.index(out.rank)
+                if other // size != index // size:
+                    tokens = sum(span.num_tokens for span in out.spans)
+                    sent[index] += tokens
+                    received[other] += tokens
+                    by_round[index, number] += tokens
+    return sent, received, by_round
+
+
+@pytest.mark.parametrize(("degree", "size"), [(8, 4), (12, 4), (24, 8)])
+def test_a_routed_ring_loads_all_nics_of_a_node_alike(degree, size):
+    block = 2 * size * 5
+    lengths = [degree * block]
+    group = group_of(AttentionKind.ROUTED_RING, degree, lengths, node_size=size)
+    assert group.inner_degree == size
+    schedules = schedules_of(group, lengths)
+    for walk, messages in (("forward", "sends"), ("backward", "sends"), ("backward", "grad_sends")):
+        sent, received, by_round = boundary_tokens(group, schedules, walk, messages)
+        for loads in (sent, received):
+            # a ring sends degree - 1 blocks from one rank; the owner of a block takes a piece of it from its own rows
+            assert max(loads.values()) <= (degree - 1) * block // size
+            assert min(loads.values()) >= (degree - 3) * block // size and len(loads) == degree
+        assert max(by_round.values()) <= 2 * block // size  # a piece a round, two where a proxy's lead is 2
+    plain = schedules_of(dataclasses.replace(group, kind=AttentionKind.RING, inner_degree=1), lengths)
+    sent, _, _ = boundary_tokens(group, plain, "forward", "sends")
+    assert set(sent.values()) == {(degree - 1) * block} and len(sent) == degree // size
+
+
+def test_a_routed_ring_is_a_plain_ring_where_there_is_nothing_to_route():
+    lengths = [200, 31]
+    for inner in (1, 6):
+        group = dataclasses.replace(group_of(AttentionKind.ROUTED_RING, 6, lengths), inner_degree=inner)
+        assert schedules_of(group, lengths) == schedules_of(group_of(AttentionKind.RING, 6, lengths), lengths)
+
+
+def test_messages_of_a_pair_must_stand_in_the_same_order_at_both_ends():
+    """A node's last member dispatches one block to the first one and combines another there, in the same round."""
+    lengths = [960]
+    group = group_of(AttentionKind.ROUTED_RING, 12, lengths, node_size=4)
+    schedules = schedules_of(group, lengths)
+    index, number = next(
+        (index, number) for index, schedule in enumerate(schedules) for number, step in enumerate(schedule.forward)
+        if len({(out.rank, out.lead) for out in step.sends}) < len(step.sends)
+    )
+    rounds = list(schedules[index].forward)
+    rounds[number] = dataclasses.replace(rounds[number], sends=rounds[number].sends[::-1])
+    schedules[index] = dataclasses.replace(schedules[index], forward=tuple(rounds))
+    with pytest.raises(PlanError, match="stands in another order at its other end"):
+        check_schedules(group, lengths, schedules)
+
+
 def test_all_gather_is_one_round():
     lengths = [300, 41]
     for schedule in schedules_of(group_of(AttentionKind.ALL_GATHER, 5, lengths), lengths):
@@ -118,7 +177,9 @@ def test_all_gather_is_one_round():
         (AttentionKind.ULYSSES, 8, 8, 4, None), (AttentionKind.ULYSSES, 4, 8, 4, 1), (AttentionKind.USP, 16, 8, 32, 8),
         (AttentionKind.USP, 16, 8, 6, 4), (AttentionKind.USP, 12, 8, 32, 4), (AttentionKind.USP, 4, 8, 4, 2),
         (AttentionKind.USP, 13, 8, 32, 1), (AttentionKind.DOUBLE_RING, 24, 8, 1, 8),
-        (AttentionKind.DOUBLE_RING, 8, 8, 1, 2), (AttentionKind.DOUBLE_RING, 9, 8, 1, 1),
+        (AttentionKind.ROUTED_RING, 24, 8, 1, 8), (AttentionKind.ROUTED_RING, 12, 8, 1, 4),
+        (AttentionKind.ROUTED_RING, 8, 8, 1, 8), (AttentionKind.DOUBLE_RING, 8, 8, 1, 2),
+        (AttentionKind.DOUBLE_RING, 9, 8, 1, 1),
         (AttentionKind.RING, 1, 8, 1, None),
     ],
 )
@@ -221,6 +282,23 @@ def test_next_rounds_messages_are_posted_before_this_rounds_kernels(walk):
     rounds = " ".join(recorder.events).replace("kernel kernel", "kernel").split("wait")
     for events in rounds[:3]:  # three messages to hide, each behind the kernels of the round before
         assert events.split() == ["post", "kernel"], recorder.events
+
+
+def test_every_groups_first_messages_leave_before_the_first_groups_kernels():
+    """Cluster ring, node ring, local: what takes longest on the wire is posted first."""
+    groups = [
+        AttentionGroup(kind=AttentionKind.RING, ranks=(0, 1, 2, 3), sequences=(0,)),
+        AttentionGroup(kind=AttentionKind.RING, ranks=(0, 1), sequences=(1,)),
+        AttentionGroup(kind=AttentionKind.LOCAL, ranks=(0,), sequences=(2,)),
+    ]
+    (microbatch,) = compile_rank_program(verified_plan([groups], [64, 32, 8], 4), 0).microbatches
+    recorder = Recorder()
+    engine = AttentionEngine(recorder, recorder, CPU)
+    attention = engine.bind(microbatch, num_query_heads=2, num_kv_heads=1, head_dim=4)
+    rows = microbatch.num_rows
+    attention(torch.zeros(rows, 2, 4), torch.zeros(rows, 1, 4), torch.zeros(rows, 1, 4))
+    assert recorder.events[:3] == ["post", "post", "kernel"]
+    assert recorder.events.count("post") == recorder.events.count("wait") == 4
 
 
 class Flight:

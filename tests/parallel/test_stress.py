@@ -1,8 +1,8 @@
 """Random legal plans run to completion on 8 ranks; illegal ones are refused before the first message.
 
 Ranks are threads. Whatever the plan does at random (groups of any kind and degree that overlap, ranks with several
-groups, ranks without work or without rows, unequal numbers of microbatches), every rank must finish, no message may be
-left over, and output and gradients must be those of dense attention.
+groups, ranks without work or without rows, tokens moved between ranks, unequal numbers of microbatches), every rank
+must finish, no message may be left over, and output and gradients must be those of dense attention.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from tests.parallel.engine_cases import (
     random_documents,
     worst_error,
 )
-from tests.planner.random_plans import Case, merged, reprice
+from tests.planner.random_plans import Case, merged, reprice, with_moves
 from tests.ranks import ThreadFabric, run_threads
 
 NUM_RANKS = 8
@@ -43,7 +43,8 @@ TIMEOUT_S = 20.0
 
 
 def random_step(rng: random.Random, num_heads: int) -> Case:
-    """A legal plan: each sequence in a random group; groups alone or several to a microbatch; ranks left idle."""
+    """A legal plan: each sequence in a random group; groups alone or several to a microbatch; ranks left idle;
+    tokens moved for the token-wise layers."""
     lengths = tuple(rng.choice((1, 2, 3, rng.randint(1, 40))) for _ in range(rng.randint(1, 12)))
     shapes, choices = {}, []
     for kind in SHARED_KINDS:
@@ -62,7 +63,7 @@ def random_step(rng: random.Random, num_heads: int) -> Case:
         case = replace(
             case, plan=reprice(replace(case.plan, microbatches=merged(rng, case.plan.microbatches)), case.cost)
         )
-    return case
+    return with_moves(rng, case) if rng.random() < 0.5 else case
 
 
 def run_step(case: Case, fabric: ThreadFabric, num_heads: int, num_kv_heads: int, seed: int = 0) -> float:
@@ -165,6 +166,12 @@ def with_group(plan: StepPlan, index: int, **changes: object) -> StepPlan:
     return with_microbatch(plan, index, groups=(group, *rest), ranks=ranks)
 
 
+def two_ranks(plan: StepPlan, index: int) -> tuple[int, int]:
+    """Two of the microbatch's ranks; where it has one alone, a second that is not its own."""
+    ranks = plan.microbatches[index].ranks
+    return (ranks[0], ranks[1]) if len(ranks) > 1 else (ranks[0], (ranks[0] + 1) % NUM_RANKS)
+
+
 MUTATIONS: dict[str, Callable[[StepPlan, int], StepPlan]] = {
     "a microbatch is lost": lambda p, i: replace(p, microbatches=p.microbatches[:i] + p.microbatches[i + 1 :]),
     "a microbatch runs twice": lambda p, i: replace(p, microbatches=(*p.microbatches, p.microbatches[i])),
@@ -183,6 +190,15 @@ MUTATIONS: dict[str, Callable[[StepPlan, int], StepPlan]] = {
     "a rank that is in no group": lambda p, i: with_microbatch(
         p, i, ranks=(*p.microbatches[i].ranks, *({*range(NUM_RANKS)} - {*p.microbatches[i].ranks}))[: NUM_RANKS]
         if len(p.microbatches[i].ranks) < NUM_RANKS else p.microbatches[i].ranks[:-1]
+    ),
+    "a move to a rank outside": lambda p, i: with_microbatch(
+        p, i, moves=((p.microbatches[i].ranks[0], NUM_RANKS, 1),)
+    ),
+    "a move of more than there is": lambda p, i: with_microbatch(p, i, moves=((*two_ranks(p, i), 10**6),)),
+    "a move that is not priced in": lambda p, i: with_microbatch(p, i, moves=((*two_ranks(p, i), 1),)),
+    "a move of nothing": lambda p, i: with_microbatch(p, i, moves=((*two_ranks(p, i), 0),)),
+    "a rank that sends and receives": lambda p, i: with_microbatch(
+        p, i, moves=((*two_ranks(p, i), 1), (*two_ranks(p, i)[::-1], 1))
     ),
     "a microbatch without groups": lambda p, i: with_microbatch(p, i, groups=()),
     "another length": lambda p, i: replace(

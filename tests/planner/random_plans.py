@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from planner.assemble import GroupChoice, assemble_plan
 from planner.cost import CostModel, MemoryFit, PlanLimits, Provenance, TimeFit
+from planner.layout import local_token_counts
 from planner.plan import AttentionGroup, AttentionKind, Microbatch, SolveStatus, StepPlan
 from planner.schedule import GroupLimits, schedule_of
 from planner.simulate import price_microbatch, simulate, step_lengths
@@ -95,6 +96,30 @@ def merged(rng: random.Random, microbatches: tuple[Microbatch, ...]) -> tuple[Mi
         ranks = tuple(sorted({rank for group in groups for rank in group.ranks}))
         found.append(Microbatch(ranks=ranks, groups=groups, predicted_s=0.0, peak_bytes=0))
     return tuple(found)
+
+
+def with_moves(rng: random.Random, case: Case) -> Case:
+    """Some microbatches with legal moves of any size, down to a rank left with nothing. ``case.cost`` prices moves."""
+    microbatches = []
+    for microbatch in case.plan.microbatches:
+        held = dict.fromkeys(microbatch.ranks, 0)
+        for group in microbatch.groups:
+            sizes = [case.lengths[index] for index in group.sequences]
+            counts = local_token_counts(group.kind, group.degree, sizes, group.inner_degree)
+            for rank, count in zip(group.ranks, counts, strict=True):
+                held[rank] += count
+        order = rng.sample(microbatch.ranks, len(microbatch.ranks))
+        cut = rng.randint(0, len(order))
+        moves = []
+        for source in order[:cut]:
+            for destination in rng.sample(order[cut:], min(len(order) - cut, 2)):
+                tokens = rng.choice((0, held[source], rng.randint(0, held[source])))
+                held[source] -= tokens
+                if tokens:
+                    moves.append((source, destination, tokens))
+        rng.shuffle(moves)
+        microbatches.append(replace(microbatch, moves=tuple(moves)))
+    return replace(case, plan=reprice(replace(case.plan, microbatches=tuple(microbatches)), case.cost))
 
 
 def reprice(plan: StepPlan, cost: CostModel) -> StepPlan:

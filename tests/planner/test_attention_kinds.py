@@ -34,6 +34,7 @@ from planner.wire_price import WireSetting
 LOCAL, ULYSSES, RING, USP = AttentionKind.LOCAL, AttentionKind.ULYSSES, AttentionKind.RING, AttentionKind.USP
 DOUBLE_RING, GROUP_CAST, ALL_GATHER = AttentionKind.DOUBLE_RING, AttentionKind.GROUP_CAST, AttentionKind.ALL_GATHER
 KINDS = tuple(kind for kind in AttentionKind if kind is not LOCAL)
+ROUTED_RING = AttentionKind.ROUTED_RING
 RANK_TOKENS = 4096
 lengths_lists = st.lists(st.one_of(st.integers(1, 12), st.integers(1, 3000)), min_size=1, max_size=12)
 
@@ -112,6 +113,8 @@ def test_each_kind_is_priced_for_what_it_is_good_at() -> None:
     assert wire_s(GROUP_CAST, 8) == pytest.approx(wire_s(RING, 8))  # one node: its last rank needs all keys as well
     assert 8 / 15 < wire_s(GROUP_CAST, 16) / wire_s(RING, 16) < 0.6  # 8 remote blocks by its own NIC
     assert wire_s(DOUBLE_RING, 16) < 0.4 * wire_s(RING, 16)  # each block enters a node once
+    assert wire_s(ROUTED_RING, 64) <= wire_s(DOUBLE_RING, 64) < wire_s(RING, 64)  # all NICs instead of one
+    assert wire_s(ROUTED_RING, 8) == wire_s(RING, 8) and wire_s(ROUTED_RING, 13) == wire_s(RING, 13)  # none routed
     assert wire_s(USP, 16) < min(wire_s(RING, 16), wire_s(ULYSSES, 16))
     setting = WireSetting(
         cluster=load_cluster("h200-64"), model=load_model("llama-3-8b"), tensor_parallel=1, element_bytes=2
@@ -149,8 +152,9 @@ def test_more_kinds_never_make_a_worse_plan() -> None:
 
 
 def test_names() -> None:
-    assert attention_names() == ("auto", "ulysses", "ring", "usp", "double_ring", "group_cast", "all_gather")
-    assert attention_kinds("auto") == (ULYSSES, RING, USP, DOUBLE_RING, GROUP_CAST)  # all-gather only by name
+    names = ("ulysses", "ring", "usp", "double_ring", "group_cast", "all_gather", "routed_ring")
+    assert attention_names() == ("auto", *names)
+    assert attention_kinds("auto") == tuple(kind for kind in map(AttentionKind, names) if kind is not ALL_GATHER)
     assert all(attention_kinds(name) == (AttentionKind(name),) for name in attention_names()[1:])
     with pytest.raises(SpecError, match="--attention: 'local' is none of auto, ulysses"):
         attention_kinds("local")
@@ -170,7 +174,7 @@ def test_stored_plans_and_cost_models_keep_their_digests() -> None:
     cost = derived()
     old = replace(
         cost, times=tuple(fit for fit in cost.times if fit.kind in (LOCAL, ULYSSES)),
-        provenance=replace(cost.provenance, notes=()), activation=None,
+        provenance=replace(cost.provenance, notes=()), activation=None, remap=None,
     )
     assert old.digest == "5ec0b3c342fcbfe424354ff7deca28d304a7f2917c9b95a6f6676ca08fc8b295"
     inner = replace(group, kind=USP, inner_degree=2)

@@ -40,6 +40,19 @@ def test_best_number_of_proxies_is_best(intra: float, inter: float, num_availabl
     assert times[best - 1] == pytest.approx(min(times))
 
 
+@given(RATES, RATES, st.integers(1, 64), st.integers(1, 10**9))
+@settings(max_examples=200, deadline=None)
+def test_pipelined_is_the_longest_stage(intra: float, inter: float, num_proxies: int, num_bytes: int) -> None:
+    routed_s, pipelined_s = (
+        routed_transfer_s(
+            num_bytes, intra_s_per_byte=intra, inter_s_per_byte=inter, num_proxies=num_proxies, pipelined=pipelined
+        ) for pipelined in (False, True)
+    )
+    aside_s = num_bytes * (num_proxies - 1) / num_proxies * intra
+    assert pipelined_s == pytest.approx(max(aside_s, num_bytes / num_proxies * inter))
+    assert pipelined_s <= routed_s <= 3 * pipelined_s * (1 + 1e-9)
+
+
 def test_impossible_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match="at least 1 proxy, got 0"):
         routed_transfer_s(1, intra_s_per_byte=1, inter_s_per_byte=1, num_proxies=0)

@@ -9,9 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from planner import zeppelin
-from planner.plan import SolveStatus, StepPlan, plan_digest
+from planner.analytic import derive_cost
+from planner.cost import PlanLimits
+from planner.plan import AttentionKind, SolveStatus, StepPlan, plan_digest
+from planner.specs import load_cluster, load_model
 from planner.step_planner import plan_step
 from tests.planner.step_cases import LOCAL, RING, make_cost, make_limits, skewed_lengths
+
+DOUBLE_RING, ROUTED_RING = AttentionKind.DOUBLE_RING, AttentionKind.ROUTED_RING
 
 
 def plan_zeppelin(lengths: list[int], num_ranks: int, node: int | None, rank_tokens: int = 4096) -> StepPlan:
@@ -74,7 +79,7 @@ def test_tokens_and_work_come_out_even_within_the_slack() -> None:
 def test_without_slack_the_thresholds_collapse(monkeypatch: pytest.MonkeyPatch) -> None:
     lengths = [min(size, 3000) for size in skewed_lengths(3, 200, 10**5)]
     slack = plan_zeppelin(lengths, 16, 8, rank_tokens=20_000)
-    monkeypatch.setattr(zeppelin, "NODE_SLACK", zeppelin.Fraction(0))
+    monkeypatch.setattr(zeppelin, "NODE_SLACKS", (zeppelin.Fraction(0),))
     monkeypatch.setattr(zeppelin, "RANK_SLACK", zeppelin.Fraction(0))
     tight = plan_zeppelin(lengths, 16, 8, rank_tokens=20_000)
 
@@ -96,6 +101,32 @@ def test_memory_decides_the_number_of_microbatches() -> None:
 def test_sequences_that_fill_the_machine_run_one_by_one() -> None:
     plan = plan_zeppelin([4000, 4000, 4000], 4, 2, rank_tokens=1000)
     assert [group.ranks for batch in plan.microbatches for group in batch.groups] == [(0, 1, 2, 3)] * 3
+
+
+def test_the_cheapest_slack_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = [min(4 * size, 4096 * 64) for size in skewed_lengths(7, 512, 10**6)]
+    best = plan_zeppelin(lengths, 64, 8).predicted_s
+    seconds = []
+    for slack in zeppelin.NODE_SLACKS:
+        monkeypatch.setattr(zeppelin, "NODE_SLACKS", (slack,))
+        seconds.append(plan_zeppelin(lengths, 64, 8).predicted_s)
+    assert best == min(seconds) < max(seconds)
+
+
+def test_rings_over_nodes_are_of_the_cheapest_kind_allowed() -> None:
+    cost = derive_cost(load_cluster("h200-64"), load_model("llama-3-8b"), num_ranks=64)
+    lengths = [300_000, *[2000] * 300]
+    used, seconds = {}, {}
+    for kinds in ((RING,), (RING, DOUBLE_RING), (RING, DOUBLE_RING, ROUTED_RING)):
+        limits = PlanLimits(
+            device_budget_bytes=cost.device_bytes(20_000), max_ulysses_degree=32, kinds=kinds, devices_per_node=8
+        )
+        plan = plan_step(lengths, step=0, num_ranks=64, cost=cost, limits=limits, strategy="zeppelin")
+        used[kinds] = {g.kind for batch in plan.microbatches for g in batch.groups if g.degree > 8}
+        seconds[kinds] = plan.predicted_s
+    assert list(used.values())[:2] == [{RING}, {DOUBLE_RING}]
+    ring, double, routed = seconds.values()
+    assert routed <= double < ring
 
 
 def test_a_smaller_last_node_is_used() -> None:

@@ -45,7 +45,8 @@ def batches():
 
 
 def train_rank(
-    rank, world_size, init_method, parallel, strategy, degree, kinds, budget_tokens, spec, memory=None, folder=None
+    rank, world_size, init_method, parallel, strategy, degree, kinds, budget_tokens, spec, memory=None, folder=None,
+    cost_options=None,
 ):
     """One rank's run of ten steps; rank 0 returns (losses, full initial weights, full final weights, group shapes)."""
     config = dataclasses.replace(CONFIG, parallel=parallel)
@@ -56,7 +57,7 @@ def train_rank(
     env = RankEnv(rank=rank, world_size=world_size, local_rank=rank, local_world_size=world_size)
     runtime = build_runtime(config, env, spec, init_method=init_method)
     num_ranks = parallel.data_ranks(world_size)
-    cost = dataclasses.replace(cost_model(num_ranks), sharding=runtime.sharding)
+    cost = dataclasses.replace(cost_model(num_ranks, **(cost_options or {})), sharding=runtime.sharding)
     limits = PlanLimits(
         device_budget_bytes=budget_tokens, kinds=kinds,
         max_ulysses_degree=spec.num_query_heads // parallel.tensor_parallel,
@@ -70,6 +71,7 @@ def train_rank(
         )
         verify_plan(plan, lengths, num_ranks=num_ranks, cost=cost, limits=limits)
         shapes |= {(str(g.kind), g.degree) for m in plan.microbatches for g in m.groups}
+        shapes |= {(MOVED, len(m.ranks)) for m in plan.microbatches if m.moves}
         program = compile_stage_program(runtime, plan)
 
         def read(spans, documents=documents):
@@ -112,6 +114,7 @@ STAGES_2_TENSOR_2 = ParallelConfig(pipeline_parallel=2, tensor_parallel=2)
 REPLICAS_2, REPLICAS_4 = ParallelConfig(shard_ranks=2), ParallelConfig(shard_ranks=1)
 ZERO3 = ParallelConfig(sharding="zero3")
 ZERO3_TENSOR_2 = ParallelConfig(sharding="zero3", tensor_parallel=2)
+MOVED = "tokens moved for the token-wise layers"
 ULYSSES, RING = (AttentionKind.ULYSSES,), (AttentionKind.RING,)
 RUNS = {
     "1 rank": (1, DATA, "static", 1, ULYSSES, 2**40, {("local", 1)}),
@@ -127,6 +130,9 @@ RUNS = {
     "4 ranks double ring 2 x 2": (4, DATA, "static", 4, (AttentionKind.DOUBLE_RING,), 2**40, {("double_ring", 4)}),
     "4 ranks group-cast 3+1": (4, DATA, "static", 3, (AttentionKind.GROUP_CAST,), 2**40, {("group_cast", 3)}),
     "4 ranks all-gather": (4, DATA, "static", 4, (AttentionKind.ALL_GATHER,), 2**40, {("all_gather", 4)}),
+    "4 ranks routed ring 2 x 2": (4, DATA, "static", 4, (AttentionKind.ROUTED_RING,), 2**40, {("routed_ring", 4)}),
+    "4 ranks zeppelin remap": (4, DATA, "zeppelin", None, RING, 60, {("local", 1), (MOVED, 4)}),
+    "pipeline 2 x data 2 zeppelin remap": (4, STAGES_2, "zeppelin", None, RING, 80, {("local", 1), (MOVED, 2)}),
     "pipeline 2 x data 2": (4, STAGES_2, "flexsp", None, ULYSSES, 80, {("local", 1), ("ulysses", 2)}),
     "pipeline 2 x data 2 hdp": (4, STAGES_2, "hdp", None, RING, 80, {("local", 1), ("ring", 2)}),
     "pipeline 2 x tensor 2": (4, STAGES_2_TENSOR_2, "static", 1, ULYSSES, 2**40, {("local", 1)}),
@@ -168,6 +174,11 @@ CHUNKED_RUNS = {
         DATA, "flexsp", None, ULYSSES, 60, dataclasses.replace(SECO_16, policy="spaco", sample_fraction=1.0),
     ),
 }
+COST_OPTIONS = {
+    "4 ranks routed ring 2 x 2": {"node_size": 2},
+    "4 ranks zeppelin remap": {"with_remap": True},
+    "pipeline 2 x data 2 zeppelin remap": {"with_remap": True},
+}
 STRATEGIES = ("flexsp", "adaptive", "hdp", "zeppelin", "megatron", "static")
 
 
@@ -203,7 +214,7 @@ class TestEquality:
     @pytest.mark.parametrize("name", RUNS)
     def test_equals_dense_model(self, pool, oracle, name):
         world_size, *arguments, shapes = RUNS[name]
-        results = pool.run(train_rank, *arguments, SPEC, world_size=world_size)
+        results = pool.run(train_rank, *arguments, SPEC, None, None, COST_OPTIONS.get(name), world_size=world_size)
         assert all(losses == results[0][0] for losses, *_ in results), "ranks report different losses"
         losses, _, final, used = results[0]
         assert shapes <= used
