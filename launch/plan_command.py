@@ -76,6 +76,8 @@ def _parser() -> argparse.ArgumentParser:
         help="one strategy, or all: every one on the same batches, the fastest in detail (default flexsp)")
     add("--degree", metavar="D", help="ranks per group, for static (default: the best one)")
     add("--attention", default="auto", metavar="KIND", help=f"{', '.join(attention_names())} (default auto)")
+    add("--tensor-parallel", metavar="N", help="devices that share every layer of a data rank (default 1)")
+    add("--pipeline-parallel", metavar="N", help="pipeline stages of every data rank (default 1)")
     add("--memory", default="keep", metavar="POLICY",
         help="keep (default, what training runs), swap, recompute, or auto: what pays, by microbatch; "
         "adaptive uses them all, hdp and hdp-floor swap")
@@ -143,7 +145,7 @@ def _planned(job: Job, strategy: str, degree: int | None) -> Iterator[PlannedSte
 
     for index, lengths in enumerate(job.batches):
         plan = plan_step(
-            lengths, step=index, num_ranks=job.cluster.num_ranks, cost=job.cost, limits=job.limits, strategy=strategy,
+            lengths, step=index, num_ranks=job.num_ranks, cost=job.cost, limits=job.limits, strategy=strategy,
             degree=degree,
         )
         yield PlannedStep(plan=plan, simulation=simulate(plan, job.cost))
@@ -157,8 +159,10 @@ def _replayed(job: Job, steps: tuple[PlannedStep, ...], *, draw: bool) -> tuple[
 
     if job.is_measured:
         return job, steps
-    if job.cluster.num_ranks > MAX_RANKS:
-        remark = f"not replayed: {job.cluster.num_ranks} ranks, the replay takes at most {MAX_RANKS}"
+    if job.grid.num_stages > 1:
+        return replace(job, remarks=(*job.remarks, "not replayed: the replay knows no pipeline stages")), steps
+    if job.num_ranks > MAX_RANKS:
+        remark = f"not replayed: {job.num_ranks} ranks, the replay takes at most {MAX_RANKS}"
         return replace(job, remarks=(*job.remarks, remark)), steps
     curves = load_curves()
     note = scale_note(job.cluster, curves)
@@ -169,7 +173,8 @@ def _replayed(job: Job, steps: tuple[PlannedStep, ...], *, draw: bool) -> tuple[
         sources.append(("replay, device", note))
     replayed = (
         replace(step, replay=replay_step(
-            step.plan, job.cluster, job.model, job.cost.memory, curves=curves, draw=draw
+            step.plan, job.cluster, job.model, job.cost.memory, tensor_parallel=job.grid.tensor_parallel,
+            curves=curves, draw=draw,
         ))
         for step in steps
     )
@@ -191,7 +196,9 @@ def _write_files(result: plan_output.Result, flags: argparse.Namespace) -> None:
     if flags.trace is not None:
         from planner.chrome_trace import chrome_trace
 
-        trace = chrome_trace(result.steps, result.job.cluster)
+        job = result.job
+        nodes_of_ranks = replace(job.cluster, devices_per_node=job.grid.node_size(job.cluster))
+        trace = chrome_trace(result.steps, nodes_of_ranks)
         _write("--trace", flags.trace, json.dumps(trace, separators=(",", ":"), allow_nan=False))
     if flags.html is not None:
         from planner.html_report import html_page
