@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -74,6 +75,8 @@ def _parser() -> argparse.ArgumentParser:
         help="one strategy, or all: every one on the same batches, the fastest in detail (default adaptive)")
     add("--degree", metavar="D", help="ranks per group, for static (default: the best one)")
     add("--attention", default="auto", metavar="KIND", help=f"{', '.join(attention_names())} (default auto)")
+    add("--tensor-parallel", metavar="N", help="devices that share every layer of a data rank (default 1)")
+    add("--pipeline-parallel", metavar="N", help="pipeline stages of every data rank (default 1)")
     add("--memory", default="keep", metavar="POLICY",
         help="keep (default, what training runs), swap, recompute, or auto: what pays, by microbatch; "
         "adaptive uses them all, hdp and hdp-floor swap")
@@ -141,7 +144,7 @@ def _planned(job: Job, strategy: str, degree: int | None) -> Iterator[PlannedSte
 
     for index, lengths in enumerate(job.batches):
         plan = plan_step(
-            lengths, step=index, num_ranks=job.cluster.num_ranks, cost=job.cost, limits=job.limits, strategy=strategy,
+            lengths, step=index, num_ranks=job.num_ranks, cost=job.cost, limits=job.limits, strategy=strategy,
             degree=degree,
         )
         yield PlannedStep(plan=plan, simulation=simulate(plan, job.cost))
@@ -162,7 +165,9 @@ def _write_files(result: plan_output.Result, flags: argparse.Namespace) -> None:
     if flags.trace is not None:
         from planner.chrome_trace import chrome_trace
 
-        trace = chrome_trace(result.steps, result.job.cluster)
+        job = result.job
+        nodes_of_ranks = replace(job.cluster, devices_per_node=job.grid.node_size(job.cluster))
+        trace = chrome_trace(result.steps, nodes_of_ranks)
         _write("--trace", flags.trace, json.dumps(trace, separators=(",", ":"), allow_nan=False))
     if flags.html is not None:
         from planner.html_report import html_page

@@ -31,11 +31,40 @@ POLICIES = {
 _MAX_DRAWN = 10_000_000
 
 
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """The devices of one data rank: ``tensor_parallel`` next to each other, on each of ``num_stages`` stages."""
+
+    tensor_parallel: int
+    num_stages: int
+
+    @property
+    def num_devices(self) -> int:
+        return self.tensor_parallel * self.num_stages
+
+    def num_ranks(self, cluster: ClusterSpec) -> int:
+        """Data ranks of the cluster."""
+        return cluster.num_ranks // self.num_devices
+
+    def remarks(self, cluster: ClusterSpec) -> tuple[str, ...]:
+        """What the devices of the cluster are used for, where a data rank has several."""
+        if self.num_devices == 1:
+            return ()
+        words = f"{self.num_ranks(cluster)} data ranks x {self.tensor_parallel} tensor-parallel devices"
+        return (f"{words} x {self.num_stages} pipeline stages",)
+
+    def node_size(self, cluster: ClusterSpec) -> int:
+        """Data ranks of a node, or rather of one of their stages: ranks are numbered stage by stage."""
+        return max(1, cluster.devices_per_node // self.tensor_parallel)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """Everything the flags asked for, read and checked. ``sources``: (part, source) of the numbers used."""
+    """Everything the flags asked for, read and checked. ``grid``: devices of a data rank. ``sources``: (part, source)
+    of the numbers used."""
 
     cluster: ClusterSpec
+    grid: Grid
     model: ModelSpec
     cost: CostModel
     is_measured: bool
@@ -47,7 +76,12 @@ class Job:
 
     def price(self, cluster: ClusterSpec, budget_bytes: int, longest: int) -> CostModel:
         """The cost model of this model on another cluster, or the measured one, which knows no other."""
-        return self.cost if self.is_measured else _derive(cluster, self.model, budget_bytes, longest)[0]
+        return self.cost if self.is_measured else _derive(cluster, self.grid, self.model, budget_bytes, longest)[0]
+
+    @property
+    def num_ranks(self) -> int:
+        """Data ranks."""
+        return self.grid.num_ranks(self.cluster)
 
     @property
     def free_cost(self) -> CostModel | None:
@@ -55,7 +89,10 @@ class Job:
         if self.is_measured:
             return None
         cluster = free_links(self.cluster)
-        return derive_cost(cluster, self.model, num_ranks=cluster.num_ranks, sharding=self.cost.sharding)
+        return derive_cost(
+            cluster, self.model, num_ranks=self.num_ranks, tensor_parallel=self.grid.tensor_parallel,
+            num_stages=self.grid.num_stages, sharding=self.cost.sharding,
+        )
 
 
 def read_job(flags: argparse.Namespace) -> Job:
@@ -69,27 +106,39 @@ def read_job(flags: argparse.Namespace) -> Job:
             f"{', '.join(length_names())}"
         )
     cluster, model = load_cluster(flags.cluster), load_model(flags.model)
+    grid = _grid(flags, cluster)
+    if model.num_query_heads % grid.tensor_parallel:
+        raise SpecError(
+            f"--tensor-parallel {grid.tensor_parallel} does not divide the {model.num_query_heads} query heads of "
+            f"{model.name}"
+        )
     batches, remarks = _batches(flags)
     limits = PlanLimits(
         device_budget_bytes=_budget_bytes(flags.device_budget, cluster),
-        max_ulysses_degree=model.num_query_heads,
+        max_ulysses_degree=model.num_query_heads // grid.tensor_parallel,
         kinds=kinds,
-        devices_per_node=cluster.devices_per_node,
+        devices_per_node=grid.node_size(cluster),
         policies=POLICIES[flags.memory],
         host_budget_bytes=host_budget_bytes(cluster),
     )
     longest = max(max(batch) for batch in batches)
     if flags.cost is None:
-        cost, remark = _derive(cluster, model, limits.device_budget_bytes, longest)
+        cost, remark = _derive(cluster, grid, model, limits.device_budget_bytes, longest)
     else:
         cost, remark = load_cost(flags.cost), ""
         if cost.provenance.model != model.name:
             remark = f"--cost {flags.cost} was measured for model {cost.provenance.model}, not for {model.name}"
+        if cost.num_stages != grid.num_stages:
+            raise SpecError(
+                f"--cost {flags.cost}: priced for {cost.num_stages} pipeline stages, --pipeline-parallel is "
+                f"{grid.num_stages}: set it to match"
+            )
         if flags.memory != "keep" and cost.activation is None:
             raise SpecError(f"--memory {flags.memory}: {flags.cost} has no prices for it; leave --memory or --cost out")
     return Job(
-        cluster=cluster, model=model, cost=cost, is_measured=flags.cost is not None, limits=limits, batches=batches,
-        lengths_name=flags.lengths, remarks=(*remarks, *([remark] if remark else [])),
+        cluster=cluster, grid=grid, model=model, cost=cost, is_measured=flags.cost is not None, limits=limits,
+        batches=batches,
+        lengths_name=flags.lengths, remarks=(*grid.remarks(cluster), *remarks, *([remark] if remark else [])),
         sources=(*sources(cluster, model), *_length_source(flags.lengths)),
     )
 
@@ -103,17 +152,35 @@ def count(text: str | None, flag: str) -> int | None:
     return int(text)
 
 
-def _derive(cluster: ClusterSpec, model: ModelSpec, budget_bytes: int, longest: int) -> tuple[CostModel, str]:
-    """Priced for gather_once, which training runs; where the longest sequence does not fit beside a whole copy of the
-    model, priced for zero3, and the remark says so."""
-    num_ranks = cluster.num_ranks
-    cost = derive_cost(cluster, model, num_ranks=num_ranks)
-    if cost.max_local_tokens(budget_bytes) * num_ranks >= longest:
+def _grid(flags: argparse.Namespace, cluster: ClusterSpec) -> Grid:
+    grid = Grid(
+        tensor_parallel=count(flags.tensor_parallel, "--tensor-parallel") or 1,
+        num_stages=count(flags.pipeline_parallel, "--pipeline-parallel") or 1,
+    )
+    if cluster.num_ranks % grid.num_devices:
+        raise SpecError(
+            f"--tensor-parallel {grid.tensor_parallel} x --pipeline-parallel {grid.num_stages} must divide the "
+            f"{cluster.num_ranks} devices of {cluster.name}"
+        )
+    if grid.num_stages > 1 and flags.memory != "keep":
+        raise SpecError(f"--memory {flags.memory}: with pipeline stages only keep is priced; leave one of them out")
+    return grid
+
+
+def _derive(
+    cluster: ClusterSpec, grid: Grid, model: ModelSpec, budget_bytes: int, longest: int
+) -> tuple[CostModel, str]:
+    """Priced for gather_once, the default of training; where the longest sequence does not fit beside a whole copy of
+    the model, and there are no pipeline stages, priced for zero3, and the remark says so."""
+    num_ranks, tensor = grid.num_ranks(cluster), grid.tensor_parallel
+    cost = derive_cost(cluster, model, num_ranks=num_ranks, tensor_parallel=tensor, num_stages=grid.num_stages)
+    if grid.num_stages > 1 or cost.max_local_tokens(budget_bytes) * num_ranks >= longest:
         return cost, ""
-    lean = derive_cost(cluster, model, num_ranks=num_ranks, sharding=Sharding.ZERO3)
+    lean = derive_cost(cluster, model, num_ranks=num_ranks, tensor_parallel=tensor, sharding=Sharding.ZERO3)
     remark = (
         f"priced with zero3: gather_once needs {format_bytes(cost.memory.fixed_bytes)} a device before the first token "
-        f"and leaves too little of {format_bytes(budget_bytes)} for {longest} tokens; training runs gather_once only"
+        f"and leaves too little of {format_bytes(budget_bytes)} for {longest} tokens; train with "
+        "--parallel.sharding zero3"
     )
     return lean, remark
 

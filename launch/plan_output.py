@@ -207,7 +207,9 @@ def _time_line(result: Result) -> str:
 def _knobs(job: Job) -> list[str]:
     from planner.knobs import Setting, best_knobs
 
-    start = Setting(change="", cluster=job.cluster, limits=job.limits, lengths=job.batches[0])
+    start = Setting(
+        change="", cluster=job.cluster, limits=job.limits, lengths=job.batches[0], rank_devices=job.grid.num_devices
+    )
     return knob_lines(best_knobs(start, job.price))
 
 

@@ -23,8 +23,8 @@ def with_replays(job: Job, candidates: tuple[Candidate, ...], *, draw: bool) -> 
     best = best_candidate(candidates)
     if job.is_measured or best is None:
         return job, candidates
-    if job.cluster.num_ranks > MAX_RANKS:
-        remark = f"not replayed: {job.cluster.num_ranks} ranks, the replay takes at most {MAX_RANKS}"
+    if job.num_ranks > MAX_RANKS:
+        remark = f"not replayed: {job.num_ranks} ranks, the replay takes at most {MAX_RANKS}"
         return _remarked(job, remark), candidates
     best_s = sum(estimated_s(step.plan) for step in best.steps)
     if best_s > MAX_REPLAYING_S:
@@ -32,7 +32,10 @@ def with_replays(job: Job, candidates: tuple[Candidate, ...], *, draw: bool) -> 
     curves = load_curves()
 
     def replayed(step: PlannedStep, draw: bool) -> PlannedStep:
-        replay = replay_step(step.plan, job.cluster, job.model, job.cost.memory, curves=curves, draw=draw)
+        replay = replay_step(
+            step.plan, job.cluster, job.model, job.cost.memory, tensor_parallel=job.grid.tensor_parallel,
+            curves=curves, draw=draw,
+        )
         return replace(step, replay=replay)
 
     try:

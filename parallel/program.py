@@ -142,9 +142,12 @@ class RankProgram:
 
 
 def compile_rank_program(plan: StepPlan, rank: int, *, stage: int = 0, num_stages: int = 1) -> RankProgram:
-    """What a pipeline stage of data rank ``rank`` does in this plan. Raises PlanError if there is no such rank."""
+    """What a pipeline stage of data rank ``rank`` does in this plan. Raises PlanError if there is no such rank, or the
+    plan is for another number of stages than ``num_stages``, those that there are."""
     if not 0 <= rank < plan.num_ranks:
         raise PlanError(f"step {plan.step}: rank {rank} is not in a plan of {plan.num_ranks} ranks")
+    if plan.num_stages != num_stages:
+        raise PlanError(f"step {plan.step}: plan is for {plan.num_stages} pipeline stages, there are {num_stages}")
     lengths = [sequence.num_tokens for sequence in plan.sequences]
     mine = [
         _compile_microbatch(index, microbatch, lengths, rank)

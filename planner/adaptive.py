@@ -1,13 +1,16 @@
 """Longhaul's own strategy: one search over group size, attention kind, packing, placement and order.
 
-A plan is a list of microbatches, one group each, that ranks work off without barriers. The search aims at a target time
+A plan is a list of microbatches, one group each, that ranks work off without barriers, unless the sharding needs them:
+under zero3 what is built is put into rounds and squeezed there (``adaptive_rounds``). The search aims at a target time
 between the proven bound and the best plan so far and builds a whole schedule for it in milliseconds
 (``adaptive_build``): for each long sequence the cheapest shape, any integer degree, that is quick enough; packing,
 placement and order follow from the target. It builds in two ways, for scarce time and for scarce memory, prices fixed
 times in two ways, and bisects the target for the most promising ones. All is counted, nothing depends on the clock but
 the guard of ``limits.time_limit_s``.
 
-Then the published strategies get their chance (``adaptive_rivals``): if one has the better plan, that is the plan.
+Then the published strategies get their chance (``adaptive_rivals``): if one has the better plan, that is the plan. With
+pipeline stages the search itself knows nothing of them; what fills the pipelines comes from PP-Balance, tried there
+with microbatches of several sizes.
 
 What is searched over, memory policies included, is decided before (``adaptive_space``).
 """
@@ -21,14 +24,15 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from planner.adaptive_build import Draft, Target, build_draft
-from planner.adaptive_rivals import Match, best_rival, makespan_s
+from planner.adaptive_rivals import Match, best_rival
+from planner.adaptive_rounds import Round, align, in_order, rounds_s, squeeze
 from planner.adaptive_shop import Workshop
 from planner.adaptive_space import search_space
-from planner.assemble import Found, GroupChoice, MicrobatchChoice
+from planner.assemble import Found, GroupChoice, MicrobatchChoice, makespan_s
 from planner.bounds import settled_lengths
 from planner.cost import CostModel, PlanLimits
 from planner.memory_policy import choose_policies
-from planner.plan import AttentionKind, SolveStatus
+from planner.plan import AttentionKind, Sharding, SolveStatus
 from planner.shapes import GroupShape
 
 MAX_BUILDS = 12
@@ -38,6 +42,14 @@ NUM_FINALISTS = 2
 MEMORY_WEIGHTS = (0.0, 1.0)
 CLOSE_ENOUGH = 1e-3  # of the makespan: no more builds
 GOOD_ENOUGH = 1.5e-2  # of the makespan: no other way to share out fixed times is tried
+# In lockstep: (packed, target over the bound, share of the target in which a sequence alone is to run).
+ROUND_TARGETS = (
+    (True, 1.06, 0.25), (False, 1.35, 0.5), (False, 1.12, 0.25), (True, 1.0, 0.5), (True, 1.35, 0.25),
+    (False, 1.0, 0.25), (False, 1.12, 1.0), (True, 1.0, 1.0),
+)
+NUM_SQUEEZED = 4
+FEW_ROUNDS = 3
+FEW_ROUNDS_TARGETS = tuple((False, factor, share) for factor in (1.15, 1.25, 1.4) for share in (0.5, 0.6, 0.7))
 
 
 @dataclass(slots=True)
@@ -90,7 +102,10 @@ def plan_adaptive(
     for shapes in space.choices:
         shop = _workshop(lengths, shapes, num_ranks, limits)
         searches.append(_Search(shop, space.bound_s, deadline_s, max_builds))
-        _search(searches[-1])
+        if cost.sharding is Sharding.ZERO3:
+            _search_rounds(searches[-1])
+        else:
+            _search(searches[-1])
         if searches[-1].within(CLOSE_ENOUGH):
             break
     best = min(searches, key=lambda search: search.best_s)
@@ -99,8 +114,8 @@ def plan_adaptive(
         lengths=lengths, num_ranks=num_ranks, cost=cost, limits=limits, beat_s=best.best_s, bound_s=space.bound_s,
         deadline_s=deadline_s,
     )
-    if space.has_policies:  # milder policies than the shapes' may have made it faster
-        match = replace(match, beat_s=makespan_s(groups, match))
+    if space.has_policies or not cost.runs_free:  # policies milder than the shapes' may have made it faster
+        match = replace(match, beat_s=makespan_s(groups, lengths, num_ranks, cost))
     found_s, note = match.beat_s, f"adaptive, {sum(search.num_builds for search in searches)} builds"
     rival = best_rival(match)
     if rival is not None:
@@ -139,6 +154,39 @@ def _search(search: _Search) -> None:
     for number, (makespan_s, way) in enumerate(finalists):
         left = search.max_builds - search.num_builds
         _bisect(search, way, makespan_s, -(-left // (NUM_FINALISTS - number)))
+
+
+def _search_rounds(search: _Search) -> None:
+    """Build for several targets, put what comes out into rounds and squeeze the best of them; where there are few
+    rounds, one more or less is much, so more targets are tried and all are squeezed."""
+    shop = search.shop
+    size = {"num_ranks": shop.num_ranks, "node_size": shop.node_size}
+    found = _aligned(search, ROUND_TARGETS[: search.max_builds])
+    if min(len(rounds) for _, rounds in found) <= FEW_ROUNDS and search.max_builds > len(ROUND_TARGETS):
+        found += _aligned(search, FEW_ROUNDS_TARGETS)
+    else:
+        found = sorted(found, key=lambda item: item[0])[:NUM_SQUEEZED]
+    for _, rounds in found:
+        squeezed = min(rounds, squeeze(shop, rounds), key=rounds_s)
+        if rounds_s(squeezed) < search.best_s:
+            search.best = Draft(tuple(in_order(squeezed, **size)), rounds_s(squeezed))
+
+
+def _aligned(
+    search: _Search, targets: SequenceOf[tuple[bool, float, float]]
+) -> list[tuple[float, list[Round]]]:
+    """Rounds of a build for each of the targets, at least of one, and their seconds."""
+    shop = search.shop
+    found: list[tuple[float, list[Round]]] = []
+    for packed, factor, share in targets:
+        if found and time.perf_counter() > search.deadline_s:
+            break
+        target_s = factor * search.bound_s
+        way = Target(makespan_s=target_s, alone_s=share * target_s, memory_weight=1.0, packed=packed)
+        rounds = align(build_draft(shop, way).batches, num_ranks=shop.num_ranks, node_size=shop.node_size)
+        found.append((rounds_s(rounds), rounds))
+        search.num_builds += 1
+    return found
 
 
 def _bisect(search: _Search, way: Target, reached_s: float, num_builds: int) -> None:

@@ -1,9 +1,11 @@
 """The published strategies as candidates for ``adaptive``: each one that might have the better plan is run.
 
-A strategy is left out where a bound of its own proves that it cannot win. The rest depends on the size of the step,
+A strategy is left out where a bound of its own proves that it cannot win; so are all, beyond small steps, where the gap
+is so narrow that none could win what its run takes (CLOSE_TO_BOUND). The rest depends on the size of the step,
 sequences times ranks. Small: all are run, FlexSP only where adaptive's gap is above ``limits.relative_gap``, since its
 programs take seconds. Middling: greedy and the list schedules of rings, and above that gap the most promising static
-layouts. Large: greedy, floored rings and those layouts, above that gap only. So adaptive is never behind a strategy
+layouts. Large: greedy, floored rings and those layouts, above that gap only. In lockstep (zero3), list schedules are
+far behind and only those layouts are tried beyond small steps. So adaptive is never behind a strategy
 that was run; of one that was not (FlexSP, Zeppelin and Megatron's rule beyond small steps) only its gap says how far
 behind it can be.
 """
@@ -16,20 +18,22 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from planner.assemble import Found, MicrobatchChoice, price_choice
+from planner.assemble import Found, MicrobatchChoice, makespan_s
 from planner.cost import CostModel, PlanLimits
 from planner.errors import InfeasibleError, SpecError
 from planner.flexsp import plan_flexsp
 from planner.greedy import plan_greedy
 from planner.hdp import hdp_shapes, hdp_table, plan_hdp, plan_hdp_floor, plan_hdp_naive, smallest_columns
 from planner.megatron_rule import plan_megatron
-from planner.plan import MemoryAction, SolveStatus
+from planner.plan import MemoryAction, Sharding, SolveStatus
+from planner.pp_balance import plan_hdp_pp, plan_packs
 from planner.shapes import GroupShape, group_tokens
-from planner.simulate import run_schedule
 from planner.static import best_layout, every_layout
 from planner.zeppelin import plan_zeppelin
 
 MAX_LAYOUTS = 3  # beyond small steps
+PACK_SHARES = (1.0, 0.5, 0.25, 0.125)
+CLOSE_TO_BOUND = 3e-3
 SMALL_STEP = 2**13
 MIDDLING_STEP = 2**16
 
@@ -78,7 +82,7 @@ def best_rival(match: Match) -> Rival | None:
             found = run()
         except (SpecError, InfeasibleError):  # not possible with these kinds, degrees or lengths
             continue
-        found_s = makespan_s(found.groups, match)
+        found_s = makespan_s(found.groups, match.lengths, match.num_ranks, match.cost)
         if found_s < (match.beat_s if best is None else best.makespan_s):
             best = Rival(name=name, groups=found.groups, makespan_s=found_s)
     return best
@@ -86,6 +90,8 @@ def best_rival(match: Match) -> Rival | None:
 
 def _candidates(match: Match) -> list[tuple[str, Callable[[], Found]]]:
     if match.beat_s <= match.bound_s or (match.size > MIDDLING_STEP and not match.open):
+        return []
+    if not match.small and match.beat_s <= match.bound_s * (1 + CLOSE_TO_BOUND):
         return []
 
     def run(strategy: Callable[..., Found]) -> Callable[[], Found]:
@@ -97,18 +103,35 @@ def _candidates(match: Match) -> list[tuple[str, Callable[[], Found]]]:
     def greedy() -> Found:
         return plan_greedy(match.lengths, num_ranks=match.num_ranks, cost=match.cost, limits=match.limits)
 
-    runs = [("greedy", greedy), ("hdp-floor", run(plan_hdp_floor))]
+    in_lockstep = match.cost.sharding is Sharding.ZERO3
+    runs = [] if in_lockstep and not match.small else [("greedy", greedy), ("hdp-floor", run(plan_hdp_floor))]
     if match.small or match.open:
         runs.append(("static", lambda: _static(match)))
-    if match.size <= MIDDLING_STEP:
+    if match.size <= MIDDLING_STEP and (match.small or not in_lockstep):
         keep = replace(match.limits, policies=(MemoryAction.KEEP,))
         runs += [("hdp", run(plan_hdp))] if _hdp_may_win(match, match.limits) else []
         runs += [("hdp-naive", run(plan_hdp_naive))] if _hdp_may_win(match, keep) else []
     if match.small:
         runs += [("zeppelin", run(plan_zeppelin)), ("megatron", run(plan_megatron))]
+        runs.append(("hdp-pp", run(plan_hdp_pp)))
     if match.small and match.open:
         runs.append(("flexsp", run(plan_flexsp)))
-    return runs
+    return runs + (_staged(match) if match.cost.num_stages > 1 else [])
+
+
+def _staged(match: Match) -> list[tuple[str, Callable[[], Found]]]:
+    """PP-Balance with smaller and smaller microbatches: full ones may be too few to fill the pipelines."""
+
+    def packs(share: float, floor: bool) -> Callable[[], Found]:
+        return lambda: plan_packs(
+            match.lengths, num_ranks=match.num_ranks, cost=match.cost, limits=match.limits, pack_share=share,
+            floor=floor,
+        )
+
+    return [
+        (f"hdp-pp, packs of {share:g} of the capacity", packs(share, floor))
+        for share in PACK_SHARES for floor in (False, True)
+    ]
 
 
 def _hdp_may_win(match: Match, limits: PlanLimits) -> bool:
@@ -130,7 +153,7 @@ def _static(match: Match) -> Found:
     if not match.small:
         hopeful = sorted(hopeful, key=lambda place: (bounds_s[place], place))[:MAX_LAYOUTS]
     layouts = [layouts[place] for place in hopeful]
-    result = best_layout(match.lengths, layouts, match.num_ranks) if layouts else None
+    result = best_layout(match.lengths, layouts, match.num_ranks, match.cost) if layouts else None
     if result is None:
         raise SpecError("no layout may win")
     return Found(
@@ -153,7 +176,3 @@ def _layout_bound_s(layout: SequenceOf[GroupShape], match: Match) -> float:
     return max(work_s / match.num_ranks, alone_s)
 
 
-def makespan_s(groups: SequenceOf[MicrobatchChoice], match: Match) -> float:
-    """When the last rank ends, ``step_fixed_s`` not included, as ``planner.simulate`` plays it."""
-    prices = [price_choice(choice, match.lengths, match.cost) for choice in groups]
-    return run_schedule(prices, num_ranks=match.num_ranks, cost=match.cost).step_s - match.cost.step_fixed_s

@@ -6,7 +6,7 @@ Shapes of the formulas: FlexSP (arXiv 2412.01523, eq. 11-14); FLOPs and saved by
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from planner.cluster import ClusterSpec
 from planner.cost import ActivationFit, CostModel, MemoryFit, Provenance, RemapFit, TimeFit
@@ -31,14 +31,19 @@ MAX_DEGREE = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Setting(WireSetting):
-    """What every formula below needs. One data rank is ``tensor_parallel`` devices next to each other."""
+    """What every formula below needs. One data rank is ``tensor_parallel`` devices next to each other; with pipeline
+    stages it has as many on each, and ``model`` is the part of the model on the fullest stage."""
 
     num_ranks: int
+    num_stages: int
 
     @property
     def params(self) -> float:
-        """Parameters of one device before sharding over the data ranks."""
-        return self.model.num_params / self.tensor_parallel
+        """Parameters of one device before sharding over the data ranks: of several stages none has both embedding and
+        head."""
+        model = self.model
+        elsewhere = model.vocab_size * model.hidden_dim if self.num_stages > 1 and not model.tied_head else 0
+        return (model.num_params - elsewhere) / self.tensor_parallel
 
     @property
     def group_limits(self) -> GroupLimits:
@@ -51,29 +56,24 @@ def derive_cost(
     *,
     num_ranks: int,
     tensor_parallel: int = 1,
+    num_stages: int = 1,
     element_bytes: int = 2,
     sharding: Sharding = Sharding.GATHER_ONCE,
 ) -> CostModel:
     """Coefficients for ``num_ranks`` data ranks: local, ulysses at powers of two and ``num_ranks``, every other kind
     at any degree up to ``MAX_DEGREE`` and at 32 degrees an octave beyond it.
 
-    ``element_bytes``: of activations and gathered weights. Raises SpecError where the ranks do not fit the cluster or
-    tensor parallelism does not divide the heads.
+    ``num_stages``: pipeline stages; all is then of one of them, with the most layers and the head. ``element_bytes``:
+    of activations and gathered weights. Raises SpecError where the ranks do not fit the cluster, tensor parallelism
+    does not divide the heads, there are more stages than layers, or stages are asked for with zero3.
     """
-    if num_ranks < 1 or tensor_parallel < 1 or num_ranks * tensor_parallel > cluster.num_ranks:
-        raise SpecError(
-            f"{num_ranks} data ranks x {tensor_parallel} tensor-parallel do not fit cluster {cluster.name} "
-            f"of {cluster.num_ranks} devices"
-        )
-    if model.num_query_heads % tensor_parallel:
-        raise SpecError(
-            f"model {model.name}: {model.num_query_heads} query heads cannot be split over {tensor_parallel} "
-            "tensor-parallel ranks"
-        )
+    _check_grid(cluster, model, num_ranks, tensor_parallel, num_stages)
     setting = _Setting(
-        cluster=cluster, model=model, num_ranks=num_ranks, tensor_parallel=tensor_parallel, element_bytes=element_bytes
+        cluster=cluster, model=replace(model, num_layers=-(-model.num_layers // num_stages)), num_ranks=num_ranks,
+        tensor_parallel=tensor_parallel, num_stages=num_stages, element_bytes=element_bytes,
     )
-    fixed_s = model.num_layers * LAYER_LAUNCH_S + (_zero3_s(setting) if sharding is Sharding.ZERO3 else 0.0)
+    fixed_s = setting.model.num_layers * LAYER_LAUNCH_S
+    fixed_s += _zero3_s(setting) if sharding is Sharding.ZERO3 else _hand_over(setting)[1]
     kinds = ((kind, _priced_degrees(schedule_of(kind), setting)) for kind in AttentionKind)
     return CostModel(
         times=tuple(_fit(setting, kind, degree, fixed_s) for kind, degrees in kinds for degree in degrees),
@@ -84,9 +84,29 @@ def derive_cost(
             source="derived", cluster=cluster.name, model=model.name, notes=_notes(setting, sharding)
         ),
         sharding=sharding,
-        activation=_activation(setting),
-        remap=_remap(setting),
+        activation=_activation(setting) if num_stages == 1 else None,
+        remap=_remap(setting) if num_stages == 1 else None,
+        num_stages=num_stages,
     )
+
+
+def _check_grid(
+    cluster: ClusterSpec, model: ModelSpec, num_ranks: int, tensor_parallel: int, num_stages: int
+) -> None:
+    devices = num_ranks * tensor_parallel * num_stages
+    if min(num_ranks, tensor_parallel, num_stages) < 1 or devices > cluster.num_ranks:
+        stages = f" x {num_stages} pipeline stages" if num_stages != 1 else ""
+        raise SpecError(
+            f"{num_ranks} data ranks x {tensor_parallel} tensor-parallel{stages} do not fit cluster {cluster.name} "
+            f"of {cluster.num_ranks} devices"
+        )
+    if num_stages > model.num_layers:
+        raise SpecError(f"model {model.name}: {num_stages} pipeline stages are more than its {model.num_layers} layers")
+    if model.num_query_heads % tensor_parallel:
+        raise SpecError(
+            f"model {model.name}: {model.num_query_heads} query heads cannot be split over {tensor_parallel} "
+            "tensor-parallel ranks"
+        )
 
 
 def host_budget_bytes(cluster: ClusterSpec) -> int:
@@ -119,8 +139,8 @@ def _fit(setting: _Setting, kind: AttentionKind, degree: int, fixed_s: float) ->
 
 
 def _linear_s_per_token(setting: _Setting) -> float:
-    """All but attention of one token on its rank."""
-    return setting.linear_s + _tensor_parallel_s_per_token(setting)
+    """All but attention of one token on its rank, handing it over between stages included."""
+    return setting.linear_s + _tensor_parallel_s_per_token(setting) + _hand_over(setting)[0]
 
 
 def _remap(setting: _Setting) -> RemapFit:
@@ -135,6 +155,16 @@ def _remap(setting: _Setting) -> RemapFit:
         fixed_s=setting.latency_s(setting.num_ranks, NUM_REMAPS),
         node_size=min(setting.ranks_per_node, setting.num_ranks),
     )
+
+
+def _hand_over(setting: _Setting) -> tuple[float, float]:
+    """Seconds per token of a rank and per microbatch that a stage between two others waits for its neighbours: hidden
+    states come in and go out at the same time, and so do their gradients, each once, over the slowest link."""
+    if setting.num_stages == 1:
+        return 0.0, 0.0
+    cluster = setting.cluster
+    link = cluster.intra_node if cluster.num_nodes == 1 else cluster.inter_node
+    return 2 * setting.model.hidden_dim * setting.element_bytes / link.bytes_per_s, 2 * link.latency_s
 
 
 def _tensor_parallel_s_per_token(setting: _Setting) -> float:
@@ -235,9 +265,14 @@ def _notes(setting: _Setting, sharding: Sharding) -> tuple[str, ...]:
         )
     if setting.tensor_parallel > 1:
         notes.append("tensor parallel: activations and weights divided evenly, all-reduces not overlapped")
+    if setting.num_stages > 1:
+        notes.append(
+            f"{setting.num_stages} pipeline stages priced alike: {setting.model.num_layers} layers and the head on "
+            "each; what they hand to each other is not overlapped; a forward takes a third of a microbatch"
+        )
     if sharding is Sharding.ZERO3:
         notes.append(
-            f"guess: {ZERO3_EXPOSED_SHARE:.0%} of zero3's gathers exposed, in every microbatch; that ranks wait for "
-            "each other at each layer is not priced"
+            f"guess: {ZERO3_EXPOSED_SHARE:.0%} of zero3's gathers exposed, in every microbatch; ranks wait for each "
+            "other once a round of microbatches, not once a layer"
         )
     return tuple(notes)

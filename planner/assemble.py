@@ -100,6 +100,7 @@ def assemble_plan(
         peak_bytes=simulation.peak_bytes,
         cost_digest=cost.digest if cost_digest is None else cost_digest,
         solver=report,
+        num_stages=cost.num_stages,
     )
 
 
@@ -114,6 +115,14 @@ def price_choice(
         raise PlanError(f"one microbatch, one memory policy: got {len(policies)} for its {len(groups)} groups")
     attention = attention_groups(choice, cost)
     return price_groups(_ranks(attention), attention, lengths, cost, policies.pop(), moves)
+
+
+def makespan_s(
+    groups: Iterable[MicrobatchChoice], lengths: SequenceOf[int], num_ranks: int, cost: CostModel
+) -> float:
+    """When the last rank ends, ``step_fixed_s`` not included, as ``planner.simulate`` plays it."""
+    prices = [price_choice(choice, lengths, cost) for choice in groups]
+    return run_schedule(prices, num_ranks=num_ranks, cost=cost).step_s - cost.step_fixed_s
 
 
 def attention_groups(choice: MicrobatchChoice, cost: CostModel) -> tuple[AttentionGroup, ...]:

@@ -26,8 +26,10 @@ A smaller C allows fewer shapes and raises every charge, so the left side falls 
 satisfies the inequality is bracketed by bisection and the lower end of the bracket is returned. The memory share counts
 tokens / (tokens that all ranks can hold), never more than what the zigzag layout takes of a ring; of tokens that do not
 stay on the device it counts none, and a microbatch frees no more than the shapes say. Nothing depends on rounds,
-placement or order: the bound holds for every strategy that forms these shapes, several in one microbatch included. All
-coefficients must be at least 0.
+placement or order: the bound holds for every strategy that forms these shapes, several in one microbatch included. It
+holds in lockstep (zero3), where barriers only add, and with pipeline stages, whose seconds and memory a cost model
+gives for one of them: each stage alone runs all of the microbatches, one at a time on a rank, and is busy for their
+seconds, so what is said here of the ranks holds for the ranks of that stage. All coefficients must be at least 0.
 """
 
 from __future__ import annotations

@@ -24,7 +24,8 @@ stored digests stay valid."""
 
 
 def to_plain(value: Any) -> Any:
-    """Dataclasses, tuples and enums as dicts, lists and strings: what ``json.dumps`` and YAML take."""
+    """Dataclasses, tuples and enums as dicts, lists and strings: what ``json.dumps`` and YAML take. Fields that are no
+    arguments of their dataclass follow from the others and are left out."""
     if type(value) in _SCALARS:  # most values of a large cost model
         return value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -32,7 +33,7 @@ def to_plain(value: Any) -> Any:
         return {
             field.name: to_plain(item)
             for field, item in items
-            if not ("later" in field.metadata and item == field.default)
+            if field.init and not ("later" in field.metadata and item == field.default)
         }
     if isinstance(value, enum.Enum):
         return value.value

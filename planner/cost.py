@@ -144,7 +144,11 @@ class CostModel:
     optimizer, once a step whatever the plan. ``sharding``: what fixed bytes and fixed seconds were priced for.
     ``activation``: None where only keeping all activations is priced. ``remap``: None where tokens cannot be moved for
     the token-wise layers. Raises SpecError where activations free more than a token takes, or a token's work outside
-    attention takes longer than all of it."""
+    attention takes longer than all of it.
+
+    ``num_stages``: pipeline stages that all of this was priced for, evenly: seconds and bytes are those of one of them,
+    and its peak counts as many microbatches between forward and backward as there are stages. Raises SpecError for
+    stages together with zero3 or with ``activation``: neither is run nor priced so."""
 
     times: tuple[TimeFit, ...]
     memory: MemoryFit
@@ -154,8 +158,15 @@ class CostModel:
     sharding: Sharding = Sharding.GATHER_ONCE
     activation: ActivationFit | None = field(default=None, metadata=LATER)
     remap: RemapFit | None = field(default=None, metadata=LATER)
+    num_stages: int = field(default=1, metadata=LATER)
+    _digest: str = field(default="", init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        if self.num_stages < 1:
+            raise SpecError(f"num_stages must be at least 1, got {self.num_stages}")
+        if self.num_stages > 1 and (self.sharding is Sharding.ZERO3 or self.activation is not None):
+            what = f"sharding {self.sharding}" if self.activation is None else "swapping or recomputing activations"
+            raise SpecError(f"num_stages {self.num_stages}: {what} is not priced with pipeline stages")
         fit = self.activation
         if fit and max(fit.swap_bytes_per_token, fit.recompute_bytes_per_token) > self.memory.bytes_per_token:
             raise SpecError("activations: a token cannot free more than memory.bytes_per_token")
@@ -165,8 +176,15 @@ class CostModel:
                 raise SpecError(f"remap: linear_s_per_token is above all of {time.kind} {time.degree}'s s_per_token")
 
     @property
+    def runs_free(self) -> bool:
+        """Whether a microbatch waits for nobody but its own ranks: neither lockstep nor pipeline stages."""
+        return self.sharding is not Sharding.ZERO3 and self.num_stages == 1
+
+    @property
     def digest(self) -> str:
-        return digest_of(self)
+        if not self._digest:  # asked for in every step, and takes milliseconds
+            object.__setattr__(self, "_digest", digest_of(self))
+        return self._digest
 
     def degrees(self, kind: AttentionKind) -> tuple[int, ...]:
         """The degrees this model can price for ``kind``, ascending."""
@@ -225,14 +243,15 @@ class CostModel:
         return self.activation
 
     def max_local_tokens(self, budget_bytes: int) -> int:
-        """The most tokens of one microbatch that a device with this budget can hold (0 if the fixed part is over)."""
+        """The most tokens of one microbatch that a device with this budget can hold (0 if the fixed part is over): of
+        several stages the first one, which holds as many such microbatches at once."""
         spare = budget_bytes - self.memory.fixed_bytes
         if spare < 0 or self.memory.bytes_per_token <= 0:
-            return 0 if spare < 0 else 2**62
+            return 0 if spare < 0 else 2**62 // self.num_stages
         tokens = int(spare / self.memory.bytes_per_token) + 1  # device_bytes cuts fractions off: one more may fit
         while tokens > 0 and self.device_bytes(tokens) > budget_bytes:
             tokens -= 1
-        return tokens
+        return tokens // self.num_stages
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

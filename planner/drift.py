@@ -14,7 +14,9 @@ from dataclasses import dataclass, replace
 from planner.cost import CostModel, TimeFit
 from planner.fitting import GroupSample, group_features, non_negative_fit
 from planner.measured import MeasuredStep, median_ratio
+from planner.pipeline_order import StageWork
 from planner.plan import AttentionKind, StepPlan
+from planner.timeline import play
 
 WARM_UP_STEPS = 2
 """First steps after a start: caches are cold and code is loaded late."""
@@ -79,15 +81,13 @@ def drift_of(pairs: SequenceOf[tuple[float, float]], factor: float) -> Drift | N
 
 
 def planned_times(plan: StepPlan) -> tuple[tuple[float, float], ...]:
-    """(start, stop) seconds of each microbatch as the plan predicts them: it starts when all its ranks are free."""
-    free_s = [0.0] * plan.num_ranks
-    times = []
-    for microbatch in plan.microbatches:
-        start_s = max(free_s[rank] for rank in microbatch.ranks)
-        for rank in microbatch.ranks:
-            free_s[rank] = start_s + microbatch.predicted_s
-        times.append((start_s, start_s + microbatch.predicted_s))
-    return tuple(times)
+    """(start, stop) seconds of each microbatch as the plan predicts them (``planner.timeline``); with pipeline stages
+    from its forward's start to its backward's end on the first one."""
+    work = [StageWork(ranks=microbatch.ranks, seconds=microbatch.predicted_s) for microbatch in plan.microbatches]
+    passes = play(work, sharding=plan.sharding, num_stages=plan.num_stages)
+    starts_s = {each.microbatch: each.start_s for each in passes if each.holds}
+    stops_s = {each.microbatch: each.stop_s for each in passes if each.frees}
+    return tuple((starts_s[index], stops_s[index]) for index in range(len(work)))
 
 
 def planned_span_s(plan: StepPlan) -> float:

@@ -244,7 +244,7 @@ def step_row(step: PlannedStep) -> tuple[str, ...]:
 def group_rows(step: PlannedStep) -> list[tuple[str, ...]]:
     """Rows under ``GROUP_COLUMNS``, one per attention group in execution order."""
     lengths = step_lengths(step.plan)
-    starts = {event.microbatch: event.start_s for event in step.simulation.events}
+    starts = {event.microbatch: event.start_s for event in reversed(step.simulation.events)}  # forward first
     rows: list[tuple[str, ...]] = []
     for index, microbatch in enumerate(step.plan.microbatches):
         for group in microbatch.groups:

@@ -10,8 +10,9 @@ Where this differs, and why:
   relative gap from the round's proven bound, best M first, and only while the sum of the rounds' bounds could still
   beat the best plan known. Programs larger than 64 ranks need are left alone (``round_program.MAX_VARIABLES``): on
   1,024 ranks HiGHS ends the guard's seconds with the packing that it was given.
-- The paper's sum of makespans assumes that all ranks wait between rounds. Our runtime has no such barrier, so among the
-  values of M the plan with the smallest simulated time wins, never more than its sum.
+- The paper's sum of makespans assumes that all ranks wait between rounds. With zero3 they do, and the smallest sum
+  wins as published. Else our runtime has no such barrier, so among the values of M the plan with the smallest
+  simulated time wins, never more than its sum.
 - M counts up past values that cannot be packed (sequences do not tile memory); the paper's code returns nothing there.
 - Sequences are dealt into their buckets' places by length, not at random: same inputs, same plan.
 
@@ -24,17 +25,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
-from itertools import groupby
+from dataclasses import dataclass, replace
+from itertools import accumulate, groupby
 
 import numpy as np
 
-from planner.assemble import Found, GroupChoice
+from planner.assemble import Found, GroupChoice, price_choice
 from planner.blaster import blast_rows
 from planner.bounds import makespan_bound_s
 from planner.cost import CostModel, PlanLimits
-from planner.greedy import Schedule, greedy_schedule
-from planner.plan import SolveStatus
+from planner.greedy import Schedule, as_played, greedy_schedule
+from planner.plan import Sharding, SolveStatus
 from planner.round_packing import RoundPacking, group_s, pack_round
 from planner.round_program import MAX_VARIABLES, RoundSolve, solve_round
 from planner.shapes import BoolArray, FloatArray, IntArray, PriceTable, allowed_shapes, price_table, require_fits
@@ -124,16 +125,17 @@ def plan_flexsp(
     layouts = usual_layouts(num_ranks, cost, limits)
     shapes = dict.fromkeys((*table.shapes, *(shape for layout in layouts for shape in layout)))
     bound_s = makespan_bound_s(price_table(lengths, tuple(shapes)), num_ranks)  # static's last block may be odd
-    best, winner = greedy_schedule(table, num_ranks), "greedy"
+    best, winner = as_played(greedy_schedule(table, num_ranks), lengths, num_ranks, cost), "greedy"
     notes, hit_limit = [], False
     if not _proven(best.makespan_s, bound_s, cost, limits):
-        homogeneous = best_layout(lengths, layouts, num_ranks)
+        homogeneous = best_layout(lengths, layouts, num_ranks, cost)
         if homogeneous is not None and homogeneous.schedule.makespan_s < best.makespan_s:
             best, winner = homogeneous.schedule, f"static ({homogeneous.note})"
         try:
             result = flexsp_schedule(
                 table, num_ranks=num_ranks, max_local_tokens=cost.max_local_tokens(limits.device_budget_bytes),
                 limits=limits, incumbent_s=best.makespan_s, deadline_s=deadline_s,
+                barriers=cost.sharding is Sharding.ZERO3,
             )
         except SolverFailure as error:
             result = None
@@ -144,14 +146,25 @@ def plan_flexsp(
                 f"flexsp {result.num_rounds} rounds, sum of makespans {format_seconds(result.makespans_s)}, "
                 f"{result.num_programs} programs"
             )
-            if result.schedule.makespan_s < best.makespan_s:
-                best, winner = result.schedule, "flexsp"
+            rounds = result.schedule if cost.runs_free else _longest_first(result, lengths, cost)
+            rounds = as_played(rounds, lengths, num_ranks, cost)
+            if rounds.makespan_s < best.makespan_s:
+                best, winner = rounds, "flexsp"
     status = SolveStatus.GREEDY
     if _proven(best.makespan_s, bound_s, cost, limits):
         status = SolveStatus.OPTIMAL
     elif winner != "greedy":
         status = SolveStatus.LIMIT if hit_limit else SolveStatus.FEASIBLE
     return Found(groups=best.groups, status=status, bound_s=bound_s, note="; ".join([f"{winner} plan", *notes]))
+
+
+def _longest_first(result: FlexspResult, lengths: SequenceOf[int], cost: CostModel) -> Schedule:
+    """The rounds in this order: a group that in lockstep starts a round early, its ranks being idle there, then finds
+    a round that is no shorter."""
+    ends = list(accumulate(result.round_sizes))
+    rounds = [result.schedule.groups[end - size : end] for end, size in zip(ends, result.round_sizes, strict=True)]
+    rounds.sort(key=lambda groups: -max(price_choice(group, lengths, cost).seconds for group in groups))
+    return replace(result.schedule, groups=tuple(group for groups in rounds for group in groups))
 
 
 def _proven(makespan_s: float, bound_s: float, cost: CostModel, limits: PlanLimits) -> bool:

@@ -8,13 +8,14 @@ unequal numbers of microbatches.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from planner.assemble import Found, GroupChoice
+from planner.assemble import Found, GroupChoice, makespan_s
 from planner.bounds import cheapest_columns, makespan_bound_s
 from planner.cost import CostModel, PlanLimits
 from planner.plan import SolveStatus
@@ -90,6 +91,13 @@ def plan_greedy(lengths: SequenceOf[int], *, num_ranks: int, cost: CostModel, li
     return Found(groups=schedule.groups, status=SolveStatus.GREEDY, bound_s=bound_s, note="greedy list schedule")
 
 
+def as_played(schedule: Schedule, lengths: SequenceOf[int], num_ranks: int, cost: CostModel) -> Schedule:
+    """The schedule with the makespan that lockstep or pipeline stages give it, where the cost model has them."""
+    if cost.runs_free:
+        return schedule
+    return replace(schedule, makespan_s=makespan_s(schedule.groups, lengths, num_ranks, cost))
+
+
 def greedy_schedule(table: PriceTable, num_ranks: int) -> Schedule:
     """The better of two list schedules: shapes chosen for the least work, and for the proven bound as target time.
 
@@ -126,12 +134,14 @@ def fill_lanes(
     it: then the ranks of a lane are always free at the same time, and this is what the simulator will say. A row must
     fit at least one of its lanes. ``busy_s``: when each rank is free for all this (default: at once).
     """
+    rows = list(order)
     free_s = np.zeros(num_ranks) if busy_s is None else busy_s.copy()
     spare_tokens = np.full(len(lanes), -1, dtype=np.int64)  # of each lane's emptiest microbatch; -1: there is none
     batches: list[list[_OpenBatch]] = [[] for _ in lanes]
     choices: dict[int, _LaneChoice] = {}
     degrees, capacities = table.degrees.tolist(), table.capacity_tokens.tolist()
-    for row, places in order:
+    tail = _like_tail(lanes, rows)
+    for row, places in rows[:tail]:
         choice = choices.get(id(places))
         if choice is None:
             choice = choices[id(places)] = _LaneChoice.of(table, lanes, places)
@@ -149,7 +159,67 @@ def fill_lanes(
         spare_tokens[lane] = max(b.spare_tokens for b in opened)
         first = lanes[lane].first_rank
         free_s[first : first + degrees[column]] = finish_s
+    if tail < len(rows):
+        _fill_like_lanes(table, lanes, rows[tail:], free_s, batches)
     return Schedule(_groups(table, lanes, batches), float(free_s.max()))
+
+
+def _like_tail(lanes: list[Lane], rows: SequenceOf[tuple[int, IntArray]]) -> int:
+    """From which row on all go to the same lanes of one shape: nearly all of a step, those for single ranks."""
+    if not rows or len({lanes[place].column for place in rows[-1][1].tolist()}) > 1:
+        return len(rows)
+    tail = len(rows)
+    while tail > 0 and rows[tail - 1][1] is rows[-1][1]:
+        tail -= 1
+    return tail
+
+
+def _fill_like_lanes(
+    table: PriceTable, lanes: list[Lane], rows: SequenceOf[tuple[int, IntArray]], free_s: FloatArray,
+    batches: list[list[_OpenBatch]],
+) -> None:
+    """``fill_lanes`` for rows that may all go to the same lanes of one shape: the lane that is free first with room in
+    an open microbatch, or the one that is free first with a new one. ``free_s`` and ``batches`` move on."""
+    mine = rows[0][1].tolist()
+    column = lanes[mine[0]].column
+    degree, capacity = table.shapes[column].degree, int(table.capacity_tokens[column])
+    fixed_s, loads = float(table.fixed_s[column]), table.load_tokens[:, column].tolist()
+    marginals_s = table.marginal_s[:, column].tolist()
+    free = {lane: float(free_s[lanes[lane].first_rank]) for lane in mine}
+    spare = {lane: max((batch.spare_tokens for batch in batches[lane]), default=-1) for lane in mine}
+    every = [(free[lane], lane) for lane in mine]
+    opened = [(free[lane], lane) for lane in mine if batches[lane]]
+    heapq.heapify(every)
+    heapq.heapify(opened)
+    for row, _ in rows:
+        load, marginal_s = loads[row], marginals_s[row]
+        while every[0][0] != free[every[0][1]]:
+            heapq.heappop(every)  # the lane has got work since
+        lane = every[0][1]
+        opens = spare[lane] < load
+        finish_s = every[0][0] + marginal_s + (fixed_s if opens else 0.0)
+        passed = []
+        while opens and opened and opened[0][0] + marginal_s <= finish_s:
+            entry = heapq.heappop(opened)
+            if entry[0] != free[entry[1]]:
+                continue
+            passed.append(entry)
+            if spare[entry[1]] >= load:
+                opens, lane, finish_s = False, entry[1], entry[0] + marginal_s
+        for entry in passed:
+            heapq.heappush(opened, entry)
+        if opens:
+            batches[lane].append(_OpenBatch(capacity, []))
+        batch = min((b for b in batches[lane] if b.spare_tokens >= load), key=lambda b: b.spare_tokens)
+        batch.rows.append(row)
+        batch.spare_tokens -= load
+        spare[lane] = max(b.spare_tokens for b in batches[lane])
+        free[lane] = finish_s
+        heapq.heappush(every, (finish_s, lane))
+        heapq.heappush(opened, (finish_s, lane))
+    for lane in mine:
+        first = lanes[lane].first_rank
+        free_s[first : first + degree] = free[lane]
 
 
 def _groups(table: PriceTable, lanes: list[Lane], batches: list[list[_OpenBatch]]) -> tuple[GroupChoice, ...]:

@@ -26,13 +26,14 @@ Flaws and gaps of the method, and what happens here:
 - Which ranks form a ring is not said, nor in which order ranks meet. Here: consecutive ones that can start first,
   inside one node where a node is large enough (that is what rings are priced for), in one global order.
 - A ring's unused capacity is not filled, though the paper's figures show it now and then: no rule is given.
-- PP-Balance is left out: there are no stages.
+- PP-Balance is another strategy, ``hdp-pp`` (``planner.pp_balance``).
 
 Rings are only as fine as the cost model: a degree it does not price is rounded up to the next one that it does.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
@@ -173,22 +174,25 @@ def _place_rings(
     return groups
 
 
-def best_fit_packs(table: PriceTable, rows: Iterable[int], column: int) -> list[list[int]]:
+def best_fit_packs(
+    table: PriceTable, rows: Iterable[int], column: int, capacity: int | None = None
+) -> list[list[int]]:
     """Rows, longest first, each into the fullest pack of the shape that still takes it, else into a new one.
 
-    Every row must fit the shape.
+    ``capacity``: tokens of a pack (None: of the shape); every row must fit it.
     """
-    capacity = int(table.capacity_tokens[column])
+    if capacity is None:
+        capacity = int(table.capacity_tokens[column])
+    lengths, loads = table.lengths.tolist(), table.load_tokens[:, column].tolist()
     packs: list[list[int]] = []
-    spare: list[int] = []
-    for row in sorted(rows, key=lambda row: (-int(table.lengths[row]), row)):
-        load = int(table.load_tokens[row, column])
-        best = min((pack for pack in range(len(packs)) if spare[pack] >= load), key=lambda pack: spare[pack],
-                   default=None)
-        if best is None:
-            best = len(packs)
+    spare: list[tuple[int, int]] = []  # (tokens left, pack), ascending: the first that takes a row is the fullest
+    for row in sorted(rows, key=lambda row: (-lengths[row], row)):
+        place = bisect_left(spare, (loads[row], -1))
+        if place < len(spare):
+            left, pack = spare.pop(place)
+        else:
+            left, pack = capacity, len(packs)
             packs.append([])
-            spare.append(capacity)
-        packs[best].append(row)
-        spare[best] -= load
+        packs[pack].append(row)
+        insort(spare, (left - loads[row], pack))
     return packs

@@ -26,12 +26,18 @@ Pricing = Callable[[ClusterSpec, int, int], CostModel]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """All that one plan depends on, and the words for what is different in it."""
+    """All that one plan depends on, and the words for what is different in it. ``rank_devices``: of a data rank."""
 
     change: str
     cluster: ClusterSpec
     limits: PlanLimits
     lengths: tuple[int, ...]
+    rank_devices: int = 1
+
+    @property
+    def num_ranks(self) -> int:
+        """Data ranks."""
+        return self.cluster.num_ranks // self.rank_devices
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +52,7 @@ class Knob:
 def best_knobs(start: Setting, pricing: Pricing, *, num_knobs: int = 3) -> tuple[Knob, ...] | None:
     """The changes that gain most, best first; None where trying them would take too long, or where the greedy planner
     finds no plan to start from."""
-    if start.cluster.num_ranks * len(start.lengths) > MAX_WORK:
+    if start.num_ranks * len(start.lengths) > MAX_WORK:
         return None
     try:
         before = _tokens_per_s(start, pricing)
@@ -66,8 +72,7 @@ def best_knobs(start: Setting, pricing: Pricing, *, num_knobs: int = 3) -> tuple
 
 def _tokens_per_s(setting: Setting, pricing: Pricing) -> float:
     cost = pricing(setting.cluster, setting.limits.device_budget_bytes, max(setting.lengths))
-    num_ranks = setting.cluster.num_ranks
-    plan = greedy_step(setting.lengths, step=0, num_ranks=num_ranks, cost=cost, limits=setting.limits)
+    plan = greedy_step(setting.lengths, step=0, num_ranks=setting.num_ranks, cost=cost, limits=setting.limits)
     return plan.num_tokens / plan.predicted_s
 
 

@@ -34,7 +34,7 @@ class AttentionKind(StrEnum):
 
 class Sharding(StrEnum):
     """When parameters are gathered. ``gather_once``: once a step, ranks may run unequal numbers of microbatches.
-    ``zero3``: layer by layer in every microbatch; plans can be priced for it, the runtime executes gather_once only.
+    ``zero3``: layer by layer in every microbatch, so all ranks run them in lockstep (``planner.lockstep``).
     """
 
     GATHER_ONCE = "gather_once"
@@ -156,7 +156,10 @@ class SolveReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepPlan:
-    """Everything the runtime needs to run one step. Any two ranks meet their common microbatches in this order."""
+    """Everything the runtime needs to run one step. Any two ranks meet their common microbatches in this order.
+
+    ``num_stages``: with more than 1, every rank is a pipeline of so many stages (``planner.pipeline_order``), and
+    seconds and bytes of microbatches are those of one stage."""
 
     step: int
     strategy: str
@@ -169,6 +172,7 @@ class StepPlan:
     cost_digest: str
     solver: SolveReport
     schema: int = PLAN_SCHEMA
+    num_stages: int = field(default=1, metadata=LATER)
 
     @property
     def num_tokens(self) -> int:

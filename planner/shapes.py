@@ -286,11 +286,13 @@ def require_fits(table: PriceTable, cost: CostModel, limits: PlanLimits) -> None
     row = homeless[np.argmax(table.lengths[homeless])]
     local = [_rank_tokens(int(load), shape) for load, shape in zip(table.load_tokens[row], table.shapes, strict=True)]
     best = int(np.argmin(local))
-    shape, needed, budget = table.shapes[best], cost.device_bytes(local[best]), limits.device_budget_bytes
+    shape, budget = table.shapes[best], limits.device_budget_bytes
+    needed = cost.device_bytes(local[best] * cost.num_stages)
     degrees = _ranges(sorted(set(table.degrees.tolist())))
+    in_flight = f" with {cost.num_stages} microbatches in flight" if cost.num_stages > 1 else ""
     raise InfeasibleError(
         f"sequence {table.rows[row]} ({table.lengths[row]} tokens) fits in no group: {shape.kind} degree "
-        f"{shape.degree} needs {format_bytes(needed)} per device, the budget is {format_bytes(budget)} "
+        f"{shape.degree} needs {format_bytes(needed)} per device{in_flight}, the budget is {format_bytes(budget)} "
         f"(degrees allowed: {degrees}); lower --max-length, use more ranks or raise the device budget",
         binding="device memory",
         needed_bytes=needed,

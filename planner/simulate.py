@@ -1,7 +1,7 @@
 """What a plan costs under a cost model: seconds per rank, idle share, peak bytes. Says nothing about legality.
 
-Microbatches run in the plan's one global order. A microbatch starts when all of its ranks are free, keeps every one of
-them busy until it ends, and waits for nobody else: there is no barrier between microbatches. A rank in several groups
+Microbatches run in the plan's one global order, as ``planner.timeline`` plays them: one keeps all of its ranks busy
+until it ends, and without zero3 or pipeline stages it waits for nobody but them. A rank in several groups
 of one microbatch runs their attention one after the other inside each layer: it takes their marginal seconds together
 and, since layers are launched once, the largest of their fixed times. Moves for the token-wise layers change who does
 them, for the time of the exchange. Recomputing and what a copy to the host exposes
@@ -18,13 +18,16 @@ from planner.cost import KEEP, CostModel
 from planner.errors import PlanError
 from planner.layout import local_token_counts
 from planner.linear_layout import linear_counts
-from planner.plan import AttentionGroup, MemoryPolicy, Microbatch, StepPlan
+from planner.pipeline_order import StageWork
+from planner.plan import AttentionGroup, MemoryPolicy, Microbatch, Sharding, StepPlan
 from planner.remap import Move
+from planner.timeline import play
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
-    """One rank at work on one microbatch (its place in the plan) from ``start_s`` to ``stop_s``."""
+    """One rank at work on one microbatch (its place in the plan) from ``start_s`` to ``stop_s``. With pipeline stages:
+    the rank's first stage, forward and backward apart."""
 
     microbatch: int
     rank: int
@@ -36,7 +39,9 @@ class Event:
 class Simulation:
     """A priced step. ``idle_fraction``: share of all rank seconds, up to the last finish, spent without work.
 
-    ``step_s`` is the last finish plus the cost model's ``step_fixed_s``; the other times leave the fixed part out.
+    ``step_s`` is the last finish plus the cost model's ``step_fixed_s``; the other times leave the fixed part out. In
+    lockstep all ranks finish together. With pipeline stages all but the finish is that of the first stage, which holds
+    the most; the others are busy for as long.
     """
 
     step_s: float
@@ -152,24 +157,29 @@ def price_microbatch(microbatch: Microbatch, lengths: SequenceOf[int], cost: Cos
 def run_schedule(prices: Iterable[MicrobatchPrice], *, num_ranks: int, cost: CostModel) -> Simulation:
     """Play priced microbatches in this order on ``num_ranks`` ranks."""
     busy_s, finish_s = [0.0] * num_ranks, [0.0] * num_ranks
-    activation_bytes = [0.0] * num_ranks
+    held_bytes, peak_bytes = [0.0] * num_ranks, [0.0] * num_ranks
     events: list[Event] = []
-    for index, price in enumerate(prices):
-        start_s = max(finish_s[rank] for rank in price.ranks)
-        stop_s = start_s + price.seconds
+    played = list(prices)
+    work = [StageWork(ranks=price.ranks, seconds=price.seconds) for price in played]
+    for each in play(work, sharding=cost.sharding, num_stages=cost.num_stages):
+        price, start_s, stop_s = played[each.microbatch], each.start_s, each.stop_s
         token_bytes = cost.token_bytes(price.memory)
         for rank, tokens in zip(price.ranks, price.rank_tokens, strict=True):
-            busy_s[rank] += price.seconds
+            busy_s[rank] += stop_s - start_s if cost.num_stages > 1 else price.seconds
             finish_s[rank] = stop_s
-            activation_bytes[rank] = max(activation_bytes[rank], token_bytes * tokens)
-            events.append(Event(microbatch=index, rank=rank, start_s=start_s, stop_s=stop_s))
+            held = held_bytes[rank] + (token_bytes * tokens if each.holds else 0.0)
+            peak_bytes[rank] = max(peak_bytes[rank], held)
+            held_bytes[rank] = held - (token_bytes * tokens if each.frees else 0.0)
+            events.append(Event(microbatch=each.microbatch, rank=rank, start_s=start_s, stop_s=stop_s))
     last_s = max(finish_s)
+    if cost.sharding is Sharding.ZERO3:
+        finish_s = [last_s] * num_ranks
     return Simulation(
         step_s=last_s + cost.step_fixed_s,
         rank_busy_s=tuple(busy_s),
         rank_finish_s=tuple(finish_s),
         idle_fraction=max(0.0, 1.0 - sum(busy_s) / (num_ranks * last_s)) if last_s > 0 else 0.0,
-        rank_peak_bytes=tuple(int(cost.memory.fixed_bytes + held) for held in activation_bytes),
+        rank_peak_bytes=tuple(int(cost.memory.fixed_bytes + held) for held in peak_bytes),
         events=tuple(events),
     )
 

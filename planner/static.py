@@ -16,7 +16,7 @@ from planner.assemble import Found
 from planner.bounds import makespan_bound_s
 from planner.cost import CostModel, PlanLimits
 from planner.errors import SpecError
-from planner.greedy import Lane, Schedule, fill_lanes
+from planner.greedy import Lane, Schedule, as_played, fill_lanes
 from planner.plan import AttentionKind, SolveStatus
 from planner.shapes import GroupShape, describe_shapes, flexsp_degrees, price_table, require_fits, shapes_of_degree
 
@@ -56,7 +56,7 @@ def static_schedule(
     )
     if not layouts:
         raise SpecError(_refusal(degree, num_ranks, cost, limits))
-    best = best_layout(lengths, layouts, num_ranks)
+    best = best_layout(lengths, layouts, num_ranks, cost)
     if best is None:
         shapes = tuple(dict.fromkeys(shape for layout in layouts for shape in layout))
         require_fits(price_table(lengths, shapes), cost, limits)
@@ -64,7 +64,9 @@ def static_schedule(
     return best
 
 
-def best_layout(lengths: SequenceOf[int], layouts: SequenceOf[Layout], num_ranks: int) -> StaticResult | None:
+def best_layout(
+    lengths: SequenceOf[int], layouts: SequenceOf[Layout], num_ranks: int, cost: CostModel
+) -> StaticResult | None:
     """The quickest of these layouts, the first among equals; None where none fits every sequence."""
     results = []
     for layout in layouts:
@@ -77,6 +79,7 @@ def best_layout(lengths: SequenceOf[int], layouts: SequenceOf[Layout], num_ranks
         places = np.arange(len(lanes))
         order = np.lexsort((table.rows, -table.lengths))
         schedule = fill_lanes(table, lanes, [(row, places) for row in order.tolist()], num_ranks)
+        schedule = as_played(schedule, lengths, num_ranks, cost)
         results.append((schedule, makespan_bound_s(table, num_ranks), describe_shapes(layout)))
     if not results:
         return None

@@ -16,6 +16,7 @@ from planner.greedy import plan_greedy
 from planner.hdp import plan_hdp, plan_hdp_floor, plan_hdp_naive
 from planner.megatron_rule import plan_megatron
 from planner.plan import StepPlan
+from planner.pp_balance import plan_hdp_pp
 from planner.static import plan_static
 from planner.verify import verify_plan
 from planner.zeppelin import plan_zeppelin
@@ -40,6 +41,7 @@ STRATEGIES: dict[str, Strategy] = {
     "hdp": plan_hdp,
     "hdp-floor": plan_hdp_floor,
     "hdp-naive": plan_hdp_naive,
+    "hdp-pp": plan_hdp_pp,
     "megatron": plan_megatron,
     "static": plan_static,
     "zeppelin": plan_zeppelin,

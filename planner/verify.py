@@ -24,7 +24,7 @@ from planner.plan import (
     SolveStatus,
     StepPlan,
 )
-from planner.simulate import MicrobatchPrice, price_microbatch, run_schedule
+from planner.simulate import MicrobatchPrice, Simulation, price_microbatch, run_schedule
 from planner.units import format_bytes
 
 RELATIVE_TOLERANCE = 1e-9
@@ -54,6 +54,8 @@ def _verify_head(plan: StepPlan, num_ranks: int, cost: CostModel) -> None:
         raise PlanError(f"plan is for {plan.num_ranks} data ranks, there are {num_ranks}")
     if plan.sharding is not cost.sharding:
         raise PlanError(f"plan has sharding {plan.sharding}, the cost model prices {cost.sharding}")
+    if plan.num_stages != cost.num_stages:
+        raise PlanError(f"plan is for {plan.num_stages} pipeline stages, the cost model prices {cost.num_stages}")
     if not isinstance(plan.solver.status, SolveStatus):
         raise PlanError(f"plan has unknown solver status {plan.solver.status!r}")
 
@@ -212,6 +214,7 @@ def _verify_prices(plan: StepPlan, lengths: SequenceOf[int], cost: CostModel, li
         prices.append(price)
     simulation = run_schedule(prices, num_ranks=plan.num_ranks, cost=cost)
     _same_bytes(plan.peak_bytes, simulation.peak_bytes, "plan")
+    _verify_in_flight(simulation, cost, limits)
     _same_seconds(plan.predicted_s, simulation.step_s, "plan: predicted_s")
     solver = plan.solver
     _same_seconds(solver.objective_s, simulation.step_s, "solver: objective_s")
@@ -220,6 +223,16 @@ def _verify_prices(plan: StepPlan, lengths: SequenceOf[int], cost: CostModel, li
             raise PlanError(f"solver: {name} is {seconds}; a finite number of seconds is needed")
     if solver.objective_s < solver.bound_s * (1 - RELATIVE_TOLERANCE):
         raise PlanError(f"solver: objective_s {solver.objective_s} is below the proven bound_s {solver.bound_s}")
+
+
+def _verify_in_flight(simulation: Simulation, cost: CostModel, limits: PlanLimits) -> None:
+    """Each microbatch fits alone; so must those that a pipeline's first stage holds at once."""
+    if simulation.peak_bytes > limits.device_budget_bytes:
+        rank = simulation.rank_peak_bytes.index(simulation.peak_bytes)
+        raise PlanError(
+            f"rank {rank}: its microbatches in flight over {cost.num_stages} pipeline stages need "
+            f"{format_bytes(simulation.peak_bytes)}, over the budget of {format_bytes(limits.device_budget_bytes)}"
+        )
 
 
 def _verify_memory(price: MicrobatchPrice, place: str, cost: CostModel, limits: PlanLimits) -> None:

@@ -39,7 +39,7 @@ from trainer.chunked_step import run_chunked
 from trainer.machine_samples import measure_operations
 from trainer.step import ReadSpans, Runtime, bind_attention, run_alone, run_empty_microbatch, train_step
 
-CALIBRATION_VERSION = 3
+CALIBRATION_VERSION = 4
 """Goes up with every change of what is measured or how it is fitted: older stored results are then measured again."""
 _REPEAT_S = 0.4
 """A length set is repeated until this much time is measured, but at least twice and at most four times."""
@@ -114,6 +114,7 @@ def calibrate(
             max_relative_error=max(map(abs, errors)),
         ),
         sharding=runtime.sharding,
+        num_stages=runtime.mesh.num_stages,
     )
     return Calibration(cost=cost, operations=operations, groups=tuple(samples), relative_errors=errors)
 

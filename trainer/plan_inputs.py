@@ -35,11 +35,12 @@ def plan_limits(
 def load_run_cost(config: TrainConfig) -> CostModel:
     """The cost model of ``plan.cost``, a file. Raises SpecError naming the file and what is wrong or does not serve."""
     cost = load_cost(config.plan.cost)
-    _check_cost(cost, f"--plan.cost {config.plan.cost}", Sharding(config.parallel.sharding))
+    parallel = config.parallel
+    _check_cost(cost, f"--plan.cost {config.plan.cost}", Sharding(parallel.sharding), parallel.pipeline_parallel)
     return cost
 
 
-def _check_cost(cost: CostModel, where: str, sharding: Sharding) -> None:
+def _check_cost(cost: CostModel, where: str, sharding: Sharding, num_stages: int) -> None:
     numbers = {
         "memory.fixed_bytes": cost.memory.fixed_bytes, "memory.bytes_per_token": cost.memory.bytes_per_token,
         "step_fixed_s": cost.step_fixed_s, "peak_flop_per_s": cost.peak_flop_per_s,
@@ -52,6 +53,11 @@ def _check_cost(cost: CostModel, where: str, sharding: Sharding) -> None:
     if cost.sharding is not sharding:
         raise SpecError(
             f"{where}: priced for sharding {cost.sharding}, this run has {sharding}: set --parallel.sharding to match"
+        )
+    if cost.num_stages != num_stages:
+        raise SpecError(
+            f"{where}: priced for {cost.num_stages} pipeline stages, this run has {num_stages}: set "
+            "--pipeline-parallel to match, or calibrate with it"
         )
 
 

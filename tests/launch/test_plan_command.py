@@ -365,6 +365,47 @@ def test_a_measured_cost_is_used_and_its_band_shown(
     assert "was measured for model tiny, not for llama-7b" in capsys.readouterr().out
 
 
+def test_stages_and_tensor_parallel_leave_fewer_data_ranks(
+    lengths: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--lengths", lengths, "--strategy", "hdp-pp", "--steps", "1"]
+    grid = ["--pipeline-parallel", "2", "--tensor-parallel", "2"]
+    trace = tmp_path / "trace.json"
+    alone, parts = planned(capsys, *flags), planned(capsys, *flags, *grid, "--trace", str(trace))
+    assert parts["steps"][0]["replay"] is None and alone["steps"][0]["replay"] is not None
+    assert parts["steps"][0]["predicted_s"] != alone["steps"][0]["predicted_s"]
+    lanes = {event["tid"] for event in json.loads(trace.read_text())["traceEvents"] if event["ph"] == "X"}
+    assert lanes == {0}  # 4 devices, 2 x 2 of them for the one data rank
+    assert run([*flags, *grid]) == 0
+    out = capsys.readouterr().out
+    assert "note: 1 data ranks x 2 tensor-parallel devices x 2 pipeline stages" in out
+    assert "2 pipeline stages priced alike: 2 layers and the head on each" in out
+    path = tmp_path / "machine.yaml"
+    derived = derive_cost(load_cluster("laptop-cpu"), load_model("tiny"), num_ranks=2, num_stages=2)
+    path.write_text(yaml.safe_dump(to_plain(derived)))
+    assert planned(capsys, *flags, "--cost", str(path), "--pipeline-parallel", "2")["steps"][0]["predicted_s"] > 0
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--pipeline-parallel", "3"], "--tensor-parallel 1 x --pipeline-parallel 3 must divide the 4 devices of laptop"),
+    (["--pipeline-parallel", "x"], "--pipeline-parallel: expected a whole number of at least 1, got 'x'"),
+    (["--pipeline-parallel", "2", "--memory", "auto"], "--memory auto: with pipeline stages only keep is priced"),
+    (["--pipeline-parallel", "8", "--cluster", "h200-8"], "8 pipeline stages are more than its 4 layers"),
+    (["--tensor-parallel", "8", "--cluster", "h200-8"], "--tensor-parallel 8 does not divide the 4 query heads"),
+])
+def test_impossible_stages_are_refused(lengths: str, flags: list[str], message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        run(["--lengths", lengths, *flags])
+
+
+def test_a_cost_for_another_number_of_stages_is_refused(lengths: str, tmp_path: Path) -> None:
+    path = tmp_path / "machine.yaml"
+    derived = derive_cost(load_cluster("laptop-cpu"), load_model("tiny"), num_ranks=4)
+    path.write_text(yaml.safe_dump(to_plain(derived)))
+    with pytest.raises(SpecError, match="priced for 1 pipeline stages, --pipeline-parallel is 2: set it to match"):
+        run(["--lengths", lengths, "--cost", str(path), "--pipeline-parallel", "2"])
+
+
 def test_help_is_quick_and_loads_nothing_heavy() -> None:
     program = (
         "import sys, time\nstarted = time.process_time()\n"

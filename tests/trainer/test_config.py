@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from planner.analytic import derive_cost
+from planner.codec import to_plain
 from planner.errors import SpecError
-from planner.specs import load_model
+from planner.specs import load_cluster, load_model
 from trainer.config import (
     DataConfig,
     ModelConfig,
@@ -23,6 +25,7 @@ from trainer.config import (
     recipe_names,
     resolve_config,
 )
+from trainer.plan_inputs import load_run_cost
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -204,6 +207,16 @@ BAD_FLAGS = [
     (["--model.num-layers", "0"], "num_layers must be at least 1"),
     (["--model.rope-theta", "-1"], "model.rope_theta must be a finite number above 0"),
 ]
+
+
+def test_a_cost_for_other_stages_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "cost.yaml"
+    cost = derive_cost(load_cluster("laptop-cpu"), load_model("tiny"), num_ranks=2, num_stages=2)
+    path.write_text(yaml.safe_dump(to_plain(cost)))
+    config = resolve_config(["--plan.cost", str(path), "--pipeline-parallel", "2"])
+    assert load_run_cost(config) == cost
+    with pytest.raises(SpecError, match="priced for 2 pipeline stages, this run has 1: set --pipeline-parallel"):
+        load_run_cost(resolve_config(["--plan.cost", str(path)]))
 
 
 @pytest.mark.parametrize(("arguments", "expected"), BAD_FLAGS, ids=[" ".join(words)[:40] for words, _ in BAD_FLAGS])

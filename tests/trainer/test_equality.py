@@ -57,7 +57,9 @@ def train_rank(
     env = RankEnv(rank=rank, world_size=world_size, local_rank=rank, local_world_size=world_size)
     runtime = build_runtime(config, env, spec, init_method=init_method)
     num_ranks = parallel.data_ranks(world_size)
-    cost = dataclasses.replace(cost_model(num_ranks, **(cost_options or {})), sharding=runtime.sharding)
+    cost = dataclasses.replace(
+        cost_model(num_ranks, **(cost_options or {})), sharding=runtime.sharding, num_stages=runtime.mesh.num_stages
+    )
     limits = PlanLimits(
         device_budget_bytes=budget_tokens, kinds=kinds,
         max_ulysses_degree=spec.num_query_heads // parallel.tensor_parallel,
@@ -132,9 +134,10 @@ RUNS = {
     "4 ranks all-gather": (4, DATA, "static", 4, (AttentionKind.ALL_GATHER,), 2**40, {("all_gather", 4)}),
     "4 ranks routed ring 2 x 2": (4, DATA, "static", 4, (AttentionKind.ROUTED_RING,), 2**40, {("routed_ring", 4)}),
     "4 ranks zeppelin remap": (4, DATA, "zeppelin", None, RING, 60, {("local", 1), (MOVED, 4)}),
-    "pipeline 2 x data 2 zeppelin remap": (4, STAGES_2, "zeppelin", None, RING, 80, {("local", 1), (MOVED, 2)}),
-    "pipeline 2 x data 2": (4, STAGES_2, "flexsp", None, ULYSSES, 80, {("local", 1), ("ulysses", 2)}),
-    "pipeline 2 x data 2 hdp": (4, STAGES_2, "hdp", None, RING, 80, {("local", 1), ("ring", 2)}),
+    "pipeline 2 x data 2 zeppelin remap": (4, STAGES_2, "zeppelin", None, RING, 160, {("local", 1), (MOVED, 2)}),
+    "pipeline 2 x data 2": (4, STAGES_2, "flexsp", None, ULYSSES, 160, {("local", 1), ("ulysses", 2)}),
+    "pipeline 2 x data 2 hdp": (4, STAGES_2, "hdp", None, RING, 160, {("local", 1), ("ring", 2)}),
+    "pipeline 2 x data 2 hdp-pp": (4, STAGES_2, "hdp-pp", None, RING, 160, {("local", 1), ("ring", 2)}),
     "pipeline 2 x tensor 2": (4, STAGES_2_TENSOR_2, "static", 1, ULYSSES, 2**40, {("local", 1)}),
     "2 replicas of 2": (4, REPLICAS_2, "flexsp", None, ULYSSES, 60, {("local", 1), ("ulysses", 4)}),
     "4 replicas": (4, REPLICAS_4, "flexsp", None, ULYSSES, 60, {("local", 1), ("ulysses", 4)}),
@@ -255,7 +258,7 @@ class TestEquality:
     @pytest.mark.parametrize("strategy", STRATEGIES)
     def test_every_strategy_on_every_grid(self, large_pool, oracle, strategy, world_size, tensor_parallel, num_stages):
         parallel = ParallelConfig(tensor_parallel=tensor_parallel, pipeline_parallel=num_stages)
-        budget = 2 * 150 // parallel.data_ranks(world_size) + 30
+        budget = num_stages * (2 * 150 // parallel.data_ranks(world_size) + 30)
         kinds = (*ULYSSES, *RING)
         results = large_pool.run(train_rank, parallel, strategy, None, kinds, budget, SPEC, world_size=world_size)
         losses, _, final, _ = results[0]

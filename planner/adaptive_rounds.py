@@ -1,0 +1,244 @@
+"""``adaptive`` where all ranks move in lockstep: microbatches of like duration side by side, then squeezed.
+
+A round lasts as long as its slowest microbatch, so a schedule built without barriers is put into rounds anew: longest
+microbatch first, each into the first round with ranks left for it. It is never longer than what is there already, so
+only the first of a round costs time. Then rounds are squeezed one after the other: a round gets a shorter limit, and
+what sticks out moves to microbatches anywhere that have time and memory left for it, or opens one on ranks that would
+have idled. A squeeze that leaves a sequence without a place is undone. The tries are counted, not timed.
+
+The runtime starts a microbatch in the first round in which its ranks have nothing else (``planner.lockstep``). With the
+longest round first, one that moves up so finds a round at least as long: the step is never slower than planned here.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from planner.adaptive_shop import Batch, Workshop
+from planner.shapes import FloatArray, IntArray, price_table
+
+SHARES = (0.0, 0.7, 0.85, 0.93, 0.97, 0.99)  # of a round's seconds: the limits tried, coarse ones first
+HAIR_S = 1e-9
+MAX_SQUEEZES = 240
+MAX_WORK = 1_500_000  # squeezes times microbatches: large steps get fewer
+
+
+@dataclass(slots=True)
+class Round:
+    """Microbatches side by side: ranks left, and the degrees of those of several ranks, largest first."""
+
+    num_free: int
+    batches: list[Batch] = field(default_factory=list)
+    degrees: list[int] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        return max((batch.seconds for batch in self.batches), default=0.0)
+
+    def take(self, batch: Batch, num_ranks: int, node_size: int) -> bool:
+        """Add the microbatch where there are ranks for it."""
+        if batch.degree > self.num_free:
+            return False
+        if batch.degree > 1:
+            degrees = sorted([*self.degrees, batch.degree], reverse=True)
+            if place_degrees(degrees, num_ranks, node_size) is None:
+                return False
+            self.degrees = degrees
+        self.num_free -= batch.degree
+        self.batches.append(batch)
+        return True
+
+
+def rounds_s(rounds: Iterable[Round]) -> float:
+    """Seconds of all rounds, one after the other."""
+    return sum(each.seconds for each in rounds)
+
+
+def align(batches: Iterable[Batch], *, num_ranks: int, node_size: int) -> list[Round]:
+    """Rounds of these microbatches, the longest first. The microbatches stay what they are."""
+    rounds: list[Round] = []
+    for batch in sorted(batches, key=lambda batch: (-batch.seconds, -batch.degree, batch.rows[0])):
+        if not any(each.take(batch, num_ranks, node_size) for each in rounds):
+            rounds.append(Round(num_free=num_ranks))
+            rounds[-1].take(batch, num_ranks, node_size)
+    return rounds
+
+
+def place_degrees(degrees: SequenceOf[int], num_ranks: int, node_size: int) -> list[int] | None:
+    """First ranks of groups of these degrees, largest first, side by side: inside a node those that fit one, from the
+    start of a node the larger ones. None where there is no room."""
+    sizes = [min(node_size, num_ranks - first) for first in range(0, num_ranks, node_size)]
+    taken = [0] * len(sizes)
+    firsts = []
+    for degree in degrees:
+        span = -(-degree // node_size)
+        for node in range(len(sizes) - span + 1):
+            if span == 1:
+                if taken[node] + degree > sizes[node]:
+                    continue
+                firsts.append(node * node_size + taken[node])
+                taken[node] += degree
+            else:
+                if any(taken[node : node + span]) or node * node_size + degree > num_ranks:
+                    continue
+                firsts.append(node * node_size)
+                taken[node : node + span] = sizes[node : node + span]
+                taken[node + span - 1] = degree - (span - 1) * node_size
+            break
+        else:
+            return None
+    return firsts
+
+
+def in_order(rounds: Iterable[Round], *, num_ranks: int, node_size: int) -> list[Batch]:
+    """All microbatches with their ranks, round by round, the longest round first."""
+    ordered: list[Batch] = []
+    for each in sorted(rounds, key=lambda each: -each.seconds):
+        shared = sorted((batch for batch in each.batches if batch.degree > 1), key=lambda batch: -batch.degree)
+        firsts = place_degrees([batch.degree for batch in shared], num_ranks, node_size)
+        assert firsts is not None  # ``Round.take`` has seen to it
+        left = np.ones(num_ranks, dtype=np.bool_)
+        for batch, first in zip(shared, firsts, strict=True):
+            batch.first_rank = first
+            left[first : first + batch.degree] = False
+        singles = [batch for batch in each.batches if batch.degree == 1]
+        for batch, rank in zip(singles, np.flatnonzero(left).tolist(), strict=False):
+            batch.first_rank = rank
+        ordered += [*shared, *singles]
+    return ordered
+
+
+def squeeze(shop: Workshop, rounds: SequenceOf[Round]) -> list[Round]:
+    """Rounds of the same sequences that together take no longer. ``rounds`` stay what they are."""
+    state = _State(shop, rounds)
+    left = min(MAX_SQUEEZES, MAX_WORK // max(len(state.rows), 1))
+    for share in SHARES:
+        for place in np.argsort(state.limit_s, kind="stable").tolist():
+            while left > 0 and state.limit_s[place] > 0 and (share > 0 or state.can_empty(place)):
+                left -= 1
+                if not state.shorten(place, share * float(state.limit_s[place])):
+                    break
+    return state.rounds() if state.limit_s.sum() < rounds_s(rounds) else list(rounds)
+
+
+class _State:
+    """Microbatches as arrays: column of the table, load, seconds, round. A round's limit is what it takes now."""
+
+    def __init__(self, shop: Workshop, rounds: SequenceOf[Round]) -> None:
+        self.shop = shop
+        found = [(number, batch) for number, each in enumerate(rounds) for batch in each.batches]
+        used = sorted({batch.column for _, batch in found} | ({0} if shop.has_local else set()))
+        place_of = {column: place for place, column in enumerate(used)}
+        self.columns = used
+        self.table = price_table(shop.lengths, [shop.shapes[column] for column in used])
+        self.column: IntArray = np.array([place_of[batch.column] for _, batch in found], dtype=np.int64)
+        self.load: IntArray = np.array([batch.load for _, batch in found], dtype=np.int64)
+        self.seconds: FloatArray = np.array([batch.seconds for _, batch in found])
+        self.round: IntArray = np.array([number for number, _ in found], dtype=np.int64)
+        self.rows = [list(batch.rows) for _, batch in found]
+        self.free: IntArray = np.array([each.num_free for each in rounds], dtype=np.int64)
+        self.limit_s: FloatArray = np.array([each.seconds for each in rounds])
+        self.teams: IntArray = np.array([shop.num_teams[column] for column in used], dtype=np.int64)
+
+    def shorten(self, place: int, limit_s: float) -> bool:
+        """Bring the round down to the limit by moving what sticks out; False, and nothing changed, where it has no
+        other place."""
+        before = self.column, self.load.copy(), self.seconds.copy(), self.round, self.free.copy(), self.limit_s.copy()
+        kept: dict[int, list[int]] = {}
+        over = np.flatnonzero((self.round == place) & (self.seconds > limit_s))
+        self.limit_s[place] = limit_s
+        for source in over[np.argsort(-self.seconds[over], kind="stable")].tolist():
+            kept.setdefault(source, self.rows[source])
+            for row in self.evict(source, limit_s):
+                batch = self.find(row)
+                if batch < 0:
+                    self.column, self.load, self.seconds, self.round, self.free, self.limit_s = before
+                    del self.rows[len(self.column) :]
+                    for changed, rows in kept.items():
+                        if changed < len(self.rows):
+                            self.rows[changed] = rows
+                    return False
+                if batch not in kept:
+                    kept[batch] = self.rows[batch]
+                    self.rows[batch] = list(kept[batch])
+                self.add(batch, row)
+        mine = self.seconds[self.round == place]
+        self.limit_s[place] = mine.max() if len(mine) and limit_s > 0 else 0.0
+        return True
+
+    def evict(self, batch: int, limit_s: float) -> list[int]:
+        """Take rows out until the rest ends within the limit: the shortest one that is enough, else the longest. The
+        longest of them first."""
+        column, seconds = self.column[batch], float(self.seconds[batch])
+        rows = sorted(self.rows[batch], key=lambda row: (self.shop.lengths[row], row))
+        marginals_s = self.table.marginal_s[rows, column].tolist()
+        out = []
+        while rows and seconds > limit_s:
+            place = min(bisect_left(marginals_s, seconds - limit_s), len(rows) - 1)
+            seconds -= marginals_s.pop(place)
+            out.append(rows.pop(place))
+        self.rows[batch] = rows
+        self.seconds[batch] = seconds if rows else 0.0
+        self.load[batch] = self.load[batch] - self.table.load_tokens[out, column].sum() if rows else 0
+        return sorted(out, key=lambda row: (-self.shop.lengths[row], row))
+
+    def add(self, batch: int, row: int) -> None:
+        column = self.column[batch]
+        if not self.rows[batch]:
+            self.seconds[batch] = self.table.fixed_s[column]
+        self.rows[batch].append(row)
+        self.load[batch] += self.table.load_tokens[row, column]
+        self.seconds[batch] += self.table.marginal_s[row, column]
+
+    def can_empty(self, place: int) -> bool:
+        """Whether the memory left in the other rounds may hold what is in this one."""
+        mine = self.round == place
+        elsewhere = np.arange(len(self.free)) != place
+        spare = (self.table.capacity_tokens[self.column] - self.load) * self.teams[self.column]
+        room = int(spare[~mine].sum())
+        if self.shop.has_local:
+            room += int(self.free[elsewhere].sum()) * int(self.table.capacity_tokens[0])
+        return int((self.load * self.teams[self.column])[mine].sum()) <= room
+
+    def find(self, row: int) -> int:
+        """The microbatch that takes the row within its round's limit and its memory for the fewest rank seconds, of
+        these the one with the least time to spare; else a new one on a spare rank; -1 where there is none."""
+        marginal_s = self.table.marginal_s[row, self.column]
+        empty_s = np.where(self.seconds > 0, 0.0, self.table.fixed_s[self.column])
+        spare_s = self.limit_s[self.round] - self.seconds - empty_s - marginal_s
+        room = self.table.capacity_tokens[self.column] - self.load - self.table.load_tokens[row, self.column]
+        fits = (spare_s >= 0) & (room >= 0)
+        if fits.any():
+            places = np.flatnonzero(fits)
+            costs = self.table.degrees[self.column[places]] * (marginal_s[places] + empty_s[places])
+            cheapest = places[costs <= costs.min() + HAIR_S]
+            return int(cheapest[np.argmin(spare_s[cheapest])])
+        if not self.shop.has_local or not self.table.fits[row, 0]:
+            return -1
+        needed_s = float(self.table.fixed_s[0] + self.table.marginal_s[row, 0])
+        open_rounds = np.flatnonzero((self.free > 0) & (self.limit_s >= needed_s))
+        if not len(open_rounds):
+            return -1
+        chosen = int(open_rounds[np.argmin(self.limit_s[open_rounds])])
+        self.free[chosen] -= 1
+        self.column, self.load = np.append(self.column, 0), np.append(self.load, 0)
+        self.seconds, self.round = np.append(self.seconds, 0.0), np.append(self.round, chosen)
+        self.rows.append([])
+        return len(self.rows) - 1
+
+    def rounds(self) -> list[Round]:
+        """The state as rounds of new microbatches; their seconds are added up again."""
+        found = []
+        for place, rows in zip(self.column.tolist(), self.rows, strict=True):
+            if rows:
+                column = self.columns[place]
+                batch = Batch(column, self.shop.degree[column], self.shop.fixed[column])
+                for row in rows:
+                    batch.add(row, self.shop.load(row, column), self.shop.marginal_s(row, column))
+                found.append(batch)
+        return align(found, num_ranks=self.shop.num_ranks, node_size=self.shop.node_size)
