@@ -7,6 +7,9 @@ Memory is part of the comparison, as in the FlexSP paper: with the default ``--c
 needs all ranks, so a static degree has to serve every sequence with the group that only the longest ones need.
 
 ``--box`` runs in a cluster in a box (``benchmarks.box``): nodes with shaped network cards, ranks of a fixed speed.
+
+``--peers deepspeed,verl,ring-flash-attn`` adds public systems to the same run; ``benchmarks.peers`` says what is
+theirs, what is shared, and how they are installed.
 """
 
 from __future__ import annotations
@@ -25,11 +28,12 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from benchmarks.box import Box, BoxError, BoxSpec, box_problem
+from benchmarks.peers import PEERS
 from benchmarks.step_report import markdown, this_setting
 from benchmarks.step_results import FLEXSP, StepRun, StepSettings
 from launch import environment
 from launch.worker import die_with_parent, leave
-from planner.codec import from_plain, to_plain
+from planner.codec import from_plain, suggest, to_plain
 from planner.errors import EXIT_OK, LonghaulError, SpecError
 from planner.specs import load_model, model_names
 from planner.step_planner import check_strategy
@@ -60,7 +64,7 @@ def main(arguments: SequenceOf[str] | None = None) -> int:
         if code != EXIT_OK:
             return code
         result = from_plain(StepRun, json.loads((Path(folder) / "result.json").read_text()), where="result")
-    setting = this_setting(" ".join(("python -m benchmarks.step", *words)), num_cores=num_cores)
+    setting = this_setting(" ".join(("python -m benchmarks.step", *words)), num_cores=num_cores, peers=settings.peers)
     report = markdown(result, setting)
     if options.out is not None:
         options.out.write_text(report, encoding="utf-8")
@@ -75,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, default=4, help="processes to start (%(default)s)")
     parser.add_argument("--strategies", default=FLEXSP, help="with commas between them (%(default)s)")
+    parser.add_argument("--peers", default="", help="with commas: deepspeed, verl, ring-flash-attn (none)")
     parser.add_argument("--box", metavar="NODESxRANKS", help="run in a box, such as 2x4, instead of --ranks")
     parser.add_argument("--nics", type=int, default=1, help="in a box: cards per node (%(default)s)")
     parser.add_argument("--nic-mbit", type=float, default=200, help="in a box: each card's Mbit/s (%(default)s)")
@@ -110,6 +115,7 @@ def _settings(options: argparse.Namespace) -> StepSettings:
     strategies = tuple(options.strategies.split(","))
     for strategy in strategies:
         check_strategy(strategy, None)
+    peers = _peers(options.peers)
     box = _box(options) if options.box else None
     num_ranks = options.ranks if box is None else box.num_ranks
     needed = -(-options.max_length // num_ranks)
@@ -122,8 +128,19 @@ def _settings(options: argparse.Namespace) -> StepSettings:
     return StepSettings(
         num_ranks=num_ranks, num_batches=options.steps, tokens_per_batch=options.tokens_per_step,
         max_length=options.max_length, capacity_tokens=capacity, attention=options.attention, model=options.model,
-        seed=options.seed, strategies=strategies, box=box,
+        seed=options.seed, strategies=strategies, peers=peers, box=box,
     )
+
+
+def _peers(words: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(words.split(","))) if words else ()
+    for name in names:
+        if name not in PEERS:
+            raise SpecError(f"--peers {name}: unknown peer{suggest(name, PEERS)}")
+        problem = PEERS[name].problem()
+        if problem is not None:
+            raise SpecError(f"--peers {name}: {problem}")
+    return names
 
 
 def _box(options: argparse.Namespace) -> BoxSpec:

@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 
 from benchmarks.box import BoxSpec
+from benchmarks.peers_report import peer_facts, peer_findings, peer_head, peer_rows, prediction_finding
 from benchmarks.step_results import (
     StepRun,
     best_static,
@@ -34,13 +35,15 @@ class Setting:
     cpu: str
     num_cores: int
     torch_version: str
+    peer_versions: tuple[str, ...] = ()
 
 
-def this_setting(command: str, *, num_cores: int) -> Setting:
-    """The setting of a run made here and now."""
+def this_setting(command: str, *, num_cores: int, peers: SequenceOf[str] = ()) -> Setting:
+    """The setting of a run made here and now. ``peers``: names of installed distributions."""
     return Setting(
         command=command, day=date.today().isoformat(), cpu=_cpu_name(), num_cores=num_cores,
         torch_version=metadata.version("torch"),
+        peer_versions=tuple(f"{name} {metadata.version(name)}" for name in peers),
     )
 
 
@@ -59,8 +62,9 @@ def markdown(run: StepRun, setting: Setting) -> str:
         f"# Training steps: {', '.join(run.settings.strategies)} against one layout for all, in one run on "
         f"{run.settings.num_ranks} ranks",
         _table(_summary_head(), _summary_rows(run)),
+        *([_table(peer_head(), peer_rows(run))] if run.settings.peers else []),
         "\n".join(f"- {line}" for line in _findings(run)),
-        "## Batch by batch: predicted / measured seconds",
+        "## Batch by batch: predicted / measured seconds" + (" (peers: measured)" if run.peers() else ""),
         _table(*_batch_table(run)),
         "## How it was made",
         "\n".join(f"- {line}" for line in _circumstances(run, setting)),
@@ -117,10 +121,13 @@ def _findings(run: StepRun) -> list[str]:
         )
     return [
         *lines,
+        *peer_findings(run),
+        prediction_finding(run),
         f"prediction over all {len(errors)} measured steps: mean absolute error {statistics.fmean(errors):.1%}, "
         f"worst {max(errors):.1%}",
         *searches,
-        f"all strategies reached the same loss on the same batch, to {loss_spread(run):.0e} relative",
+        f"all strategies{' and peers' if run.peers() else ''} reached the same loss on the same batch, to "
+        f"{loss_spread(run):.0e} relative",
     ]
 
 
@@ -130,8 +137,9 @@ def _batch_table(run: StepRun) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     for number, lengths in enumerate(run.batches):
         steps = [run.of(name)[number] for name in names]
         times = [f"{step.predicted_s:.3f} / {step.measured_s:.3f}" for step in steps]
+        times += [f"{run.of_peer(name)[number].measured_s:.3f}" for name in run.peers()]
         rows.append((str(number), str(len(lengths)), f"{sum(lengths):,}", f"{max(lengths):,}", *times))
-    return ("batch", "sequences", "tokens", "longest", *names), rows
+    return ("batch", "sequences", "tokens", "longest", *names, *run.peers()), rows
 
 
 def _circumstances(run: StepRun, setting: Setting) -> list[str]:
@@ -146,6 +154,7 @@ def _circumstances(run: StepRun, setting: Setting) -> list[str]:
         f"{setting.cpu}, {setting.num_cores} cores, {run.num_threads} thread(s) a rank, torch "
         f"{setting.torch_version}, gloo{shared if given.box is None else ''}",
         *_box_facts(given.box),
+        *peer_facts(run, setting.peer_versions),
         f"machine's load (1 min) before the first measured step {run.load_before:.2f}, after the last "
         f"{run.load_after:.2f}; what exceeds {given.num_ranks} at the end came from elsewhere",
         f"model {given.model}, attention {given.attention}, learning rate 0 (the weights stay as they are), random "
@@ -157,8 +166,9 @@ def _circumstances(run: StepRun, setting: Setting) -> list[str]:
         f"tokens of a microbatch on one rank; {_degree_needed(run)}",
         f"cost model {origin.source} in the same run: {origin.num_samples} samples, error of the fit: mean "
         f"{origin.mean_relative_error:.1%}, worst {origin.max_relative_error:.1%}",
-        "each strategy ran every batch once, after one warm-up step, in an order that turns and reverses from "
-        "batch to batch; barrier before each step; seconds of the slowest rank; planning is not in them",
+        f"each strategy{' and peer' if run.peers() else ''} ran every batch once, after one warm-up step, in an order "
+        "that turns and reverses from batch to batch; barrier before each step; seconds of the slowest rank; planning "
+        "is not in them",
         "mean planning of a step: "
         + ", ".join(f"{name} {format_seconds(summarise(run, name).plan_s)}" for name in given.strategies)
         + ", on rank 0, in training hidden behind the step before",

@@ -17,7 +17,8 @@ RING_ALL = "one ring of all ranks"
 class StepSettings:
     """What to run. ``capacity_tokens``: tokens of one microbatch that a rank can hold; everything else follows.
 
-    ``strategies``: compared with the static ones. ``box``: run in a cluster in a box instead of on the bare machine.
+    ``strategies``: compared with the static ones, and with ``peers`` (names in ``benchmarks.peers.PEERS``). ``box``:
+    run in a cluster in a box instead of on the bare machine.
     """
 
     num_ranks: int
@@ -29,6 +30,7 @@ class StepSettings:
     model: str
     seed: int
     strategies: tuple[str, ...] = (FLEXSP,)
+    peers: tuple[str, ...] = ()
     box: BoxSpec | None = None
 
     @property
@@ -60,6 +62,39 @@ class MeasuredStep:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MeasuredPeerStep:
+    """One batch, packed and run the way a peer does it. ``num_microbatches``: of the group with the most."""
+
+    batch: int
+    peer: str
+    num_tokens: int
+    num_padding_tokens: int
+    num_microbatches: int
+    pack_s: float
+    measured_s: float
+    loss: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerCheck:
+    """The first batch by a peer against Longhaul: relative errors of the loss and, of the worst parameter, of the
+    gradient. ``gradients_meant_right``: not where the peer is known to compute wrong ones."""
+
+    name: str
+    loss_error: float
+    gradient_error: float
+    gradients_meant_right: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerMisfit:
+    """A peer's degree that cannot run, and what does not fit."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepRun:
     """A whole run. ``misfits``: strategies that cannot run every batch, with the number of batches they cannot.
     ``num_threads``: compute threads of each rank."""
@@ -73,6 +108,9 @@ class StepRun:
     num_threads: int
     load_before: float
     load_after: float
+    peer_steps: tuple[MeasuredPeerStep, ...] = ()
+    peer_checks: tuple[PeerCheck, ...] = ()
+    peer_misfits: tuple[PeerMisfit, ...] = ()
 
     def strategies(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(step.strategy for step in sorted(self.steps, key=lambda step: step.batch)))
@@ -81,9 +119,20 @@ class StepRun:
         """The steps of one strategy, by batch."""
         return tuple(sorted((s for s in self.steps if s.strategy == strategy), key=lambda step: step.batch))
 
+    def peers(self) -> tuple[str, ...]:
+        return tuple(check.name for check in self.peer_checks)
+
+    def of_peer(self, peer: str) -> tuple[MeasuredPeerStep, ...]:
+        """The steps of one peer at one degree, by batch."""
+        return tuple(sorted((s for s in self.peer_steps if s.peer == peer), key=lambda step: step.batch))
+
 
 def static_name(degree: int) -> str:
     return f"static {degree}"
+
+
+def peer_name(peer: str, degree: int) -> str:
+    return f"{peer} {degree}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,6 +179,36 @@ def speedups(run: StepRun, strategy: str, baseline: str) -> tuple[float, ...]:
     return tuple(other.measured_s / mine.measured_s for mine, other in pairs)
 
 
+def peer_tokens_per_s(run: StepRun, peer: str) -> float:
+    """Real tokens: padding is not counted."""
+    steps = run.of_peer(peer)
+    return sum(step.num_tokens for step in steps) / sum(step.measured_s for step in steps)
+
+
+def best_peer(run: StepRun) -> str:
+    """The peer and degree with the most tokens per second over the whole run."""
+    return max(run.peers(), key=lambda name: peer_tokens_per_s(run, name))
+
+
+def peer_speedups(run: StepRun, strategy: str, peer: str | None = None) -> tuple[float, ...]:
+    """How many times faster than ``peer`` each batch ran; None: than the peer that was the fastest in that batch."""
+    names = run.peers() if peer is None else (peer,)
+    fastest_s = [min(step.measured_s for step in batch) for batch in zip(*map(run.of_peer, names), strict=True)]
+    return tuple(other_s / mine.measured_s for mine, other_s in zip(run.of(strategy), fastest_s, strict=True))
+
+
+def planned_errors(run: StepRun) -> tuple[float, ...]:
+    """Relative errors of the predictions of the compared strategies' plans. A plan that several of them chose for a
+    batch counts once, with its mean time."""
+    found: dict[tuple[int, str], list[MeasuredStep]] = {}
+    for step in run.steps:
+        if step.strategy in run.settings.strategies:
+            found.setdefault((step.batch, step.work), []).append(step)
+    return tuple(
+        steps[0].predicted_s / statistics.fmean(step.measured_s for step in steps) - 1 for steps in found.values()
+    )
+
+
 def predicted_speedups(run: StepRun, strategy: str, baseline: str) -> tuple[float, ...]:
     """The same as the cost model foresaw it."""
     pairs = zip(run.of(strategy), run.of(baseline), strict=True)
@@ -147,9 +226,10 @@ def repeat_differences(run: StepRun) -> tuple[float, ...]:
 
 
 def loss_spread(run: StepRun) -> float:
-    """Largest relative difference between two strategies' losses on one batch: they must have done the same work."""
+    """Largest relative difference of the losses of one batch: strategies and peers must have done the same work."""
     spreads = []
     for batch in range(len(run.batches)):
         losses = [step.loss for step in run.steps if step.batch == batch]
+        losses += [step.loss for step in run.peer_steps if step.batch == batch]
         spreads.append((max(losses) - min(losses)) / max(losses))
     return max(spreads)

@@ -6,17 +6,29 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from benchmarks.lengths import skewed_batches
-from benchmarks.step_results import BATCH_BEST, RING_ALL, MeasuredStep, StepRun, StepSettings, loss_spread, static_name
+from benchmarks.peers_step import GRADIENT_TOLERANCE, PeerStep, PeerSystem, check_gradients, make_peers, padded_reader
+from benchmarks.step_results import (
+    BATCH_BEST,
+    RING_ALL,
+    MeasuredPeerStep,
+    MeasuredStep,
+    PeerCheck,
+    StepRun,
+    StepSettings,
+    loss_spread,
+    static_name,
+)
 from launch import environment
 from parallel import comm
 from parallel.agree import agree_on_plan
+from parallel.program import RankProgram
 from planner.codec import from_plain, to_plain
 from planner.cost import CostModel, PlanLimits
 from planner.errors import EXIT_BAD_CONFIG, InfeasibleError, LonghaulError, NumericError
@@ -31,7 +43,7 @@ from trainer.config import DataConfig, PlanConfig, RunConfig, TrainConfig
 from trainer.cost_source import obtain_cost
 from trainer.plan_inputs import plan_limits
 from trainer.rank_env import RankEnv
-from trainer.step import Runtime, StepOutcome, compile_stage_program, train_step
+from trainer.step import ReadSpans, Runtime, StepOutcome, compile_stage_program, train_step
 
 _LOSS_TOLERANCE = 1e-4
 
@@ -70,16 +82,34 @@ def _measure(settings: StepSettings, config: TrainConfig, runtime: Runtime, fold
         max_length=settings.max_length, seed=settings.seed,
     )
     plans, misfits = _plan_all(settings, runtime, cost, limits, batches)
+    peers, peer_misfits = make_peers(settings.peers, runtime, batches, capacity_tokens=settings.capacity_tokens)
+    checks = _check_peers(settings, runtime, peers, plans[settings.strategies[0]][0], batches[0])
     load_before = os.getloadavg()[0]
+    steps, peer_steps = _run_all(settings, runtime, plans, peers, batches)
     run = StepRun(
         settings=settings, batches=batches, budget_bytes=limits.device_budget_bytes, cost_origin=cost.provenance,
-        steps=_run_all(settings, runtime, plans, batches), misfits=misfits, num_threads=torch.get_num_threads(),
-        load_before=load_before, load_after=os.getloadavg()[0],
+        steps=steps, misfits=misfits, num_threads=torch.get_num_threads(), load_before=load_before,
+        load_after=os.getloadavg()[0], peer_steps=peer_steps, peer_checks=checks, peer_misfits=peer_misfits,
     )
     spread = loss_spread(run)
     if not spread <= _LOSS_TOLERANCE:
         raise NumericError(f"strategies differ by {spread:.1e} in the loss of one batch: they did not do the same work")
     return run
+
+
+def _check_peers(
+    settings: StepSettings, runtime: Runtime, peers: tuple[PeerSystem, ...], plan: StepPlan, lengths: tuple[int, ...]
+) -> tuple[PeerCheck, ...]:
+    """Raises NumericError where a peer's loss or gradients are not those of Longhaul's ``plan`` of the first batch."""
+    documents = _documents(settings, lengths, 0, runtime)
+    checks = check_gradients(
+        peers, runtime, compile_stage_program(runtime, plan), _reader(documents, runtime),
+        padded_reader(documents, runtime.mesh.device),
+    )
+    for check in checks:
+        if check.gradients_meant_right and not check.gradient_error <= GRADIENT_TOLERANCE:
+            raise NumericError(f"{check.name}: gradients differ from Longhaul's by {check.gradient_error:.1e}")
+    return checks
 
 
 def _plan_all(
@@ -136,24 +166,26 @@ def _plan(
 
 
 def _run_all(
-    settings: StepSettings, runtime: Runtime, plans: dict[str, tuple[StepPlan, ...]],
+    settings: StepSettings, runtime: Runtime, plans: dict[str, tuple[StepPlan, ...]], peers: tuple[PeerSystem, ...],
     batches: tuple[tuple[int, ...], ...],
-) -> tuple[MeasuredStep, ...]:
-    names = list(plans)
-    steps = []
+) -> tuple[tuple[MeasuredStep, ...], tuple[MeasuredPeerStep, ...]]:
+    by_name = {system.name: system for system in peers}
+    names = [*plans, *by_name]
+    documents = [_documents(settings, lengths, number, runtime) for number, lengths in enumerate(batches)]
+
+    def measure(name: str, number: int) -> MeasuredStep | MeasuredPeerStep:
+        if name in by_name:
+            read = padded_reader(documents[number], runtime.mesh.device)
+            return _measure_peer(name, number, by_name[name].steps[number], read)
+        return _measure_plan(name, number, plans[name][number], runtime, _reader(documents[number], runtime))
+
     for name in names:
-        _run(runtime, plans[name][0], _reader(settings, batches[0], 0, runtime))  # warm-up
-    for number, lengths in enumerate(batches):
-        read = _reader(settings, lengths, number, runtime)
-        for name in turn_order(names, number):
-            plan = plans[name][number]
-            outcome, measured_s = _run(runtime, plan, read)
-            steps.append(MeasuredStep(
-                batch=number, strategy=name, num_tokens=plan.num_tokens, predicted_s=plan.predicted_s,
-                measured_s=measured_s, plan_s=plan.solver.wall_s, gap=plan.solver.gap, status=plan.solver.status.value,
-                winner=plan.solver.note.partition(" ")[0], work=digest_of(plan.microbatches), loss=outcome.loss,
-            ))
-    return tuple(steps)
+        measure(name, 0)  # warm-up
+    found = [measure(name, number) for number in range(len(batches)) for name in turn_order(names, number)]
+    return (
+        tuple(step for step in found if isinstance(step, MeasuredStep)),
+        tuple(step for step in found if isinstance(step, MeasuredPeerStep)),
+    )
 
 
 def turn_order(names: list[str], number: int) -> list[str]:
@@ -164,24 +196,41 @@ def turn_order(names: list[str], number: int) -> list[str]:
     return turned[::-1] if number % 2 else turned
 
 
-def _run(
-    runtime: Runtime, plan: StepPlan, read: Callable[[tuple[Span, ...]], TokenRows]
-) -> tuple[StepOutcome, float]:
+def _measure_plan(name: str, number: int, plan: StepPlan, runtime: Runtime, read: ReadSpans) -> MeasuredStep:
+    outcome, measured_s = _run(runtime, compile_stage_program(runtime, plan), read, plan.num_tokens)
+    return MeasuredStep(
+        batch=number, strategy=name, num_tokens=plan.num_tokens, predicted_s=plan.predicted_s, measured_s=measured_s,
+        plan_s=plan.solver.wall_s, gap=plan.solver.gap, status=plan.solver.status.value,
+        winner=plan.solver.note.partition(" ")[0], work=digest_of(plan.microbatches), loss=outcome.loss,
+    )
+
+
+def _measure_peer(name: str, number: int, step: PeerStep, read: ReadSpans) -> MeasuredPeerStep:
+    plan = step.plan
+    outcome, measured_s = _run(step.runtime, step.program, read, plan.num_tokens)
+    return MeasuredPeerStep(
+        batch=number, peer=name, num_tokens=plan.num_tokens, num_padding_tokens=plan.num_padding_tokens,
+        num_microbatches=plan.num_microbatches, pack_s=step.pack_s, measured_s=measured_s, loss=outcome.loss,
+    )
+
+
+def _run(runtime: Runtime, program: RankProgram, read: ReadSpans, num_tokens: int) -> tuple[StepOutcome, float]:
     """The step's outcome and the seconds of the slowest rank."""
-    program = compile_stage_program(runtime, plan)
     comm.barrier(runtime.mesh.control_group)
-    outcome = train_step(runtime, program, read, num_tokens=plan.num_tokens, lr=0.0)
+    outcome = train_step(runtime, program, read, num_tokens=num_tokens, lr=0.0)
     slowest = comm.all_reduce_max(torch.tensor([outcome.measured_s], dtype=torch.float64), runtime.mesh.control_group)
     return outcome, float(slowest)
 
 
-def _reader(
+def _documents(
     settings: StepSettings, lengths: tuple[int, ...], number: int, runtime: Runtime
-) -> Callable[[tuple[Span, ...]], TokenRows]:
-    """Reads spans of random documents; every rank draws the same ones."""
+) -> list[npt.NDArray[np.int64]]:
+    """Random documents, each with the token that follows its last; every rank draws the same ones."""
     rng = np.random.default_rng((settings.seed, number))
-    documents = [rng.integers(0, runtime.model.spec.vocab_size, size=length + 1) for length in lengths]
+    return [rng.integers(0, runtime.model.spec.vocab_size, size=length + 1) for length in lengths]
 
+
+def _reader(documents: list[npt.NDArray[np.int64]], runtime: Runtime) -> ReadSpans:
     def read(spans: tuple[Span, ...]) -> TokenRows:
         ids = [documents[span.sequence][span.start_token : span.stop_token + 1] for span in spans]
         return token_rows(ids, spans, runtime.mesh.device)

@@ -16,11 +16,17 @@ from benchmarks.step_report import Setting, markdown
 from benchmarks.step_results import (
     BATCH_BEST,
     FLEXSP,
+    MeasuredPeerStep,
     MeasuredStep,
+    PeerCheck,
+    PeerMisfit,
     StepRun,
     StepSettings,
+    best_peer,
     best_static,
     loss_spread,
+    peer_speedups,
+    planned_errors,
     repeat_differences,
     speedups,
     summarise,
@@ -57,6 +63,33 @@ RUN = StepRun(
     num_threads=1,
     load_before=0.1,
     load_after=3.9,
+)
+
+
+def peer_step(batch, peer, num_tokens, measured_s, loss=5.0):
+    return MeasuredPeerStep(
+        batch=batch, peer=peer, num_tokens=num_tokens, num_padding_tokens=num_tokens // 10, num_microbatches=2,
+        pack_s=0.001, measured_s=measured_s, loss=loss,
+    )
+
+
+def check(name, *, right):
+    return PeerCheck(name=name, loss_error=2e-7, gradient_error=3e-6, gradients_meant_right=right)
+
+
+WITH_PEERS = dataclasses.replace(
+    RUN,
+    settings=dataclasses.replace(SETTINGS, strategies=("adaptive",), peers=("verl", "ring-flash-attn")),
+    steps=tuple(
+        dataclasses.replace(step, strategy="adaptive") if step.strategy == FLEXSP else step for step in RUN.steps
+    ),
+    # ring wins the second batch, verl the whole run
+    peer_steps=(
+        peer_step(0, "verl 2", 300, 3.0), peer_step(0, "ring-flash-attn 4", 300, 5.0),
+        peer_step(1, "ring-flash-attn 4", 100, 1.2), peer_step(1, "verl 2", 100, 2.0),
+    ),
+    peer_checks=(check("verl 2", right=True), check("ring-flash-attn 4", right=False)),
+    peer_misfits=(PeerMisfit(name="verl 4", reason="heads do not divide"),),
 )
 SETTING = Setting(command="the command", day="2001-02-03", cpu="a processor", num_cores=2, torch_version="2.x")
 
@@ -110,6 +143,45 @@ def test_every_strategy_has_every_turn_and_different_predecessors():
     assert {order[0] for order in orders} == {order[-1] for order in orders} == set("abc")
     follows = {pair for order in orders for pair in zip(order, order[1:], strict=False)}
     assert follows == {(x, y) for x in "abc" for y in "abc" if x != y}
+
+
+class TestPeers:
+    def test_arithmetic(self):
+        assert best_peer(WITH_PEERS) == "verl 2"
+        assert peer_speedups(WITH_PEERS, "adaptive", "verl 2") == (1.5, 2.0)
+        assert peer_speedups(WITH_PEERS, "adaptive") == pytest.approx((1.5, 1.2))
+
+    def test_peers_must_reach_the_same_loss(self):
+        other = dataclasses.replace(WITH_PEERS, peer_steps=(peer_step(0, "verl 2", 300, 3.0, loss=4.5),))
+        assert loss_spread(WITH_PEERS) == 0 and loss_spread(other) == pytest.approx(0.1)
+
+    def test_errors_count_a_plan_that_two_strategies_chose_once(self):
+        run = dataclasses.replace(RUN, settings=dataclasses.replace(SETTINGS, strategies=(FLEXSP, "adaptive")), steps=(
+            step(0, FLEXSP, 300, 2.0, 2.0, work="a"), step(0, "adaptive", 300, 2.0, 3.0, work="a"),
+            step(1, FLEXSP, 100, 1.0, 2.0, work="a"), step(0, "static 2", 300, 9.0, 1.0),
+        ))
+        assert planned_errors(run) == pytest.approx((2.0 / 2.5 - 1, -0.5))
+
+    def test_report_rows_and_goal(self):
+        text = markdown(WITH_PEERS, dataclasses.replace(SETTING, peer_versions=("verl 0.9",)))
+        # 400 tokens in 5 s against static 4's 400 in 6 s
+        assert "| verl 2 (best peer) | 80 | 1.20x | 2.500 | 2.0 | 10.0% | 2e-07 | 3e-06 |" in text
+        assert "| ring-flash-attn 4 | 65 | 0.97x | 3.100 | 2.0 | 10.0% | 2e-07 | known to be wrong" in text
+        assert "| verl 4 | does not fit: heads do not divide |" in text
+        assert "adaptive against the best peer, verl 2: 1.67x over the run; batch by batch median 1.75x" in text
+        assert "goal 1.5x the best peer with adaptive: met" in text
+        assert "prediction of 2 different plans of adaptive: mean absolute error 25.0%" in text
+        assert "goal 10%: not judged, it needs 20 plans" in text
+        assert "verl's Ulysses exchange" in text and "(verl 0.9)" in text
+
+    def test_goal_not_met(self):
+        slow = dataclasses.replace(WITH_PEERS, steps=tuple(
+            dataclasses.replace(step, measured_s=1.2 * step.measured_s) for step in WITH_PEERS.steps
+        ))
+        assert "goal 1.5x the best peer with adaptive: not met" in markdown(slow, SETTING)
+
+    def test_report_without_peers_does_not_mention_them(self):
+        assert "peer" not in markdown(RUN, SETTING)
 
 
 class TestReport:
