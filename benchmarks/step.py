@@ -39,6 +39,7 @@ from planner.specs import load_model, model_names
 from planner.step_planner import check_strategy
 
 _EXIT_FAILURE = 1
+_EXIT_TERMINATED = 128 + signal.SIGTERM
 _BOX_TIMEOUT_S = 3600
 
 
@@ -163,6 +164,7 @@ def _run_in_box(settings: StepSettings, folder: Path) -> int:
     path = folder / "settings.json"
     path.write_text(json.dumps(to_plain(settings)), encoding="utf-8")
     command = [sys.executable, "-m", "benchmarks.step_worker", str(path), str(folder)]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(_EXIT_TERMINATED))  # so that the box is torn down then, too
     try:
         with Box(settings.box) as box:
             box.run(command, env={"OMP_NUM_THREADS": "1"}, timeout_s=_BOX_TIMEOUT_S)
