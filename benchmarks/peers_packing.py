@@ -10,6 +10,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
 from parallel.program import RankAction, RankMicrobatch, RankProgram
+from planner.cost import KEEP
 from planner.layout import shard_spans
 from planner.plan import AttentionGroup, AttentionKind, Span, digest_of
 
@@ -120,7 +121,9 @@ def rank_program(plan: PeerPlan, step: int, rank: int) -> RankProgram:
     document behind the batch's last one is empty: rows there are padding. ``index``: place within the rank's group."""
     group, index = divmod(rank, plan.degree)
     microbatches = tuple(
-        RankMicrobatch(index=place, spans=spans, groups=(), num_rows=sum(span.num_tokens for span in spans))
+        RankMicrobatch(
+            index=place, spans=spans, groups=(), num_rows=sum(span.num_tokens for span in spans), memory=KEEP
+        )
         for place, spans in enumerate(_spans(plan, mb)[index] for mb in plan.groups[group])
     )
     actions = tuple(RankAction(place, backward) for place in range(len(microbatches)) for backward in (False, True))
