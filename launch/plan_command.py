@@ -7,9 +7,9 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
 
 from launch import plan_output
+from launch.arguments import CommandParser
 from launch.plan_job import Job, count, read_job
 from launch.plan_replay import with_replays
 from planner.codec import suggest
@@ -38,7 +38,7 @@ def run(arguments: list[str]) -> int:
     for name in ("json", "trace", "html"):
         _check_target(f"--{name}", getattr(flags, name))
     if flags.html is not None:
-        from planner.html_report import require_plotly
+        from planner.page_parts import require_plotly
 
         require_plotly()
     job = read_job(flags)
@@ -54,18 +54,12 @@ def run(arguments: list[str]) -> int:
     return EXIT_OK
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise SpecError(f"longhaul plan: {message}; see longhaul plan --help")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="longhaul plan", add_help=False, allow_abbrev=False,
-        description="Plan training steps over sequences of these lengths and say whether they fit and what they cost.",
+    parser = CommandParser(
+        "longhaul plan",
+        "Plan training steps over sequences of these lengths and say whether they fit and what they cost.",
     )
     add = parser.add_argument
-    add("-h", "--help", action="store_true", help="show this text")
     add("--lengths", metavar="FILE|NAME",
         help=f"one sequence length (tokens) a line, batches are consecutive lines; or {', '.join(length_names())}")
     add("--model", default="tiny", metavar="NAME|FILE", help=f"{', '.join(model_names())} or a .yaml file")

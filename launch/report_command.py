@@ -6,8 +6,9 @@ import argparse
 import json
 from collections.abc import Sequence as SequenceOf
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
+from launch.arguments import CommandParser
 from planner.codec import suggest, to_plain
 from planner.errors import EXIT_OK, SpecError
 from planner.units import format_bytes, format_count, format_seconds
@@ -38,7 +39,7 @@ def run(arguments: list[str]) -> int:
     for name in _FILES:
         _check_target(f"--{name}", getattr(flags, name))
     if flags.html is not None:
-        from planner.html_report import require_plotly
+        from planner.page_parts import require_plotly
 
         require_plotly()
     from planner.run_report import DEFAULT_FACTOR, as_json, make_run_report
@@ -59,19 +60,13 @@ def run(arguments: list[str]) -> int:
     return EXIT_OK
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise SpecError(f"longhaul report: {message}; see longhaul report --help")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="longhaul report", add_help=False, allow_abbrev=False,
-        description="Predicted and measured times of a training run, finished or still running.",
+    parser = CommandParser(
+        "longhaul report",
+        "Predicted and measured times of a training run, finished or still running.",
     )
     add = parser.add_argument
     add("run_dir", nargs="?", metavar="RUN_DIR", help="folder of the run (longhaul train --run-dir)")
-    add("-h", "--help", action="store_true", help="show this text")
     add("--html", metavar="FILE", help="write one page: predicted against measured, ranks, one step (needs plotly)")
     add("--trace", metavar="FILE", help="write one step, predicted and measured lanes, for ui.perfetto.dev")
     add("--step", metavar="N", help="the step of --trace and --html, counted from 0 (default: the last recorded one)")

@@ -7,8 +7,9 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
+from launch.arguments import CommandParser
 from planner.codec import suggest
 from planner.errors import EXIT_OK, SpecError
 
@@ -67,18 +68,12 @@ def verdict(result: Reproduction) -> str:
     return f"{result.system}: MISSED, {num_met} of {len(result.rows)} rows met; {errors}; " + "; ".join(result.misses())
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise SpecError(f"longhaul reproduce: {message}; see longhaul reproduce --help")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="longhaul reproduce", add_help=False, allow_abbrev=False,
-        description="Rebuild a published table from its own inputs. Exit code 1 where it is outside its tolerance.",
+    parser = CommandParser(
+        "longhaul reproduce",
+        "Rebuild a published table from its own inputs. Exit code 1 where it is outside its tolerance.",
     )
     parser.add_argument("system", nargs="?", metavar="SYSTEM", help=f"one of {', '.join(_SYSTEMS)}")
-    parser.add_argument("-h", "--help", action="store_true", help="show this text")
     parser.add_argument("--json", metavar="-|FILE", help="write the result as JSON; - prints it and nothing else")
     return parser
 

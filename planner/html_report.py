@@ -10,10 +10,8 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
-from planner.errors import SpecError
 from planner.explain import (
     Candidate,
     PlannedStep,
@@ -23,6 +21,7 @@ from planner.explain import (
     groups_by_rank,
     shape_name,
 )
+from planner.page_parts import ALERT, Figure, document, require_plotly, style
 from planner.plan import AttentionKind
 from planner.policy_words import policy_name
 from planner.simulate import Event, step_lengths
@@ -31,9 +30,7 @@ from planner.units import GIB, KIB, format_bytes, format_count, format_seconds
 MAX_RANKS_SHOWN = 256
 """More rows than a screen has lines: of larger clusters every n-th rank is drawn, and the fullest one."""
 
-_FONT = "system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', sans-serif"
-_INK, _MUTED, _GRID = "#1f2933", "#616e7c", "#e4e7eb"
-_PLAIN, _STRONG, _ALERT, _FIXED = "#9fb3c8", "#2b6cb0", "#c53030", "#d9e2ec"
+_PLAIN, _STRONG, _FIXED = "#9fb3c8", "#2b6cb0", "#d9e2ec"
 _EXCHANGE, _SWAP = "#ed8936", "#805ad5"
 # Light to dark with the degree, one hue for each kind; kinds of later share the last one.
 _HUES = {
@@ -63,21 +60,6 @@ class Page:
     budget_bytes: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Figure:
-    """A plotly figure and the heading above it."""
-
-    title: str
-    plot: Any
-    is_wide: bool = False
-
-
-def require_plotly() -> None:
-    """Raises SpecError, with the remedy, where plotly is not installed."""
-    if find_spec("plotly") is None:
-        raise SpecError("--html needs plotly, which is not installed: pip install 'longhaul[report]'")
-
-
 def html_page(page: Page) -> str:
     """The whole document. Raises SpecError where plotly is not installed."""
     require_plotly()
@@ -88,19 +70,9 @@ def html_page(page: Page) -> str:
     figures += [_lengths(page.lengths), _memory(page, ranks)]
     if page.candidates:
         figures.append(_comparison(page.candidates))
-    verdict, *lines = page.lines
-    return _DOCUMENT.format(
-        title=html.escape(page.title),
-        font=_FONT,
-        ink=_INK,
-        muted=_MUTED,
-        grid=_GRID,
-        alert=_ALERT,
-        verdict=html.escape(verdict),
-        lines="\n".join(f"<p>{html.escape(line)}</p>" for line in lines),
-        figures="\n".join(_embed(figure, is_first=index == 0) for index, figure in enumerate(figures)),
-        sources="\n".join(_source_item(line) for line in page.sources),
-    )
+    items = "\n".join(_source_item(line) for line in page.sources)
+    footer = f"<details open>\n<summary>Where the numbers come from</summary>\n<ul>\n{items}\n</ul>\n</details>"
+    return document(page.title, page.lines, figures, footer=footer)
 
 
 def _shown_ranks(step: PlannedStep) -> tuple[int, ...]:
@@ -109,7 +81,7 @@ def _shown_ranks(step: PlannedStep) -> tuple[int, ...]:
     return tuple(sorted({*range(0, num_ranks, stride), peaks.index(max(peaks))}))
 
 
-def _timeline(step: PlannedStep, ranks: tuple[int, ...]) -> _Figure:
+def _timeline(step: PlannedStep, ranks: tuple[int, ...]) -> Figure:
     """A row for each rank, a bar for each microbatch it works on, one colour for each kind and octave of degrees."""
     import plotly.graph_objects as go
 
@@ -140,17 +112,17 @@ def _timeline(step: PlannedStep, ranks: tuple[int, ...]) -> _Figure:
     _add_step_end(figure, step, len(ranks))
     shown = "" if len(ranks) == step.plan.num_ranks else f" ({len(ranks)} of {step.plan.num_ranks} drawn)"
     ticks = ranks[:: max(1, math.ceil(len(ranks) / 16))]
-    _style(figure, height=min(840, 220 + 9 * len(ranks)))
+    style(figure, height=min(840, 220 + 9 * len(ranks)))
     figure.update_layout(barmode="overlay", bargap=0, legend={"traceorder": "normal"})
     figure.update_xaxes(title="seconds", rangemode="tozero")
     figure.update_yaxes(
         title="rank", tickvals=[row_of[rank] for rank in ticks], ticktext=[str(rank) for rank in ticks],
         range=[len(ranks) - 0.5, -0.5], showgrid=False,
     )
-    return _Figure(title=f"Step {step.plan.step} as predicted: what each rank does{shown}", plot=figure, is_wide=True)
+    return Figure(title=f"Step {step.plan.step} as predicted: what each rank does{shown}", plot=figure, is_wide=True)
 
 
-def _replay(step: PlannedStep, ranks: tuple[int, ...]) -> _Figure:
+def _replay(step: PlannedStep, ranks: tuple[int, ...]) -> Figure:
     """Of each drawn rank the replayed step by what it does, and the predicted step."""
     import plotly.graph_objects as go
 
@@ -165,10 +137,10 @@ def _replay(step: PlannedStep, ranks: tuple[int, ...]) -> _Figure:
             figure.add_bar(
                 name=name, x=names, y=[values[rank] for rank in ranks], marker={"color": colour, "line": {"width": 0}}
             )
-    _style(figure, height=340)
+    style(figure, height=340)
     predicted_s = step.plan.predicted_s
     figure.add_hline(
-        y=predicted_s, line={"color": _ALERT, "width": 1.5, "dash": "dash"}, annotation_text="predicted",
+        y=predicted_s, line={"color": ALERT, "width": 1.5, "dash": "dash"}, annotation_text="predicted",
         annotation_position="top left",
     )
     figure.update_layout(barmode="stack", bargap=0.1 if len(ranks) <= 64 else 0)
@@ -180,7 +152,7 @@ def _replay(step: PlannedStep, ranks: tuple[int, ...]) -> _Figure:
         f"Step {step.plan.step} replayed operation by operation: {format_seconds(replay.step_s)} "
         f"({format_seconds(replay.low_s)} to {format_seconds(replay.high_s)}), seconds of each rank{shown}"
     )
-    return _Figure(title=title, plot=figure, is_wide=True)
+    return Figure(title=title, plot=figure, is_wide=True)
 
 
 def _add_step_end(figure: Any, step: PlannedStep, num_rows: int) -> None:
@@ -214,7 +186,7 @@ def _colour(kind: AttentionKind, degree_bits: int) -> str:
     return hues[min(len(hues) - 1, max(0, degree_bits - 2))]
 
 
-def _lengths(lengths: SequenceOf[int]) -> _Figure:
+def _lengths(lengths: SequenceOf[int]) -> Figure:
     """Shares of sequences and of tokens by powers of two of the length."""
     import plotly.graph_objects as go
 
@@ -229,11 +201,11 @@ def _lengths(lengths: SequenceOf[int]) -> _Figure:
     figure = go.Figure()
     figure.add_bar(name="of sequences", x=labels, y=counts, marker={"color": _PLAIN})
     figure.add_bar(name="of tokens", x=labels, y=tokens, marker={"color": _STRONG})
-    _style(figure, height=340)
+    style(figure, height=340)
     figure.update_traces(hovertemplate="%{y:.1%} %{fullData.name}, up to %{x}<extra></extra>")
     figure.update_xaxes(title="length up to, in tokens (1K = 1,024)", type="category")
     figure.update_yaxes(title="share", tickformat=".0%")
-    return _Figure(title=f"{len(lengths)} sequences, {format_count(total)} tokens in all steps", plot=figure)
+    return Figure(title=f"{len(lengths)} sequences, {format_count(total)} tokens in all steps", plot=figure)
 
 
 def _tokens_label(tokens: int) -> str:
@@ -242,7 +214,7 @@ def _tokens_label(tokens: int) -> str:
     return f"{tokens // KIB}K" if tokens >= KIB else str(tokens)
 
 
-def _memory(page: Page, ranks: tuple[int, ...]) -> _Figure:
+def _memory(page: Page, ranks: tuple[int, ...]) -> Figure:
     """Peak bytes of each drawn rank, the fixed part below, and the budget."""
     import plotly.graph_objects as go
 
@@ -257,17 +229,17 @@ def _memory(page: Page, ranks: tuple[int, ...]) -> _Figure:
         name="activations", x=names, y=[(peak - page.fixed_bytes) / GIB for peak in peaks],
         marker={"color": _STRONG, "line": {"width": 0}},
     )
-    _style(figure, height=340)
-    figure.add_hline(y=page.budget_bytes / GIB, line={"color": _ALERT, "width": 1.5, "dash": "dash"})
+    style(figure, height=340)
+    figure.add_hline(y=page.budget_bytes / GIB, line={"color": ALERT, "width": 1.5, "dash": "dash"})
     figure.update_layout(barmode="stack", bargap=0.1 if len(ranks) <= 64 else 0)
     figure.update_traces(hovertemplate="rank %{x}: %{y:.2f} GiB %{fullData.name}<extra></extra>")
     figure.update_xaxes(title="rank", type="category", nticks=16)
     figure.update_yaxes(title="GiB", range=[0, 1.05 * max(page.budget_bytes, *peaks) / GIB])
     title = f"Step {page.step.plan.step}: peak memory of each rank, budget {format_bytes(page.budget_bytes)}"
-    return _Figure(title=title, plot=figure)
+    return Figure(title=title, plot=figure)
 
 
-def _comparison(candidates: SequenceOf[Candidate]) -> _Figure:
+def _comparison(candidates: SequenceOf[Candidate]) -> Figure:
     """Mean step of each strategy, the fastest on top, and its first step as replayed; those that refuse are named in
     the page's lines."""
     import plotly.graph_objects as go
@@ -289,31 +261,12 @@ def _comparison(candidates: SequenceOf[Candidate]) -> _Figure:
         figure.add_scatter(
             mode="markers", name="first step, replayed" + (" (red edge: the fastest)" if quickest is not None else ""),
             y=[name for name, _ in replayed], x=[seconds for _, seconds in replayed],
-            marker={"symbol": "diamond", "size": 9, "color": _EXCHANGE, "line": {"color": _ALERT, "width": edges}},
+            marker={"symbol": "diamond", "size": 9, "color": _EXCHANGE, "line": {"color": ALERT, "width": edges}},
             hovertemplate="%{y}: %{x:.4g} s, first step replayed<extra></extra>",
         )
-    _style(figure, height=110 + 34 * len(planned))
+    style(figure, height=110 + 34 * len(planned))
     figure.update_xaxes(title="seconds")
-    return _Figure(title="Mean step of every strategy on the same batches", plot=figure, is_wide=True)
-
-
-def _style(figure: Any, *, height: int) -> None:
-    figure.update_layout(
-        font={"family": _FONT, "size": 12, "color": _INK}, height=height, template="none",
-        margin={"l": 64, "r": 16, "t": 32, "b": 48}, paper_bgcolor="white", plot_bgcolor="white",
-        legend={"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0.0},
-    )
-    figure.update_xaxes(gridcolor=_GRID, zeroline=False, automargin=True)
-    figure.update_yaxes(gridcolor=_GRID, zeroline=False, automargin=True)
-
-
-def _embed(figure: _Figure, *, is_first: bool) -> str:
-    """One box of the page; the first one carries plotly's script."""
-    unused = ["select2d", "lasso2d", "autoScale2d"]
-    config = {"displaylogo": False, "responsive": True, "modeBarButtonsToRemove": unused}
-    plot = figure.plot.to_html(full_html=False, include_plotlyjs=is_first, config=config)
-    width = "wide" if figure.is_wide else "half"
-    return f'<section class="{width}"><h2>{html.escape(figure.title)}</h2>{plot}</section>'
+    return Figure(title="Mean step of every strategy on the same batches", plot=figure, is_wide=True)
 
 
 def _source_item(line: str) -> str:
@@ -323,42 +276,3 @@ def _source_item(line: str) -> str:
         if text.startswith(mark):
             return f'<li><span class="guess">{mark.strip()}</span> {text.removeprefix(mark)}</li>'
     return f"<li>{text}</li>"
-
-
-_DOCUMENT = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-body {{ margin: 0 auto; max-width: 1280px; padding: 20px 24px; font: 14px/1.5 {font}; color: {ink}; }}
-h1 {{ font-size: 20px; margin: 0 0 4px; }}
-h2 {{ font-size: 15px; font-weight: 600; margin: 10px 12px 0; }}
-p {{ margin: 2px 0; }}
-.verdict {{ font-size: 16px; font-weight: 600; margin: 6px 0; }}
-.figures {{ display: grid; grid-template-columns: 1fr 1fr; gap: 16px; margin: 16px 0; }}
-section {{ border: 1px solid {grid}; border-radius: 6px; min-width: 0; overflow: hidden; }}
-.wide {{ grid-column: 1 / -1; }}
-details {{ color: {muted}; }}
-ul {{ padding-left: 20px; }}
-.guess {{ color: {alert}; font-weight: 600; }}
-@media (max-width: 800px) {{ .figures {{ grid-template-columns: 1fr; }} }}
-</style>
-</head>
-<body>
-<h1>{title}</h1>
-<p class="verdict">{verdict}</p>
-{lines}
-<div class="figures">
-{figures}
-</div>
-<details open>
-<summary>Where the numbers come from</summary>
-<ul>
-{sources}
-</ul>
-</details>
-</body>
-</html>
-"""

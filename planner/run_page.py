@@ -8,13 +8,12 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
-from typing import Any
 
 from planner.drift import Executed, planned_times
 from planner.explain import group_names, groups_by_rank
-from planner.html_report import MAX_RANKS_SHOWN, require_plotly
+from planner.html_report import MAX_RANKS_SHOWN
 from planner.measured import MeasuredStep
+from planner.page_parts import MUTED, Figure, document, require_plotly, style
 from planner.plan import StepPlan
 from planner.run_report import RankLine, RunReport
 from planner.units import format_seconds
@@ -22,16 +21,8 @@ from planner.units import format_seconds
 MOST_POINTS = 5_000
 """Steps drawn; of longer runs every n-th one, so that the page opens."""
 
-_FONT = "system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', sans-serif"
-_INK, _MUTED, _GRID = "#1f2933", "#616e7c", "#e4e7eb"
-_PREDICTED, _MEASURED, _WAIT, _IDLE, _ALERT = "#9fb3c8", "#2b6cb0", "#dd6b20", "#e4e7eb", "#c53030"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Figure:
-    title: str
-    plot: Any
-    is_wide: bool = False
+_PREDICTED, _MEASURED, _WAIT, _IDLE = "#9fb3c8", "#2b6cb0", "#dd6b20", "#e4e7eb"
+_TOP = 40
 
 
 def run_page(title: str, lines: SequenceOf[str], report: RunReport, shown: Executed | None) -> str:
@@ -43,14 +34,10 @@ def run_page(title: str, lines: SequenceOf[str], report: RunReport, shown: Execu
         figures.append(_ranks(report.ranks))
     if shown is not None:
         figures.append(_timeline(*shown))
-    return _DOCUMENT.format(
-        title=html.escape(title), font=_FONT, ink=_INK, muted=_MUTED, grid=_GRID, verdict=html.escape(lines[0]),
-        lines="\n".join(f"<p>{html.escape(line)}</p>" for line in lines[1:]),
-        figures="\n".join(_embed(figure, is_first=index == 0) for index, figure in enumerate(figures)),
-    )
+    return document(title, lines, figures)
 
 
-def _scatter(report: RunReport) -> _Figure:
+def _scatter(report: RunReport) -> Figure:
     """A point a step; on the diagonal the prediction was right, above it the step took longer."""
     import plotly.graph_objects as go
 
@@ -58,7 +45,7 @@ def _scatter(report: RunReport) -> _Figure:
     most_s = 1.05 * max(max(step.predicted_s, step.measured_s) for step in steps)
     figure = go.Figure()
     figure.add_scatter(
-        x=[0, most_s], y=[0, most_s], mode="lines", name="as predicted", line={"color": _MUTED, "dash": "dash"},
+        x=[0, most_s], y=[0, most_s], mode="lines", name="as predicted", line={"color": MUTED, "dash": "dash"},
         hoverinfo="skip",
     )
     figure.add_scatter(
@@ -67,14 +54,14 @@ def _scatter(report: RunReport) -> _Figure:
         text=[f"step {step.step}: {step.error:+.1%}, {html.escape(step.groups)}" for step in steps],
         hovertemplate="%{text}<br>predicted %{x:.3g} s, measured %{y:.3g} s<extra></extra>",
     )
-    _style(figure, height=380)
+    style(figure, height=380, top=_TOP)
     figure.update_xaxes(title="predicted seconds", range=[0, most_s])
     figure.update_yaxes(title="measured seconds", range=[0, most_s])
     title = f"Step time: mean error {report.absolute_error:.1%}, bias {report.bias:+.1%}"
-    return _Figure(title=title, plot=figure)
+    return Figure(title=title, plot=figure)
 
 
-def _over_time(report: RunReport) -> _Figure:
+def _over_time(report: RunReport) -> Figure:
     import plotly.graph_objects as go
 
     steps = report.steps[:: math.ceil(len(report.steps) / MOST_POINTS)]
@@ -89,13 +76,13 @@ def _over_time(report: RunReport) -> _Figure:
             line={"color": colour, "width": 1.5}, marker={"size": 4},
             hovertemplate=f"step %{{x}}: {name} %{{y:.3g}} s<extra></extra>",
         )
-    _style(figure, height=380)
+    style(figure, height=380, top=_TOP)
     figure.update_xaxes(title="step")
     figure.update_yaxes(title="seconds", rangemode="tozero")
-    return _Figure(title="Step time over the run", plot=figure)
+    return Figure(title="Step time over the run", plot=figure)
 
 
-def _ranks(ranks: SequenceOf[RankLine]) -> _Figure:
+def _ranks(ranks: SequenceOf[RankLine]) -> Figure:
     """Two bars a rank: what the plan foresaw, and what happened."""
     import plotly.graph_objects as go
 
@@ -117,14 +104,14 @@ def _ranks(ranks: SequenceOf[RankLine]) -> _Figure:
             x=labels, y=values, name=name, marker={"color": colour},
             hovertemplate=f"rank %{{x}}: {name} %{{y:.3g}} s<extra></extra>",
         )
-    _style(figure, height=360)
+    style(figure, height=360, top=_TOP)
     figure.update_layout(barmode="stack", bargap=0.15)
     figure.update_xaxes(title="rank")
     figure.update_yaxes(title="seconds a step")
-    return _Figure(title="Ranks: planned and measured, mean of the recorded steps", plot=figure, is_wide=True)
+    return Figure(title="Ranks: planned and measured, mean of the recorded steps", plot=figure, is_wide=True)
 
 
-def _timeline(plan: StepPlan, measured: MeasuredStep) -> _Figure:
+def _timeline(plan: StepPlan, measured: MeasuredStep) -> Figure:
     """Predicted lanes above measured ones, on one time axis that starts with gathered parameters."""
     from plotly.subplots import make_subplots
 
@@ -160,7 +147,7 @@ def _timeline(plan: StepPlan, measured: MeasuredStep) -> _Figure:
                 f"{format_seconds(stop_s - start_s)}, of it {format_seconds(wait_s)} waiting for messages",
             ))
         add(2, name, colour, bars)
-    _style(figure, height=min(1200, 240 + 24 * len(row_of)))
+    style(figure, height=min(1200, 240 + 24 * len(row_of)), top=_TOP)
     figure.update_layout(barmode="overlay", legend={"y": 1.08})
     ticks = list(ranks)[:: max(1, math.ceil(len(row_of) / 16))]
     figure.update_yaxes(
@@ -168,54 +155,4 @@ def _timeline(plan: StepPlan, measured: MeasuredStep) -> _Figure:
         range=[len(row_of) - 0.5, -0.5], showgrid=False,
     )
     figure.update_xaxes(title="seconds from gathered parameters", row=2, col=1, rangemode="tozero")
-    return _Figure(title=f"Step {plan.step}, rank by rank", plot=figure, is_wide=True)
-
-
-def _style(figure: Any, *, height: int) -> None:
-    figure.update_layout(
-        font={"family": _FONT, "size": 12, "color": _INK}, height=height, template="none",
-        margin={"l": 64, "r": 16, "t": 40, "b": 48}, paper_bgcolor="white", plot_bgcolor="white",
-        legend={"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0.0},
-    )
-    figure.update_xaxes(gridcolor=_GRID, zeroline=False, automargin=True)
-    figure.update_yaxes(gridcolor=_GRID, zeroline=False, automargin=True)
-
-
-def _embed(figure: _Figure, *, is_first: bool) -> str:
-    """One box of the page; the first one carries plotly's script."""
-    config = {
-        "displaylogo": False, "responsive": True, "modeBarButtonsToRemove": ["select2d", "lasso2d", "autoScale2d"],
-    }
-    plot = figure.plot.to_html(full_html=False, include_plotlyjs=is_first, config=config)
-    width = "wide" if figure.is_wide else "half"
-    return f'<section class="{width}"><h2>{html.escape(figure.title)}</h2>{plot}</section>'
-
-
-_DOCUMENT = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-body {{ margin: 0 auto; max-width: 1280px; padding: 20px 24px; font: 14px/1.5 {font}; color: {ink}; }}
-h1 {{ font-size: 20px; margin: 0 0 4px; }}
-h2 {{ font-size: 15px; font-weight: 600; margin: 10px 12px 0; }}
-p {{ margin: 2px 0; color: {muted}; }}
-.verdict {{ font-size: 16px; font-weight: 600; margin: 6px 0; color: {ink}; }}
-.figures {{ display: grid; grid-template-columns: 1fr 1fr; gap: 16px; margin: 16px 0; }}
-section {{ border: 1px solid {grid}; border-radius: 6px; min-width: 0; overflow: hidden; }}
-.wide {{ grid-column: 1 / -1; }}
-@media (max-width: 800px) {{ .figures {{ grid-template-columns: 1fr; }} }}
-</style>
-</head>
-<body>
-<h1>{title}</h1>
-<p class="verdict">{verdict}</p>
-{lines}
-<div class="figures">
-{figures}
-</div>
-</body>
-</html>
-"""
+    return Figure(title=f"Step {plan.step}, rank by rank", plot=figure, is_wide=True)

@@ -335,9 +335,9 @@ def test_very_many_ranks_are_not_replayed(
 
 
 def test_a_page_without_plotly_is_refused_before_planning(lengths: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from planner import html_report
+    from planner import page_parts
 
-    monkeypatch.setattr(html_report, "find_spec", lambda name: None)
+    monkeypatch.setattr(page_parts, "find_spec", lambda name: None)
     with pytest.raises(SpecError, match="--html needs plotly"):
         run(["--lengths", lengths, "--html", "page.html"])
     assert not Path("page.html").exists()

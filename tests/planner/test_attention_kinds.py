@@ -127,6 +127,15 @@ def test_each_kind_is_priced_for_what_it_is_good_at() -> None:
     assert cost.time_fit(USP, 13).s_per_token == cost.time_fit(RING, 13).s_per_token  # no team fits: a ring
 
 
+def test_where_cards_are_slow_all_of_them_pay_off() -> None:
+    """Slow enough that transfers, not kernels, decide."""
+    cluster = load_cluster("h200-64")
+    slow = replace(cluster, inter_node=replace(cluster.inter_node, bytes_per_s=cluster.inter_node.bytes_per_s / 4))
+    cost = derive_cost(slow, load_model("llama-3-8b"), num_ranks=64)
+    ring, double, routed = (cost.time_fit(kind, 64).s_per_token for kind in (RING, DOUBLE_RING, ROUTED_RING))
+    assert routed < double < ring / 4  # stages overlap, hops do not
+
+
 def test_uneven_heads_slow_a_team_down() -> None:
     model = replace(load_model("llama-3-8b"), num_query_heads=12, num_kv_heads=4)
     cost = derive_cost(load_cluster("h200-64"), model, num_ranks=64)

@@ -8,10 +8,11 @@ from importlib.util import find_spec
 
 import pytest
 
-from planner import html_report
+from planner import html_report, page_parts
 from planner.errors import SpecError
 from planner.explain import Candidate
-from planner.html_report import MAX_RANKS_SHOWN, Page, html_page, require_plotly
+from planner.html_report import MAX_RANKS_SHOWN, Page, html_page
+from planner.page_parts import require_plotly
 from planner.plan import AttentionKind, MemoryPolicy
 from tests.planner.test_trace import planned, replayed
 
@@ -130,7 +131,7 @@ def test_large_clusters_are_thinned_out_but_the_fullest_rank_stays() -> None:
 
 
 def test_without_plotly_one_line_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(html_report, "find_spec", lambda name: None)
+    monkeypatch.setattr(page_parts, "find_spec", lambda name: None)
     with pytest.raises(SpecError, match=r"pip install 'longhaul\[report\]'") as refused:
         require_plotly()
     assert "\n" not in str(refused.value) and refused.value.exit_code == 2

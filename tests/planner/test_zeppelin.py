@@ -114,7 +114,9 @@ def test_the_cheapest_slack_wins(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_rings_over_nodes_are_of_the_cheapest_kind_allowed() -> None:
-    cost = derive_cost(load_cluster("h200-64"), load_model("llama-3-8b"), num_ranks=64)
+    cluster = load_cluster("h200-64")  # with cards so slow that transfers, not kernels, decide
+    slow = replace(cluster, inter_node=replace(cluster.inter_node, bytes_per_s=cluster.inter_node.bytes_per_s / 4))
+    cost = derive_cost(slow, load_model("llama-3-8b"), num_ranks=64)
     lengths = [300_000, *[2000] * 300]
     used, seconds = {}, {}
     for kinds in ((RING,), (RING, DOUBLE_RING), (RING, DOUBLE_RING, ROUTED_RING)):
@@ -124,9 +126,9 @@ def test_rings_over_nodes_are_of_the_cheapest_kind_allowed() -> None:
         plan = plan_step(lengths, step=0, num_ranks=64, cost=cost, limits=limits, strategy="zeppelin")
         used[kinds] = {g.kind for batch in plan.microbatches for g in batch.groups if g.degree > 8}
         seconds[kinds] = plan.predicted_s
-    assert list(used.values())[:2] == [{RING}, {DOUBLE_RING}]
+    assert list(used.values()) == [{RING}, {DOUBLE_RING}, {ROUTED_RING}]
     ring, double, routed = seconds.values()
-    assert routed <= double < ring
+    assert max(double, routed) < ring
 
 
 def test_a_smaller_last_node_is_used() -> None:
