@@ -159,7 +159,7 @@ MEMORY_RUNS = {
     "recompute": (DATA, *FLEXSP, MemoryConfig(policy="recompute")),
     "measured fractions": (DATA, *FLEXSP, MemoryConfig(policy="swap", tier="disk")),
     "half and half, tensor 2": (TENSOR_2, "static", 2, ULYSSES, 2**40, HALF),
-    "half and half, pipeline 2": (STAGES_2, "flexsp", None, ULYSSES, 80, HALF),
+    "half and half, pipeline 2": (STAGES_2, "flexsp", None, ULYSSES, 160, HALF),
 }
 CHEAP_RUNS = ("all swapped, ring", "half and half, tensor 2")
 
