@@ -12,8 +12,8 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from types import FrameType
+from typing import TYPE_CHECKING, Any
 
 from launch import environment
 from launch.worker import EXIT_FAILURE, EXIT_INTERRUPTED, TRACEBACK_FILE
@@ -27,6 +27,7 @@ from planner.errors import (
     EXIT_PREEMPTED,
     SpecError,
 )
+from trainer.stop_flag import HandledSignals
 
 if TYPE_CHECKING:
     from torch.distributed.launcher.api import LaunchConfig
@@ -150,7 +151,7 @@ def _agent_config(world_size: int, logs_dir: Path, run_id: str) -> LaunchConfig:
     )
 
 
-class StopSignals:
+class StopSignals(HandledSignals):
     """Turns the first stop signal into the exception on which torch's agent stops the ranks with SIGTERM.
 
     ``received``: the first signal, or None. A second Ctrl-C ends this process, and with it the ranks, at once; other
@@ -158,24 +159,13 @@ class StopSignals:
     """
 
     def __init__(self, agent_exception: type[Exception]) -> None:
+        # nohup ignores SIGHUP: then the run outlives the terminal
+        nohup = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
+        super().__init__(number for number in _STOP_SIGNALS if number not in nohup)
         self._agent_exception = agent_exception
-        self._previous: dict[int, Any] = {}
         self.received: signal.Signals | None = None
 
-    def __enter__(self) -> Self:
-        for number in _STOP_SIGNALS:
-            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
-                continue  # nohup: outlive the terminal
-            self._previous[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
+    def handle(self, number: int, frame: FrameType | None) -> None:
         if self.received is None:
             self.received = signal.Signals(number)
             hint = " (Ctrl-C again: stop now)" if number == signal.SIGINT else ""

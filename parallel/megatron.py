@@ -30,32 +30,10 @@ from torch.nn import functional
 
 from parallel.engine import AttentionEngine, MicrobatchAttention
 from parallel.program import RankMicrobatch
+from parallel.rotary import RotaryTable, rotary_table
 from planner.errors import SpecError
 
 _MEGATRON_FIELDS = frozenset(field.name for field in fields(PackedSeqParams))
-
-
-@dataclass(frozen=True, slots=True)
-class Rope:
-    """cos and sin ``[T, 1, F]`` of one microbatch's rows, for all its layers.
-
-    ``interleaved``: neighbours in a head form a pair, else the two halves do. Head elements beyond 2 F stay as they are
-    (``rotary_percent`` below 1).
-    """
-
-    cos: torch.Tensor
-    sin: torch.Tensor
-    interleaved: bool
-
-    def rotate(self, x_TNH: torch.Tensor) -> torch.Tensor:
-        """Computed in the table's dtype (fp32 or wider), returned in x's."""
-        rotated = 2 * self.cos.shape[-1]
-        turning, rest = x_TNH[..., :rotated].to(self.cos.dtype), x_TNH[..., rotated:]
-        pairs = turning.unflatten(-1, (-1, 2)).unbind(-1) if self.interleaved else turning.chunk(2, dim=-1)
-        first, second = pairs
-        turned = (first * self.cos - second * self.sin, second * self.cos + first * self.sin)
-        joined = torch.stack(turned, dim=-1).flatten(-2) if self.interleaved else torch.cat(turned, dim=-1)
-        return torch.cat((joined.to(x_TNH.dtype), rest), dim=-1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +48,7 @@ class PackedMicrobatch:
     attention: MicrobatchAttention
     num_rows: int
     position_ids: torch.Tensor
-    rope: Rope | None
+    rope: RotaryTable | None
     qkv_format: str = "sbhd"  # the rows as one sequence of batch 1
 
     @property
@@ -122,15 +100,10 @@ def pack_microbatch(
         ),
         num_rows=microbatch.num_rows,
         position_ids=positions_T.unsqueeze(0),
-        rope=None if inv_freq is None else _rope(positions_T, inv_freq, config),
+        rope=None if inv_freq is None else rotary_table(
+            positions_T, inv_freq, config.params_dtype, interleaved=config.rotary_interleaved
+        ),
     )
-
-
-def _rope(positions_T: torch.Tensor, inv_freq: torch.Tensor, config: TransformerConfig) -> Rope:
-    """Angles in float64: in float32 a position of a million is off by some hundredths of a radian."""
-    angles_T1F = positions_T.to(torch.float64)[:, None, None] * inv_freq.to(positions_T.device, torch.float64)
-    dtype = torch.promote_types(config.params_dtype, torch.float32)
-    return Rope(angles_T1F.cos().to(dtype), angles_T1F.sin().to(dtype), config.rotary_interleaved)
 
 
 def with_longhaul_attention(layer_spec: ModuleSpec) -> ModuleSpec:

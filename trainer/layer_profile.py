@@ -14,13 +14,13 @@ from memory.tape import PAIR, Attention, LayerTape, TokenWise
 from memory.tiers import Tier
 from parallel import comm
 from parallel.program import compile_rank_program
+from parallel.rotary import inverse_frequencies, rotary_table
 from parallel.sharding import sharded_step
 from planner.plan import AttentionKind, Sharding
 from planner.swap_lp import SavedTensor
 from planner.units import MIB
 from trainer.calibration import MeasuredShape, design_plan
 from trainer.step import Runtime, bind_attention, run_empty_microbatch
-from trainer.transformer import RotaryTable
 
 _REPEATS = 3
 _LINK_PIECES = 4
@@ -46,9 +46,9 @@ def profile_layer(runtime: Runtime, *, num_tokens: int) -> LayerProfile:
     model, device = runtime.model, runtime.mesh.device
     layer = next(iter(model.layers.values()))
     with sharded_step(model, Sharding.GATHER_ONCE, lambda: run_empty_microbatch(runtime)):
-        rotary = RotaryTable(
-            torch.arange(num_tokens, device=device), head_dim=model.spec.head_dim, theta=model.spec.rope_theta,
-            dtype=torch.promote_types(runtime.compute_dtype, torch.float32),
+        rotary = rotary_table(
+            torch.arange(num_tokens, device=device),
+            inverse_frequencies(model.spec.head_dim, model.spec.rope_theta), runtime.compute_dtype,
         )
         shape = (num_tokens, model.spec.hidden_dim)
         hidden_TD = torch.randn(shape, device=device, dtype=runtime.compute_dtype).requires_grad_()

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterable
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
+class HandledSignals:
+    """While entered, these signals come to ``handle``, which subclasses write; afterwards to whom they went before."""
 
-class StopFlag:
-    """While entered, the first SIGTERM or SIGINT only sets ``requested``; a second SIGINT interrupts at once."""
-
-    def __init__(self) -> None:
-        self.requested = False
+    def __init__(self, numbers: Iterable[int]) -> None:
+        self._numbers = tuple(numbers)
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        for number in _SIGNALS:
-            self._previous[number] = signal.signal(number, self._on_signal)
+        for number in self._numbers:
+            self._previous[number] = signal.signal(number, self.handle)
         return self
 
     def __exit__(
@@ -27,7 +26,18 @@ class StopFlag:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        raise NotImplementedError
+
+
+class StopFlag(HandledSignals):
+    """The first SIGTERM or SIGINT only sets ``requested``; a second SIGINT interrupts at once."""
+
+    def __init__(self) -> None:
+        super().__init__((signal.SIGTERM, signal.SIGINT))
+        self.requested = False
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested = True

@@ -23,6 +23,7 @@ from memory.chunked_loss import VocabShard, chunked_token_loss
 from memory.tape import Attention, PlainTape, Tape
 from memory.token_swap import MicrobatchMemory
 from parallel import comm
+from parallel.rotary import RotaryTable, inverse_frequencies, rotary_table, rotate
 from planner.model_spec import ModelSpec
 
 STEPS = ("attention_norm", "qkv", "attention_output", "mlp_norm", "gate_up", "swiglu", "down")
@@ -56,26 +57,6 @@ class StageShard:
     def layers(self, num_layers: int) -> range:
         """The layers of this stage; stages differ by at most one layer."""
         return range(num_layers * self.stage // self.num_stages, num_layers * (self.stage + 1) // self.num_stages)
-
-
-class RotaryTable:
-    """cos and sin for explicit positions, which restart at every document.
-
-    Angles are computed in float64: in float32 a position of a million is off by some hundredths of a radian.
-    """
-
-    def __init__(self, positions_T: torch.Tensor, *, head_dim: int, theta: float, dtype: torch.dtype) -> None:
-        powers = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions_T.device) / head_dim
-        angles = positions_T.to(torch.float64).unsqueeze(1) * theta**-powers
-        self.cos = angles.cos().to(dtype).unsqueeze(1)
-        self.sin = angles.sin().to(dtype).unsqueeze(1)
-
-
-def rotate(x_TNH: torch.Tensor, cos_T1H: torch.Tensor, sin_T1H: torch.Tensor) -> torch.Tensor:
-    """RoPE with the two halves of a head as pairs (the Llama convention), in the table's dtype."""
-    first, second = x_TNH.to(cos_T1H.dtype).chunk(2, dim=-1)
-    turned = torch.cat((first * cos_T1H - second * sin_T1H, second * cos_T1H + first * sin_T1H), dim=-1)
-    return turned.to(x_TNH.dtype)
 
 
 class DecoderLayer(nn.Module):
@@ -204,9 +185,8 @@ class Decoder(nn.Module):
         if hidden_TD is None:
             assert self.embedding is not None, "only the first stage starts from tokens"
             hidden_TD = self.embedding(tokens_T)
-        rotary = RotaryTable(
-            positions_T, head_dim=self.spec.head_dim, theta=self.spec.rope_theta,
-            dtype=torch.promote_types(hidden_TD.dtype, torch.float32),
+        rotary = rotary_table(
+            positions_T, inverse_frequencies(self.spec.head_dim, self.spec.rope_theta), hidden_TD.dtype
         )
         for place, layer in enumerate(self.layers.values()):
             tape = PlainTape() if memory is None else memory.tape(place, layer.parameters())

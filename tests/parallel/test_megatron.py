@@ -25,8 +25,9 @@ from torch.nn import functional
 from parallel import comm
 from parallel.engine import AttentionEngine
 from parallel.kernel import CpuFlashKernel
-from parallel.megatron import LonghaulCoreAttention, Rope, pack_microbatch, with_longhaul_attention
+from parallel.megatron import LonghaulCoreAttention, pack_microbatch, with_longhaul_attention
 from parallel.program import compile_rank_program
+from parallel.rotary import RotaryTable
 from planner.assemble import GroupChoice
 from planner.cost import PlanLimits
 from planner.errors import SpecError
@@ -242,7 +243,7 @@ def test_rope_is_megatrons_own(interleaved, rotary_percent):
 
 
 def test_rope_keeps_the_dtype_of_the_heads():
-    rope = Rope(torch.ones(2, 1, 2), torch.zeros(2, 1, 2), interleaved=False)
+    rope = RotaryTable(torch.ones(2, 1, 2), torch.zeros(2, 1, 2))
     assert rope.rotate(torch.ones(2, 1, 4, dtype=torch.bfloat16)).dtype is torch.bfloat16
 
 
