@@ -46,7 +46,8 @@ def run(arguments: list[str]) -> int:
     best = best_candidate(candidates)
     assert best is not None  # _candidates raises where all refuse
     result = plan_output.Result(
-        job=job, strategy=flags.strategy, steps=best.steps, candidates=candidates if flags.strategy == _ALL else ()
+        job=job, strategy=flags.strategy, degree=count(flags.degree, "--degree"), steps=best.steps,
+        candidates=candidates if flags.strategy == _ALL else (),
     )
     _write_files(result, flags)
     if flags.json != "-":

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from launch.cli import main
 from launch.plan_command import _parser, run
 from launch.plan_job import read_job
+from launch.plan_output import fitting_columns
 from planner.analytic import derive_cost
 from planner.codec import to_plain
 from planner.errors import InfeasibleError, SpecError
@@ -104,13 +105,23 @@ def test_table_for_people(lengths: str, capsys: pytest.CaptureFixture[str]) -> N
     assert "+-20% assumed for a derived cost model" in second
     assert third.startswith("time of step 0: compute ") and "exposed communication" in third
     assert replay[0].startswith("replay of step 0, operation by operation: ") and "times the predicted" in replay[0]
-    assert replay[1].startswith("replay of step 0: compute ") and "exposed swap 0.0%" in replay[1]
+    assert replay[1].startswith("replay of step 0: compute ") and "exposed swap none" in replay[1]
     assert "replay: 2 layers replayed forward and backward" in out
     assert "guess: replay, device: attention on CPU process as measured on an H100" in out
     assert fourth.startswith("memory of rank ") and "activations" in fourth
     for words in ("tiny on laptop-cpu", "ring 2", "solver: static plan", "cost model: derived for tiny",
                   "what would help most", "guess: device CPU process", f"lengths {lengths}: a file of yours"):
         assert words in out
+
+
+def test_a_narrow_terminal_has_fewer_columns_and_no_broken_words() -> None:
+    columns = ("microbatch", "attention", "ranks", "start", "peak", "memory")
+    rows = [("0", "ulysses 8", "0-7", "0 ms", "30 GiB", "swap 49%, recompute 50%")]
+    assert fitting_columns(columns, rows, 200) == (0, 1, 2, 3, 4, 5)
+    needed = 10 + 9 + 5 + 5 + 6 + 23 + 6 * 3 + 1
+    assert fitting_columns(columns, rows, needed) == (0, 1, 2, 3, 4, 5)
+    assert fitting_columns(columns, rows, needed - 1) == (0, 1, 2, 4, 5)  # start goes first
+    assert fitting_columns(columns, rows, 10) == (0, 1, 2, 5)  # what the table is for stays
 
 
 def test_max_length_drops_and_says_so(lengths: str, capsys: pytest.CaptureFixture[str]) -> None:
