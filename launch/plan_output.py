@@ -46,14 +46,14 @@ _DROPPED_FIRST = ("start", "longest", "bound", "own gap", "plan ms", "idle", "pe
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """``steps``: the plans told in detail. ``strategy`` and ``degree`` (of static): what was asked for.
-    ``candidates``: of ``all``, else none."""
+    """``steps``: the plans told in detail. ``strategy``: what was asked for. ``candidates``: of ``all``, else none.
+    ``knobs``: for people only."""
 
     job: Job
     strategy: str
-    degree: int | None
     steps: tuple[PlannedStep, ...]
     candidates: tuple[Candidate, ...]
+    knobs: tuple[str, ...] = ()
 
     @property
     def memory(self) -> MemorySplit:
@@ -172,7 +172,7 @@ def show(result: Result) -> None:
     if len(rows) > MAX_GROUP_ROWS:
         console.print(f"... and {len(rows) - MAX_GROUP_ROWS} more groups")
     console.print(solver_line(first.plan), soft_wrap=True)
-    for line in _knobs(result):
+    for line in result.knobs:
         console.print(line, soft_wrap=True)
     for line in provenance_lines(job.cost, job.sources):
         console.print(line, style=None if line.startswith("cost model") else "dim", soft_wrap=True)
@@ -196,6 +196,7 @@ def page(result: Result) -> Page:
             policy_line(result.steps, job.cost, job.limits), solver_line(first.plan),
             *(f"note: {remark}" for remark in job.remarks), *_comparison_lines(result),
         ),
+        knobs=result.knobs,
         sources=tuple(provenance_lines(job.cost, job.sources)),
         step=first,
         lengths=tuple(length for batch in job.batches for length in batch),
@@ -210,19 +211,19 @@ def _time_line(result: Result) -> str:
     return time_line(first.plan, time_split(first.plan, first.simulation, job.cost, job.free_cost))
 
 
-def _knobs(result: Result) -> list[str]:
+def knobs_of(job: Job, strategy: str, degree: int | None) -> tuple[str, ...]:
+    """What would help most, in words: the first step planned again several times, with one thing changed."""
     from rich.console import Console
 
     from planner.knobs import Setting, best_knobs, usual_planner
 
-    job, strategy = result.job, result.steps[0].plan.strategy
     lengths = job.batches[0]
     start = Setting(
         change="", cluster=job.cluster, limits=job.limits, lengths=lengths, rank_devices=job.grid.num_devices,
-        strategy=usual_planner(strategy, job.num_ranks, len(lengths)), degree=result.degree,
+        strategy=usual_planner(strategy, job.num_ranks, len(lengths)), degree=degree,
     )
     with Console(stderr=True).status("trying what would help"):  # seen on a terminal only
-        return knob_lines(best_knobs(start, job.price), start.strategy)
+        return tuple(knob_lines(best_knobs(start, job.price), start.strategy))
 
 
 def _show_comparison(console: Console, result: Result) -> None:

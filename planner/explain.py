@@ -29,7 +29,9 @@ STEP_COLUMNS = (
     "status",
 )
 GROUP_COLUMNS = ("microbatch", "attention", "ranks", "seqs", "tokens", "longest", "start", "seconds", "peak", "memory")
-COMPARISON_COLUMNS = ("strategy", "step", "ratio to best", "first replayed", "idle", "peak", "own gap", "plan ms")
+COMPARISON_COLUMNS = (
+    "strategy", "mean step", "ratio to best", "first step", "replayed", "idle", "peak", "own gap", "plan ms",
+)
 
 _STATUS_WORDS = {
     SolveStatus.OPTIMAL: "proven optimal",
@@ -90,7 +92,8 @@ def ranking_line(candidates: SequenceOf[Candidate]) -> str:
         return f"fastest: {best.strategy}, by predicted steps and by the replay of the first step (*)"
     return (
         f"fastest: {best.strategy} by predicted steps, {quickest.strategy} by the replay of the first step (*): "
-        f"{format_seconds(quickest.replayed_s or 0.0)} against {format_seconds(best.replayed_s or 0.0)}"
+        f"{format_seconds(quickest.replayed_s or 0.0)} against {format_seconds(best.replayed_s or 0.0)}, "
+        f"{1 - (quickest.replayed_s or 0.0) / (best.replayed_s or 1.0):.1%} less"
     )
 
 
@@ -106,6 +109,7 @@ def comparison_row(candidate: Candidate, best: Candidate, quickest: Candidate | 
         candidate.strategy,
         format_seconds(candidate.mean_step_s),
         f"{candidate.mean_step_s / best.mean_step_s:.3f}",
+        format_seconds(plans[0].predicted_s),
         f"{replayed} *" if candidate is quickest else replayed,
         f"{sum(step.simulation.idle_fraction for step in candidate.steps) / len(plans):.1%}",
         format_bytes(max(plan.peak_bytes for plan in plans)),
