@@ -45,8 +45,12 @@ def run(arguments: list[str]) -> int:
     job, candidates = with_replays(job, _candidates(job, flags), draw=flags.trace is not None)
     best = best_candidate(candidates)
     assert best is not None  # _candidates raises where all refuse
+    knobs: tuple[str, ...] = ()
+    if flags.json != "-" or flags.html is not None:
+        knobs = plan_output.knobs_of(job, best.strategy, count(flags.degree, "--degree"))
     result = plan_output.Result(
-        job=job, strategy=flags.strategy, steps=best.steps, candidates=candidates if flags.strategy == _ALL else ()
+        job=job, strategy=flags.strategy, steps=best.steps, candidates=candidates if flags.strategy == _ALL else (),
+        knobs=knobs,
     )
     _write_files(result, flags)
     if flags.json != "-":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -38,16 +39,21 @@ if TYPE_CHECKING:
 
 PLAN_JSON_SCHEMA = 1
 MAX_GROUP_ROWS = 32
+_COLUMN_FRAME = 3  # a blank on both sides and a line
+_DROPPED_FIRST = ("start", "longest", "bound", "own gap", "plan ms", "idle", "peak", "status")
+"""Columns that a narrow terminal does without, in this order."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """``steps``: the plans told in detail. ``strategy``: what was asked for. ``candidates``: of ``all``, else none."""
+    """``steps``: the plans told in detail. ``strategy``: what was asked for. ``candidates``: of ``all``, else none.
+    ``knobs``: for people only."""
 
     job: Job
     strategy: str
     steps: tuple[PlannedStep, ...]
     candidates: tuple[Candidate, ...]
+    knobs: tuple[str, ...] = ()
 
     @property
     def memory(self) -> MemorySplit:
@@ -166,7 +172,7 @@ def show(result: Result) -> None:
     if len(rows) > MAX_GROUP_ROWS:
         console.print(f"... and {len(rows) - MAX_GROUP_ROWS} more groups")
     console.print(solver_line(first.plan), soft_wrap=True)
-    for line in _knobs(job):
+    for line in result.knobs:
         console.print(line, soft_wrap=True)
     for line in provenance_lines(job.cost, job.sources):
         console.print(line, style=None if line.startswith("cost model") else "dim", soft_wrap=True)
@@ -190,6 +196,7 @@ def page(result: Result) -> Page:
             policy_line(result.steps, job.cost, job.limits), solver_line(first.plan),
             *(f"note: {remark}" for remark in job.remarks), *_comparison_lines(result),
         ),
+        knobs=result.knobs,
         sources=tuple(provenance_lines(job.cost, job.sources)),
         step=first,
         lengths=tuple(length for batch in job.batches for length in batch),
@@ -201,16 +208,22 @@ def page(result: Result) -> Page:
 
 def _time_line(result: Result) -> str:
     first, job = result.steps[0], result.job
-    return time_line(first.plan.step, time_split(first.plan, first.simulation, job.cost, job.free_cost))
+    return time_line(first.plan, time_split(first.plan, first.simulation, job.cost, job.free_cost))
 
 
-def _knobs(job: Job) -> list[str]:
-    from planner.knobs import Setting, best_knobs
+def knobs_of(job: Job, strategy: str, degree: int | None) -> tuple[str, ...]:
+    """What would help most, in words: the first step planned again several times, with one thing changed."""
+    from rich.console import Console
 
+    from planner.knobs import Setting, best_knobs, usual_planner
+
+    lengths = job.batches[0]
     start = Setting(
-        change="", cluster=job.cluster, limits=job.limits, lengths=job.batches[0], rank_devices=job.grid.num_devices
+        change="", cluster=job.cluster, limits=job.limits, lengths=lengths, rank_devices=job.grid.num_devices,
+        strategy=usual_planner(strategy, job.num_ranks, len(lengths)), degree=degree,
     )
-    return knob_lines(best_knobs(start, job.price))
+    with Console(stderr=True).status("trying what would help"):  # seen on a terminal only
+        return tuple(knob_lines(best_knobs(start, job.price), start.strategy))
 
 
 def _show_comparison(console: Console, result: Result) -> None:
@@ -234,10 +247,27 @@ def _comparison_lines(result: Result) -> list[str]:
 def _show_table(console: Console, title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", title_style="")
-    for name in columns:
-        is_text = name in ("attention", "ranks", "status", "strategy", "memory")
-        table.add_column(name, justify="left" if is_text else "right")
+    console.print(title, soft_wrap=True)
+    shown = fitting_columns(columns, rows, console.width)
+    table = Table()
+    for place in shown:
+        is_text = columns[place] in ("attention", "ranks", "status", "strategy", "memory")
+        table.add_column(columns[place], justify="left" if is_text else "right")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(row[place] for place in shown))
     console.print(table)
+    left_out = [name for place, name in enumerate(columns) if place not in shown]
+    if left_out:
+        console.print(f"(a wider terminal or a pipe has {', '.join(left_out)} as well)", soft_wrap=True)
+
+
+def fitting_columns(columns: SequenceOf[str], rows: SequenceOf[SequenceOf[str]], width: int) -> tuple[int, ...]:
+    """The places of the columns that ``width`` characters take without breaking a word, in order: of those in
+    ``_DROPPED_FIRST`` as few are left out as that needs."""
+    widths = [max(len(cells[place]) for cells in (columns, *rows)) + _COLUMN_FRAME for place in range(len(columns))]
+    shown = list(range(len(columns)))
+    for name in _DROPPED_FIRST:
+        if sum(widths[place] for place in shown) < width:
+            break
+        shown = [place for place in shown if columns[place] != name]
+    return tuple(shown)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from planner.cluster import ClusterSpec, LinkSpec
-from planner.cost import CostModel
-from planner.plan import StepPlan
+from planner.cost import KEEP, CostModel
+from planner.plan import Microbatch, StepPlan
 from planner.simulate import Simulation, price_microbatch, step_lengths
 
 _FREE_LINK = LinkSpec(bytes_per_s=1e30, latency_s=0.0, source="free")
@@ -14,15 +15,18 @@ _FREE_LINK = LinkSpec(bytes_per_s=1e30, latency_s=0.0, source="free")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TimeSplit:
-    """Seconds of one step, averaged over the ranks; the four add up to the step.
+    """Seconds of one step, averaged over the ranks; the six add up to the step.
 
-    ``communication_s``: exposed exchanges and copies of the microbatches, None where the cost model was measured as a
-    whole and cannot tell them from ``work_s``. ``waiting_s``: for slower ranks, inside microbatches and at the end.
-    ``fixed_s``: gather, reduction and optimizer, once a step.
+    ``communication_s``: exposed exchanges of the microbatches, None where the cost model was measured as a whole and
+    cannot tell them from ``work_s``. ``recompute_s``: activations computed again; ``swap_s``: exposed copies to and
+    from the host. ``waiting_s``: for slower ranks, inside microbatches and at the end. ``fixed_s``: gather, reduction
+    and optimizer, once a step.
     """
 
     work_s: float
     communication_s: float | None
+    recompute_s: float
+    swap_s: float
     waiting_s: float
     fixed_s: float
 
@@ -46,25 +50,31 @@ class MemorySplit:
 
 
 def free_links(cluster: ClusterSpec) -> ClusterSpec:
-    """The same cluster with links, the hosts' included, that take no time: what a step costs there, it costs without
-    communication."""
-    host = replace(cluster.host, copy_bytes_per_s=_FREE_LINK.bytes_per_s)
-    return replace(cluster, host=host, intra_node=_FREE_LINK, inter_node=_FREE_LINK)
+    """The same cluster with links that take no time: what a step costs there, it costs without communication."""
+    return replace(cluster, intra_node=_FREE_LINK, inter_node=_FREE_LINK)
 
 
 def time_split(plan: StepPlan, simulation: Simulation, cost: CostModel, free_cost: CostModel | None) -> TimeSplit:
     """``free_cost``: the same cost model over ``free_links``, None where there is none."""
     lengths = step_lengths(plan)
 
-    def mean_rank_s(model: CostModel) -> float:
-        prices = (price_microbatch(microbatch, lengths, model) for microbatch in plan.microbatches)
+    kept = [replace(microbatch, memory=KEEP) for microbatch in plan.microbatches]
+
+    def mean_rank_s(model: CostModel, microbatches: Iterable[Microbatch]) -> float:
+        prices = (price_microbatch(microbatch, lengths, model) for microbatch in microbatches)
         return sum(sum(price.rank_s) for price in prices) / plan.num_ranks
 
-    busy_s = mean_rank_s(cost)
-    work_s = busy_s if free_cost is None else mean_rank_s(free_cost)
+    busy_s, kept_s = mean_rank_s(cost, plan.microbatches), mean_rank_s(cost, kept)
+    copied_s = busy_s
+    if cost.activation is not None:
+        quick = replace(cost.activation, copy_bytes_per_s=_FREE_LINK.bytes_per_s)
+        copied_s = mean_rank_s(replace(cost, activation=quick), plan.microbatches)
+    work_s = kept_s if free_cost is None else mean_rank_s(free_cost, kept)
     return TimeSplit(
         work_s=work_s,
-        communication_s=None if free_cost is None else busy_s - work_s,
+        communication_s=None if free_cost is None else kept_s - work_s,
+        recompute_s=max(0.0, copied_s - kept_s),
+        swap_s=max(0.0, busy_s - copied_s),
         waiting_s=max(simulation.rank_finish_s) - busy_s,
         fixed_s=cost.step_fixed_s,
     )

@@ -29,7 +29,9 @@ STEP_COLUMNS = (
     "status",
 )
 GROUP_COLUMNS = ("microbatch", "attention", "ranks", "seqs", "tokens", "longest", "start", "seconds", "peak", "memory")
-COMPARISON_COLUMNS = ("strategy", "step", "ratio to best", "first replayed", "idle", "peak", "own gap", "plan ms")
+COMPARISON_COLUMNS = (
+    "strategy", "mean step", "ratio to best", "first step", "replayed", "idle", "peak", "own gap", "plan ms",
+)
 
 _STATUS_WORDS = {
     SolveStatus.OPTIMAL: "proven optimal",
@@ -90,7 +92,8 @@ def ranking_line(candidates: SequenceOf[Candidate]) -> str:
         return f"fastest: {best.strategy}, by predicted steps and by the replay of the first step (*)"
     return (
         f"fastest: {best.strategy} by predicted steps, {quickest.strategy} by the replay of the first step (*): "
-        f"{format_seconds(quickest.replayed_s or 0.0)} against {format_seconds(best.replayed_s or 0.0)}"
+        f"{format_seconds(quickest.replayed_s or 0.0)} against {format_seconds(best.replayed_s or 0.0)}, "
+        f"{1 - (quickest.replayed_s or 0.0) / (best.replayed_s or 1.0):.1%} less"
     )
 
 
@@ -106,6 +109,7 @@ def comparison_row(candidate: Candidate, best: Candidate, quickest: Candidate | 
         candidate.strategy,
         format_seconds(candidate.mean_step_s),
         f"{candidate.mean_step_s / best.mean_step_s:.3f}",
+        format_seconds(plans[0].predicted_s),
         f"{replayed} *" if candidate is quickest else replayed,
         f"{sum(step.simulation.idle_fraction for step in candidate.steps) / len(plans):.1%}",
         format_bytes(max(plan.peak_bytes for plan in plans)),
@@ -159,16 +163,25 @@ def band_text(step_s: float, cost: CostModel) -> str:
     return f"{low} to {high}, +-{width:.0%} {why}"
 
 
-def time_line(step: int, split: TimeSplit) -> str:
-    """Where the seconds of this step go, one line."""
-    parts = [("compute", split.work_s), ("exposed communication", split.communication_s)]
+def time_line(plan: StepPlan, split: TimeSplit) -> str:
+    """Where the predicted seconds of this step go, one line; the planner's own come before the step, not in it."""
+    parts = [("compute", split.work_s), ("exposed communication", split.communication_s or 0.0)]
     if split.communication_s is None:
         parts = [("compute and communication (measured together)", split.work_s)]
-    parts += [("waiting for slower ranks", split.waiting_s), ("gather, reduce, optimizer once a step", split.fixed_s)]
-    known = [(name, seconds) for name, seconds in parts if seconds is not None]
-    total_s = sum(seconds for _, seconds in known)
-    words = [f"{name} {seconds / total_s:.1%} ({format_seconds(seconds)})" for name, seconds in known]
-    return f"time of step {step}: {', '.join(words)}"
+    if split.recompute_s > 0:
+        parts.append(("recomputing", split.recompute_s))
+    parts += [
+        ("exposed swap", split.swap_s), ("imbalance (waiting for slower ranks)", split.waiting_s),
+        ("gather, reduce, optimizer once a step", split.fixed_s),
+    ]
+    total_s = sum(seconds for _, seconds in parts)
+    words = ", ".join(_part_text(name, seconds, total_s) for name, seconds in parts)
+    return f"time of step {plan.step}: {words}; planner {format_seconds(plan.solver.wall_s)} ahead of it"
+
+
+def _part_text(name: str, seconds: float, total_s: float) -> str:
+    """``compute 54.5% (3 s)``; ``exposed swap none``."""
+    return f"{name} {seconds / total_s:.1%} ({format_seconds(seconds)})" if seconds > 0 else f"{name} none"
 
 
 def replay_lines(step: PlannedStep) -> list[str]:
@@ -180,15 +193,14 @@ def replay_lines(step: PlannedStep) -> list[str]:
         ("compute", "compute_s"), ("exposed communication", "exposed_communication_s"),
         ("exposed swap", "exposed_swap_s"), ("waiting for other ranks", "idle_s"),
     )
-    means = [(name, replay.mean_s(part)) for name, part in parts]
-    words = ", ".join(f"{name} {seconds / replay.step_s:.1%} ({format_seconds(seconds)})" for name, seconds in means)
+    words = ", ".join(_part_text(name, replay.mean_s(part), replay.step_s) for name, part in parts)
     ratio = replay.step_s / predicted_s
     lines = [
         f"replay of step {step.plan.step}, operation by operation: {format_seconds(replay.step_s)} "
         f"({format_seconds(replay.low_s)} to {format_seconds(replay.high_s)}), {ratio:.2f} times the predicted "
         f"{format_seconds(predicted_s)}",
         f"replay of step {step.plan.step}: {words}; MFU {replay.mfu:.1%}, NICs of the busiest node sending "
-        f"{max(replay.node_nic_share):.1%} of the time; planner {format_seconds(step.plan.solver.wall_s)} ahead of it",
+        f"{max(replay.node_nic_share):.1%} of the time",
     ]
     if not 1 / MODELS_AGREE <= ratio <= MODELS_AGREE:
         waiting = ", nor that zero3's ranks wait for each other" if step.plan.sharding is Sharding.ZERO3 else ""
@@ -208,18 +220,23 @@ def memory_line(split: MemorySplit) -> str:
     )
 
 
-def knob_lines(knobs: SequenceOf[Knob] | None) -> list[str]:
-    """What to change first, with the predicted gain of the greedy planner."""
+def knob_lines(knobs: SequenceOf[Knob] | None, planner: str) -> list[str]:
+    """What to change first, with the gain that this planner predicts. None: see ``knobs.best_knobs``."""
     if knobs is None:
-        return ["what would help: not tried, the step is too large for it or has no greedy plan to start from"]
+        return [f"what would help: not tried, the step is too large for it or has no {planner} plan to start from"]
     if not knobs:
-        return ["what would help: none of the settings tried gains 1 % or more"]
+        return [f"what would help: no setting tried gains 1 % or more ({planner} plans of the first step)"]
     lines = [
-        f"  - {knob.change}: {knob.gain:+.0%} tokens/s"
-        + (f" ({knob.gain_per_device:+.0%} per device)" if abs(knob.gain - knob.gain_per_device) > 1e-9 else "")
+        f"  - {knob.change}: {_gain_text(knob.gain)} tokens/s"
+        + (f" ({_gain_text(knob.gain_per_device)} per device)" if abs(knob.gain - knob.gain_per_device) > 1e-9 else "")
         for knob in knobs
     ]
-    return ["what would help most (greedy plans of the first step, one thing changed):", *lines]
+    return [f"what would help most ({planner} plans of the first step, one thing changed):", *lines]
+
+
+def _gain_text(gain: float) -> str:
+    """``+90%``; what rounds to zero has no sign."""
+    return f"{gain:+.0%}" if abs(gain) >= 0.005 else "0%"
 
 
 def step_row(step: PlannedStep) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ from planner.explain import (
     groups_by_rank,
     shape_name,
 )
-from planner.page_parts import ALERT, Figure, document, require_plotly, style
+from planner.page_parts import ALERT, INK, Figure, document, require_plotly, style
 from planner.plan import AttentionKind
 from planner.policy_words import policy_name
 from planner.simulate import Event, step_lengths
@@ -47,11 +47,13 @@ _OTHER_HUES = ("#fbb6ce", "#f687b3", "#ed64a6", "#d53f8c", "#b83280", "#97266d",
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Page:
-    """What the page shows. ``lines``: the answer in words. ``step``: drawn in detail. ``lengths``: tokens of all
-    sequences of all steps. ``candidates``: of a comparison, else none."""
+    """What the page shows. ``lines``: the answer in words. ``knobs``: what to change first, a heading and its items.
+    ``step``: drawn in detail. ``lengths``: tokens of all sequences of all steps. ``candidates``: of a comparison, else
+    none."""
 
     title: str
     lines: tuple[str, ...]
+    knobs: tuple[str, ...]
     sources: tuple[str, ...]
     step: PlannedStep
     lengths: tuple[int, ...]
@@ -70,8 +72,9 @@ def html_page(page: Page) -> str:
     figures += [_lengths(page.lengths), _memory(page, ranks)]
     if page.candidates:
         figures.append(_comparison(page.candidates))
-    items = "\n".join(_source_item(line) for line in page.sources)
-    footer = f"<details open>\n<summary>Where the numbers come from</summary>\n<ul>\n{items}\n</ul>\n</details>"
+    knobs = f"<p>{html.escape(page.knobs[0])}</p>\n{_items(page.knobs[1:])}" if page.knobs else ""
+    sources = f"<details open>\n<summary>Where the numbers come from</summary>\n{_items(page.sources)}\n</details>"
+    footer = f"{knobs}\n{sources}"
     return document(page.title, page.lines, figures, footer=footer)
 
 
@@ -140,8 +143,9 @@ def _replay(step: PlannedStep, ranks: tuple[int, ...]) -> Figure:
     style(figure, height=340)
     predicted_s = step.plan.predicted_s
     figure.add_hline(
-        y=predicted_s, line={"color": ALERT, "width": 1.5, "dash": "dash"}, annotation_text="predicted",
-        annotation_position="top left",
+        y=predicted_s, line={"color": ALERT, "width": 1.5, "dash": "dash"},
+        annotation={"text": f"predicted {format_seconds(predicted_s)}", "bgcolor": "white", "font": {"color": ALERT}},
+        annotation_position="bottom left",
     )
     figure.update_layout(barmode="stack", bargap=0.1 if len(ranks) <= 64 else 0)
     figure.update_traces(hovertemplate="rank %{x}: %{y:.4g} s %{fullData.name}<extra></extra>")
@@ -240,8 +244,8 @@ def _memory(page: Page, ranks: tuple[int, ...]) -> Figure:
 
 
 def _comparison(candidates: SequenceOf[Candidate]) -> Figure:
-    """Mean step of each strategy, the fastest on top, and its first step as replayed; those that refuse are named in
-    the page's lines."""
+    """Mean step of each strategy, the fastest on top, and its first step by both models; those that refuse are named
+    in the page's lines."""
     import plotly.graph_objects as go
 
     best = best_candidate(candidates)
@@ -259,6 +263,12 @@ def _comparison(candidates: SequenceOf[Candidate]) -> Figure:
         quickest = fastest_replayed(candidates)
         edges = [2 if quickest is not None and name == quickest.strategy else 0 for name, _ in replayed]
         figure.add_scatter(
+            mode="markers", name="first step, predicted", y=[found.strategy for found in planned],
+            x=[found.steps[0].plan.predicted_s for found in planned],
+            marker={"symbol": "line-ns", "size": 16, "line": {"color": INK, "width": 2}},
+            hovertemplate="%{y}: %{x:.4g} s, first step predicted<extra></extra>",
+        )
+        figure.add_scatter(
             mode="markers", name="first step, replayed" + (" (red edge: the fastest)" if quickest is not None else ""),
             y=[name for name, _ in replayed], x=[seconds for _, seconds in replayed],
             marker={"symbol": "diamond", "size": 9, "color": _EXCHANGE, "line": {"color": ALERT, "width": edges}},
@@ -269,8 +279,12 @@ def _comparison(candidates: SequenceOf[Candidate]) -> Figure:
     return Figure(title="Mean step of every strategy on the same batches", plot=figure, is_wide=True)
 
 
-def _source_item(line: str) -> str:
-    """A line of ``provenance_lines`` as a list item; what is a guess stands out."""
+def _items(lines: SequenceOf[str]) -> str:
+    return "<ul>\n{}\n</ul>".format("\n".join(map(_item, lines)))
+
+
+def _item(line: str) -> str:
+    """A line of ``provenance_lines`` or ``knob_lines`` as a list item; what is a guess stands out."""
     text = html.escape(line.removeprefix("  - "))
     for mark in ("guess in ", "guess: "):
         if text.startswith(mark):

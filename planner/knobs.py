@@ -1,7 +1,7 @@
 """Which setting to change next: a step planned again with one thing different, several things in turn.
 
-Both sides of a comparison come from the greedy planner, which takes milliseconds; the full planner's gain differs a
-little. Gains are in tokens a second, because some changes alter the number of tokens.
+Both sides of a comparison come from one planner: that of the plan where a step is small, else the greedy one, whose
+gains differ. Gains are in tokens a second, because some changes alter the number of tokens.
 """
 
 from __future__ import annotations
@@ -12,13 +12,15 @@ from dataclasses import dataclass, replace
 from planner.cluster import ClusterSpec
 from planner.cost import CostModel, PlanLimits
 from planner.errors import InfeasibleError, SpecError
-from planner.plan import AttentionKind
-from planner.step_planner import greedy_step
+from planner.plan import AttentionKind, MemoryAction, StepPlan
+from planner.step_planner import greedy_step, plan_step
 from planner.units import format_bytes
 
 SMALLEST_GAIN = 0.01
-MAX_WORK = 150_000
-"""Ranks times sequences above which the knobs would take longer than about a second."""
+GREEDY = "greedy"
+MAX_PLANNED_WORK, MAX_WORK = 50_000, 20_000_000
+"""Ranks times sequences above which the knobs are tried with the greedy planner only, and not at all: either way they
+take a few seconds."""
 
 Pricing = Callable[[ClusterSpec, int, int], CostModel]
 """The cost model of a cluster for a budget (bytes a device) and a longest sequence (tokens)."""
@@ -26,13 +28,16 @@ Pricing = Callable[[ClusterSpec, int, int], CostModel]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """All that one plan depends on, and the words for what is different in it. ``rank_devices``: of a data rank."""
+    """All that one plan depends on, and the words for what is different in it. ``rank_devices``: of a data rank.
+    ``strategy``: one of ``STRATEGIES`` or ``GREEDY``; ``degree``: of static."""
 
     change: str
     cluster: ClusterSpec
     limits: PlanLimits
     lengths: tuple[int, ...]
     rank_devices: int = 1
+    strategy: str = GREEDY
+    degree: int | None = None
 
     @property
     def num_ranks(self) -> int:
@@ -50,8 +55,8 @@ class Knob:
 
 
 def best_knobs(start: Setting, pricing: Pricing, *, num_knobs: int = 3) -> tuple[Knob, ...] | None:
-    """The changes that gain most, best first; None where trying them would take too long, or where the greedy planner
-    finds no plan to start from."""
+    """The changes that gain most, best first; None where trying them would take too long, or where the strategy finds
+    no plan to start from. See ``usual_planner``."""
     if start.num_ranks * len(start.lengths) > MAX_WORK:
         return None
     try:
@@ -70,10 +75,27 @@ def best_knobs(start: Setting, pricing: Pricing, *, num_knobs: int = 3) -> tuple
     return tuple(knob for knob in found[:num_knobs] if knob.gain >= SMALLEST_GAIN)
 
 
+def usual_planner(strategy: str, num_ranks: int, num_sequences: int) -> str:
+    """The strategy itself, or ``GREEDY`` where planning that many times with it would take too long."""
+    return strategy if num_ranks * num_sequences <= MAX_PLANNED_WORK else GREEDY
+
+
 def _tokens_per_s(setting: Setting, pricing: Pricing) -> float:
     cost = pricing(setting.cluster, setting.limits.device_budget_bytes, max(setting.lengths))
-    plan = greedy_step(setting.lengths, step=0, num_ranks=setting.num_ranks, cost=cost, limits=setting.limits)
+    if cost.activation is None and set(setting.limits.policies) - {MemoryAction.KEEP}:
+        raise SpecError("nothing but keeping activations is priced")
+    plan = _plan(setting, cost)
     return plan.num_tokens / plan.predicted_s
+
+
+def _plan(setting: Setting, cost: CostModel) -> StepPlan:
+    lengths, num_ranks, limits = setting.lengths, setting.num_ranks, setting.limits
+    if setting.strategy == GREEDY:
+        return greedy_step(lengths, step=0, num_ranks=num_ranks, cost=cost, limits=limits)
+    return plan_step(
+        lengths, step=0, num_ranks=num_ranks, cost=cost, limits=limits, strategy=setting.strategy,
+        degree=setting.degree,
+    )
 
 
 def _changes(start: Setting) -> Iterator[Setting]:
@@ -83,6 +105,9 @@ def _changes(start: Setting) -> Iterator[Setting]:
         start, limits=replace(limits, device_budget_bytes=budget),
         change=f"25 % more memory a device ({format_bytes(limits.device_budget_bytes)} -> {format_bytes(budget)})",
     )
+    if set(limits.policies) <= {MemoryAction.KEEP}:
+        policies = tuple(MemoryAction)
+        yield replace(start, limits=replace(limits, policies=policies), change="--memory auto (swap and recompute)")
     nodes = 2 * cluster.num_nodes
     yield replace(start, cluster=replace(cluster, num_nodes=nodes), change=f"twice the nodes ({nodes})")
     yield replace(start, lengths=lengths * 2, change=f"twice the sequences a step ({2 * len(lengths)})")

@@ -16,9 +16,14 @@ if TYPE_CHECKING:
 
 
 def policy_name(policy: MemoryPolicy) -> str:
-    """``keep``, ``swap 0.50``, ``swap 0.25, recompute 0.50``."""
+    """``keep``, ``swap 50%``, ``swap 25%, recompute 50%``."""
     parts = [("swap", policy.swap_fraction), ("recompute", policy.recompute_fraction)]
-    return ", ".join(f"{name} {fraction:.2f}" for name, fraction in parts if fraction > 0) or "keep"
+    return ", ".join(f"{name} {_share(fraction)}" for name, fraction in parts if fraction > 0) or "keep"
+
+
+def _share(fraction: float) -> str:
+    """``50%``; what is there never reads as nothing."""
+    return f"{fraction:.0%}" if fraction >= 0.005 else "<1%"
 
 
 def policy_line(steps: SequenceOf[PlannedStep], cost: CostModel, limits: PlanLimits) -> str:
@@ -32,12 +37,19 @@ def policy_line(steps: SequenceOf[PlannedStep], cost: CostModel, limits: PlanLim
         fractions = [getattr(microbatch.memory, f"{action}_fraction") for microbatch, _ in changed]
         used = [fraction for fraction in fractions if fraction > 0]
         if used:
-            actions.append(f"{len(used)} {action} {min(used):.2f} to {max(used):.2f} of their tokens")
+            least, most = _share(min(used)), _share(max(used))
+            span = most if least == most else f"{least} to {most}"
+            actions.append(f"{len(used)} {action} {span} of their tokens' activations")
     held = cost.max_local_tokens(limits.device_budget_bytes)
-    shrunk = [text for microbatch, lengths in changed for text in _shrunk(microbatch, lengths, held, cost)]
-    why = [f"{len(changed) - len(shrunk)} to hold more in one microbatch"] if len(changed) > len(shrunk) else []
+    spared = [_ranks_spared(microbatch, lengths, held, cost) for microbatch, lengths in changed]
+    impossible = [words for num_ranks, words in spared if num_ranks is None]
+    shrunk = [(num_ranks, words) for num_ranks, words in spared if num_ranks]
+    num_larger = len(spared) - len(impossible) - len(shrunk)
+    why = [f"{len(impossible)} since no number of ranks could keep all ({impossible[0]})"] if impossible else []
     if shrunk:
-        why.insert(0, f"{len(shrunk)} to need fewer ranks ({max(shrunk)[1]})")
+        why.append(f"{len(shrunk)} to need fewer ranks ({max(shrunk)[1]})")
+    if num_larger:
+        why.append(f"{num_larger} to hold more in one microbatch")
     return (
         f"memory policy: {len(changed)} of {len(found)} microbatches do not keep all, {' and '.join(actions)}: "
         f"{', '.join(why)}"
@@ -46,16 +58,17 @@ def policy_line(steps: SequenceOf[PlannedStep], cost: CostModel, limits: PlanLim
 
 def _why_kept(cost: CostModel, limits: PlanLimits) -> str:
     if set(limits.policies) <= {MemoryAction.KEEP}:
-        return ""
+        return ", as --memory keep says"
     if cost.activation is None:
         return ", since the cost model prices nothing else"
     return ", since swapping and recomputing would gain nothing or are not for this strategy"
 
 
-def _shrunk(
+def _ranks_spared(
     microbatch: Microbatch, lengths: SequenceOf[int], rank_tokens: int, cost: CostModel
-) -> list[tuple[int, str]]:
-    """(ranks saved, words) where its longest sequence needs more ranks with everything kept; else nothing."""
+) -> tuple[int | None, str]:
+    """How many ranks more its longest sequence would need with everything kept (None: no number would do), and words
+    for it."""
     group: AttentionGroup = max(microbatch.groups, key=lambda group: max(lengths[i] for i in group.sequences))
     longest = max(lengths[index] for index in group.sequences)
     # A single rank's alternative is a group of whichever kind takes the fewest ranks.
@@ -64,7 +77,6 @@ def _shrunk(
     )
     for degree, kind, inner_degree in fits:
         if max(local_token_counts(kind, degree, [longest], inner_degree)) <= rank_tokens:
-            if degree <= group.degree:
-                return []
-            return [(degree - group.degree, f"{group.degree} instead of {degree} for {format_count(longest)} tokens")]
-    return [(2**31, f"{group.degree} for {format_count(longest)} tokens, which no number of ranks could keep")]
+            words = f"{group.degree} instead of {degree} for {format_count(longest)} tokens"
+            return max(0, degree - group.degree), words
+    return None, f"{format_count(longest)} tokens on {group.degree}"

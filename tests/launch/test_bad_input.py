@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -318,14 +317,12 @@ def test_a_run_folder_that_is_a_file(work: Path, refuse: Refuse) -> None:
     assert "is not a folder" in line
 
 
-def test_bad_input_answers_at_once_without_torch(work: Path) -> None:
+def test_bad_input_is_answered_without_torch(work: Path) -> None:
     probe = "import sys; from launch import cli; code = cli.main(sys.argv[1:]); assert 'torch' not in sys.modules; " \
             "sys.exit(code)"
     arguments = train_arguments(work, work / "run", "--plan.device-budget", "10 B")
-    start_s = time.monotonic()
     result = subprocess.run(
         [sys.executable, "-c", probe, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
     assert result.returncode == 94
     assert (result.stdout, result.stderr.count("\n")) == ("", 1)
-    assert time.monotonic() - start_s < 5

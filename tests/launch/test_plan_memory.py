@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -40,9 +41,9 @@ def test_the_policy_is_told(lengths: str, capsys: pytest.CaptureFixture[str]) ->
     assert run([*CLUSTER, "--lengths", lengths, "--strategy", "hdp", "--memory", "swap"]) == 0
     text = capsys.readouterr().out
     assert "memory policy: " in text and " to need fewer ranks (" in text and " instead of " in text
-    assert "swap 0." in text.split("microbatch", 1)[1]  # in the table of groups
+    assert re.search(r"swap \d+%", text.split("microbatch", 1)[1])  # in the table of groups
     assert run([*CLUSTER, "--lengths", lengths, "--strategy", "hdp"]) == 0
-    assert "memory policy: all activations kept\n" in capsys.readouterr().out
+    assert "memory policy: all activations kept, as --memory keep says\n" in capsys.readouterr().out
 
 
 def test_unknown_policies_and_costs_without_prices_are_refused(lengths: str, tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
+
 from planner.assemble import GroupChoice, assemble_plan
 from planner.breakdown import memory_split, time_split
 from planner.explain import (
@@ -32,9 +34,12 @@ from planner.explain import (
     verdict,
 )
 from planner.knobs import Knob
-from planner.plan import AttentionKind, Sharding, SolveStatus
+from planner.plan import AttentionKind, MemoryPolicy, Sharding, SolveStatus
 from planner.replay import Replay
 from planner.simulate import simulate
+from planner.step_planner import plan_step
+from tests.planner.random_plans import reprice
+from tests.planner.step_cases import make_cost, make_limits, with_activation, with_policies
 from tests.planner.test_simulate import second_cost
 
 LOCAL, ULYSSES, RING = AttentionKind.LOCAL, AttentionKind.ULYSSES, AttentionKind.RING
@@ -111,12 +116,33 @@ def test_the_parts_of_a_step_add_up() -> None:
     split = time_split(step.plan, step.simulation, cost, free)
     # 16 rank seconds of work on 4 ranks (8 tokens twice 4 s, 3, 2 x 1, 3): 4 s each, of 5 s until the last is done.
     assert (split.work_s, split.communication_s, split.waiting_s, split.fixed_s) == (3.0, 1.0, 1.0, 0.5)
-    line = time_line(7, split)
-    for part in ("time of step 7: compute 54.5% (3 s)", "exposed communication 18.2% (1 s)", "ranks 18.2%", "9.1%"):
-        assert part in line
+    assert (split.recompute_s, split.swap_s) == (0.0, 0.0)
+    assert time_line(step.plan, split) == (
+        "time of step 7: compute 54.5% (3 s), exposed communication 18.2% (1 s), exposed swap none, imbalance (waiting "
+        "for slower ranks) 18.2% (1 s), gather, reduce, optimizer once a step 9.1% (500 ms); planner 250 ms ahead of it"
+    )
     together = time_split(step.plan, step.simulation, cost, None)
     assert together.work_s == 4.0 and together.communication_s is None
-    assert "compute and communication (measured together) 72.7% (4 s)" in time_line(7, together)
+    assert "compute and communication (measured together) 72.7% (4 s)" in time_line(step.plan, together)
+
+
+def test_swapping_and_recomputing_are_parts_of_their_own() -> None:
+    cost = with_activation(make_cost(4, kinds=(RING,)))
+    limits = with_policies(make_limits(kinds=(RING,), rank_tokens=2000))
+    plan = plan_step([7000] * 2, step=0, num_ranks=4, cost=cost, limits=limits, strategy="adaptive")
+    memory = MemoryPolicy(keep_fraction=0.1, swap_fraction=0.6, recompute_fraction=0.3)
+    slow = replace(cost, activation=replace(cost.activation, copy_bytes_per_s=1e7))
+    plan = reprice(replace(plan, microbatches=tuple(replace(m, memory=memory) for m in plan.microbatches)), slow)
+    simulation = simulate(plan, slow)
+    split = time_split(plan, simulation, slow, slow)
+    busy_s = sum(simulation.rank_busy_s) / 4
+    assert split.work_s + split.recompute_s + split.swap_s == pytest.approx(busy_s)
+    tokens = plan.num_tokens / 4  # a rank
+    assert split.recompute_s == pytest.approx(0.3 * tokens * 2e-5)
+    assert 0 < split.swap_s < 0.6 * tokens * 18_000 / 1e7 * 2  # there and back, some of it hidden
+    line = time_line(plan, split)
+    assert "recomputing " in line
+    assert f"exposed swap {split.swap_s / simulation.step_s:.1%}" in line
 
 
 def test_comparison() -> None:
@@ -126,8 +152,8 @@ def test_comparison() -> None:
     assert best_candidate((refused, slow, fast)) is fast and best_candidate((refused,)) is None
     row = dict(zip(COMPARISON_COLUMNS, comparison_row(slow, fast), strict=True))
     assert row == {
-        "strategy": "b", "step": "11 s", "ratio to best": "2.000", "first replayed": "-", "idle": "20.0%",
-        "peak": "140 B", "own gap": "20.0%", "plan ms": "250.0",
+        "strategy": "b", "mean step": "11 s", "ratio to best": "2.000", "first step": "11 s", "replayed": "-",
+        "idle": "20.0%", "peak": "140 B", "own gap": "20.0%", "plan ms": "250.0",
     }
 
 
@@ -137,19 +163,24 @@ def test_the_comparison_marks_the_fastest_by_replay() -> None:
     second, refused = Candidate(strategy="b", steps=(replayed(slow, 6.0),)), Candidate(strategy="c", refusal="no")
     assert fastest_replayed((first, second, refused)) is second and fastest_replayed((refused,)) is None
     assert ranking_line((first, second, refused)) == (
-        "fastest: a by predicted steps, b by the replay of the first step (*): 6 s against 7 s"
+        "fastest: a by predicted steps, b by the replay of the first step (*): 6 s against 7 s, 14.3% less"
     )
     assert ranking_line((first, refused)).startswith("fastest: a, by predicted steps and by the replay")
     rows = [comparison_row(found, first, second) for found in (first, second)]
-    assert [dict(zip(COMPARISON_COLUMNS, row, strict=True))["first replayed"] for row in rows] == ["7 s", "6 s *"]
+    assert [dict(zip(COMPARISON_COLUMNS, row, strict=True))["replayed"] for row in rows] == ["7 s", "6 s *"]
     some = (first, Candidate(strategy="b", steps=(slow,)))
     assert fastest_replayed(some) is None and ranking_line(some) == "", "one without a replay could be faster"
 
 
 def test_knob_lines() -> None:
     knobs = (Knob(change="x", gain=0.9, gain_per_device=-0.05), Knob(change="y", gain=0.1, gain_per_device=0.1))
-    assert knob_lines(knobs)[1:] == ["  - x: +90% tokens/s (-5% per device)", "  - y: +10% tokens/s"]
-    assert "not tried" in knob_lines(None)[0] and "none of the settings" in knob_lines(())[0]
+    head, *lines = knob_lines(knobs, "hdp")
+    assert "hdp plans of the first step" in head
+    assert lines == ["  - x: +90% tokens/s (-5% per device)", "  - y: +10% tokens/s"]
+    even = Knob(change="z", gain=1.0, gain_per_device=-0.001)
+    assert knob_lines((even,), "hdp")[1] == "  - z: +100% tokens/s (0% per device)"
+    assert "no hdp plan" in knob_lines(None, "hdp")[0]
+    assert "no setting tried gains" in knob_lines((), "hdp")[0]
 
 
 def test_every_status_has_words() -> None:
@@ -195,7 +226,7 @@ def test_the_replay_stands_beside_the_prediction() -> None:
     first, second = replay_lines(replayed(step, 6.0))
     assert "6 s (5.4 s to 7.2 s), 1.09 times the predicted 5.5 s" in first
     assert "compute 25.0% (1.5 s), exposed communication 25.0% (1.5 s), exposed swap 25.0%" in second
-    assert "MFU 30.0%, NICs of the busiest node sending 25.0%" in second and "planner 250 ms" in second
+    assert "MFU 30.0%, NICs of the busiest node sending 25.0%" in second
     row = dict(zip(STEP_COLUMNS, step_row(replayed(step, 6.0)), strict=True))
     assert (row["seconds"], row["replayed"]) == ("5.5 s", "6 s")
 

@@ -22,6 +22,7 @@ needs_plotly = pytest.mark.skipif(find_spec("plotly") is None, reason="plotly is
 def make_page(**changes: object) -> Page:
     (step,) = planned("flexsp", num_steps=1)
     settings: dict = {
+        "knobs": ("what would help", "  - more <memory>: +5%"),
         "title": "flexsp: <b> on & here", "lines": ("FITS: rank 3", "second line <i>"), "step": step,
         "sources": ("cost model: derived", "  - guess in device: a & b", "  - data sheet"), "candidates": (),
         "lengths": tuple(sequence.num_tokens for sequence in step.plan.sequences), "fixed_bytes": 10**8,
@@ -35,6 +36,7 @@ def test_one_page_with_everything_inside() -> None:
     text = html_page(make_page())
     assert text.startswith("<!DOCTYPE html>") and text.rstrip().endswith("</html>")
     assert "<h1>flexsp: &lt;b&gt; on &amp; here</h1>" in text and "second line &lt;i&gt;" in text
+    assert "<li>more &lt;memory&gt;: +5%</li>" in text
     assert '<li><span class="guess">guess in</span> device: a &amp; b</li>' in text and "<li>data sheet</li>" in text
     # Nothing is loaded: no script, style or picture with an address. (The script itself is inside, once.)
     assert not re.findall(r"<(?:script|link|img|iframe)[^>]*(?:src|href)=", text)
@@ -62,7 +64,10 @@ def test_the_comparison_marks_the_fastest_by_replay() -> None:
     (flexsp,), (static,) = replayed("flexsp", num_steps=1), replayed("static", num_steps=1)
     static = replace(static, replay=replace(static.replay, step_s=flexsp.replay.step_s / 2))
     candidates = (Candidate(strategy="static", steps=(static,)), Candidate(strategy="flexsp", steps=(flexsp,)))
-    _, marks = html_report._comparison(candidates).plot.data
+    _, predicted, marks = html_report._comparison(candidates).plot.data
+    assert dict(zip(predicted.y, predicted.x, strict=True)) == {
+        "flexsp": flexsp.plan.predicted_s, "static": static.plan.predicted_s,
+    }
     assert dict(zip(marks.y, marks.x, strict=True)) == {
         "flexsp": flexsp.replay.step_s, "static": static.replay.step_s,
     }
@@ -76,7 +81,7 @@ def test_every_kind_has_its_own_colour_and_the_policy_is_told() -> None:
     first, *others = step.plan.microbatches
     swapped = replace(first, memory=MemoryPolicy(keep_fraction=0.5, swap_fraction=0.5))
     texts = html_report._hover_texts(replace(step, plan=replace(step.plan, microbatches=(swapped, *others))))
-    assert texts[0].endswith("activations: swap 0.50") and all(text.endswith("activations: keep") for text in texts[1:])
+    assert texts[0].endswith("activations: swap 50%") and all(text.endswith("activations: keep") for text in texts[1:])
 
 
 @needs_plotly

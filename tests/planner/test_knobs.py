@@ -9,9 +9,9 @@ from planner.analytic import derive_cost
 from planner.cluster import ClusterSpec
 from planner.cost import CostModel, PlanLimits
 from planner.knobs import Setting, best_knobs
-from planner.plan import AttentionKind
+from planner.plan import AttentionKind, MemoryAction
 from planner.specs import load_cluster, load_model
-from planner.step_planner import greedy_step
+from planner.step_planner import greedy_step, plan_step
 from planner.units import GIB
 
 MODEL = load_model("llama-3-8b")
@@ -57,6 +57,32 @@ def test_changes_that_are_impossible_are_left_out() -> None:
     assert not any("--max-length" in text for text in words)  # nothing would be left
     assert "ring attention allowed as well" in words and "ulysses attention allowed as well" not in words
     assert "links inside the node twice as fast" in words
+
+
+def test_gains_are_those_of_the_strategy_that_planned() -> None:
+    setting = start((40_000, *(900,) * 20, 8000, 16_000))
+    found = best_knobs(replace(setting, strategy="static", degree=8), price, num_knobs=9)
+    assert found is not None
+    fewer = next(knob for knob in found if knob.change.startswith("--max-length 20000"))
+    speeds = []
+    for lengths in (setting.lengths, setting.lengths[1:]):
+        plan = plan_step(
+            lengths, step=0, num_ranks=8, cost=price(setting.cluster, 0, 0), limits=setting.limits, strategy="static",
+            degree=8,
+        )
+        speeds.append(plan.num_tokens / plan.predicted_s)
+    assert abs(fewer.gain - (speeds[1] / speeds[0] - 1)) < 1e-12
+    assert knobs.usual_planner("static", 8, 100) == "static"
+    assert knobs.usual_planner("static", 1024, 100) == knobs.GREEDY
+
+
+def test_another_memory_policy_is_found() -> None:
+    """The model takes 60 of 80 GiB: 16K tokens need more ranks with everything kept."""
+    setting = start((16_000,) * 8, device_budget_bytes=80 * GIB, host_budget_bytes=10**12)
+    found = best_knobs(replace(setting, strategy="adaptive"), price, num_knobs=9)
+    assert found and any(knob.change.startswith("--memory auto") and knob.gain > 0.01 for knob in found)
+    allowed = replace(setting, limits=replace(setting.limits, policies=tuple(MemoryAction)))
+    assert not any("--memory" in change.change for change in knobs._changes(allowed))
 
 
 def test_large_steps_and_steps_without_a_greedy_plan_are_not_tried() -> None:

@@ -22,8 +22,9 @@ def planned(lengths: list[int], strategy: str, cost: CostModel, limits: PlanLimi
     ("policy", "name"),
     [
         (MemoryPolicy(), "keep"),
-        (MemoryPolicy(keep_fraction=0.5, swap_fraction=0.5), "swap 0.50"),
-        (MemoryPolicy(keep_fraction=0.25, swap_fraction=0.25, recompute_fraction=0.5), "swap 0.25, recompute 0.50"),
+        (MemoryPolicy(keep_fraction=0.5, swap_fraction=0.5), "swap 50%"),
+        (MemoryPolicy(keep_fraction=0.999, swap_fraction=0.001), "swap <1%"),
+        (MemoryPolicy(keep_fraction=0.25, swap_fraction=0.25, recompute_fraction=0.5), "swap 25%, recompute 50%"),
     ],
 )
 def test_names(policy: MemoryPolicy, name: str) -> None:
@@ -36,16 +37,16 @@ def test_the_line_says_which_policy_and_why() -> None:
     step = planned([15_000, 500], "hdp", cost, limits)
     (fraction,) = {m.memory.swap_fraction for m in step.plan.microbatches} - {0.0}
     assert policy_line([step], cost, limits) == (
-        f"memory policy: 1 of 2 microbatches do not keep all, 1 swap {fraction:.2f} to {fraction:.2f} of their tokens: "
-        "1 to need fewer ranks (6 instead of 8 for 15K tokens)"
+        f"memory policy: 1 of 2 microbatches do not keep all, 1 swap {fraction:.0%} of their tokens' "
+        "activations: 1 to need fewer ranks (6 instead of 8 for 15K tokens)"
     )
 
 
 def test_the_line_says_where_nothing_else_could_hold_it() -> None:
     cost, limits = with_activation(make_cost(1)), with_policies(make_limits(rank_tokens=2000), MemoryAction.RECOMPUTE)
     line = policy_line([planned([6500], "adaptive", cost, limits, 1)], cost, limits)
-    assert line.endswith("1 recompute 1.00 to 1.00 of their tokens: 1 to need fewer ranks (1 for 6.5K tokens, which no "
-                         "number of ranks could keep)")
+    assert line.endswith("1 recompute 100% of their tokens' activations: 1 since no number of ranks could keep all "
+                         "(6.5K tokens on 1)")
 
 
 def test_the_line_says_when_microbatches_only_hold_more() -> None:
@@ -59,7 +60,7 @@ def test_the_line_says_when_microbatches_only_hold_more() -> None:
 def test_the_line_says_why_all_is_kept() -> None:
     limits = make_limits(rank_tokens=2000)
     for cost, allowed, end in (
-        (make_cost(1), limits, "kept"),
+        (make_cost(1), limits, "kept, as --memory keep says"),
         (make_cost(1), with_policies(limits), "kept, since the cost model prices nothing else"),
         (with_activation(make_cost(1)), with_policies(limits), "would gain nothing or are not for this strategy"),
     ):
