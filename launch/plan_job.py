@@ -147,8 +147,8 @@ def count(text: str | None, flag: str) -> int | None:
     """A whole number of at least 1 from a flag, None where it was not given. Raises SpecError."""
     if text is None:
         return None
-    if not (text.isascii() and text.isdigit() and int(text) > 0):
-        raise SpecError(f"{flag}: expected a whole number of at least 1, got {text!r}")
+    if not (text.isascii() and text.isdigit() and len(text) < 16 and int(text) > 0):
+        raise SpecError(f"{flag}: expected a whole number of at least 1, got {text[:40]!r}")
     return int(text)
 
 
