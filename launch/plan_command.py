@@ -16,6 +16,7 @@ from planner.codec import suggest
 from planner.errors import EXIT_OK, InfeasibleError, SpecError
 from planner.explain import Candidate, PlannedStep, best_candidate
 from planner.length_generators import length_names
+from planner.plan import MemoryAction
 from planner.schedule import attention_names
 from planner.simulate import simulate
 from planner.specs import cluster_names, model_names
@@ -142,8 +143,10 @@ def _refusal(refusals: list[SpecError | InfeasibleError], job: Job) -> SpecError
     """What to end with where no strategy plans every batch: does not fit, if that is one of the reasons."""
     for error in refusals:
         if isinstance(error, InfeasibleError):
+            keeps_all = set(job.limits.policies) <= {MemoryAction.KEEP} and job.cost.activation is not None
+            hint = "; or try --memory auto" if keeps_all else ""
             return InfeasibleError(
-                f"DOES NOT FIT: {job.model.name} on {job.cluster.name}: {error}", binding=error.binding,
+                f"DOES NOT FIT: {job.model.name} on {job.cluster.name}: {error}{hint}", binding=error.binding,
                 needed_bytes=error.needed_bytes, available_bytes=error.available_bytes,
             )
     return refusals[0]

@@ -153,8 +153,10 @@ def test_the_sharding_that_fits_is_priced_and_named(tmp_path: Path, capsys: pyte
 def test_a_sequence_that_fits_nowhere_is_infeasible(tmp_path: Path) -> None:
     path = tmp_path / "lengths.txt"
     path.write_text("2000000\n")
-    with pytest.raises(InfeasibleError) as refused:
-        run(["--lengths", str(path), "--model", "gpt-7b", "--cluster", "a100-40g-64"])
+    flags = ["--lengths", str(path), "--model", "gpt-7b", "--cluster", "a100-40g-64"]
+    assert main(["plan", *flags, "--memory", "auto", "--json", "-"]) == 0, "the hint is a true one"
+    with pytest.raises(InfeasibleError, match="or try --memory auto$") as refused:
+        run(flags)
     assert refused.value.exit_code == 94 and refused.value.needed_bytes > refused.value.available_bytes > 0
     assert "GiB" in str(refused.value) and "\n" not in str(refused.value)
 
