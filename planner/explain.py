@@ -90,10 +90,12 @@ def ranking_line(candidates: SequenceOf[Candidate]) -> str:
         return ""
     if best is quickest:
         return f"fastest: {best.strategy}, by predicted steps and by the replay of the first step (*)"
+    quickest_s, best_s = quickest.replayed_s or 0.0, best.replayed_s or 0.0
+    less = 1 - quickest_s / best_s if best_s > 0 else 0.0
     return (
         f"fastest: {best.strategy} by predicted steps, {quickest.strategy} by the replay of the first step (*): "
-        f"{format_seconds(quickest.replayed_s or 0.0)} against {format_seconds(best.replayed_s or 0.0)}, "
-        f"{1 - (quickest.replayed_s or 0.0) / (best.replayed_s or 1.0):.1%} less"
+        f"{format_seconds(quickest_s)} against {format_seconds(best_s)}, "
+        f"{f'{less:.1%}' if less >= 0.001 else 'under 0.1%'} less"
     )
 
 
