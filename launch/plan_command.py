@@ -143,13 +143,18 @@ def _refusal(refusals: list[SpecError | InfeasibleError], job: Job) -> SpecError
     """What to end with where no strategy plans every batch: does not fit, if that is one of the reasons."""
     for error in refusals:
         if isinstance(error, InfeasibleError):
-            keeps_all = set(job.limits.policies) <= {MemoryAction.KEEP} and job.cost.activation is not None
-            hint = "; or try --memory auto" if keeps_all else ""
+            hint = "; or try --memory auto" if _could_swap(job) else ""
             return InfeasibleError(
                 f"DOES NOT FIT: {job.model.name} on {job.cluster.name}: {error}{hint}", binding=error.binding,
                 needed_bytes=error.needed_bytes, available_bytes=error.available_bytes,
             )
     return refusals[0]
+
+
+def _could_swap(job: Job) -> bool:
+    """Whether --memory auto is allowed, not asked for yet, and has any room to work with."""
+    room = job.limits.device_budget_bytes > job.cost.memory.fixed_bytes
+    return room and job.cost.activation is not None and set(job.limits.policies) <= {MemoryAction.KEEP}
 
 
 def _write_files(result: plan_output.Result, flags: argparse.Namespace) -> None:

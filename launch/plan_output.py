@@ -149,7 +149,6 @@ def _replay_json(step: PlannedStep) -> dict[str, Any] | None:
 
 def show(result: Result) -> None:
     """Print everything for people, the answer first."""
-
     console = output_console()
     if not console.is_terminal:
         console.width = max(console.width, 120)  # a pipe has no width of its own
