@@ -298,8 +298,15 @@ def solver_line(plan: StepPlan) -> str:
     proof = "no lower bound known"
     if solver.bound_s > 0:
         proof = f"gap {solver.gap:.2%} to the proven bound of {format_seconds(solver.bound_s)}"
+    fallback = "no fallback"
+    if solver.status is SolveStatus.LATE:
+        fallback = "fallback: the greedy plan"
+    elif "solver failed" in solver.note:
+        fallback = "fallback: the best plan made without the solver"
     note = f" ({solver.note})" if solver.note else ""
-    return f"solver: {_STATUS_WORDS[solver.status]}, {proof}, found in {format_seconds(solver.wall_s)}{note}"
+    return (
+        f"solver: {_STATUS_WORDS[solver.status]}, {proof}, found in {format_seconds(solver.wall_s)}, {fallback}{note}"
+    )
 
 
 def provenance_lines(cost: CostModel, sources: SequenceOf[tuple[str, str]] = ()) -> list[str]:

@@ -253,6 +253,20 @@ def test_a_malformed_file_is_one_line_and_exit_2(
     assert words in err
 
 
+def test_a_cluster_that_nobody_has_is_refused(lengths: str, tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+    built_in = (ROOT / "planner" / "hardware" / "h100-8.yaml").read_text()
+    path.write_text(built_in.replace("num_nodes: 1\n", "num_nodes: 10000000\n"))
+    with pytest.raises(SpecError, match="has 80000000 devices; at most 1048576 are planned for"):
+        run(["--lengths", lengths, "--cluster", str(path)])
+
+
+def test_a_lengths_file_may_begin_with_a_mark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "lengths.txt"
+    path.write_bytes(b"\xef\xbb\xbf100\r\n200\r\n")
+    assert planned(capsys, "--lengths", str(path), "--strategy", "static")["steps"][0]["num_tokens"] == 300
+
+
 def test_output_that_nobody_takes_is_no_traceback(lengths: str) -> None:
     """A pipe whose reader has left, a full disk, an output that was closed."""
     command = f"{sys.executable} -m launch.cli plan --lengths {lengths} --strategy static"
