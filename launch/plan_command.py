@@ -6,16 +6,17 @@ import argparse
 import json
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 from launch import plan_output
 from launch.arguments import CommandParser
 from launch.plan_job import Job, count, read_job
 from launch.plan_replay import with_replays
+from launch.result_file import check_target, write_result
 from planner.codec import suggest
 from planner.errors import EXIT_OK, InfeasibleError, SpecError
 from planner.explain import Candidate, PlannedStep, best_candidate
 from planner.length_generators import length_names
+from planner.plan import MemoryAction
 from planner.schedule import attention_names
 from planner.simulate import simulate
 from planner.specs import cluster_names, model_names
@@ -36,7 +37,8 @@ def run(arguments: list[str]) -> int:
         raise SpecError(f"longhaul plan: unknown argument {unknown[0]!r}{hint}; see longhaul plan --help")
     _check_strategy(flags)
     for name in ("json", "trace", "html"):
-        _check_target(f"--{name}", getattr(flags, name))
+        target = getattr(flags, name)
+        check_target(f"--{name}", None if (name, target) == ("json", "-") else target)
     if flags.html is not None:
         from planner.page_parts import require_plotly
 
@@ -100,17 +102,6 @@ def _check_strategy(flags: argparse.Namespace) -> None:
         raise SpecError("--degree belongs to --strategy static; with --strategy all every one chooses its own")
 
 
-def _check_target(flag: str, target: str | None) -> None:
-    """Refuse a file that cannot be written before anything is planned."""
-    if target is None or (flag == "--json" and target == "-"):
-        return
-    path = Path(target)
-    if not path.parent.is_dir():
-        raise SpecError(f"{flag}: folder {path.parent} does not exist")
-    if path.is_dir():
-        raise SpecError(f"{flag}: {target} is a folder; name a file")
-
-
 def _candidates(job: Job, flags: argparse.Namespace) -> tuple[Candidate, ...]:
     """One candidate, or one per strategy. Raises SpecError or InfeasibleError where none can plan every batch."""
     from rich.console import Console
@@ -152,11 +143,18 @@ def _refusal(refusals: list[SpecError | InfeasibleError], job: Job) -> SpecError
     """What to end with where no strategy plans every batch: does not fit, if that is one of the reasons."""
     for error in refusals:
         if isinstance(error, InfeasibleError):
+            hint = "; or try --memory auto" if _could_swap(job) else ""
             return InfeasibleError(
-                f"DOES NOT FIT: {job.model.name} on {job.cluster.name}: {error}", binding=error.binding,
+                f"DOES NOT FIT: {job.model.name} on {job.cluster.name}: {error}{hint}", binding=error.binding,
                 needed_bytes=error.needed_bytes, available_bytes=error.available_bytes,
             )
     return refusals[0]
+
+
+def _could_swap(job: Job) -> bool:
+    """Whether --memory auto is allowed, not asked for yet, and has any room to work with."""
+    room = job.limits.device_budget_bytes > job.cost.memory.fixed_bytes
+    return room and job.cost.activation is not None and set(job.limits.policies) <= {MemoryAction.KEEP}
 
 
 def _write_files(result: plan_output.Result, flags: argparse.Namespace) -> None:
@@ -166,21 +164,14 @@ def _write_files(result: plan_output.Result, flags: argparse.Namespace) -> None:
         job = result.job
         nodes_of_ranks = replace(job.cluster, devices_per_node=job.grid.node_size(job.cluster))
         trace = chrome_trace(result.steps, nodes_of_ranks)
-        _write("--trace", flags.trace, json.dumps(trace, separators=(",", ":"), allow_nan=False))
+        write_result("--trace", flags.trace, json.dumps(trace, separators=(",", ":"), allow_nan=False))
     if flags.html is not None:
         from planner.html_report import html_page
 
-        _write("--html", flags.html, html_page(plan_output.page(result)))
+        write_result("--html", flags.html, html_page(plan_output.page(result)))
     if flags.json is not None:
         text = json.dumps(plan_output.as_json(result), indent=2, allow_nan=False)
         if flags.json == "-":
             print(text)
         else:
-            _write("--json", flags.json, text + "\n")
-
-
-def _write(flag: str, target: str, text: str) -> None:
-    try:
-        Path(target).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise SpecError(f"{flag}: cannot write {target} ({error.strerror})") from None
+            write_result("--json", flags.json, text + "\n")

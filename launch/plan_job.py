@@ -29,6 +29,7 @@ POLICIES = {
     "auto": tuple(MemoryAction),
 }
 _MAX_DRAWN = 10_000_000
+_MAX_DEVICES = 2**20  # some seconds of planning; a typing error beyond
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +107,8 @@ def read_job(flags: argparse.Namespace) -> Job:
             f"{', '.join(length_names())}"
         )
     cluster, model = load_cluster(flags.cluster), load_model(flags.model)
+    if cluster.num_ranks > _MAX_DEVICES:
+        raise SpecError(f"{cluster.name} has {cluster.num_ranks} devices; at most {_MAX_DEVICES} are planned for")
     grid = _grid(flags, cluster)
     if model.num_query_heads % grid.tensor_parallel:
         raise SpecError(
@@ -147,8 +150,8 @@ def count(text: str | None, flag: str) -> int | None:
     """A whole number of at least 1 from a flag, None where it was not given. Raises SpecError."""
     if text is None:
         return None
-    if not (text.isascii() and text.isdigit() and int(text) > 0):
-        raise SpecError(f"{flag}: expected a whole number of at least 1, got {text!r}")
+    if not (text.isascii() and text.isdigit() and len(text) < 16 and int(text) > 0):
+        raise SpecError(f"{flag}: expected a whole number of at least 1, got {text[:40]!r}")
     return int(text)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from launch.console import output_console
 from launch.plan_job import Job
 from planner.breakdown import MemorySplit, memory_split, time_split
 from planner.explain import (
@@ -148,9 +149,7 @@ def _replay_json(step: PlannedStep) -> dict[str, Any] | None:
 
 def show(result: Result) -> None:
     """Print everything for people, the answer first."""
-    from rich.console import Console
-
-    console = Console(highlight=False, markup=False)
+    console = output_console()
     if not console.is_terminal:
         console.width = max(console.width, 120)  # a pipe has no width of its own
     job, first = result.job, result.steps[0]

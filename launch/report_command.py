@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.arguments import CommandParser
+from launch.console import output_console
+from launch.result_file import check_target, write_result
 from planner.codec import suggest, to_plain
 from planner.errors import EXIT_OK, SpecError
 from planner.units import format_bytes, format_count, format_seconds
@@ -37,7 +39,8 @@ def run(arguments: list[str]) -> int:
     if flags.run_dir is None:
         raise SpecError("longhaul report: name a run folder, such as runs/laptop; see longhaul report --help")
     for name in _FILES:
-        _check_target(f"--{name}", getattr(flags, name))
+        target = getattr(flags, name)
+        check_target(f"--{name}", None if (name, target) == ("json", "-") else target)
     if flags.html is not None:
         from planner.page_parts import require_plotly
 
@@ -75,17 +78,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _check_target(flag: str, target: str | None) -> None:
-    """Refuse a file that cannot be written before anything is read."""
-    if target is None or (flag == "--json" and target == "-"):
-        return
-    path = Path(target)
-    if not path.parent.is_dir():
-        raise SpecError(f"{flag}: folder {path.parent} does not exist")
-    if path.is_dir():
-        raise SpecError(f"{flag}: {target} is a folder; name a file")
-
-
 def _write_files(records: RunRecords, report: RunReport, flags: argparse.Namespace) -> None:
     from planner.run_report import as_json
 
@@ -96,18 +88,18 @@ def _write_files(records: RunRecords, report: RunReport, flags: argparse.Namespa
     if step is not None and flags.html is not None and shown is None:
         raise SpecError(f"--step {step}: {_not_recorded(records)}")
     if flags.trace is not None:
-        _write("--trace", flags.trace, json.dumps(_trace(records, shown, step), allow_nan=False))
+        write_result("--trace", flags.trace, json.dumps(_trace(records, shown, step), allow_nan=False))
     if flags.html is not None:
         from planner.run_page import run_page
 
         title = f"Run {records.folder.resolve().name}: predicted against measured"
-        _write("--html", flags.html, run_page(title, report_lines(records, report), report, shown))
+        write_result("--html", flags.html, run_page(title, report_lines(records, report), report, shown))
     if flags.refit is not None:
         if report.refit is None:
             raise SpecError(f"--refit: {_no_refit(records)}")
-        _write("--refit", flags.refit, json.dumps(to_plain(report.refit.cost), indent=1) + "\n")
+        write_result("--refit", flags.refit, json.dumps(to_plain(report.refit.cost), indent=1) + "\n")
     if flags.json not in (None, "-"):
-        _write("--json", flags.json, json.dumps(as_json(report), indent=2, allow_nan=False) + "\n")
+        write_result("--json", flags.json, json.dumps(as_json(report), indent=2, allow_nan=False) + "\n")
 
 
 def _wanted_step(text: str | None) -> int | None:
@@ -190,9 +182,8 @@ def _refit_line(records: RunRecords, report: RunReport) -> str:
 
 
 def _show(records: RunRecords, report: RunReport) -> None:
-    from rich.console import Console
 
-    console = Console(highlight=False, markup=False)
+    console = output_console()
     if not console.is_terminal:
         console.width = max(console.width, 120)  # a pipe has no width of its own
     for index, line in enumerate(report_lines(records, report)):
@@ -242,10 +233,3 @@ def _show_table(console: Console, title: str, columns: SequenceOf[str], rows: Se
     for row in rows:
         table.add_row(*row)
     console.print(table)
-
-
-def _write(flag: str, target: str, text: str) -> None:
-    try:
-        Path(target).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise SpecError(f"{flag}: cannot write {target} ({error.strerror})") from None

@@ -6,10 +6,11 @@ import argparse
 import json
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launch.arguments import CommandParser
+from launch.console import output_console
+from launch.result_file import check_target, write_result
 from planner.codec import suggest
 from planner.errors import EXIT_OK, SpecError
 
@@ -28,7 +29,7 @@ def run(arguments: list[str]) -> int:
         return EXIT_OK
     rebuild = _system(flags.system)
     if flags.json not in (None, "-"):
-        _check_file(flags.json)
+        check_target("--json", flags.json)
     result = rebuild()
     _write_json(result, flags.json)
     if flags.json != "-":
@@ -38,10 +39,9 @@ def run(arguments: list[str]) -> int:
 
 def show(result: Reproduction) -> None:
     """Table, assumptions and verdict for people."""
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
+    console = output_console()
     table = Table(title=result.title, title_justify="left")
     table.add_column("row")
     for column in ("paper", "ours", "error"):
@@ -55,8 +55,8 @@ def show(result: Reproduction) -> None:
     for heading, lines in (("tolerances", result.rule_lines()), ("assumed", result.assumptions)):
         console.print(heading)
         for line in lines:
-            console.print(f"  {line}", markup=False)
-    console.print(verdict(result), markup=False)
+            console.print(f"  {line}")
+    console.print(verdict(result))
 
 
 def verdict(result: Reproduction) -> str:
@@ -87,14 +87,6 @@ def _system(name: str | None) -> Callable[[], Reproduction]:
     raise SpecError(f"longhaul reproduce: unknown system {name!r}{suggest(name, _SYSTEMS)}; available: {available}")
 
 
-def _check_file(target: str) -> None:
-    path = Path(target)
-    if not path.parent.is_dir():
-        raise SpecError(f"--json: folder {path.parent} does not exist")
-    if path.is_dir():
-        raise SpecError(f"--json: {target} is a folder; name a file")
-
-
 def _write_json(result: Reproduction, target: str | None) -> None:
     from planner.reproduce.table import as_json
 
@@ -104,10 +96,7 @@ def _write_json(result: Reproduction, target: str | None) -> None:
     if target == "-":
         print(text)
         return
-    try:
-        Path(target).write_text(text + "\n", encoding="utf-8")
-    except OSError as error:
-        raise SpecError(f"--json: cannot write {target} ({error.strerror})") from None
+    write_result("--json", target, text + "\n")
 
 
 def _flexsp() -> Reproduction:

@@ -90,10 +90,12 @@ def ranking_line(candidates: SequenceOf[Candidate]) -> str:
         return ""
     if best is quickest:
         return f"fastest: {best.strategy}, by predicted steps and by the replay of the first step (*)"
+    quickest_s, best_s = quickest.replayed_s or 0.0, best.replayed_s or 0.0
+    less = 1 - quickest_s / best_s if best_s > 0 else 0.0
     return (
         f"fastest: {best.strategy} by predicted steps, {quickest.strategy} by the replay of the first step (*): "
-        f"{format_seconds(quickest.replayed_s or 0.0)} against {format_seconds(best.replayed_s or 0.0)}, "
-        f"{1 - (quickest.replayed_s or 0.0) / (best.replayed_s or 1.0):.1%} less"
+        f"{format_seconds(quickest_s)} against {format_seconds(best_s)}, "
+        f"{f'{less:.1%}' if less >= 0.001 else 'under 0.1%'} less"
     )
 
 
@@ -296,8 +298,15 @@ def solver_line(plan: StepPlan) -> str:
     proof = "no lower bound known"
     if solver.bound_s > 0:
         proof = f"gap {solver.gap:.2%} to the proven bound of {format_seconds(solver.bound_s)}"
+    fallback = "no fallback"
+    if solver.status is SolveStatus.LATE:
+        fallback = "fallback: the greedy plan"
+    elif "solver failed" in solver.note:
+        fallback = "fallback: the best plan made without the solver"
     note = f" ({solver.note})" if solver.note else ""
-    return f"solver: {_STATUS_WORDS[solver.status]}, {proof}, found in {format_seconds(solver.wall_s)}{note}"
+    return (
+        f"solver: {_STATUS_WORDS[solver.status]}, {proof}, found in {format_seconds(solver.wall_s)}, {fallback}{note}"
+    )
 
 
 def provenance_lines(cost: CostModel, sources: SequenceOf[tuple[str, str]] = ()) -> list[str]:

@@ -21,6 +21,8 @@ GREEDY = "greedy"
 MAX_PLANNED_WORK, MAX_WORK = 50_000, 20_000_000
 """Ranks times sequences above which the knobs are tried with the greedy planner only, and not at all: either way they
 take a few seconds."""
+MAX_NODES = 20
+"""Branch-and-bound nodes on both sides of a comparison: a solver's last percent takes most of its time."""
 
 Pricing = Callable[[ClusterSpec, int, int], CostModel]
 """The cost model of a cluster for a budget (bytes a device) and a longest sequence (tokens)."""
@@ -92,6 +94,7 @@ def _plan(setting: Setting, cost: CostModel) -> StepPlan:
     lengths, num_ranks, limits = setting.lengths, setting.num_ranks, setting.limits
     if setting.strategy == GREEDY:
         return greedy_step(lengths, step=0, num_ranks=num_ranks, cost=cost, limits=limits)
+    limits = replace(limits, max_nodes=min(limits.max_nodes, MAX_NODES))
     return plan_step(
         lengths, step=0, num_ranks=num_ranks, cost=cost, limits=limits, strategy=setting.strategy,
         degree=setting.degree,

@@ -15,7 +15,7 @@ def read_lengths(path: str) -> tuple[int, ...]:
     Raises SpecError naming file and line where a line is not a whole number of at least 1, or where there is none.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")  # some editors begin a file with a mark
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not a text file"
         raise SpecError(f"lengths file {path}: cannot be read ({reason})") from None

@@ -80,7 +80,7 @@ def _find(name_or_path: str, folder: str, what: str) -> Path:
             raise SpecError(f"unknown {what} {name_or_path!r}{hint}; a file of your own must end in .yaml")
         return Path(__file__).parent / folder / f"{name_or_path}.yaml"
     path = Path(name_or_path)
-    if not path.is_file():
+    if not path.exists():
         raise SpecError(f"{what} file {name_or_path} does not exist (built-in: {', '.join(_names(folder))})")
     return path
 
@@ -93,8 +93,12 @@ def _read_yaml(path: Path, what: str) -> Any:
     except yaml.MarkedYAMLError as error:
         place = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise SpecError(f"{what} file {path}{place}: not valid YAML ({error.problem})") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
+    except UnicodeDecodeError:
+        raise SpecError(f"{what} file {path}: cannot be read (it is not a text file)") from None
+    except RecursionError:
+        raise SpecError(f"{what} file {path}: cannot be read (nested too deeply)") from None
+    except (OSError, yaml.YAMLError) as error:
+        reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
         raise SpecError(f"{what} file {path}: cannot be read ({reason})") from None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from planner.errors import SpecError
@@ -23,11 +24,16 @@ def _parse(text: str | int | float, *, suffixes: tuple[str, ...], what: str, exa
     if isinstance(text, bool):
         raise SpecError(f"{what}: expected a quantity such as {example!r}, got {text!r}")
     if isinstance(text, int | float):
+        if not math.isfinite(text):
+            raise SpecError(f"{what}: expected a quantity such as {example!r}, got {text!r}")
         return float(text)
     match = _QUANTITY.match(text)
     if match is None or match.group(3).lower() not in suffixes:
         raise SpecError(f"{what}: expected a quantity such as {example!r}, got {text!r}")
-    return float(match.group(1)) * _SCALES[match.group(2).upper()]
+    number = float(match.group(1)) * _SCALES[match.group(2).upper()]
+    if not math.isfinite(number):
+        raise SpecError(f"{what}: {text[:40]!r} is too large")
+    return number
 
 
 def parse_bytes(text: str | int | float, *, what: str = "size") -> int:
@@ -46,7 +52,10 @@ def parse_tokens(text: str | int, *, what: str = "tokens") -> int:
         match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([KM]?)\s*", text, re.IGNORECASE)
         if match is None:
             raise SpecError(f"{what}: expected a token count such as '384K', got {text!r}")
-        return int(float(match.group(1)) * {"": 1, "K": KIB, "M": MIB}[match.group(2).upper()])
+        number = float(match.group(1)) * {"": 1, "K": KIB, "M": MIB}[match.group(2).upper()]
+        if number >= 2**53:
+            raise SpecError(f"{what}: {text[:40]!r} is too large")
+        return int(number)
     return int(text)
 
 

@@ -153,8 +153,10 @@ def test_the_sharding_that_fits_is_priced_and_named(tmp_path: Path, capsys: pyte
 def test_a_sequence_that_fits_nowhere_is_infeasible(tmp_path: Path) -> None:
     path = tmp_path / "lengths.txt"
     path.write_text("2000000\n")
-    with pytest.raises(InfeasibleError) as refused:
-        run(["--lengths", str(path), "--model", "gpt-7b", "--cluster", "a100-40g-64"])
+    flags = ["--lengths", str(path), "--model", "gpt-7b", "--cluster", "a100-40g-64"]
+    assert main(["plan", *flags, "--memory", "auto", "--json", "-"]) == 0, "the hint is a true one"
+    with pytest.raises(InfeasibleError, match="or try --memory auto$") as refused:
+        run(flags)
     assert refused.value.exit_code == 94 and refused.value.needed_bytes > refused.value.available_bytes > 0
     assert "GiB" in str(refused.value) and "\n" not in str(refused.value)
 
@@ -172,6 +174,12 @@ def test_a_sequence_that_fits_nowhere_is_infeasible(tmp_path: Path) -> None:
     (["--batch-tokens", "0"], "--batch-tokens: expected at least 1 token"),
     (["--max-length", "1"], "every sequence is longer"),
     (["--steps", "-1"], "--steps"),
+    (["--steps", "9" * 20], "--steps: expected a whole number"),
+    (["--batch-sequences", "9" * 5000], "--batch-sequences: expected a whole number"),
+    (["--batch-tokens", "9" * 400 + "M"], "is too large"),
+    (["--max-length", "9" * 20], "is too large"),
+    (["--device-budget", "1e999"], "is too large"),
+    (["--tensor-parallel", "3"], "must divide the 4 devices"),
     (["--device-budget", "lots"], "--device-budget: expected a quantity"),
     (["--device-budget", "40 GiB"], "not within the 3 GiB of CPU process"),
     (["--cluster", "laptop"], "did you mean 'laptop-cpu'?"),
@@ -208,21 +216,90 @@ def test_unknown_lengths(name: str, words: str) -> None:
     assert words in str(refused.value) and "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize(("text", "words"), [("5\n-3\n", "line 2: '-3'"), ("", "holds no lengths"), ("0\n", "line 1")])
-def test_bad_lengths_files(tmp_path: Path, text: str, words: str) -> None:
+@pytest.mark.parametrize(("text", "words"), [
+    (b"5\n-3\n", "line 2: '-3'"), (b"", "holds no lengths"), (b"0\n", "line 1: a sequence has at least 1 token"),
+    (b"\xff\xfe1\n", "it is not a text file"), (b"\0\0\n", "line 1"), (b"1.5\n", "line 1: '1.5'"),
+    (b"9" * 20, "line 1"),
+])
+def test_bad_lengths_files(tmp_path: Path, text: bytes, words: str) -> None:
     path = tmp_path / "lengths.txt"
-    path.write_text(text)
+    path.write_bytes(text)
     with pytest.raises(SpecError) as refused:
         run(["--lengths", str(path)])
     assert words in str(refused.value) and refused.value.exit_code == 2
 
 
-def test_a_malformed_file_is_one_line_and_exit_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "model.yaml"
-    path.write_text("name: [x\n")
-    assert main(["plan", "--lengths", "wikipedia", "--model", str(path)]) == 2
+@pytest.mark.parametrize(("text", "words"), [
+    (b"name: [x\n", "not valid YAML"), (b"", "expected a mapping"), (b"- 1\n", "expected a mapping"),
+    (b"nam: x\n", "did you mean 'name'?"), (b"a: \xff\n", "it is not a text file"),
+    (b"a: " + b"[" * 3000, "nested too deeply"), (b"!!python/object/apply:os.getcwd []\n", "not valid YAML"),
+    (None, "Is a directory"),
+])
+@pytest.mark.parametrize("flag", ["--model", "--cluster", "--cost"])
+def test_a_malformed_file_is_one_line_and_exit_2(
+    flag: str, text: bytes | None, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "own.yaml"
+    if text is None:
+        path.mkdir()
+    else:
+        path.write_bytes(text)
+    if flag == "--cost" and text == b"nam: x\n":
+        words = "unknown key 'nam'"
+    assert main(["plan", "--lengths", "wikipedia", flag, str(path)]) == 2
     out, err = capsys.readouterr()
-    assert out == "" and len(err.splitlines()) == 1 and "not valid YAML" in err
+    assert out == ""
+    assert len(err.splitlines()) == 1
+    assert words in err
+
+
+def test_a_cluster_that_nobody_has_is_refused(lengths: str, tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+    built_in = (ROOT / "planner" / "hardware" / "h100-8.yaml").read_text()
+    path.write_text(built_in.replace("num_nodes: 1\n", "num_nodes: 10000000\n"))
+    with pytest.raises(SpecError, match="has 80000000 devices; at most 1048576 are planned for"):
+        run(["--lengths", lengths, "--cluster", str(path)])
+
+
+def test_a_lengths_file_may_begin_with_a_mark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "lengths.txt"
+    path.write_bytes(b"\xef\xbb\xbf100\r\n200\r\n")
+    assert planned(capsys, "--lengths", str(path), "--strategy", "static")["steps"][0]["num_tokens"] == 300
+
+
+def test_output_that_nobody_takes_is_no_traceback(lengths: str) -> None:
+    """A pipe whose reader has left, a full disk, an output that was closed."""
+    command = f"{sys.executable} -m launch.cli plan --lengths {lengths} --strategy static"
+    full = [f"{command} > /dev/full"] if Path("/dev/full").exists() else []
+    for line, code in ((f"(sleep 2; exec {command}) | true; exit ${{PIPESTATUS[0]}}", 141), *((f, 2) for f in full),
+                       (f"{command} >&-", 0)):
+        done = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+        assert done.returncode == code, line
+        assert "Traceback" not in done.stderr
+        assert len(done.stderr.splitlines()) == (code == 2), line
+
+
+def test_an_interrupt_is_one_line_and_leaves_no_file(tmp_path: Path) -> None:
+    target = tmp_path / "plan.json"
+    command = [sys.executable, "-m", "launch.cli", "plan", "--lengths", "github", "--max-length", "1M", "--model",
+               "llama-3-8b", "--cluster", "h100-12288", "--batch-tokens", "64M", "--strategy", "all", "--json",
+               str(target)]
+    program = (
+        "import os, signal, sys, threading\n"
+        "from launch import cli, plan_command\n"
+        "planned = plan_command._candidates\n"
+        "def interrupted(*arguments):\n"
+        "    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()\n"
+        "    return planned(*arguments)\n"
+        "plan_command._candidates = interrupted\n"
+        "sys.exit(cli.main(sys.argv[1:]))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *command[3:]], cwd=ROOT, capture_output=True, text=True, check=False,
+        timeout=120,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "longhaul: interrupted\n")
+    assert list(tmp_path.iterdir()) == []
 
 
 NAMED = ("--lengths", "prolong", "--max-length", "4K", "--strategy", "static", "--degree", "4")

