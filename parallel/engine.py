@@ -41,7 +41,7 @@ class MicrobatchAttention:
             return q_TNH + 0 * (k_TKH.sum() + v_TKH.sum())
         if self.remap is not None:
             q_TNH, k_TKH, v_TKH = self.remap.qkv_to_attention(q_TNH, k_TKH, v_TKH)
-        parts = [tuple(x[slice(*runner.group.rows)] for x in (q_TNH, k_TKH, v_TKH)) for runner in self.runners]
+        parts = self._parts(q_TNH, k_TKH, v_TKH)
         # every group's first messages fly while the first group's kernels run; heads have to be traded before that
         started = [
             None if runner.heads is not None else runner.walker.start(part[1], part[2])
@@ -53,6 +53,14 @@ class MicrobatchAttention:
         ]
         out_TNH = outs[0] if len(outs) == 1 else torch.cat(outs)
         return out_TNH if self.remap is None else self.remap.out_to_linear(out_TNH)
+
+    def _parts(self, *qkv: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
+        """q, k and v by group: groups' rows stand one behind the other. A split's backward is one copy where that of
+        slices adds up a whole tensor for each."""
+        if len(self.runners) == 1:
+            return [qkv]
+        sizes = [runner.group.rows[1] - runner.group.rows[0] for runner in self.runners]
+        return list(zip(*(x.split(sizes) for x in qkv), strict=True))
 
 
 @dataclass(frozen=True, slots=True)
