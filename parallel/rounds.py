@@ -103,10 +103,11 @@ class _Traffic:
 
 @dataclass(frozen=True, slots=True)
 class StartedWalk:
-    """A forward whose first messages are on their way."""
+    """A forward or backward whose first messages are on their way. ``dkv``: the backward's, of own rows."""
 
     traffic: _Traffic
     kv_T2KH: torch.Tensor | None
+    dkv: RowSum | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,8 +122,7 @@ class RoundWalker:
     scale: float
 
     def start(self, k_TKH: torch.Tensor, v_TKH: torch.Tensor) -> StartedWalk:
-        """Post the forward's first messages. Between other groups' ``start`` and ``forward``, ranks must agree on the
-        order."""
+        """Post the forward's first messages. All ranks must start and run their groups in one order."""
         traffic = _Traffic(self.forward_rounds, self.wire, self._what)
         if len(self.forward_rounds) == 1:
             return StartedWalk(traffic, None)
@@ -150,19 +150,31 @@ class RoundWalker:
         out_TNH, lse_TN = result.finish()
         return out_TNH.to(q_TNH.dtype), lse_TN
 
+    def start_backward(self, k_TKH: torch.Tensor, v_TKH: torch.Tensor) -> StartedWalk:
+        """Post the backward's first messages, as ``start`` does the forward's."""
+        traffic = _Traffic(self.backward_rounds, self.wire, self._what)
+        dkv = RowSum((k_TKH.shape[0], 2, *k_TKH.shape[1:]), k_TKH)
+        if len(self.backward_rounds) == 1:
+            return StartedWalk(traffic, None, dkv)
+        kv_T2KH = torch.stack((k_TKH, v_TKH), dim=1)
+        traffic.post(0, kv_T2KH, None, dkv)
+        return StartedWalk(traffic, kv_T2KH, dkv)
+
     def backward(
         self, dout_TNH: torch.Tensor, q_TNH: torch.Tensor, k_TKH: torch.Tensor, v_TKH: torch.Tensor,
-        out_TNH: torch.Tensor, lse_TN: torch.Tensor,
+        out_TNH: torch.Tensor, lse_TN: torch.Tensor, started: StartedWalk | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Gradients of own q, k and v. K/V are fetched again; partial dK/dV go home along the backward rounds."""
+        """Gradients of own q, k and v. K/V are fetched again; partial dK/dV go home along the backward rounds.
+        ``started``: by ``start_backward`` with the same K and V, else it is now."""
         rounds = self.backward_rounds
-        traffic = _Traffic(rounds, self.wire, self._what)
-        kv_T2KH = torch.stack((k_TKH, v_TKH), dim=1) if len(rounds) > 1 else None
-        dq, dkv = RowSum(q_TNH.shape, q_TNH), RowSum((k_TKH.shape[0], 2, *k_TKH.shape[1:]), k_TKH)
+        started = self.start_backward(k_TKH, v_TKH) if started is None else started
+        traffic, kv_T2KH, dkv = started.traffic, started.kv_T2KH, started.dkv
+        assert dkv is not None, "start_backward makes it"
+        dq = RowSum(q_TNH.shape, q_TNH)
         held: torch.Tensor | None = None
         leaving: RowSum | None = None
         for number, step in enumerate(rounds):
-            if kv_T2KH is not None:
+            if kv_T2KH is not None and number:
                 traffic.post(number, kv_T2KH, held, dkv, leaving)
             from_held: list[tuple[RowIndex, torch.Tensor, torch.Tensor]] = []
             for call, pairs in step.pairs:
