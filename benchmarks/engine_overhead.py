@@ -1,13 +1,14 @@
 """What the engine adds to the attention kernel: rings and zones, every rank of them run here, against one flash call.
 
-    python -m benchmarks.engine_overhead [--tokens 4096] [--out benchmarks/results/engine_overhead.md]
+    python -m benchmarks.engine_overhead [--tokens 4096 16384 32768] [--out benchmarks/results/engine_overhead.md]
 
 A ring of 8 cuts one causal triangle into the rounds of 8 ranks; zones give a cluster ring, two node rings and local
 documents to the same 8 ranks, as Zeppelin does. All ranks run on this one device, one at a time, through the engine's
 own walk over rounds and a wire that copies. Together they do exactly the work of one kernel call on the whole
 documents, forward and backward, so the ratio of the two times is what cutting, copying, merging and smaller calls
-cost. The same kernel calls, played again alone, tell the smaller calls from the rest. Network time is no part of it.
-On a CPU everything runs on one core; with a CUDA device it runs there, in bf16.
+cost. The same kernel calls, played again alone, tell the smaller calls from the rest, and the wire counts its copies,
+which a network would make. All of it shrinks as sequences grow, so several sizes are shown. On a CPU everything runs on
+one core and CPU seconds are counted, which other programs disturb least; with a CUDA device it runs there, in bf16.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ _ZONE_RANKS = 8
 _FORWARD_AND_BACKWARD = 3.5
 """Matrix products of forward and backward over those of the forward: 2 there, 5 in the backward, which computes the
 scores again (FlashAttention-2, arXiv 2307.08691, section 4.1)."""
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 Tensors = tuple[torch.Tensor, ...]
@@ -68,7 +70,8 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """``ratio``: median over repeats of engine / one call; ``pieces_ratio``: of its kernel calls alone / one call.
+    """``ratio``: median over repeats of engine / one call; ``pieces_ratio``: of its kernel calls alone / one call;
+    ``copies_ratio``: of the copies that stand in for the wire (0 on CUDA, where they are not timed apart).
     ``difference``: largest, of any result, relative."""
 
     case: Case
@@ -77,6 +80,7 @@ class Outcome:
     engine_s: float
     ratio: float
     pieces_ratio: float
+    copies_ratio: float
     flop: float
     difference: float
 
@@ -108,6 +112,7 @@ class Turn:
         self.changed = threading.Condition()
         self.sent: dict[tuple[int, int], deque[torch.Tensor]] = defaultdict(deque)
         self.errors: list[Exception] = []
+        self.copies_s = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +128,9 @@ class _PendingCopies:
                 if self.turn.errors:
                     raise RuntimeError("another rank failed")
                 self.turn.changed.wait()
+            start_s = time.thread_time()
             message.tensor.copy_(sent[edge].popleft())
+            self.turn.copies_s += time.thread_time() - start_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,7 +246,7 @@ def _attend(rank: Rank) -> Tensors:
     for runner, rows, (out, lse) in zip(rank.attention.runners, slices, forward, strict=True):
         grads.append(runner.walker.backward(dout[rows], q[rows], k[rows], v[rows], out, lse))
     parts = [(out, *grad) for (out, _), grad in zip(forward, grads, strict=True)]
-    return tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    return parts[0] if len(parts) == 1 else tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
 
 
 def measure(
@@ -265,14 +272,19 @@ def measure(
     difference = _difference(one_call(), recorded, ranks)  # this is the warm-up, too
     if not difference <= _TOLERANCE[dtype]:
         raise ValueError(f"{case.name}, {dtype}: results differ by {difference:.1e}")
-    ways = (one_call, lambda: run_ranks(ranks, turn), recorder.play)
-    times = [tuple(_timed(way, device) for way in ways) for _ in range(repeats)]
+    times: list[tuple[float, float, float, float]] = []
+    for _ in range(repeats):
+        call_s, pieces_s = _timed(one_call, device), _timed(recorder.play, device)
+        turn.copies_s = 0.0
+        times.append((call_s, pieces_s, _timed(lambda: run_ranks(ranks, turn), device), turn.copies_s))
     flop = 2.0 * sum(size * size for size in case.lengths) * num_queries * head_dim * _FORWARD_AND_BACKWARD
     return Outcome(
-        case=case, dtype=dtype, call_s=statistics.median(call for call, _, _ in times),
-        engine_s=statistics.median(engine for _, engine, _ in times),
-        ratio=statistics.median(engine / call for call, engine, _ in times),
-        pieces_ratio=statistics.median(pieces / call for call, _, pieces in times), flop=flop, difference=difference,
+        case=case, dtype=dtype, call_s=statistics.median(call for call, *_ in times),
+        engine_s=statistics.median(engine for *_, engine, _ in times),
+        ratio=statistics.median(engine / call for call, _, engine, _ in times),
+        pieces_ratio=statistics.median(pieces / call for call, pieces, *_ in times),
+        copies_ratio=0.0 if device.type == "cuda" else statistics.median(each[3] / each[0] for each in times),
+        flop=flop, difference=difference,
     )
 
 
@@ -286,37 +298,53 @@ def _difference(whole: Tensors, parts: list[Tensors], ranks: list[Rank]) -> floa
 
 
 def _timed(run: Callable[[], object], device: torch.device) -> float:
-    start_s = time.perf_counter()
+    """Seconds of the device; on a CPU those of this process alone, of which one thread runs at a time."""
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
+    start_s = clock()
     run()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - start_s
+    return clock() - start_s
 
 
 def markdown(outcomes: SequenceOf[Outcome], facts: SequenceOf[str]) -> str:
     lines = [
         "# The engine's overhead: rings and zones on one device against one flash call of the same work", "",
-        "| work | dtype | call s | TFLOP/s of it | engine s | its kernel calls alone / call | engine / call | goal |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| work | tokens | dtype | call s | TFLOP/s | engine s | engine/call | smaller calls | copies | rest | goal |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for found in outcomes:
-        goal = "met" if found.ratio <= 1 + GOAL_OVERHEAD else "not met"
+        rest = found.ratio - found.pieces_ratio - found.copies_ratio
         lines.append(
-            f"| {found.case.name} | {str(found.dtype).removeprefix('torch.')} | {found.call_s:.4f} | "
-            f"{found.flop / found.call_s / 1e12:.3f} | {found.engine_s:.4f} | {found.pieces_ratio:.3f} | "
-            f"{found.ratio:.3f} | {goal} |"
+            f"| {found.case.name} | {sum(found.case.lengths):,} | {str(found.dtype).removeprefix('torch.')} | "
+            f"{found.call_s:.4f} | {found.flop / found.call_s / 1e12:.3f} | {found.engine_s:.4f} | {found.ratio:.3f} | "
+            f"{found.pieces_ratio - 1:+.3f} | {found.copies_ratio:+.3f} | {rest:+.3f} | {_verdict([found])} |"
         )
-    return "\n".join([*lines, "", *(f"- {fact}" for fact in facts)]) + "\n"
+    sizes = dict.fromkeys(sum(found.case.lengths) for found in outcomes)
+    verdicts = [
+        f"{size:,} tokens: {_verdict([each for each in outcomes if sum(each.case.lengths) == size])}" for size in sizes
+    ]
+    goal = f"Goal, at most {1 + GOAL_OVERHEAD:.2f} for all work of a size: {'; '.join(verdicts)}."
+    return "\n".join([*lines, "", goal, "", *(f"- {fact}" for fact in facts)]) + "\n"
+
+
+def _verdict(outcomes: SequenceOf[Outcome]) -> str:
+    return "met" if all(found.ratio <= 1 + GOAL_OVERHEAD for found in outcomes) else "NOT met"
 
 
 def main(arguments: SequenceOf[str] | None = None) -> int:
     """Measure, print the report and write it where asked. Returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.engine_overhead", description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=4096, help="of all documents (%(default)s)")
-    parser.add_argument("--heads", type=int, default=8, help="query heads (%(default)s)")
-    parser.add_argument("--kv-heads", type=int, default=4, help="KV heads (%(default)s)")
+    parser.add_argument(
+        "--tokens", type=int, nargs="+", default=[4096, 16_384, 32_768], help="of all documents (%(default)s)"
+    )
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=sorted(_DTYPES), help="bf16 on CUDA, else fp32, and bf16 below the largest size"
+    )
+    parser.add_argument("--heads", type=int, default=2, help="query heads (%(default)s)")
+    parser.add_argument("--kv-heads", type=int, default=1, help="KV heads (%(default)s)")
     parser.add_argument("--head-dim", type=int, default=64, help="(%(default)s)")
-    parser.add_argument("--repeats", type=int, default=5, help="of all ways in turn (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="of all ways in turn (%(default)s)")
     parser.add_argument("--out", type=Path, help="also write the report to this file (Markdown)")
     options = parser.parse_args(arguments)
     try:
@@ -326,14 +354,13 @@ def main(arguments: SequenceOf[str] | None = None) -> int:
         return error.exit_code
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(1)  # each rank is a thread here, and torch gives every thread its own pool
-    dtypes = (torch.bfloat16,) if device.type == "cuda" else (torch.float32, torch.bfloat16)
-    cases = [*(ring_case(options.tokens, degree) for degree in (2, 4, 8)), zone_case(options.tokens)]
     outcomes = [
         measure(
-            case, device=device, dtype=dtype, heads=(options.heads, options.kv_heads), head_dim=options.head_dim,
-            repeats=options.repeats,
+            case, device=device, dtype=_DTYPES[dtype], heads=(options.heads, options.kv_heads),
+            head_dim=options.head_dim, repeats=options.repeats,
         )
-        for dtype in dtypes for case in cases
+        for dtype, num_tokens in _sizes(options, device)
+        for case in (ring_case(num_tokens, _ZONE_RANKS), zone_case(num_tokens))
     ]
     report = markdown(outcomes, _facts(options, device, outcomes, arguments))
     if options.out is not None:
@@ -342,8 +369,18 @@ def main(arguments: SequenceOf[str] | None = None) -> int:
     return EXIT_OK
 
 
+def _sizes(options: argparse.Namespace, device: torch.device) -> list[tuple[str, int]]:
+    """(dtype, tokens) of what is measured, in the report's order."""
+    if options.dtypes is not None or device.type == "cuda":
+        return [(dtype, num_tokens) for dtype in options.dtypes or ("bf16",) for num_tokens in options.tokens]
+    smaller = [num_tokens for num_tokens in options.tokens if num_tokens < max(options.tokens)]
+    return [*(("fp32", num_tokens) for num_tokens in options.tokens), *(("bf16", each) for each in smaller)]
+
+
 def _check(options: argparse.Namespace) -> None:
-    for name, lowest in (("tokens", 4 * _ZONE_RANKS), ("heads", 1), ("kv_heads", 1), ("head_dim", 8), ("repeats", 1)):
+    if min(options.tokens) < 4 * _ZONE_RANKS:
+        raise SpecError(f"--tokens {min(options.tokens)}: at least {4 * _ZONE_RANKS}")
+    for name, lowest in (("heads", 1), ("kv_heads", 1), ("head_dim", 8), ("repeats", 1)):
         if getattr(options, name) < lowest:
             raise SpecError(f"--{name.replace('_', '-')} {getattr(options, name)}: at least {lowest}")
     if options.heads % options.kv_heads:
@@ -363,10 +400,12 @@ def _facts(
     return [
         f"`{setting.command}`, {setting.day}",
         f"{where}, torch {setting.torch_version}, kernel {choose_kernel(device, outcomes[0].dtype).name}",
-        f"{options.tokens:,} tokens, {options.heads} query and {options.kv_heads} KV heads of {options.head_dim}; "
+        f"{options.heads} query and {options.kv_heads} KV heads of {options.head_dim}; "
         "forward and backward of one layer's attention",
-        f"all ways ran in turn, {options.repeats} times; times are medians, ratios the median of the repeats' own; "
-        f"goal: at most {1 + GOAL_OVERHEAD:.2f}",
+        f"all ways ran in turn, {options.repeats} times; times are medians, ratios the median of the repeats' own",
+        "smaller calls: the engine's kernel calls played alone, over one call; copies: messages copied into their "
+        "receivers' buffers; rest: merging, sums of gradients, rows copied to be sent, Python"
+        + ("" if device.type == "cuda" else "; all in CPU seconds"),
         f"TFLOP/s count the causal half of the scores, {_FORWARD_AND_BACKWARD} times the forward's products",
         "results of both ways agree to "
         + ", ".join(

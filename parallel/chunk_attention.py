@@ -23,7 +23,7 @@ import torch
 
 from parallel.chunk_exchange import ChunkExchange
 from parallel.kernel import AttentionKernel, Pairs
-from parallel.lse import accumulate_dtype, merge_partial
+from parallel.lse import RunningResult, accumulate_dtype, add_rows
 from planner.plan import Span
 
 Rows = tuple[int, int]
@@ -108,12 +108,13 @@ class ChunkAttention:
         self, layer: int, q_SNH: torch.Tensor, k_RKH: torch.Tensor, v_RKH: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Over this rank's keys: out ``[S, N, H]``, lse ``[S, N]``, -inf where a query sees none of them."""
-        total = _RunningResult(q_SNH)
+        total = RunningResult(q_SNH)
         for pairs in self.own:
-            total.add(pairs, *self.kernel.forward(q_SNH, k_RKH, v_RKH, pairs, self.scale))
+            total.add(pairs.query_index, *self.kernel.forward(q_SNH, k_RKH, v_RKH, pairs, self.scale))
         if self.parts:
             keys, values = self.store.keys_values(layer)
-            total.add(self.prefix_pairs, *self.kernel.forward(q_SNH, keys, values, self.prefix_pairs, self.scale))
+            part = self.kernel.forward(q_SNH, keys, values, self.prefix_pairs, self.scale)
+            total.add(self.prefix_pairs.query_index, *part)
         return total.finish()
 
     def backward(
@@ -135,16 +136,16 @@ class ChunkAttention:
             for total, index, grad in zip(
                 (dq, dk, dv), (pairs.query_index, pairs.key_index, pairs.key_index), grads, strict=True
             ):
-                _accumulate(total, index, grad)
+                add_rows(total, index, grad)
         if self.parts:
             keys, values = self.store.keys_values(layer)
         for part in self.parts:
             arguments = (dout_SNH, q_SNH, keys, values, out_SNH, lse_SN, part.pairs, self.scale)
             if part.carried is None:
-                _accumulate(dq, part.pairs.query_index, self.kernel.query_gradient(*arguments))
+                add_rows(dq, part.pairs.query_index, self.kernel.query_gradient(*arguments))
                 continue
             grads = self.kernel.backward(*arguments)
-            _accumulate(dq, part.pairs.query_index, grads[0])
+            add_rows(dq, part.pairs.query_index, grads[0])
             self.store.add_gradients(layer, part.carried, grads[1], grads[2])
         return dq, dk, dv
 
@@ -173,37 +174,6 @@ class _ChunkAttention(torch.autograd.Function):
         dout_SNH, q_SNH, out_SNH, lse_SN = chunk.exchange.gather_backward(dout_TNH, *saved)
         dq, dk, dv = chunk.backward(ctx.layer, dout_SNH, q_SNH, k_RKH, v_RKH, out_SNH, lse_SN)
         return (*chunk.exchange.return_gradients(dq, dk, dv, dout_TNH.dtype), None, None)
-
-
-class _RunningResult:
-    """Output and log-sum-exp over the keys met so far. A first call over all rows is passed through untouched."""
-
-    def __init__(self, q_SNH: torch.Tensor) -> None:
-        self._q_SNH = q_SNH
-        self._result: tuple[torch.Tensor, torch.Tensor] | None = None
-
-    def add(self, pairs: Pairs, part_SNH: torch.Tensor, part_lse_SN: torch.Tensor) -> None:
-        q_SNH, rows = self._q_SNH, pairs.query_index
-        wide = accumulate_dtype(q_SNH.dtype)
-        if self._result is None and rows == slice(0, q_SNH.shape[0]):
-            self._result = part_SNH, part_lse_SN
-            return
-        if self._result is None:
-            lse_SN = torch.full(q_SNH.shape[:2], -torch.inf, dtype=part_lse_SN.dtype, device=q_SNH.device)
-            self._result = torch.zeros_like(q_SNH, dtype=wide), lse_SN
-        whole_SNH, whole_lse_SN = self._result[0].to(wide), self._result[1]
-        out, lse = whole_SNH[rows], whole_lse_SN[rows]
-        merge_partial(out, lse, part_SNH, part_lse_SN)
-        if not isinstance(rows, slice):
-            whole_SNH[rows], whole_lse_SN[rows] = out, lse
-        self._result = whole_SNH, whole_lse_SN
-
-    def finish(self) -> tuple[torch.Tensor, torch.Tensor]:
-        if self._result is None:
-            wide = accumulate_dtype(self._q_SNH.dtype)
-            lse_SN = torch.full(self._q_SNH.shape[:2], -torch.inf, dtype=wide, device=self._q_SNH.device)
-            return torch.zeros_like(self._q_SNH), lse_SN
-        return self._result
 
 
 def _own_pairs(
@@ -246,10 +216,3 @@ def _first_document_rows(members: SequenceOf[tuple[Span, ...]]) -> int:
     if not spans or spans[0].start_token == 0:
         return 0
     return sum(span.num_tokens for span in spans if span.sequence == spans[0].sequence)
-
-
-def _accumulate(total: torch.Tensor, rows: torch.Tensor | slice, part: torch.Tensor) -> None:
-    if isinstance(rows, slice):
-        total[rows] += part
-    else:
-        total.index_add_(0, rows, part.to(total.dtype))

@@ -15,7 +15,7 @@ from parallel.heads import HeadExchange, HeadLayout
 from parallel.kernel import AttentionKernel
 from parallel.program import GroupProgram, RankMicrobatch
 from parallel.remap import Remap
-from parallel.rounds import RoundWalker, StartedWalk, bind_rounds
+from parallel.rounds import RoundWalker, bind_rounds
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,17 +41,7 @@ class MicrobatchAttention:
             return q_TNH + 0 * (k_TKH.sum() + v_TKH.sum())
         if self.remap is not None:
             q_TNH, k_TKH, v_TKH = self.remap.qkv_to_attention(q_TNH, k_TKH, v_TKH)
-        parts = [tuple(x[slice(*runner.group.rows)] for x in (q_TNH, k_TKH, v_TKH)) for runner in self.runners]
-        # every group's first messages fly while the first group's kernels run; heads have to be traded before that
-        started = [
-            None if runner.heads is not None else runner.walker.start(part[1], part[2])
-            for runner, part in zip(self.runners, parts, strict=True)
-        ]
-        outs = [
-            _GroupAttention.apply(*part, runner, walk)
-            for runner, part, walk in zip(self.runners, parts, started, strict=True)
-        ]
-        out_TNH = outs[0] if len(outs) == 1 else torch.cat(outs)
+        out_TNH: torch.Tensor = _GroupsAttention.apply(q_TNH, k_TKH, v_TKH, self.runners)
         return out_TNH if self.remap is None else self.remap.out_to_linear(out_TNH)
 
 
@@ -99,33 +89,59 @@ class AttentionEngine:
         return _GroupRunner(group, walker, heads, regather)
 
 
-class _GroupAttention(torch.autograd.Function):
-    """What is saved is what flash attention saves: q, k, v (after the head exchange, or before it where it is repeated
-    in the backward), out and lse."""
+class _GroupsAttention(torch.autograd.Function):
+    """All groups of a microbatch, one behind the other in the order of the plan, forward and backward: the longest
+    way first. One function and not one for each group: autograd would run their backwards in the opposite order.
+
+    Every group's first messages fly while the first group's kernels run; heads have to be traded before that, so groups
+    that trade them start when their turn comes. What is saved is what flash attention saves: q, k, v (after the head
+    exchange, or before it where it is repeated in the backward), out and lse.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, q_TNH: torch.Tensor, k_TKH: torch.Tensor, v_TKH: torch.Tensor, runner: _GroupRunner,
-        started: StartedWalk | None,
+        ctx: Any, q_TNH: torch.Tensor, k_TKH: torch.Tensor, v_TKH: torch.Tensor, runners: tuple[_GroupRunner, ...]
     ) -> torch.Tensor:
-        own = (q_TNH, k_TKH, v_TKH)
-        if runner.heads is not None:
-            q_TNH, k_TKH, v_TKH = runner.heads.gather_qkv(q_TNH, k_TKH, v_TKH)
-        out_TNH, lse_TN = runner.walker.forward(q_TNH, k_TKH, v_TKH, started)
-        ctx.save_for_backward(*(own if runner.regather else (q_TNH, k_TKH, v_TKH)), out_TNH, lse_TN)
-        ctx.runner = runner
-        return runner.heads.scatter_out(out_TNH) if runner.heads is not None else out_TNH
+        parts = list(zip(*(_split(x, runners) for x in (q_TNH, k_TKH, v_TKH)), strict=True))
+        started = [
+            None if runner.heads is not None else runner.walker.start(k, v)
+            for runner, (_, k, v) in zip(runners, parts, strict=True)
+        ]
+        outs, saved = [], []
+        for runner, own, walk in zip(runners, parts, started, strict=True):
+            qkv = own if runner.heads is None else runner.heads.gather_qkv(*own)
+            out_TNH, lse_TN = runner.walker.forward(*qkv, walk)
+            saved += [*(own if runner.regather else qkv), out_TNH, lse_TN]
+            outs.append(out_TNH if runner.heads is None else runner.heads.scatter_out(out_TNH))
+        ctx.save_for_backward(*saved)
+        ctx.runners = runners
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (dout_TNH,) = grad_outputs
-        runner: _GroupRunner = ctx.runner
-        q_TNH, k_TKH, v_TKH, out_TNH, lse_TN = ctx.saved_tensors
-        if runner.heads is not None:
+        runners: tuple[_GroupRunner, ...] = ctx.runners
+        douts = _split(grad_outputs[0].contiguous(), runners)
+        saved = [ctx.saved_tensors[place : place + 5] for place in range(0, 5 * len(runners), 5)]
+        started = [
+            None if runner.heads is not None else runner.walker.start_backward(k, v)
+            for runner, (_, k, v, _, _) in zip(runners, saved, strict=True)
+        ]
+        grads = []
+        for runner, dout, (q, k, v, out, lse), walk in zip(runners, douts, saved, started, strict=True):
+            if runner.heads is None:
+                grads.append(runner.walker.backward(dout, q, k, v, out, lse, walk))
+                continue
             if runner.regather:
-                q_TNH, k_TKH, v_TKH = runner.heads.gather_qkv(q_TNH, k_TKH, v_TKH)
-            dout_TNH = runner.heads.gather_out_grad(dout_TNH)
-        grads = runner.walker.backward(dout_TNH.contiguous(), q_TNH, k_TKH, v_TKH, out_TNH, lse_TN)
-        if runner.heads is not None:
-            grads = runner.heads.scatter_qkv_grads(*grads)
-        return (*grads, None, None)
+                q, k, v = runner.heads.gather_qkv(q, k, v)
+            dout = runner.heads.gather_out_grad(dout)
+            grads.append(runner.heads.scatter_qkv_grads(*runner.walker.backward(dout, q, k, v, out, lse)))
+        if len(grads) == 1:
+            return (*grads[0], None)
+        return (*(torch.cat(of_groups) for of_groups in zip(*grads, strict=True)), None)
+
+
+def _split(x_TXH: torch.Tensor, runners: tuple[_GroupRunner, ...]) -> tuple[torch.Tensor, ...]:
+    """By group: their rows stand one behind the other."""
+    if len(runners) == 1:
+        return (x_TXH,)
+    return x_TXH.split([runner.group.rows[1] - runner.group.rows[0] for runner in runners])

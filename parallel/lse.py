@@ -1,12 +1,15 @@
-"""Partial softmax results and how to merge them.
+"""Partial softmax results and partial gradients, and how to merge them with as few passes over memory as possible.
 
-Shapes: T query rows, N query heads, H head dim. Outputs ``out_TNH``, log-sum-exps ``lse_TN`` (natural log, of the
-scaled scores). Merging is done in at least fp32 whatever the training dtype.
+Shapes: T query rows, N query heads, R key rows, K KV heads, H head dim. Outputs ``out_TNH``, log-sum-exps ``lse_TN``
+(natural log, of the scaled scores). Merging is done in at least fp32 whatever the training dtype. What comes first is
+kept where it covers all rows, so one call over everything costs nothing extra.
 """
 
 from __future__ import annotations
 
 import torch
+
+RowIndex = torch.Tensor | slice
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -20,9 +23,82 @@ def merge_partial(
     """Fold a partial result over more keys into the running one, in place.
 
     softmax over the union of two key sets is the mean of the two outputs weighted by exp(lse): the online softmax of
-    Milakov and Gimelshein (arXiv 1805.02867), applied to whole blocks.
+    Milakov and Gimelshein (arXiv 1805.02867), applied to whole blocks. The weights add up to one, so the mean is an
+    interpolation: one pass over the outputs. A row without keys so far has lse -inf and counts for nothing.
     """
-    merged = torch.logaddexp(lse_TN, part_lse_TN)
-    out_TNH.mul_(torch.exp(lse_TN - merged).unsqueeze(-1))
-    out_TNH.add_(part_TNH.to(out_TNH.dtype) * torch.exp(part_lse_TN - merged).unsqueeze(-1))
-    lse_TN.copy_(merged)
+    weight_TN1 = torch.sigmoid(part_lse_TN - lse_TN).unsqueeze(-1)
+    out_TNH.lerp_(part_TNH.to(out_TNH.dtype), weight_TN1.to(out_TNH.dtype))
+    torch.logaddexp(lse_TN, part_lse_TN, out=lse_TN)
+
+
+class RunningResult:
+    """Output and log-sum-exp of the queries over the keys met so far. Keeps the parts it is given."""
+
+    def __init__(self, q_TNH: torch.Tensor) -> None:
+        self._q_TNH = q_TNH
+        self._result: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def add(self, rows: RowIndex, part_TNH: torch.Tensor, part_lse_TN: torch.Tensor) -> None:
+        """A part for these query rows, each of them once."""
+        if self._result is None and rows == slice(0, self._q_TNH.shape[0]):
+            self._result = part_TNH, part_lse_TN
+            return
+        out_TNH, lse_TN = self._empty(part_lse_TN.dtype) if self._result is None else self._result
+        out_TNH = out_TNH.to(accumulate_dtype(self._q_TNH.dtype))
+        out, lse = out_TNH[rows], lse_TN[rows]
+        merge_partial(out, lse, part_TNH, part_lse_TN)
+        if not isinstance(rows, slice):
+            out_TNH[rows], lse_TN[rows] = out, lse
+        self._result = out_TNH, lse_TN
+
+    def finish(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(out, lse): out in q's dtype or wider; of a row that met no key 0 and -inf."""
+        return self._empty(accumulate_dtype(self._q_TNH.dtype)) if self._result is None else self._result
+
+    def _empty(self, lse_dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        q_TNH = self._q_TNH
+        lse_TN = torch.full(q_TNH.shape[:2], -torch.inf, dtype=lse_dtype, device=q_TNH.device)
+        return torch.zeros_like(q_TNH, dtype=accumulate_dtype(q_TNH.dtype)), lse_TN
+
+
+class RowSum:
+    """Sum of gradients of the rows of a tensor of this shape, in fp32 or wider. Keeps the parts it is given.
+
+    ``like``: has the device, and the dtype that gradients are finally wanted in.
+    """
+
+    def __init__(self, shape: tuple[int, ...], like: torch.Tensor) -> None:
+        self._shape, self._like = shape, like
+        self._total: torch.Tensor | None = None
+
+    @property
+    def total(self) -> torch.Tensor:
+        """The sum so far, to be read or added to."""
+        if self._total is None:
+            self._total = self._like.new_zeros(self._shape, dtype=accumulate_dtype(self._like.dtype))
+        return self._total
+
+    def add(self, rows: RowIndex, part: torch.Tensor) -> None:
+        """A part for these rows, each of them once."""
+        if self._total is None and rows == slice(0, self._shape[0]):
+            self._total = part.to(accumulate_dtype(self._like.dtype))
+        else:
+            add_rows(self.total, rows, part)
+
+    def add_keys_values(self, rows: RowIndex, dk_RKH: torch.Tensor, dv_RKH: torch.Tensor) -> None:
+        """Parts for K and V of these rows of a ``[R, 2, K, H]`` tensor."""
+        if self._total is None and rows == slice(0, self._shape[0]):
+            self._total = self._like.new_empty(self._shape, dtype=accumulate_dtype(self._like.dtype))
+            self._total[:, 0] = dk_RKH
+            self._total[:, 1] = dv_RKH
+        else:
+            add_rows(self.total[:, 0], rows, dk_RKH)
+            add_rows(self.total[:, 1], rows, dv_RKH)
+
+
+def add_rows(total: torch.Tensor, rows: RowIndex, part: torch.Tensor) -> None:
+    """Add to these rows of ``total``, each of them once, in place."""
+    if isinstance(rows, slice):
+        total[rows].add_(part)
+    else:
+        total.index_add_(0, rows, part.to(total.dtype))

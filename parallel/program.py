@@ -318,18 +318,38 @@ def _merge(rows: Iterable[Rows]) -> tuple[Rows, ...]:
 def _kernel_calls(tasks: SequenceOf[Task], own: dict[Span, Rows], held: dict[Span, Rows]) -> tuple[KernelCall, ...]:
     """At most one causal and two full calls. Inside a call no query row appears twice, so results need no merge.
 
-    Tasks of one query over neighbouring keys become one pair, then neighbouring queries over equal keys.
+    Own rows over own rows become as few triangles as there are. Of the rest, tasks of one query over neighbouring keys
+    become one pair, then neighbouring queries over equal keys.
     """
-    triangles = [(own[task.query], own[task.key]) for task in tasks if task.causal]
-    calls = [_call(triangles, causal=True, held=False)] if triangles else []
-    for from_held, rows in ((False, own), (True, held)):
-        pairs = [
-            (own[task.query], rows[task.key])
-            for task in tasks
-            if not task.causal and task.key in rows
-        ]
-        calls.extend(_call(layer, causal=False, held=from_held) for layer in _layers(_coalesce(pairs)))
+    own_keys = _keys_by_query((own[task.query], own[task.key]) for task in tasks if not task.causal and task.key in own)
+    triangles = _triangles(sorted(own[task.query] for task in tasks if task.causal), own_keys)
+    held_keys = _keys_by_query(
+        (own[task.query], held[task.key]) for task in tasks if not task.causal and task.key in held
+    )
+    calls = [_call([(rows, rows) for rows in triangles], causal=True, held=False)] if triangles else []
+    for from_held, keys in ((False, own_keys), (True, held_keys)):
+        calls.extend(_call(layer, causal=False, held=from_held) for layer in _layers(_coalesce(keys)))
     return tuple(calls)
+
+
+def _keys_by_query(pairs: Iterable[tuple[Rows, Rows]]) -> dict[Rows, tuple[Rows, ...]]:
+    found: dict[Rows, list[Rows]] = {}
+    for query, key in pairs:
+        found.setdefault(query, []).append(key)
+    return {query: _merge(sorted(keys)) for query, keys in found.items()}
+
+
+def _triangles(queries: list[Rows], own_keys: dict[Rows, tuple[Rows, ...]]) -> list[Rows]:
+    """Causal calls of these rows. Rows right behind others that they see in full make one larger triangle with them (a
+    document's two zigzag chunks always do): such pairs are taken out of ``own_keys``."""
+    triangles: list[Rows] = []
+    for start, stop in queries:
+        if triangles and own_keys.get((start, stop)) == ((triangles[-1][0], start),):
+            del own_keys[start, stop]
+            triangles[-1] = (triangles[-1][0], stop)
+        else:
+            triangles.append((start, stop))
+    return triangles
 
 
 def _call(pairs: list[tuple[Rows, Rows]], *, causal: bool, held: bool) -> KernelCall:
@@ -337,13 +357,9 @@ def _call(pairs: list[tuple[Rows, Rows]], *, causal: bool, held: bool) -> Kernel
     return KernelCall(causal=causal, held=held, query_rows=queries, key_rows=keys)
 
 
-def _coalesce(pairs: list[tuple[Rows, Rows]]) -> list[tuple[Rows, Rows]]:
-    by_query: dict[Rows, list[Rows]] = {}
-    for query, key in pairs:
-        by_query.setdefault(query, []).append(key)
-    flat = [(query, key) for query, keys in by_query.items() for key in _merge(sorted(keys))]
+def _coalesce(keys: dict[Rows, tuple[Rows, ...]]) -> list[tuple[Rows, Rows]]:
     merged: list[tuple[Rows, Rows]] = []
-    for query, key in flat:
+    for query, key in ((query, key) for query, runs in keys.items() for key in runs):
         if merged and merged[-1][1] == key and merged[-1][0][1] == query[0]:
             merged[-1] = ((merged[-1][0][0], query[1]), key)
         else:

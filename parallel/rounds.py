@@ -14,7 +14,7 @@ import torch
 
 from parallel.comm import Exchange, Message, Pending
 from parallel.kernel import AttentionKernel, Pairs
-from parallel.lse import accumulate_dtype, merge_partial
+from parallel.lse import RowIndex, RowSum, RunningResult, accumulate_dtype
 from parallel.program import GroupProgram, KernelCall, PeerRows, RankRound
 
 
@@ -57,8 +57,8 @@ class _Traffic:
         self._flights: dict[int, list[_Flight]] = {}
 
     def post(
-        self, number: int, own: torch.Tensor, held: torch.Tensor | None, grad: torch.Tensor | None,
-        held_grad: torch.Tensor | None,
+        self, number: int, own: torch.Tensor, held: torch.Tensor | None, grad: RowSum | None = None,
+        held_grad: RowSum | None = None,
     ) -> None:
         """Start everything that is posted while round ``number`` runs. ``own``, ``held``: K/V of own rows and of this
         round's held rows; ``grad``, ``held_grad``: gradients of own rows and of the previous round's held rows."""
@@ -69,9 +69,13 @@ class _Traffic:
                 receives += _incoming(departure.receives, self._buffer(departure.wait_after + 1, own))
             grads: tuple[tuple[PeerRows, torch.Tensor], ...] = ()
             if grad is not None:
-                sends += _outgoing(departure.grad_sends, grad, held_grad)
+                if departure.grad_sends:
+                    leaving = None if held_grad is None else held_grad.total
+                    sends += _outgoing(departure.grad_sends, grad.total, leaving)
+                wide = accumulate_dtype(own.dtype)
                 grads = tuple(
-                    (peer, grad.new_empty((peer.num_rows, *grad.shape[1:]))) for peer in departure.grad_receives
+                    (peer, own.new_empty((peer.num_rows, *own.shape[1:]), dtype=wide))
+                    for peer in departure.grad_receives
                 )
                 receives += [Message(peer.rank, buffer) for peer, buffer in grads]
             pending = self._wire.post(sends, receives, f"{self._what}, round {number}")
@@ -99,10 +103,11 @@ class _Traffic:
 
 @dataclass(frozen=True, slots=True)
 class StartedWalk:
-    """A forward whose first messages are on their way."""
+    """A forward or backward whose first messages are on their way. ``dkv``: the backward's, of own rows."""
 
     traffic: _Traffic
     kv_T2KH: torch.Tensor | None
+    dkv: RowSum | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,13 +122,12 @@ class RoundWalker:
     scale: float
 
     def start(self, k_TKH: torch.Tensor, v_TKH: torch.Tensor) -> StartedWalk:
-        """Post the forward's first messages. Between other groups' ``start`` and ``forward``, ranks must agree on the
-        order."""
+        """Post the forward's first messages. All ranks must start and run their groups in one order."""
         traffic = _Traffic(self.forward_rounds, self.wire, self._what)
         if len(self.forward_rounds) == 1:
             return StartedWalk(traffic, None)
         kv_T2KH = torch.stack((k_TKH.detach(), v_TKH.detach()), dim=1)
-        traffic.post(0, kv_T2KH, None, None, None)
+        traffic.post(0, kv_T2KH, None)
         return StartedWalk(traffic, kv_T2KH)
 
     def forward(
@@ -133,78 +137,67 @@ class RoundWalker:
         ``started``: by ``start`` with the same K and V, else it is now."""
         started = self.start(k_TKH, v_TKH) if started is None else started
         traffic, kv_T2KH = started.traffic, started.kv_T2KH
-        result = _PartialResult(q_TNH)
+        result = RunningResult(q_TNH)
         held = None
         for number, step in enumerate(self.forward_rounds):
             if kv_T2KH is not None and number:
-                traffic.post(number, kv_T2KH, held, None, None)
+                traffic.post(number, kv_T2KH, held)
             for call, pairs in step.pairs:
                 keys, values = (held[:, 0], held[:, 1]) if call.held and held is not None else (k_TKH, v_TKH)
-                result.add(pairs, *self.kernel.forward(q_TNH, keys, values, pairs, self.scale))
+                result.add(pairs.query_index, *self.kernel.forward(q_TNH, keys, values, pairs, self.scale))
             traffic.finish(number)
             held = traffic.held(number + 1)
-        return result.finish()
+        out_TNH, lse_TN = result.finish()
+        return out_TNH.to(q_TNH.dtype), lse_TN
+
+    def start_backward(self, k_TKH: torch.Tensor, v_TKH: torch.Tensor) -> StartedWalk:
+        """Post the backward's first messages, as ``start`` does the forward's."""
+        traffic = _Traffic(self.backward_rounds, self.wire, self._what)
+        dkv = RowSum((k_TKH.shape[0], 2, *k_TKH.shape[1:]), k_TKH)
+        if len(self.backward_rounds) == 1:
+            return StartedWalk(traffic, None, dkv)
+        kv_T2KH = torch.stack((k_TKH, v_TKH), dim=1)
+        traffic.post(0, kv_T2KH, None, dkv)
+        return StartedWalk(traffic, kv_T2KH, dkv)
 
     def backward(
         self, dout_TNH: torch.Tensor, q_TNH: torch.Tensor, k_TKH: torch.Tensor, v_TKH: torch.Tensor,
-        out_TNH: torch.Tensor, lse_TN: torch.Tensor,
+        out_TNH: torch.Tensor, lse_TN: torch.Tensor, started: StartedWalk | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Gradients of own q, k and v. K/V are fetched again; partial dK/dV go home along the backward rounds."""
+        """Gradients of own q, k and v. K/V are fetched again; partial dK/dV go home along the backward rounds.
+        ``started``: by ``start_backward`` with the same K and V, else it is now."""
         rounds = self.backward_rounds
-        traffic = _Traffic(rounds, self.wire, self._what)
-        wide = accumulate_dtype(q_TNH.dtype)
-        kv_T2KH = torch.stack((k_TKH, v_TKH), dim=1) if len(rounds) > 1 else None
-        dq = torch.zeros_like(q_TNH, dtype=wide)
-        dkv = torch.zeros((k_TKH.shape[0], 2, *k_TKH.shape[1:]), dtype=wide, device=k_TKH.device)
-        held, leaving = None, None
+        started = self.start_backward(k_TKH, v_TKH) if started is None else started
+        traffic, kv_T2KH, dkv = started.traffic, started.kv_T2KH, started.dkv
+        assert dkv is not None, "start_backward makes it"
+        dq = RowSum(q_TNH.shape, q_TNH)
+        held: torch.Tensor | None = None
+        leaving: RowSum | None = None
         for number, step in enumerate(rounds):
-            dheld = dkv.new_zeros((step.plan.num_held, *dkv.shape[1:]))
-            if kv_T2KH is not None:
+            if kv_T2KH is not None and number:
                 traffic.post(number, kv_T2KH, held, dkv, leaving)
+            from_held: list[tuple[RowIndex, torch.Tensor, torch.Tensor]] = []
             for call, pairs in step.pairs:
                 remote = call.held and held is not None
                 keys, values = (held[:, 0], held[:, 1]) if remote and held is not None else (k_TKH, v_TKH)
                 grads = self.kernel.backward(dout_TNH, q_TNH, keys, values, out_TNH, lse_TN, pairs, self.scale)
-                _accumulate(dq, pairs.query_index, grads[0])
-                _accumulate((dheld if remote else dkv)[:, 0], pairs.key_index, grads[1])
-                _accumulate((dheld if remote else dkv)[:, 1], pairs.key_index, grads[2])
+                dq.add(pairs.query_index, grads[0])
+                if remote:
+                    from_held.append((pairs.key_index, grads[1], grads[2]))
+                else:
+                    dkv.add_keys_values(pairs.key_index, grads[1], grads[2])
+            # what arrived comes first: it mostly covers all held rows, and then is what the rest is added to
+            leaving = RowSum((step.plan.num_held, 2, *k_TKH.shape[1:]), k_TKH)
             for peer, buffer in traffic.finish(number):
-                _add_rows(dheld if peer.held else dkv, peer, buffer)
-            held, leaving = traffic.held(number + 1), dheld
-        return dq.to(q_TNH.dtype), dkv[:, 0].to(k_TKH.dtype), dkv[:, 1].to(v_TKH.dtype)
+                _add_message(leaving if peer.held else dkv, peer, buffer)
+            for rows, dk, dv in from_held:
+                leaving.add_keys_values(rows, dk, dv)
+            held = traffic.held(number + 1)
+        return dq.total.to(q_TNH.dtype), dkv.total[:, 0].to(k_TKH.dtype), dkv.total[:, 1].to(v_TKH.dtype)
 
     @property
     def _what(self) -> str:
         return f"{self.group.kind} attention of group {self.group.ranks}"
-
-
-class _PartialResult:
-    """Running output of own queries. One call that covers all rows is passed through untouched."""
-
-    def __init__(self, q_TNH: torch.Tensor) -> None:
-        self._q_TNH = q_TNH
-        self._out: torch.Tensor | None = None
-        self._lse: torch.Tensor | None = None
-
-    def add(self, pairs: Pairs, part_TNH: torch.Tensor, part_lse_TN: torch.Tensor) -> None:
-        rows = pairs.query_index
-        wide = accumulate_dtype(self._q_TNH.dtype)
-        if self._out is None or self._lse is None:
-            if rows == slice(0, self._q_TNH.shape[0]):
-                self._out, self._lse = part_TNH, part_lse_TN
-                return
-            self._out = torch.zeros_like(self._q_TNH, dtype=wide)
-            self._lse = torch.full(self._q_TNH.shape[:2], -torch.inf, dtype=part_lse_TN.dtype, device=part_TNH.device)
-        self._out = self._out.to(wide)
-        out, lse = self._out[rows], self._lse[rows]
-        merge_partial(out, lse, part_TNH, part_lse_TN)
-        if not isinstance(rows, slice):
-            self._out[rows], self._lse[rows] = out, lse
-
-    def finish(self) -> tuple[torch.Tensor, torch.Tensor]:
-        if self._out is None or self._lse is None:  # a rank without rows still passes K/V on
-            return torch.zeros_like(self._q_TNH), self._q_TNH.new_zeros(self._q_TNH.shape[:2])
-        return self._out.to(self._q_TNH.dtype), self._lse
 
 
 def _outgoing(peers: tuple[PeerRows, ...], own: torch.Tensor, held: torch.Tensor | None) -> list[Message]:
@@ -221,15 +214,8 @@ def _incoming(peers: tuple[PeerRows, ...], buffer: torch.Tensor) -> list[Message
     return [Message(peer.rank, buffer[peer.rows[0][0] : peer.rows[0][1]]) for peer in peers]
 
 
-def _accumulate(total: torch.Tensor, rows: torch.Tensor | slice, part: torch.Tensor) -> None:
-    if isinstance(rows, slice):
-        total[rows] += part
-    else:
-        total.index_add_(0, rows, part.to(total.dtype))
-
-
-def _add_rows(total: torch.Tensor, peer: PeerRows, part: torch.Tensor) -> None:
+def _add_message(total: RowSum, peer: PeerRows, part: torch.Tensor) -> None:
     offset = 0
     for start, stop in peer.rows:
-        total[start:stop] += part[offset : offset + stop - start]
+        total.add(slice(start, stop), part[offset : offset + stop - start])
         offset += stop - start

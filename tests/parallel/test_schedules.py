@@ -246,10 +246,14 @@ class Recorder:
     name = "recorder"
 
     def __init__(self):
-        self.events = []
+        self.forget()
+
+    def forget(self):
+        self.events, self.posted, self.kernel_rows = [], [], []
 
     def post(self, sends, receives, what):
         self.events.append("post")
+        self.posted.append(what)
         return self
 
     def wait(self):
@@ -258,10 +262,12 @@ class Recorder:
     def forward(self, q, k, v, pairs, scale):
         self.events.append("kernel")
         rows = sum(stop - start for start, stop in pairs.query_rows)
+        self.kernel_rows.append(rows)
         return torch.zeros(rows, *q.shape[1:]), torch.zeros(rows, q.shape[1])
 
     def backward(self, dout, q, k, v, out, lse, pairs, scale):
         self.events.append("kernel")
+        self.kernel_rows.append(sum(stop - start for start, stop in pairs.query_rows))
         return torch.zeros_like(q[pairs.query_index]), *(torch.zeros_like(k[pairs.key_index]) for _ in range(2))
 
 
@@ -284,8 +290,9 @@ def test_next_rounds_messages_are_posted_before_this_rounds_kernels(walk):
         assert events.split() == ["post", "kernel"], recorder.events
 
 
-def test_every_groups_first_messages_leave_before_the_first_groups_kernels():
-    """Cluster ring, node ring, local: what takes longest on the wire is posted first."""
+@pytest.mark.parametrize("walk", ["forward", "backward"])
+def test_every_groups_first_messages_leave_before_the_first_groups_kernels(walk):
+    """Cluster ring, node ring, local, forward and backward: what takes longest on the wire is posted first."""
     groups = [
         AttentionGroup(kind=AttentionKind.RING, ranks=(0, 1, 2, 3), sequences=(0,)),
         AttentionGroup(kind=AttentionKind.RING, ranks=(0, 1), sequences=(1,)),
@@ -295,10 +302,16 @@ def test_every_groups_first_messages_leave_before_the_first_groups_kernels():
     recorder = Recorder()
     engine = AttentionEngine(recorder, recorder, CPU)
     attention = engine.bind(microbatch, num_query_heads=2, num_kv_heads=1, head_dim=4)
-    rows = microbatch.num_rows
-    attention(torch.zeros(rows, 2, 4), torch.zeros(rows, 1, 4), torch.zeros(rows, 1, 4))
+    q, k, v = (torch.zeros(microbatch.num_rows, heads, 4, requires_grad=True) for heads in (2, 1, 1))
+    out = attention(q, k, v)
+    if walk == "backward":
+        recorder.forget()
+        out.sum().backward()
     assert recorder.events[:3] == ["post", "post", "kernel"]
-    assert recorder.events.count("post") == recorder.events.count("wait") == 4
+    cluster, node = ("(0, 1, 2, 3)", "(0, 1)")
+    assert [cluster in recorder.posted[0], node in recorder.posted[1]] == [True, True], recorder.posted
+    assert recorder.kernel_rows[0] == 16 and recorder.kernel_rows[-1] == 8  # the cluster ring's first, local last
+    assert recorder.events.count("post") == recorder.events.count("wait") == (4 if walk == "forward" else 7)
 
 
 class Flight:
