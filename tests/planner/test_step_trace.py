@@ -12,14 +12,14 @@ from planner.step_planner import plan_step
 from planner.step_trace import MEASURED, PREDICTED, step_trace
 from tests.planner.executed import cost_here, executed_on, make_plan, slower
 from tests.planner.step_cases import RING, ULYSSES, make_limits
-from tests.planner.trace_rules import check_trace
+from tests.planner.trace_rules import check_trace, place_of
 
 GRID_US = 0.13
 """Times lie on a grid of 1/8 us."""
 
 
 def slices(trace, process):
-    return [event for event in trace["traceEvents"] if event["ph"] == "X" and event["pid"] == process]
+    return [event for event in trace["traceEvents"] if event["ph"] == "X" and place_of(event)[0] == process]
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -30,7 +30,7 @@ def test_both_sides_are_there_and_start_together(seed):
     wanted = {(index, rank) for index, microbatch in enumerate(plan.microbatches) for rank in microbatch.ranks}
     for process, factor in ((PREDICTED, 1.0), (MEASURED, 1.5)):
         found = [event for event in slices(trace, process) if event["cat"] == "microbatch"]
-        assert {(event["args"]["microbatch"], event["tid"]) for event in found} == wanted
+        assert {(event["args"]["microbatch"], place_of(event)[1]) for event in found} == wanted
         for event in found:
             start_s, stop_s = planned_times(plan)[event["args"]["microbatch"]]
             assert event["ts"] == pytest.approx(zero_us + 1e6 * factor * start_s, abs=GRID_US)
@@ -44,7 +44,7 @@ def test_no_lane_overlaps_and_passes_lie_in_their_microbatch():
     events = slices(step_trace(plan, measured), MEASURED)
     assert min(event["ts"] for event in events) == 0
     for rank in range(plan.num_ranks):
-        mine = [event for event in events if event["tid"] == rank]
+        mine = [event for event in events if place_of(event)[1] == rank]
         outer = sorted((event for event in mine if event["cat"] != "pass"), key=lambda event: event["ts"])
         for before, after in zip(outer, outer[1:], strict=False):
             assert after["ts"] >= before["ts"] + before["dur"] - 1e-3
@@ -88,6 +88,6 @@ def test_pipeline_stages_show_forward_and_backward_apart():
     assert len(plan.microbatches) > 1
     for index, microbatch in enumerate(plan.microbatches):
         mine = [event for event in work if event["args"]["microbatch"] == index]
-        assert sorted(event["tid"] for event in mine) == sorted([*microbatch.ranks] * 2)
+        assert sorted(place_of(event)[1] for event in mine) == sorted([*microbatch.ranks] * 2)
         names = {event["name"].rpartition(", ")[2] for event in mine}
         assert names == {"forward", "backward"}

@@ -17,7 +17,7 @@ from planner.simulate import simulate
 from planner.specs import load_cluster, load_model
 from planner.step_planner import plan_step
 from tests.planner.step_cases import RING, ULYSSES, make_cost, make_limits
-from tests.planner.trace_rules import check_trace
+from tests.planner.trace_rules import check_trace, place_of
 
 NUM_RANKS = 12
 
@@ -42,8 +42,9 @@ def test_no_rank_overlaps_and_all_work_is_there(strategy: str) -> None:
     events = [event for event in trace["traceEvents"] if event["ph"] == "X"]
     by_rank: dict[int, list[dict]] = {}
     for event in events:
-        assert event["pid"] == event["tid"] // 8, "one process a node"
-        by_rank.setdefault(event["tid"], []).append(event)
+        process, rank = place_of(event)
+        assert process == rank // 8, "one process a node"
+        by_rank.setdefault(rank, []).append(event)
     assert sorted(by_rank) == list(range(NUM_RANKS))
     for rank, mine in by_rank.items():
         mine.sort(key=lambda event: event["ts"])
@@ -62,10 +63,10 @@ def test_events_say_what_they_are() -> None:
     assert {"node 0", "node 1", "rank 0", "rank 11"} <= names and "node 2" not in names
     first = step.plan.microbatches[0]
     mine = [event for event in trace["traceEvents"] if event["args"].get("microbatch") == 0]
-    assert sorted(event["tid"] for event in mine) == sorted(first.ranks)
+    assert sorted(place_of(event)[1] for event in mine) == sorted(first.ranks)
     lengths = [step.plan.sequences[index].num_tokens for group in first.groups for index in group.sequences]
     for event in mine:
-        group = next(group for group in first.groups if event["tid"] in group.ranks)
+        group = next(group for group in first.groups if place_of(event)[1] in group.ranks)
         assert event["name"] == ("local" if group.degree == 1 else f"{group.kind} {group.degree}")
         assert event["args"]["num_tokens"] == sum(lengths) and event["args"]["longest_tokens"] == max(lengths)
         assert event["args"]["peak_bytes"] == first.peak_bytes and event["args"]["num_sequences"] == len(lengths)
@@ -92,7 +93,7 @@ def test_lanes_of_the_replay(strategy: str) -> None:
     names = {event["pid"]: event["args"]["name"] for event in trace["traceEvents"] if event["name"] == "process_name"}
     lanes: dict[tuple[str, str], list[dict]] = {}
     for event in events:
-        lanes.setdefault((names[event["pid"]], LANES[event["tid"]]), []).append(event)
+        lanes.setdefault((names[event["pid"]], LANES[place_of(event)[1]]), []).append(event)
     assert {rank for rank, _ in lanes} == {f"replay of rank {rank}" for rank in range(NUM_RANKS)}
     assert {lane for _, lane in lanes} == {"compute", "exchange", "nic"}
     for mine in lanes.values():
