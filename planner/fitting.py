@@ -10,6 +10,8 @@ import numpy as np
 from planner.cost import TimeFit
 from planner.plan import AttentionKind
 
+_NUM_OWN = 3
+"""Prices beside s_per_token2: for a token, for a sequence, fixed."""
 _MOST_TURNS = 3
 """Times each coefficient may be freed before the fit is taken as it is: rounding alone can make it go round."""
 
@@ -44,31 +46,40 @@ def fit_group_times(samples: SequenceOf[GroupSample]) -> tuple[tuple[TimeFit, ..
     Least squares of the relative error with non-negative coefficients: a millisecond counts the same share of a short
     microbatch as a second of a long one, and no sequence may have a negative price.
 
-    The attention of a group is the same work whatever its degree, and its ranks share it evenly: ``s_per_token2`` is
-    one number over the degree, fitted jointly. Local and ulysses have the number in common (the same kernel on whole
-    sequences, fewer heads), every other kind has its own (it cuts sequences). Fitted one by one, a handful of noisy
-    samples makes some degree look cheap on long sequences, and the planner would pick just that one.
+    What is the same work is one number, fitted jointly, and what a shape pays on top is its own and at least 0:
+
+    - ``s_per_token2``: the attention of a group is shared evenly by its ranks: one number over the degree. Local and
+      ulysses have it in common (the same kernel on whole sequences, fewer heads), every other kind has its own (it cuts
+      sequences).
+    - ``s_per_token``: the token-wise layers, shared evenly: one number of all shapes over the degree; and the messages.
+    - ``s_per_sequence`` and ``fixed_s``: what a rank alone pays; and messages and kernel calls beyond that.
+
+    Fitted one by one, a handful of noisy samples makes some shape look cheaper than its work, and a planner picks just
+    that one, again and again.
     """
     shapes = tuple(dict.fromkeys((sample.kind, sample.degree) for sample in samples))
     kernels = tuple(dict.fromkeys(_kernel(kind) for kind, _ in shapes))
-    num_own = 3
+    num_common = len(kernels) + _NUM_OWN
     rows = []
     for sample in samples:
-        token2, *own = group_features(sample.lengths)
-        row = [0.0] * (len(kernels) + num_own * len(shapes))
-        row[kernels.index(_kernel(sample.kind))] = token2 / sample.degree
-        first = len(kernels) + num_own * shapes.index((sample.kind, sample.degree))
-        row[first : first + num_own] = own
+        place, share = shapes.index((sample.kind, sample.degree)), 1 / sample.degree
+        token2, token, count, fixed = group_features(sample.lengths)
+        row = [0.0] * (num_common + _NUM_OWN * len(shapes))
+        row[kernels.index(_kernel(sample.kind))] = token2 * share
+        row[len(kernels) : num_common] = token * share, count, fixed
+        if sample.degree > 1:
+            first = num_common + _NUM_OWN * place
+            row[first : first + _NUM_OWN] = token, count, fixed
         rows.append(row)
     seconds = [sample.seconds for sample in samples]
     prices = non_negative_fit(rows, seconds)
     fits = []
     for place, (kind, degree) in enumerate(shapes):
-        first = len(kernels) + num_own * place
-        linear, count, fixed = prices[first : first + num_own]
+        first = num_common + _NUM_OWN * place
+        common, own = prices[len(kernels) : num_common], prices[first : first + _NUM_OWN]
         fits.append(TimeFit(
-            kind=kind, degree=degree, s_per_token2=prices[kernels.index(_kernel(kind))] / degree, s_per_token=linear,
-            s_per_sequence=count, fixed_s=fixed,
+            kind=kind, degree=degree, s_per_token2=prices[kernels.index(_kernel(kind))] / degree,
+            s_per_token=common[0] / degree + own[0], s_per_sequence=common[1] + own[1], fixed_s=common[2] + own[2],
         ))
     predicted = [sum(price * amount for price, amount in zip(prices, row, strict=True)) for row in rows]
     return tuple(fits), tuple(ours / true - 1 for ours, true in zip(predicted, seconds, strict=True))

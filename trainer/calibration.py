@@ -39,15 +39,14 @@ from trainer.chunked_step import run_chunked
 from trainer.machine_samples import measure_operations
 from trainer.step import ReadSpans, Runtime, bind_attention, run_alone, run_empty_microbatch, train_step
 
-CALIBRATION_VERSION = 4
+CALIBRATION_VERSION = 5
 """Goes up with every change of what is measured or how it is fitted: older stored results are then measured again."""
-_REPEAT_S = 0.4
-"""A length set is repeated until this much time is measured, but at least twice and at most four times."""
-_LEAST_REPEATS = 2
-_MOST_REPEATS = 4
+_SHORT_S = 0.1
+"""A microbatch shorter than this runs twice in each sweep."""
+_LEAST_SWEEPS = 2
+_MOST_SWEEPS = 5
 _BUDGET_S = 18.0
-"""For all shapes together; each gets an equal part, and at least its first four length sets."""
-_LEAST_SETS = 4
+"""For all timed sweeps together; at least two are made."""
 _EMPTY_STEPS = 5
 _FULL_SHARE = 4
 """Memory is fitted on the sets with at least 1/4 of the most tokens: with few tokens, what the allocator and lazily
@@ -74,27 +73,21 @@ class Calibration:
 
 
 def calibrate(
-    runtime: Runtime, shapes: tuple[MeasuredShape, ...], *, max_length: int, machine: str
+    runtime: Runtime, shapes: tuple[MeasuredShape, ...], *, max_length: int, machine: str, node_size: int | None = None
 ) -> Calibration:
     """Measure every one of ``shapes`` and fit. Collective; weights are unchanged afterwards, and optimizer
-    state is empty: call it before training or loading. Sequences go up to ``max_length`` as far as the time budget
-    (a few seconds for each shape) allows."""
+    state is empty: call it before training or loading. Sequences go up to ``max_length``. ``node_size``: consecutive
+    data ranks that share a node (None: all); groups are measured where planners put them, within nodes if they fit."""
     operations = measure_operations(runtime, max_length=max_length)
-    samples: list[GroupSample] = []
-    memory: list[tuple[int, int]] = []
+    cases = [
+        _Case(shape, lengths, node_size) for shape in shapes for lengths in length_design(max_length, shape.degree)
+    ]
     with sharded_step(runtime.model, runtime.sharding, lambda: run_empty_microbatch(runtime)):
         _reset_peak(runtime)
         run_empty_microbatch(runtime)
         empty_bytes = _highest(runtime, runtime.peak.read_bytes())
-        for shape in shapes:
-            spent_s = 0.0
-            for number, lengths in enumerate(length_design(max_length, shape.degree)):
-                if number >= _LEAST_SETS and spent_s > _BUDGET_S / len(shapes):
-                    break
-                sample, wall_s, peak_bytes = _measure_group(runtime, shape, lengths, warm_up=number == 0)
-                samples.append(sample)
-                spent_s += wall_s
-                memory.append((-(-sum(lengths) // shape.degree), peak_bytes))
+        memory = [(case.local_tokens, _peak_bytes(runtime, case)) for case in cases]
+        samples = _timed_sweeps(runtime, cases)
     runtime.optimizer.zero_grad()
     step_fixed_s, fixed_bytes = _measure_empty_step(runtime)
     fits, errors = fit_group_times(samples)
@@ -144,33 +137,71 @@ def bytes_per_token(peaks: SequenceOf[tuple[int, int]], empty_bytes: int) -> flo
     return max(1.0, *((peak - empty_bytes) / tokens for tokens, peak in full))
 
 
-def _measure_group(
-    runtime: Runtime, shape: MeasuredShape, lengths: tuple[int, ...], *, warm_up: bool
-) -> tuple[GroupSample, float, int]:
-    """The sample, the wall seconds spent on it, and the highest peak of any rank (bytes). Of two repeats the quicker
-    one counts: what another process did to the machine meanwhile is no property of the plan."""
-    plan = design_plan(runtime.mesh.data_size, shape, lengths, runtime.sharding)
-    (microbatch,) = compile_rank_program(plan, runtime.mesh.data_rank).microbatches or (None,)
-    start_s = time.perf_counter()
-    times: list[float] = []
+@dataclass(frozen=True, slots=True)
+class _Case:
+    """One length set of one shape."""
+
+    shape: MeasuredShape
+    lengths: tuple[int, ...]
+    node_size: int | None
+
+    @property
+    def local_tokens(self) -> int:
+        return -(-sum(self.lengths) // self.shape.degree)
+
+    def microbatch(self, runtime: Runtime) -> RankMicrobatch | None:
+        """This rank's; None where no group has it."""
+        plan = design_plan(
+            runtime.mesh.data_size, self.shape, self.lengths, runtime.sharding, node_size=self.node_size
+        )
+        (microbatch,) = compile_rank_program(plan, runtime.mesh.data_rank).microbatches or (None,)
+        return microbatch
+
+
+def _peak_bytes(runtime: Runtime, case: _Case) -> int:
+    """The highest peak of any rank. The case's first run: it loads code and makes buffers, so its time says nothing."""
     _reset_peak(runtime)
-    for repeat in range(_MOST_REPEATS + warm_up):
-        comm.barrier(runtime.mesh.control_group)
-        began_s = time.perf_counter()
-        if microbatch is None:
-            run_empty_microbatch(runtime)  # zero3 needs every rank
-        else:
-            _run_microbatch(runtime, microbatch)
-        if runtime.mesh.device.type == "cuda":
-            torch.cuda.synchronize(runtime.mesh.device)
-        seconds = _slowest(runtime, time.perf_counter() - began_s)
-        if repeat >= warm_up:
-            times.append(seconds)
-        if len(times) >= _LEAST_REPEATS and sum(times) >= _REPEAT_S:
+    _run_case(runtime, case.microbatch(runtime))
+    return _highest(runtime, runtime.peak.read_bytes())
+
+
+def _timed_sweeps(runtime: Runtime, cases: SequenceOf[_Case]) -> list[GroupSample]:
+    """A sample of every case, from several sweeps over all of them: its median over the sweeps, the quicker of an even
+    number. What another process does to the machine for some seconds then hits each case once, and not one of them
+    every time, which would make its shape look dear and the others cheap."""
+    microbatches = [case.microbatch(runtime) for case in cases]
+    times: list[list[float]] = [[] for _ in cases]
+    spent_s = 0.0
+    for sweep in range(_MOST_SWEEPS):
+        if sweep >= _LEAST_SWEEPS and spent_s * (sweep + 1) / sweep > _BUDGET_S:
             break
-    peak_bytes = _highest(runtime, runtime.peak.read_bytes())
-    sample = GroupSample(kind=shape.kind, degree=shape.degree, lengths=lengths, seconds=statistics.median_low(times))
-    return sample, _slowest(runtime, time.perf_counter() - start_s), peak_bytes
+        for microbatch, found in zip(microbatches, times, strict=True):
+            seconds = _run_case(runtime, microbatch)
+            spent_s += seconds
+            if seconds < _SHORT_S:
+                again_s = _run_case(runtime, microbatch)
+                spent_s += again_s
+                seconds = min(seconds, again_s)
+            found.append(seconds)
+    return [
+        GroupSample(
+            kind=case.shape.kind, degree=case.shape.degree, lengths=case.lengths, seconds=statistics.median_low(found)
+        )
+        for case, found in zip(cases, times, strict=True)
+    ]
+
+
+def _run_case(runtime: Runtime, microbatch: RankMicrobatch | None) -> float:
+    """Seconds of the slowest rank, from a barrier on; the same on every rank."""
+    comm.barrier(runtime.mesh.control_group)
+    start_s = time.perf_counter()
+    if microbatch is None:
+        run_empty_microbatch(runtime)  # zero3 needs every rank
+    else:
+        _run_microbatch(runtime, microbatch)
+    if runtime.mesh.device.type == "cuda":
+        torch.cuda.synchronize(runtime.mesh.device)
+    return _slowest(runtime, time.perf_counter() - start_s)
 
 
 def _run_microbatch(runtime: Runtime, microbatch: RankMicrobatch) -> None:
@@ -188,12 +219,14 @@ def _run_microbatch(runtime: Runtime, microbatch: RankMicrobatch) -> None:
 
 
 def design_plan(
-    num_ranks: int, shape: MeasuredShape, lengths: tuple[int, ...], sharding: Sharding = Sharding.GATHER_ONCE
+    num_ranks: int, shape: MeasuredShape, lengths: tuple[int, ...], sharding: Sharding = Sharding.GATHER_ONCE, *,
+    node_size: int | None = None,
 ) -> StepPlan:
-    """As many equal groups side by side as fit, each with its own copy of the sequences; left-over ranks idle."""
+    """As many equal groups side by side as fit, each with its own copy of the sequences; left-over ranks idle. A group
+    that fits within a node (``node_size`` consecutive ranks; None: all) lies within one, others begin with a node."""
     groups = []
     sequences: list[Sequence] = []
-    for first in range(0, num_ranks - shape.degree + 1, shape.degree):
+    for first in first_ranks(num_ranks, shape.degree, num_ranks if node_size is None else min(node_size, num_ranks)):
         numbers = tuple(range(len(sequences), len(sequences) + len(lengths)))
         sequences += [Sequence(number, size) for number, size in zip(numbers, lengths, strict=True)]
         ranks = tuple(range(first, first + shape.degree))
@@ -207,6 +240,17 @@ def design_plan(
     return StepPlan(
         step=0, strategy="calibrate", num_ranks=num_ranks, sequences=tuple(sequences), microbatches=microbatches,
         sharding=sharding, predicted_s=0.0, peak_bytes=0, cost_digest="", solver=report,
+    )
+
+
+def first_ranks(num_ranks: int, degree: int, node_size: int) -> tuple[int, ...]:
+    """Where groups of this degree begin that lie side by side."""
+    if degree > node_size:
+        return tuple(range(0, num_ranks - degree + 1, -(-degree // node_size) * node_size))
+    nodes = range(0, num_ranks, node_size)
+    return tuple(
+        first for node in nodes
+        for first in range(node, min(node + node_size, num_ranks) - degree + 1, degree)
     )
 
 

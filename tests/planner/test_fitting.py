@@ -102,6 +102,16 @@ def test_attention_costs_the_same_whatever_the_degree():
     assert whole[AttentionKind.RING, 2] == pytest.approx(whole[AttentionKind.RING, 4]) != pytest.approx(local)
 
 
+def test_no_shape_is_cheaper_than_its_share_of_the_work():
+    """Whatever the noise: ranks share attention and token-wise layers, and what they do together comes on top."""
+    for seed in range(20):
+        fits, _ = fit_group_times(noisy_samples(np.random.default_rng(seed), 0.3))
+        local = fits[0]
+        for fit in fits[1:]:
+            assert fit.s_per_token * fit.degree >= local.s_per_token * (1 - 1e-12)
+            assert fit.s_per_sequence >= local.s_per_sequence and fit.fixed_s >= local.fixed_s
+
+
 def test_noise_makes_fewer_shapes_look_cheap_than_fits_one_by_one():
     """What hurts is the shape a planner would pick: the one that noise made cheapest for the longest sequences."""
     draw = np.random.default_rng(1)
