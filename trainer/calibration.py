@@ -86,7 +86,8 @@ def calibrate(
         _reset_peak(runtime)
         run_empty_microbatch(runtime)
         empty_bytes = _highest(runtime, runtime.peak.read_bytes())
-        memory = [(case.local_tokens, _peak_bytes(runtime, case)) for case in cases]
+        largest = [max((case for case in cases if case.shape == shape), key=_local_tokens) for shape in shapes]
+        memory = [(_local_tokens(case), _peak_bytes(runtime, case)) for case in largest]
         samples = _timed_sweeps(runtime, cases)
     runtime.optimizer.zero_grad()
     step_fixed_s, fixed_bytes = _measure_empty_step(runtime)
@@ -113,20 +114,21 @@ def calibrate(
 
 
 def length_design(max_length: int, degree: int) -> tuple[tuple[int, ...], ...]:
-    """Length sets of one group that tell s^2, s, count and fixed cost apart, the most telling ones first.
+    """Length sets of one group that tell s^2, s, count and fixed cost apart.
 
-    One set more than coefficients, so that the error of the fit says something. Groups of less than four stop at half
-    of ``max_length``: two short looks at the quadratic part are worth more than one long one, and cost less.
+    The joint fit has fewer unknowns than samples, so that its error says something. Groups of less than four stop at
+    half of ``max_length``: short looks at the quadratic part, which all degrees share, cost less than one long one.
     """
     small, middle = max(max_length // 32, 16), max(max_length // 8, 32)
     long = max_length if degree >= 4 else max(max_length // 2, 64)
-    designs = (
+    designs = [
         (small,) * degree,
-        (middle,) * degree,
         (long,),
         (small,) * (6 * degree),
         (max(small // 4, 8),) * (12 * degree),
-    )
+    ]
+    if degree == 1:
+        designs.append((middle,))
     return tuple(dict.fromkeys(designs))
 
 
@@ -145,10 +147,6 @@ class _Case:
     lengths: tuple[int, ...]
     node_size: int | None
 
-    @property
-    def local_tokens(self) -> int:
-        return -(-sum(self.lengths) // self.shape.degree)
-
     def microbatch(self, runtime: Runtime) -> RankMicrobatch | None:
         """This rank's; None where no group has it."""
         plan = design_plan(
@@ -158,8 +156,12 @@ class _Case:
         return microbatch
 
 
+def _local_tokens(case: _Case) -> int:
+    return -(-sum(case.lengths) // case.shape.degree)
+
+
 def _peak_bytes(runtime: Runtime, case: _Case) -> int:
-    """The highest peak of any rank. The case's first run: it loads code and makes buffers, so its time says nothing."""
+    """The highest peak of any rank. A shape's first run: it loads code and makes buffers, so its time says nothing."""
     _reset_peak(runtime)
     _run_case(runtime, case.microbatch(runtime))
     return _highest(runtime, runtime.peak.read_bytes())
