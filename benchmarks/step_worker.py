@@ -132,7 +132,9 @@ def _plan_all(
     settings: StepSettings, runtime: Runtime, cost: CostModel, limits: PlanLimits, batches: tuple[tuple[int, ...], ...]
 ) -> tuple[dict[str, tuple[StepPlan, ...]], tuple[tuple[str, int], ...]]:
     """The plans of every strategy that fits all batches, by batch; and of the others, how many batches do not fit."""
-    degrees = possible_degrees(settings.num_ranks, cost, limits)
+    degrees = [  # as for the peers: groups that leave no rank over
+        degree for degree in possible_degrees(settings.num_ranks, cost, limits) if settings.num_ranks % degree == 0
+    ]
     choices: dict[str, tuple[str, int | None, PlanLimits]] = {}
     choices |= {name: (name, None, limits) for name in settings.strategies}
     choices[BATCH_BEST] = ("static", None, limits)

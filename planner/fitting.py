@@ -12,6 +12,12 @@ from planner.plan import AttentionKind
 
 _NUM_OWN = 3
 """Prices beside s_per_token2: for a token, for a sequence, fixed."""
+_NUM_WEIGHINGS = 4
+_HUBER = 2.0
+"""Times the median error: what is above it counts as out of the ordinary (1.35 standard deviations of a normal)."""
+_LEAST_ERROR = 0.01
+_LEAST_SHARE = 0.1
+"""Of a sample that its fit may be taken for, where it divides: a price of 0 must not weigh without end."""
 _MOST_TURNS = 3
 """Times each coefficient may be freed before the fit is taken as it is: rounding alone can make it go round."""
 
@@ -43,8 +49,8 @@ class SizeSample:
 def fit_group_times(samples: SequenceOf[GroupSample]) -> tuple[tuple[TimeFit, ...], tuple[float, ...]]:
     """One TimeFit per (kind, degree) in the samples, and the relative error of every sample, in order.
 
-    Least squares of the relative error with non-negative coefficients: a millisecond counts the same share of a short
-    microbatch as a second of a long one, and no sequence may have a negative price.
+    Non-negative coefficients, so that no sequence has a negative price, with the least relative errors: a millisecond
+    counts the same share of a short microbatch as a second of a long one. See ``_robust_fit``.
 
     What is the same work is one number, fitted jointly, and what a shape pays on top is its own and at least 0:
 
@@ -72,7 +78,7 @@ def fit_group_times(samples: SequenceOf[GroupSample]) -> tuple[tuple[TimeFit, ..
             row[first : first + _NUM_OWN] = token, count, fixed
         rows.append(row)
     seconds = [sample.seconds for sample in samples]
-    prices = non_negative_fit(rows, seconds)
+    prices = _robust_fit(rows, seconds)
     fits = []
     for place, (kind, degree) in enumerate(shapes):
         first = num_common + _NUM_OWN * place
@@ -88,6 +94,25 @@ def fit_group_times(samples: SequenceOf[GroupSample]) -> tuple[tuple[TimeFit, ..
 def _kernel(kind: AttentionKind) -> AttentionKind:
     """Kinds that run attention on the same shapes share its price."""
     return AttentionKind.LOCAL if kind is AttentionKind.ULYSSES else kind
+
+
+def _robust_fit(rows: SequenceOf[SequenceOf[float]], seconds: SequenceOf[float]) -> tuple[float, ...]:
+    """Coefficients c >= 0 with small relative errors: least squares weighed anew a few times.
+
+    An error counts relative to the geometric mean of fit and sample. Relative to the samples alone, one that came out
+    too quick by chance would weigh more than one as much too slow, and all prices would be too low. Errors far above
+    the usual one count in proportion, not squared (Huber, Annals of Mathematical Statistics 35, 1964): those samples
+    met something that is no property of their microbatch.
+    """
+    matrix, target = np.asarray(rows, dtype=np.float64), np.asarray(seconds, dtype=np.float64)
+    prices = non_negative_fit(rows, seconds)
+    for _ in range(_NUM_WEIGHINGS):
+        fitted = np.maximum(matrix @ np.asarray(prices), _LEAST_SHARE * target)
+        errors = np.abs(np.log(fitted / target))
+        usual = max(_HUBER * float(np.median(errors)), _LEAST_ERROR)
+        scales = np.sqrt(fitted * target * np.maximum(1.0, errors / usual))
+        prices = non_negative_fit(rows, seconds, scales=scales.tolist())
+    return prices
 
 
 def group_features(lengths: SequenceOf[int]) -> tuple[float, float, float, float]:

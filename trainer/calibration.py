@@ -168,9 +168,9 @@ def _peak_bytes(runtime: Runtime, case: _Case) -> int:
 
 
 def _timed_sweeps(runtime: Runtime, cases: SequenceOf[_Case]) -> list[GroupSample]:
-    """A sample of every case, from several sweeps over all of them: its median over the sweeps, the quicker of an even
-    number. What another process does to the machine for some seconds then hits each case once, and not one of them
-    every time, which would make its shape look dear and the others cheap."""
+    """A sample of every case, from several sweeps over all of them: its median run. (The quickest would be what a step
+    never takes.) What another process does to the machine for some seconds then hits each case once, and not one of
+    them every time, which would make its shape look dear and the others cheap."""
     microbatches = [case.microbatch(runtime) for case in cases]
     times: list[list[float]] = [[] for _ in cases]
     spent_s = 0.0
@@ -180,14 +180,13 @@ def _timed_sweeps(runtime: Runtime, cases: SequenceOf[_Case]) -> list[GroupSampl
         for microbatch, found in zip(microbatches, times, strict=True):
             seconds = _run_case(runtime, microbatch)
             spent_s += seconds
-            if seconds < _SHORT_S:
-                again_s = _run_case(runtime, microbatch)
-                spent_s += again_s
-                seconds = min(seconds, again_s)
             found.append(seconds)
+            if seconds < _SHORT_S:
+                found.append(_run_case(runtime, microbatch))
+                spent_s += found[-1]
     return [
         GroupSample(
-            kind=case.shape.kind, degree=case.shape.degree, lengths=case.lengths, seconds=statistics.median_low(found)
+            kind=case.shape.kind, degree=case.shape.degree, lengths=case.lengths, seconds=statistics.median(found)
         )
         for case, found in zip(cases, times, strict=True)
     ]
