@@ -138,7 +138,12 @@ def _plan_all(
     choices: dict[str, tuple[str, int | None, PlanLimits]] = {}
     choices |= {name: (name, None, limits) for name in settings.strategies}
     choices[BATCH_BEST] = ("static", None, limits)
-    choices |= {static_name(degree): ("static", degree, limits) for degree in degrees}
+    for degree in degrees:
+        if settings.attention == "auto" and degree in cost.degrees(AttentionKind.ULYSSES):
+            ulysses = dataclasses.replace(limits, kinds=(AttentionKind.ULYSSES,))
+            choices[f"static ulysses {degree}"] = ("static", degree, ulysses)
+        else:
+            choices[static_name(degree)] = ("static", degree, limits)
     if AttentionKind.RING in limits.kinds and settings.num_ranks in cost.degrees(AttentionKind.RING):
         rings = dataclasses.replace(limits, kinds=(AttentionKind.RING,))
         choices[RING_ALL] = ("static", settings.num_ranks, rings)
