@@ -8,6 +8,7 @@ was measured, interpolated, instead of a sum of parts measured apart.
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 import time
 from collections.abc import Sequence as SequenceOf
@@ -124,7 +125,7 @@ def length_design(max_length: int, degree: int) -> tuple[tuple[int, ...], ...]:
     designs = [
         (small,) * degree,
         (long,),
-        (small,) * (6 * degree),
+        (small,) * (16 * degree),
         (max(small // 4, 8),) * (12 * degree),
     ]
     if degree == 1:
@@ -147,13 +148,26 @@ class _Case:
     lengths: tuple[int, ...]
     node_size: int | None
 
-    def microbatch(self, runtime: Runtime) -> RankMicrobatch | None:
-        """This rank's; None where no group has it."""
+    def work(self, runtime: Runtime, *, keep_busy: bool) -> _Work:
+        """What this rank does of it."""
         plan = design_plan(
-            runtime.mesh.data_size, self.shape, self.lengths, runtime.sharding, node_size=self.node_size
+            runtime.mesh.data_size, self.shape, self.lengths, runtime.sharding, node_size=self.node_size,
+            keep_busy=keep_busy,
         )
         (microbatch,) = compile_rank_program(plan, runtime.mesh.data_rank).microbatches or (None,)
-        return microbatch
+        counts = any(
+            runtime.mesh.data_rank in group.ranks and (group.kind, group.degree) == (self.shape.kind, self.shape.degree)
+            for each in plan.microbatches for group in each.groups
+        )
+        return _Work(microbatch, counts)
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """``counts``: this rank is in one of the groups that are measured."""
+
+    microbatch: RankMicrobatch | None
+    counts: bool
 
 
 def _local_tokens(case: _Case) -> int:
@@ -163,7 +177,7 @@ def _local_tokens(case: _Case) -> int:
 def _peak_bytes(runtime: Runtime, case: _Case) -> int:
     """The highest peak of any rank. A shape's first run: it loads code and makes buffers, so its time says nothing."""
     _reset_peak(runtime)
-    _run_case(runtime, case.microbatch(runtime))
+    _run_case(runtime, case.work(runtime, keep_busy=False))
     return _highest(runtime, runtime.peak.read_bytes())
 
 
@@ -171,18 +185,18 @@ def _timed_sweeps(runtime: Runtime, cases: SequenceOf[_Case]) -> list[GroupSampl
     """A sample of every case, from several sweeps over all of them: its median run. (The quickest would be what a step
     never takes.) What another process does to the machine for some seconds then hits each case once, and not one of
     them every time, which would make its shape look dear and the others cheap."""
-    microbatches = [case.microbatch(runtime) for case in cases]
+    works = [case.work(runtime, keep_busy=True) for case in cases]
     times: list[list[float]] = [[] for _ in cases]
     spent_s = 0.0
     for sweep in range(_MOST_SWEEPS):
         if sweep >= _LEAST_SWEEPS and spent_s * (sweep + 1) / sweep > _BUDGET_S:
             break
-        for microbatch, found in zip(microbatches, times, strict=True):
-            seconds = _run_case(runtime, microbatch)
+        for work, found in zip(works, times, strict=True):
+            seconds = _run_case(runtime, work)
             spent_s += seconds
             found.append(seconds)
             if seconds < _SHORT_S:
-                found.append(_run_case(runtime, microbatch))
+                found.append(_run_case(runtime, work))
                 spent_s += found[-1]
     return [
         GroupSample(
@@ -192,17 +206,17 @@ def _timed_sweeps(runtime: Runtime, cases: SequenceOf[_Case]) -> list[GroupSampl
     ]
 
 
-def _run_case(runtime: Runtime, microbatch: RankMicrobatch | None) -> float:
-    """Seconds of the slowest rank, from a barrier on; the same on every rank."""
+def _run_case(runtime: Runtime, work: _Work) -> float:
+    """Seconds of the slowest rank that counts, from a barrier on; the same on every rank."""
     comm.barrier(runtime.mesh.control_group)
     start_s = time.perf_counter()
-    if microbatch is None:
+    if work.microbatch is None:
         run_empty_microbatch(runtime)  # zero3 needs every rank
     else:
-        _run_microbatch(runtime, microbatch)
+        _run_microbatch(runtime, work.microbatch)
     if runtime.mesh.device.type == "cuda":
         torch.cuda.synchronize(runtime.mesh.device)
-    return _slowest(runtime, time.perf_counter() - start_s)
+    return _slowest(runtime, time.perf_counter() - start_s if work.counts else 0.0)
 
 
 def _run_microbatch(runtime: Runtime, microbatch: RankMicrobatch) -> None:
@@ -221,10 +235,12 @@ def _run_microbatch(runtime: Runtime, microbatch: RankMicrobatch) -> None:
 
 def design_plan(
     num_ranks: int, shape: MeasuredShape, lengths: tuple[int, ...], sharding: Sharding = Sharding.GATHER_ONCE, *,
-    node_size: int | None = None,
+    node_size: int | None = None, keep_busy: bool = False,
 ) -> StepPlan:
-    """As many equal groups side by side as fit, each with its own copy of the sequences; left-over ranks idle. A group
-    that fits within a node (``node_size`` consecutive ranks; None: all) lies within one, others begin with a node."""
+    """As many equal groups side by side as fit, each with its own copy of the sequences. A group that fits within a
+    node (``node_size`` consecutive ranks; None: all) lies within one, others begin with a node. ``keep_busy``: the
+    left-over ranks have about as much work of their own. Where ranks share cores, idle ones would lend theirs to the
+    group, and shapes that leave ranks over would look cheap."""
     groups = []
     sequences: list[Sequence] = []
     for first in first_ranks(num_ranks, shape.degree, num_ranks if node_size is None else min(node_size, num_ranks)):
@@ -234,6 +250,12 @@ def design_plan(
         groups.append(
             AttentionGroup(kind=shape.kind, ranks=ranks, sequences=numbers, inner_degree=shape.inner_degree)
         )
+    taken = {rank for group in groups for rank in group.ranks}
+    for rank in sorted(set(range(num_ranks)) - taken) if keep_busy else ():
+        first, sizes = len(sequences), rank_share(lengths, shape.degree)
+        sequences += [Sequence(first + place, size) for place, size in enumerate(sizes)]
+        numbers = tuple(range(first, len(sequences)))
+        groups.append(AttentionGroup(kind=AttentionKind.LOCAL, ranks=(rank,), sequences=numbers))
     report = SolveReport(status=SolveStatus.STATIC, objective_s=0.0, bound_s=0.0)
     microbatches = tuple(
         Microbatch(ranks=group.ranks, groups=(group,), predicted_s=0.0, peak_bytes=0) for group in groups
@@ -242,6 +264,14 @@ def design_plan(
         step=0, strategy="calibrate", num_ranks=num_ranks, sequences=tuple(sequences), microbatches=microbatches,
         sharding=sharding, predicted_s=0.0, peak_bytes=0, cost_digest="", solver=report,
     )
+
+
+def rank_share(lengths: tuple[int, ...], degree: int) -> tuple[int, ...]:
+    """Whole sequences for one rank with as much attention as each of ``degree`` ranks has of these, or a little more
+    work: as many of them over ``degree``, rounded up, and shorter where that is more than its part."""
+    num_own = -(-len(lengths) // degree)
+    factor = math.sqrt(len(lengths) / (num_own * degree))
+    return tuple(math.ceil(size * factor) for size in lengths[:num_own])
 
 
 def first_ranks(num_ranks: int, degree: int, node_size: int) -> tuple[int, ...]:

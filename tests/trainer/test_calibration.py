@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from planner.plan import AttentionKind
-from trainer.calibration import MeasuredShape, bytes_per_token, design_plan
+from trainer.calibration import MeasuredShape, bytes_per_token, design_plan, length_design, rank_share
 
 
 def test_bytes_per_token_ignores_what_small_sets_show_beside_their_tokens():
@@ -34,3 +34,14 @@ def test_groups_are_measured_where_planners_put_them(num_ranks, node_size):
                 assert group[0] % size == 0
         if node_size is None:
             assert len(ranks) == num_ranks // degree
+
+
+@pytest.mark.parametrize("degree", [1, 2, 3, 5])
+def test_ranks_that_are_left_over_work_as_long_as_the_group(degree):
+    for lengths in length_design(2048, degree):
+        share = rank_share(lengths, degree)
+        assert sum(share) >= sum(lengths) / degree
+        work, wanted = sum(size**2 for size in share), sum(size**2 for size in lengths) / degree
+        assert wanted * 0.999 <= work <= 1.1 * wanted
+        plan = design_plan(7, MeasuredShape(AttentionKind.RING, degree), lengths, keep_busy=True)
+        assert sorted(rank for each in plan.microbatches for rank in each.ranks) == list(range(7))
