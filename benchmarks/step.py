@@ -3,13 +3,17 @@
     python -m benchmarks.step [--steps 12] [--out benchmarks/results/step.md]
     python -m benchmarks.step --box 2x4 --strategies adaptive,flexsp,hdp,zeppelin --attention auto \\
         --peers deepspeed,verl,ring-flash-attn --model benchmarks/models/tiny-8-heads.yaml \\
-        --max-length 2048 --tokens-per-step 8192 --steps 6
+        --max-length 2048 --tokens-per-step 8192 --steps 8
+
+The second needs root and about ten minutes on two quiet cores.
 
 Memory is part of the comparison, as in the FlexSP paper: with the default ``--capacity-tokens`` the longest sequence
 needs all ranks, so a static degree has to serve every sequence with the group that only the longest ones need.
 
 ``--box`` runs in a cluster in a box (``benchmarks.box``, root on Linux): nodes with shaped network cards, ranks of a
-fixed speed. The machine must be quiet: shares of a core that others take are seconds that nobody predicted.
+fixed speed. The machine must be quiet: shares of a core that others take are seconds that nobody predicted. The default
+card gives each of four ranks 6 MB/s. At a rank's 5 GFLOP/s or so, for a model 128 wide, messages then take about as
+long against products as for a 7B model on the FlexSP paper's cluster (5 to 10 GB/s between nodes for each A100).
 
 ``--peers deepspeed,verl,ring-flash-attn`` adds public systems to the same run; ``benchmarks.peers`` says what is
 theirs, what is shared, and how they are installed.
