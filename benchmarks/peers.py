@@ -7,6 +7,13 @@ optimizer, batches, memory. Peers are installed for the benchmark only, into an 
     pip install --no-deps verl==0.9.1                   (gather_seq_scatter_heads and back: Ulysses)
     pip install --no-deps ring-flash-attn==0.1.8        (zigzag ring over packed documents)
 
+An environment of their own, over the one that ``make`` builds:
+
+    python -m venv /tmp/peers
+    readlink -f .venv/lib/python3.*/site-packages > $(echo /tmp/peers/lib/python3.*/site-packages)/longhaul.pth
+    /tmp/peers/bin/pip install ...                      (the three lines above)
+    PYTHONPATH=. /tmp/peers/bin/python -m benchmarks.step ... --peers deepspeed,verl,ring-flash-attn
+
 (verl's wheel also brings a top-level package ``tests``, which hides Longhaul's own from pytest: delete that folder.)
 Of verl and ring-flash-attn only the one module is loaded, not the package around it, whose own needs (Ray, transformers
 4, flash-attn) are large and play no part here. ring-flash-attn gets a stand-in for flash-attn on Longhaul's kernel, in

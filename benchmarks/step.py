@@ -1,12 +1,19 @@
 """Tokens per second of planned strategies against the best static layout, in one run on CPU ranks that it starts.
 
     python -m benchmarks.step [--steps 12] [--out benchmarks/results/step.md]
-    python -m benchmarks.step --box 2x4 --strategies adaptive,flexsp,hdp,zeppelin --attention auto      (as root)
+    python -m benchmarks.step --box 2x4 --strategies adaptive,flexsp,hdp,zeppelin --attention auto \\
+        --peers deepspeed,verl,ring-flash-attn --model benchmarks/models/tiny-8-heads.yaml \\
+        --max-length 2048 --tokens-per-step 8192 --steps 8
+
+The second needs root and about ten minutes on two quiet cores.
 
 Memory is part of the comparison, as in the FlexSP paper: with the default ``--capacity-tokens`` the longest sequence
 needs all ranks, so a static degree has to serve every sequence with the group that only the longest ones need.
 
-``--box`` runs in a cluster in a box (``benchmarks.box``): nodes with shaped network cards, ranks of a fixed speed.
+``--box`` runs in a cluster in a box (``benchmarks.box``, root on Linux): nodes with shaped network cards, ranks of a
+fixed speed. The machine must be quiet: shares of a core that others take are seconds that nobody predicted. The default
+card gives each of four ranks 6 MB/s. At a rank's 5 GFLOP/s or so, for a model 128 wide, messages then take about as
+long against products as for a 7B model on the FlexSP paper's cluster (5 to 10 GB/s between nodes for each A100).
 
 ``--peers deepspeed,verl,ring-flash-attn`` adds public systems to the same run; ``benchmarks.peers`` says what is
 theirs, what is shared, and how they are installed.
@@ -29,6 +36,7 @@ from pathlib import Path
 
 from benchmarks.box import Box, BoxError, BoxSpec, box_problem
 from benchmarks.peers import PEERS
+from benchmarks.peers_report import goal_lines
 from benchmarks.step_report import markdown, this_setting
 from benchmarks.step_results import FLEXSP, StepRun, StepSettings
 from launch import environment
@@ -73,6 +81,7 @@ def main(arguments: SequenceOf[str] | None = None) -> int:
         facts = {"setting": to_plain(setting), "run": to_plain(result)}
         options.json.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     print(report)
+    print("\n".join(goal_lines(result)))
     return EXIT_OK
 
 

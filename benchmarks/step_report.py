@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 
 from benchmarks.box import BoxSpec
-from benchmarks.peers_report import peer_facts, peer_findings, peer_head, peer_rows, prediction_finding
+from benchmarks.peers_report import goal_lines, peer_facts, peer_findings, peer_head, peer_rows, prediction_finding
 from benchmarks.step_results import (
     StepRun,
     best_static,
@@ -123,6 +123,7 @@ def _findings(run: StepRun) -> list[str]:
         *lines,
         *peer_findings(run),
         prediction_finding(run),
+        *goal_lines(run),
         f"prediction over all {len(errors)} measured steps: mean absolute error {statistics.fmean(errors):.1%}, "
         f"worst {max(errors):.1%}",
         *searches,

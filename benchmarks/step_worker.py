@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,18 @@ from trainer.step import ReadSpans, Runtime, StepOutcome, compile_stage_program,
 _LOSS_TOLERANCE = 1e-4
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Progress:
+    """Rank 0's word on how far the run is, with the seconds since its start. In a box it goes to the rank's log."""
+
+    is_on: bool
+    start_s: float = dataclasses.field(default_factory=time.perf_counter)
+
+    def __call__(self, text: str) -> None:
+        if self.is_on:
+            print(f"[{time.perf_counter() - self.start_s:4.0f} s] {text}", file=sys.stderr, flush=True)
+
+
 def measure_rank(settings: StepSettings, rank: int, folder: Path) -> None:
     """Take part as ``rank``; rank 0 writes ``folder/result.json``, a StepRun. Collective.
 
@@ -75,7 +88,9 @@ def _measure(settings: StepSettings, config: TrainConfig, runtime: Runtime, fold
     limits = plan_limits(  # the budget comes with the cost model
         config, runtime.model.spec, device_budget_bytes=0, devices_per_node=settings.ranks_per_node
     )
-    cost, _ = obtain_cost(config, runtime, limits, folder)  # an empty folder: measured now, as a training run would
+    say = _Progress(is_on=runtime.mesh.rank == 0)
+    cost, how = obtain_cost(config, runtime, limits, folder)  # an empty folder: measured now, as a training run would
+    say(how)
     limits = dataclasses.replace(limits, device_budget_bytes=cost.device_bytes(settings.capacity_tokens))
     batches = skewed_batches(
         num_batches=settings.num_batches, tokens_per_batch=settings.tokens_per_batch,
@@ -83,9 +98,10 @@ def _measure(settings: StepSettings, config: TrainConfig, runtime: Runtime, fold
     )
     plans, misfits = _plan_all(settings, runtime, cost, limits, batches)
     peers, peer_misfits = make_peers(settings.peers, runtime, batches, capacity_tokens=settings.capacity_tokens)
+    say(f"planned {settings.num_batches} batches: {', '.join(plans)}")
     checks = _check_peers(settings, runtime, peers, plans[settings.strategies[0]][0], batches[0])
     load_before = os.getloadavg()[0]
-    steps, peer_steps = _run_all(settings, runtime, plans, peers, batches)
+    steps, peer_steps = _run_all(settings, runtime, plans, peers, batches, say)
     run = StepRun(
         settings=settings, batches=batches, budget_bytes=limits.device_budget_bytes, cost_origin=cost.provenance,
         steps=steps, misfits=misfits, num_threads=torch.get_num_threads(), load_before=load_before,
@@ -116,11 +132,18 @@ def _plan_all(
     settings: StepSettings, runtime: Runtime, cost: CostModel, limits: PlanLimits, batches: tuple[tuple[int, ...], ...]
 ) -> tuple[dict[str, tuple[StepPlan, ...]], tuple[tuple[str, int], ...]]:
     """The plans of every strategy that fits all batches, by batch; and of the others, how many batches do not fit."""
-    degrees = possible_degrees(settings.num_ranks, cost, limits)
+    degrees = [  # as for the peers: groups that leave no rank over
+        degree for degree in possible_degrees(settings.num_ranks, cost, limits) if settings.num_ranks % degree == 0
+    ]
     choices: dict[str, tuple[str, int | None, PlanLimits]] = {}
     choices |= {name: (name, None, limits) for name in settings.strategies}
     choices[BATCH_BEST] = ("static", None, limits)
-    choices |= {static_name(degree): ("static", degree, limits) for degree in degrees}
+    for degree in degrees:
+        if settings.attention == "auto" and degree in cost.degrees(AttentionKind.ULYSSES):
+            ulysses = dataclasses.replace(limits, kinds=(AttentionKind.ULYSSES,))
+            choices[f"static ulysses {degree}"] = ("static", degree, ulysses)
+        else:
+            choices[static_name(degree)] = ("static", degree, limits)
     if AttentionKind.RING in limits.kinds and settings.num_ranks in cost.degrees(AttentionKind.RING):
         rings = dataclasses.replace(limits, kinds=(AttentionKind.RING,))
         choices[RING_ALL] = ("static", settings.num_ranks, rings)
@@ -167,7 +190,7 @@ def _plan(
 
 def _run_all(
     settings: StepSettings, runtime: Runtime, plans: dict[str, tuple[StepPlan, ...]], peers: tuple[PeerSystem, ...],
-    batches: tuple[tuple[int, ...], ...],
+    batches: tuple[tuple[int, ...], ...], say: _Progress,
 ) -> tuple[tuple[MeasuredStep, ...], tuple[MeasuredPeerStep, ...]]:
     by_name = {system.name: system for system in peers}
     names = [*plans, *by_name]
@@ -181,7 +204,10 @@ def _run_all(
 
     for name in names:
         measure(name, 0)  # warm-up
-    found = [measure(name, number) for number in range(len(batches)) for name in turn_order(names, number)]
+    found = []
+    for number in range(len(batches)):
+        found += [measure(name, number) for name in turn_order(names, number)]
+        say(f"batch {number + 1} of {len(batches)} done")
     return (
         tuple(step for step in found if isinstance(step, MeasuredStep)),
         tuple(step for step in found if isinstance(step, MeasuredPeerStep)),

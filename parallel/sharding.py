@@ -27,14 +27,16 @@ from planner.plan import Sharding
 
 
 def shard_model(
-    model: nn.Module, layers: Iterable[nn.Module], mesh: DeviceMesh, *, compute_dtype: torch.dtype, sharding: Sharding
+    model: nn.Module, layers: Iterable[nn.Module], mesh: DeviceMesh, *, compute_dtype: torch.dtype,
+    gradient_dtype: torch.dtype, sharding: Sharding,
 ) -> None:
     """Shard parameters, gradients and (through them) optimizer state over the data axis, layer by layer, in place.
 
-    Gradients are summed, never averaged: the loss is already divided by the global number of tokens. Reduction is in
-    fp32 whatever the compute dtype.
+    Gradients are summed, never averaged: the loss is already divided by the global number of tokens. Where the compute
+    dtype is shorter than fp32, those of a step's microbatches are summed, and reduced over ranks, in
+    ``gradient_dtype``; the optimizer gets fp32.
     """
-    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=gradient_dtype, cast_forward_inputs=False)
     if compute_dtype in (torch.float32, torch.float64):
         policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     for module in (*layers, model):

@@ -18,7 +18,7 @@ from planner.explain import PlannedStep, group_names, groups_by_rank
 from planner.plan import Microbatch
 from planner.replay_lanes import LANES, MAX_DRAWN_RANKS, MAX_LANE_EVENTS, LaneEvent
 from planner.simulate import step_lengths
-from planner.units import MICROSECONDS_PER_S
+from planner.trace_events import complete_event, name_process, name_thread
 
 _LANE_NAMES = {"compute": "compute", "exchange": "messages", "nic": "NIC (between nodes)", "copy": "copies"}
 
@@ -51,34 +51,23 @@ def _replayed_ranks(steps: SequenceOf[PlannedStep]) -> list[int]:
 
 def _lane_names(process: dict[int, int]) -> Iterator[dict[str, Any]]:
     for rank, pid in process.items():
-        yield {"ph": "M", "name": "process_name", "pid": pid, "args": {"name": f"replay of rank {rank}"}}
-        yield {"ph": "M", "name": "process_sort_index", "pid": pid, "args": {"sort_index": pid}}
+        yield from name_process(pid, f"replay of rank {rank}")
         for place, lane in enumerate(LANES):
-            yield {"ph": "M", "name": "thread_name", "pid": pid, "tid": place, "args": {"name": _LANE_NAMES[lane]}}
-            yield {"ph": "M", "name": "thread_sort_index", "pid": pid, "tid": place, "args": {"sort_index": place}}
+            yield from name_thread(pid, place, _LANE_NAMES[lane])
 
 
 def _lane_event(lane: LaneEvent, pid: int, step: PlannedStep, start_s: float) -> dict[str, Any]:
-    return {
-        "ph": "X",
-        "name": lane.name,
-        "cat": f"replay {lane.lane}",
-        "pid": pid,
-        "tid": LANES.index(lane.lane),
-        "ts": (start_s + lane.start_s) * MICROSECONDS_PER_S,
-        "dur": (lane.stop_s - lane.start_s) * MICROSECONDS_PER_S,
-        "args": {"step": step.plan.step},
-    }
+    return complete_event(
+        lane.name, f"replay {lane.lane}", process=pid, thread=LANES.index(lane.lane), start_s=start_s + lane.start_s,
+        stop_s=start_s + lane.stop_s, args={"step": step.plan.step},
+    )
 
 
 def _names(num_ranks: int, cluster: ClusterSpec) -> Iterator[dict[str, Any]]:
     for node in range(cluster.node_of(num_ranks - 1) + 1):
-        yield {"ph": "M", "name": "process_name", "pid": node, "args": {"name": f"node {node}"}}
-        yield {"ph": "M", "name": "process_sort_index", "pid": node, "args": {"sort_index": node}}
+        yield from name_process(node, f"node {node}")
     for rank in range(num_ranks):
-        place = {"pid": cluster.node_of(rank), "tid": rank}
-        yield {"ph": "M", "name": "thread_name", **place, "args": {"name": f"rank {rank}"}}
-        yield {"ph": "M", "name": "thread_sort_index", **place, "args": {"sort_index": rank}}
+        yield from name_thread(cluster.node_of(rank), rank, f"rank {rank}")
 
 
 def _step_events(step: PlannedStep, cluster: ClusterSpec, start_s: float) -> Iterator[dict[str, Any]]:
@@ -87,15 +76,16 @@ def _step_events(step: PlannedStep, cluster: ClusterSpec, start_s: float) -> Ite
     groups = [groups_by_rank(microbatch) for microbatch in plan.microbatches]
     details = [_details(index, microbatch, lengths) for index, microbatch in enumerate(plan.microbatches)]
     for event in simulation.events:
-        yield _event(
-            group_names(groups[event.microbatch][event.rank]), "microbatch", event.rank, cluster,
-            start_s + event.start_s, event.stop_s - event.start_s, {"step": plan.step, **details[event.microbatch]},
+        yield complete_event(
+            group_names(groups[event.microbatch][event.rank]), "microbatch", process=cluster.node_of(event.rank),
+            thread=event.rank, start_s=start_s + event.start_s, stop_s=start_s + event.stop_s,
+            args={"step": plan.step, **details[event.microbatch]},
         )
     last_s = max(simulation.rank_finish_s)
     for rank in range(plan.num_ranks):
-        yield _event(
-            "gather, reduce, optimizer", "step", rank, cluster, start_s + last_s, simulation.step_s - last_s,
-            {"step": plan.step},
+        yield complete_event(
+            "gather, reduce, optimizer", "step", process=cluster.node_of(rank), thread=rank,
+            start_s=start_s + last_s, stop_s=start_s + simulation.step_s, args={"step": plan.step},
         )
 
 
@@ -109,19 +99,4 @@ def _details(index: int, microbatch: Microbatch, lengths: SequenceOf[int]) -> di
         "num_tokens": sum(sizes),
         "longest_tokens": max(sizes),
         "peak_bytes": microbatch.peak_bytes,
-    }
-
-
-def _event(
-    name: str, category: str, rank: int, cluster: ClusterSpec, start_s: float, seconds: float, args: dict[str, Any]
-) -> dict[str, Any]:
-    return {
-        "ph": "X",
-        "name": name,
-        "cat": category,
-        "pid": cluster.node_of(rank),
-        "tid": rank,
-        "ts": start_s * MICROSECONDS_PER_S,
-        "dur": seconds * MICROSECONDS_PER_S,
-        "args": args,
     }

@@ -16,7 +16,7 @@ from planner.fitting import GroupSample, group_features, non_negative_fit
 from planner.measured import MeasuredStep, median_ratio
 from planner.pipeline_order import StageWork
 from planner.plan import AttentionKind, StepPlan
-from planner.timeline import play
+from planner.timeline import Pass, play
 
 WARM_UP_STEPS = 2
 """First steps after a start: caches are cold and code is loaded late."""
@@ -80,14 +80,18 @@ def drift_of(pairs: SequenceOf[tuple[float, float]], factor: float) -> Drift | N
     return Drift(ratio=median_ratio(pairs), num_steps=len(pairs), factor=factor)
 
 
-def planned_times(plan: StepPlan) -> tuple[tuple[float, float], ...]:
-    """(start, stop) seconds of each microbatch as the plan predicts them (``planner.timeline``); with pipeline stages
-    from its forward's start to its backward's end on the first one."""
+def planned_passes(plan: StepPlan) -> tuple[Pass, ...]:
+    """When each microbatch runs as the plan predicts it; with pipeline stages forward and backward on the first one."""
     work = [StageWork(ranks=microbatch.ranks, seconds=microbatch.predicted_s) for microbatch in plan.microbatches]
-    passes = play(work, sharding=plan.sharding, num_stages=plan.num_stages)
+    return play(work, sharding=plan.sharding, num_stages=plan.num_stages)
+
+
+def planned_times(plan: StepPlan) -> tuple[tuple[float, float], ...]:
+    """(start, stop) seconds of each microbatch, from its forward's start to its backward's end."""
+    passes = planned_passes(plan)
     starts_s = {each.microbatch: each.start_s for each in passes if each.holds}
     stops_s = {each.microbatch: each.stop_s for each in passes if each.frees}
-    return tuple((starts_s[index], stops_s[index]) for index in range(len(work)))
+    return tuple((starts_s[index], stops_s[index]) for index in range(len(plan.microbatches)))
 
 
 def planned_span_s(plan: StepPlan) -> float:

@@ -10,6 +10,14 @@ import numpy as np
 from planner.cost import TimeFit
 from planner.plan import AttentionKind
 
+_NUM_OWN = 3
+"""Prices beside s_per_token2: for a token, for a sequence, fixed."""
+_NUM_WEIGHINGS = 4
+_HUBER = 2.0
+"""Times the median error: what is above it counts as out of the ordinary (1.35 standard deviations of a normal)."""
+_LEAST_ERROR = 0.01
+_LEAST_SHARE = 0.1
+"""Of a sample that its fit may be taken for, where it divides: a price of 0 must not weigh without end."""
 _MOST_TURNS = 3
 """Times each coefficient may be freed before the fit is taken as it is: rounding alone can make it go round."""
 
@@ -41,34 +49,43 @@ class SizeSample:
 def fit_group_times(samples: SequenceOf[GroupSample]) -> tuple[tuple[TimeFit, ...], tuple[float, ...]]:
     """One TimeFit per (kind, degree) in the samples, and the relative error of every sample, in order.
 
-    Least squares of the relative error with non-negative coefficients: a millisecond counts the same share of a short
-    microbatch as a second of a long one, and no sequence may have a negative price.
+    Non-negative coefficients, so that no sequence has a negative price, with the least relative errors: a millisecond
+    counts the same share of a short microbatch as a second of a long one. See ``_robust_fit``.
 
-    The attention of a group is the same work whatever its degree, and its ranks share it evenly: ``s_per_token2`` is
-    one number over the degree, fitted jointly. Local and ulysses have the number in common (the same kernel on whole
-    sequences, fewer heads), every other kind has its own (it cuts sequences). Fitted one by one, a handful of noisy
-    samples makes some degree look cheap on long sequences, and the planner would pick just that one.
+    What is the same work is one number, fitted jointly, and what a shape pays on top is its own and at least 0:
+
+    - ``s_per_token2``: the attention of a group is shared evenly by its ranks: one number over the degree. Local and
+      ulysses have it in common (the same kernel on whole sequences, fewer heads), every other kind has its own (it cuts
+      sequences).
+    - ``s_per_token``: the token-wise layers, shared evenly: one number of all shapes over the degree; and the messages.
+    - ``s_per_sequence`` and ``fixed_s``: what a rank alone pays; and messages and kernel calls beyond that.
+
+    Fitted one by one, a handful of noisy samples makes some shape look cheaper than its work, and a planner picks just
+    that one, again and again.
     """
     shapes = tuple(dict.fromkeys((sample.kind, sample.degree) for sample in samples))
     kernels = tuple(dict.fromkeys(_kernel(kind) for kind, _ in shapes))
-    num_own = 3
+    num_common = len(kernels) + _NUM_OWN
     rows = []
     for sample in samples:
-        token2, *own = group_features(sample.lengths)
-        row = [0.0] * (len(kernels) + num_own * len(shapes))
-        row[kernels.index(_kernel(sample.kind))] = token2 / sample.degree
-        first = len(kernels) + num_own * shapes.index((sample.kind, sample.degree))
-        row[first : first + num_own] = own
+        place, share = shapes.index((sample.kind, sample.degree)), 1 / sample.degree
+        token2, token, count, fixed = group_features(sample.lengths)
+        row = [0.0] * (num_common + _NUM_OWN * len(shapes))
+        row[kernels.index(_kernel(sample.kind))] = token2 * share
+        row[len(kernels) : num_common] = token * share, count, fixed
+        if sample.degree > 1:
+            first = num_common + _NUM_OWN * place
+            row[first : first + _NUM_OWN] = token, count, fixed
         rows.append(row)
     seconds = [sample.seconds for sample in samples]
-    prices = non_negative_fit(rows, seconds)
+    prices = _robust_fit(rows, seconds)
     fits = []
     for place, (kind, degree) in enumerate(shapes):
-        first = len(kernels) + num_own * place
-        linear, count, fixed = prices[first : first + num_own]
+        first = num_common + _NUM_OWN * place
+        common, own = prices[len(kernels) : num_common], prices[first : first + _NUM_OWN]
         fits.append(TimeFit(
-            kind=kind, degree=degree, s_per_token2=prices[kernels.index(_kernel(kind))] / degree, s_per_token=linear,
-            s_per_sequence=count, fixed_s=fixed,
+            kind=kind, degree=degree, s_per_token2=prices[kernels.index(_kernel(kind))] / degree,
+            s_per_token=common[0] / degree + own[0], s_per_sequence=common[1] + own[1], fixed_s=common[2] + own[2],
         ))
     predicted = [sum(price * amount for price, amount in zip(prices, row, strict=True)) for row in rows]
     return tuple(fits), tuple(ours / true - 1 for ours, true in zip(predicted, seconds, strict=True))
@@ -77,6 +94,25 @@ def fit_group_times(samples: SequenceOf[GroupSample]) -> tuple[tuple[TimeFit, ..
 def _kernel(kind: AttentionKind) -> AttentionKind:
     """Kinds that run attention on the same shapes share its price."""
     return AttentionKind.LOCAL if kind is AttentionKind.ULYSSES else kind
+
+
+def _robust_fit(rows: SequenceOf[SequenceOf[float]], seconds: SequenceOf[float]) -> tuple[float, ...]:
+    """Coefficients c >= 0 with small relative errors: least squares weighed anew a few times.
+
+    An error counts relative to the geometric mean of fit and sample. Relative to the samples alone, one that came out
+    too quick by chance would weigh more than one as much too slow, and all prices would be too low. Errors far above
+    the usual one count in proportion, not squared (Huber, Annals of Mathematical Statistics 35, 1964): those samples
+    met something that is no property of their microbatch.
+    """
+    matrix, target = np.asarray(rows, dtype=np.float64), np.asarray(seconds, dtype=np.float64)
+    prices = non_negative_fit(rows, seconds)
+    for _ in range(_NUM_WEIGHINGS):
+        fitted = np.maximum(matrix @ np.asarray(prices), _LEAST_SHARE * target)
+        errors = np.abs(np.log(fitted / target))
+        usual = max(_HUBER * float(np.median(errors)), _LEAST_ERROR)
+        scales = np.sqrt(fitted * target * np.maximum(1.0, errors / usual))
+        prices = non_negative_fit(rows, seconds, scales=scales.tolist())
+    return prices
 
 
 def group_features(lengths: SequenceOf[int]) -> tuple[float, float, float, float]:

@@ -1,5 +1,5 @@
-"""One executed step as a Chrome trace, for ui.perfetto.dev: a process with the predicted lanes of all ranks, and below
-it one with the measured lanes. Both count from the same moment: parameters gathered, microbatches begin.
+"""One executed step as a Chrome trace, for ui.perfetto.dev: a process with the predicted lanes of all ranks and another
+with the measured lanes. Both count from the same moment: parameters gathered, microbatches begin.
 
 Format: JSON object of the Trace Event Format, complete events (``ph: X``), times in microseconds. A slice of another
 lies within it: forward and backward within their measured microbatch.
@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from planner.drift import planned_span_s, planned_times
+from planner.drift import planned_passes, planned_span_s
 from planner.explain import group_names, groups_by_rank
 from planner.measured import MeasuredStep, MicrobatchTime
 from planner.plan import StepPlan
-from planner.units import MICROSECONDS_PER_S
+from planner.trace_events import complete_event, name_process, name_thread
 
 PREDICTED, MEASURED = 0, 1
 _PROCESSES = {PREDICTED: "predicted", MEASURED: "measured"}
@@ -35,50 +35,51 @@ def step_trace(plan: StepPlan, measured: MeasuredStep | None) -> dict[str, Any]:
 
 def _names(num_ranks: int, has_measured: bool) -> Iterator[dict[str, Any]]:
     for process in (PREDICTED, MEASURED) if has_measured else (PREDICTED,):
-        yield {"ph": "M", "name": "process_name", "pid": process, "args": {"name": _PROCESSES[process]}}
-        yield {"ph": "M", "name": "process_sort_index", "pid": process, "args": {"sort_index": process}}
+        yield from name_process(process, _PROCESSES[process])
         for rank in range(num_ranks):
-            place = {"pid": process, "tid": rank}
-            yield {"ph": "M", "name": "thread_name", **place, "args": {"name": f"rank {rank}"}}
-            yield {"ph": "M", "name": "thread_sort_index", **place, "args": {"sort_index": rank}}
+            yield from name_thread(process, rank, f"rank {rank}")
 
 
 def _predicted_events(plan: StepPlan, zero_s: float) -> Iterator[dict[str, Any]]:
-    for index, (start_s, stop_s) in enumerate(planned_times(plan)):
-        groups = groups_by_rank(plan.microbatches[index])
-        for rank in plan.microbatches[index].ranks:
-            yield _slice(
-                PREDICTED, rank, group_names(groups[rank]), "microbatch", zero_s + start_s, stop_s - start_s,
-                _details(plan, index),
+    """With pipeline stages forward and backward stand apart: other microbatches run between them."""
+    for each in planned_passes(plan):
+        microbatch = plan.microbatches[each.microbatch]
+        groups = groups_by_rank(microbatch)
+        part = "" if each.holds and each.frees else ", forward" if each.holds else ", backward"
+        for rank in microbatch.ranks:
+            yield complete_event(
+                group_names(groups[rank]) + part, "microbatch", process=PREDICTED, thread=rank,
+                start_s=zero_s + each.start_s, stop_s=zero_s + each.stop_s, args=_details(plan, each.microbatch),
             )
-    last_s = planned_span_s(plan)
     for rank in range(plan.num_ranks):
-        yield _slice(
-            PREDICTED, rank, "gather, reduce, optimizer", "step", zero_s + last_s, plan.predicted_s - last_s,
-            {"step": plan.step},
+        yield complete_event(
+            "gather, reduce, optimizer", "step", process=PREDICTED, thread=rank, start_s=zero_s + planned_span_s(plan),
+            stop_s=zero_s + plan.predicted_s, args={"step": plan.step},
         )
 
 
 def _measured_events(plan: StepPlan, measured: MeasuredStep, zero_s: float) -> Iterator[dict[str, Any]]:
+    """``zero_s``: the moment of gathered parameters on the trace's clock; all other times count from it."""
+
+    def event(rank: int, name: str, category: str, start_s: float, stop_s: float, args: dict[str, Any]) -> Any:
+        return complete_event(
+            name, category, process=MEASURED, thread=rank, start_s=zero_s + start_s, stop_s=zero_s + stop_s, args=args
+        )
+
     groups = [groups_by_rank(microbatch) for microbatch in plan.microbatches]
+    step = {"step": plan.step}
     for rank, times in enumerate(measured.ranks):
-        step = {"step": plan.step}
-        yield _slice(MEASURED, rank, "gather", "step", zero_s - times.gather_s, times.gather_s, step)
+        yield event(rank, "gather", "step", -times.gather_s, 0.0, step)
         for each in times.microbatches:
-            start_s, seconds = zero_s + each.start_s, each.stop_s - each.start_s
             details = {**_details(plan, each.microbatch), **_parts(each)}
-            yield _slice(
-                MEASURED, rank, group_names(groups[each.microbatch][rank]), "microbatch", start_s, seconds, details
-            )
-            forward_s, backward_s = each.middle_s - each.start_s, each.stop_s - each.middle_s
+            name = group_names(groups[each.microbatch][rank])
+            yield event(rank, name, "microbatch", each.start_s, each.stop_s, details)
             waits = {"wait_s": each.forward_wait_s}, {"wait_s": each.backward_wait_s}
-            yield _slice(MEASURED, rank, "forward", "pass", start_s, forward_s, waits[0])
-            yield _slice(MEASURED, rank, "backward", "pass", zero_s + each.middle_s, backward_s, waits[1])
-        yield _slice(MEASURED, rank, "reduce", "step", zero_s + times.finish_s, times.reduce_s, step)
-    first = measured.ranks[0]
-    yield _slice(
-        MEASURED, 0, "update", "step", zero_s + first.finish_s + first.reduce_s, measured.update_s, {"step": plan.step}
-    )
+            yield event(rank, "forward", "pass", each.start_s, each.middle_s, waits[0])
+            yield event(rank, "backward", "pass", each.middle_s, each.stop_s, waits[1])
+        yield event(rank, "reduce", "step", times.finish_s, times.finish_s + times.reduce_s, step)
+    reduced_s = measured.ranks[0].finish_s + measured.ranks[0].reduce_s
+    yield event(0, "update", "step", reduced_s, reduced_s + measured.update_s, step)
 
 
 def _details(plan: StepPlan, index: int) -> dict[str, Any]:
@@ -94,13 +95,4 @@ def _parts(each: MicrobatchTime) -> dict[str, float]:
     return {
         "measured_s": each.stop_s - each.start_s, "compute_s": each.compute_s, "forward_wait_s": each.forward_wait_s,
         "backward_wait_s": each.backward_wait_s,
-    }
-
-
-def _slice(
-    process: int, rank: int, name: str, category: str, start_s: float, seconds: float, details: dict[str, Any]
-) -> dict[str, Any]:
-    return {
-        "ph": "X", "name": name, "cat": category, "pid": process, "tid": rank, "ts": start_s * MICROSECONDS_PER_S,
-        "dur": seconds * MICROSECONDS_PER_S, "args": details,
     }

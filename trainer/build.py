@@ -68,7 +68,10 @@ def build_runtime(
     )
     mesh = build_mesh(shape, rank=env.rank, device=device, timeout_s=timeout_s)
     sharding = Sharding(parallel.sharding)
-    model = build_model(spec, mesh, seed=config.run.seed, compute_dtype=dtype, sharding=sharding)
+    model = build_model(
+        spec, mesh, seed=config.run.seed, compute_dtype=dtype, gradient_dtype=DTYPES[parallel.gradient_dtype],
+        sharding=sharding,
+    )
     clock = StepClock(device)
     wire = TimedExchange(GroupExchange(mesh.exchange_group), clock)
     link = None
@@ -95,7 +98,8 @@ def build_runtime(
 
 
 def build_model(
-    spec: ModelSpec, mesh: RankMesh, *, seed: int, compute_dtype: torch.dtype, sharding: Sharding
+    spec: ModelSpec, mesh: RankMesh, *, seed: int, compute_dtype: torch.dtype, gradient_dtype: torch.dtype,
+    sharding: Sharding,
 ) -> Decoder:
     """A sharded model with its initial weights on the mesh's device. Collective over the data axis."""
     with warnings.catch_warnings():
@@ -106,5 +110,8 @@ def build_model(
         )
     initialize_weights(model, seed=seed)
     model.to(mesh.device)
-    shard_model(model, model.layers.values(), mesh.shard_mesh, compute_dtype=compute_dtype, sharding=sharding)
+    shard_model(
+        model, model.layers.values(), mesh.shard_mesh, compute_dtype=compute_dtype, gradient_dtype=gradient_dtype,
+        sharding=sharding,
+    )
     return model

@@ -29,7 +29,10 @@ def calibrate_rank(config: TrainConfig, env: RankEnv) -> int:
     try:
         limits = make_limits(config, runtime, env.local_world_size)
         shapes = measured_shapes(config, runtime.mesh.data_size, limits)
-        measured = calibrate(runtime, shapes, max_length=config.data.max_length, machine=platform.node())
+        measured = calibrate(
+            runtime, shapes, max_length=config.data.max_length, machine=platform.node(),
+            node_size=limits.node_size(runtime.mesh.data_size),
+        )
         if runtime.mesh.rank == 0:
             profile = MachineProfile(
                 name=platform.node(), device=runtime.mesh.device.type, num_ranks=runtime.mesh.world_size,

@@ -8,6 +8,7 @@ was measured, interpolated, instead of a sum of parts measured apart.
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 import time
 from collections.abc import Sequence as SequenceOf
@@ -39,15 +40,14 @@ from trainer.chunked_step import run_chunked
 from trainer.machine_samples import measure_operations
 from trainer.step import ReadSpans, Runtime, bind_attention, run_alone, run_empty_microbatch, train_step
 
-CALIBRATION_VERSION = 4
+CALIBRATION_VERSION = 5
 """Goes up with every change of what is measured or how it is fitted: older stored results are then measured again."""
-_REPEAT_S = 0.4
-"""A length set is repeated until this much time is measured, but at least twice and at most four times."""
-_LEAST_REPEATS = 2
-_MOST_REPEATS = 4
+_SHORT_S = 0.1
+"""A microbatch shorter than this runs twice in each sweep."""
+_LEAST_SWEEPS = 2
+_MOST_SWEEPS = 5
 _BUDGET_S = 18.0
-"""For all shapes together; each gets an equal part, and at least its first four length sets."""
-_LEAST_SETS = 4
+"""For all timed sweeps together; at least two are made."""
 _EMPTY_STEPS = 5
 _FULL_SHARE = 4
 """Memory is fitted on the sets with at least 1/4 of the most tokens: with few tokens, what the allocator and lazily
@@ -74,27 +74,22 @@ class Calibration:
 
 
 def calibrate(
-    runtime: Runtime, shapes: tuple[MeasuredShape, ...], *, max_length: int, machine: str
+    runtime: Runtime, shapes: tuple[MeasuredShape, ...], *, max_length: int, machine: str, node_size: int | None = None
 ) -> Calibration:
     """Measure every one of ``shapes`` and fit. Collective; weights are unchanged afterwards, and optimizer
-    state is empty: call it before training or loading. Sequences go up to ``max_length`` as far as the time budget
-    (a few seconds for each shape) allows."""
+    state is empty: call it before training or loading. Sequences go up to ``max_length``. ``node_size``: consecutive
+    data ranks that share a node (None: all); groups are measured where planners put them, within nodes if they fit."""
     operations = measure_operations(runtime, max_length=max_length)
-    samples: list[GroupSample] = []
-    memory: list[tuple[int, int]] = []
+    cases = [
+        _Case(shape, lengths, node_size) for shape in shapes for lengths in length_design(max_length, shape.degree)
+    ]
     with sharded_step(runtime.model, runtime.sharding, lambda: run_empty_microbatch(runtime)):
         _reset_peak(runtime)
         run_empty_microbatch(runtime)
         empty_bytes = _highest(runtime, runtime.peak.read_bytes())
-        for shape in shapes:
-            spent_s = 0.0
-            for number, lengths in enumerate(length_design(max_length, shape.degree)):
-                if number >= _LEAST_SETS and spent_s > _BUDGET_S / len(shapes):
-                    break
-                sample, wall_s, peak_bytes = _measure_group(runtime, shape, lengths, warm_up=number == 0)
-                samples.append(sample)
-                spent_s += wall_s
-                memory.append((-(-sum(lengths) // shape.degree), peak_bytes))
+        largest = [max((case for case in cases if case.shape == shape), key=_local_tokens) for shape in shapes]
+        memory = [(_local_tokens(case), _peak_bytes(runtime, case)) for case in largest]
+        samples = _timed_sweeps(runtime, cases)
     runtime.optimizer.zero_grad()
     step_fixed_s, fixed_bytes = _measure_empty_step(runtime)
     fits, errors = fit_group_times(samples)
@@ -120,20 +115,21 @@ def calibrate(
 
 
 def length_design(max_length: int, degree: int) -> tuple[tuple[int, ...], ...]:
-    """Length sets of one group that tell s^2, s, count and fixed cost apart, the most telling ones first.
+    """Length sets of one group that tell s^2, s, count and fixed cost apart.
 
-    One set more than coefficients, so that the error of the fit says something. Groups of less than four stop at half
-    of ``max_length``: two short looks at the quadratic part are worth more than one long one, and cost less.
+    The joint fit has fewer unknowns than samples, so that its error says something. Groups of less than four stop at
+    half of ``max_length``: short looks at the quadratic part, which all degrees share, cost less than one long one.
     """
     small, middle = max(max_length // 32, 16), max(max_length // 8, 32)
     long = max_length if degree >= 4 else max(max_length // 2, 64)
-    designs = (
+    designs = [
         (small,) * degree,
-        (middle,) * degree,
         (long,),
-        (small,) * (6 * degree),
+        (small,) * (16 * degree),
         (max(small // 4, 8),) * (12 * degree),
-    )
+    ]
+    if degree == 1:
+        designs.append((middle,))
     return tuple(dict.fromkeys(designs))
 
 
@@ -144,33 +140,83 @@ def bytes_per_token(peaks: SequenceOf[tuple[int, int]], empty_bytes: int) -> flo
     return max(1.0, *((peak - empty_bytes) / tokens for tokens, peak in full))
 
 
-def _measure_group(
-    runtime: Runtime, shape: MeasuredShape, lengths: tuple[int, ...], *, warm_up: bool
-) -> tuple[GroupSample, float, int]:
-    """The sample, the wall seconds spent on it, and the highest peak of any rank (bytes). Of two repeats the quicker
-    one counts: what another process did to the machine meanwhile is no property of the plan."""
-    plan = design_plan(runtime.mesh.data_size, shape, lengths, runtime.sharding)
-    (microbatch,) = compile_rank_program(plan, runtime.mesh.data_rank).microbatches or (None,)
-    start_s = time.perf_counter()
-    times: list[float] = []
+@dataclass(frozen=True, slots=True)
+class _Case:
+    """One length set of one shape."""
+
+    shape: MeasuredShape
+    lengths: tuple[int, ...]
+    node_size: int | None
+
+    def work(self, runtime: Runtime, *, keep_busy: bool) -> _Work:
+        """What this rank does of it."""
+        plan = design_plan(
+            runtime.mesh.data_size, self.shape, self.lengths, runtime.sharding, node_size=self.node_size,
+            keep_busy=keep_busy,
+        )
+        (microbatch,) = compile_rank_program(plan, runtime.mesh.data_rank).microbatches or (None,)
+        counts = any(
+            runtime.mesh.data_rank in group.ranks and (group.kind, group.degree) == (self.shape.kind, self.shape.degree)
+            for each in plan.microbatches for group in each.groups
+        )
+        return _Work(microbatch, counts)
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """``counts``: this rank is in one of the groups that are measured."""
+
+    microbatch: RankMicrobatch | None
+    counts: bool
+
+
+def _local_tokens(case: _Case) -> int:
+    return -(-sum(case.lengths) // case.shape.degree)
+
+
+def _peak_bytes(runtime: Runtime, case: _Case) -> int:
+    """The highest peak of any rank. A shape's first run: it loads code and makes buffers, so its time says nothing."""
     _reset_peak(runtime)
-    for repeat in range(_MOST_REPEATS + warm_up):
-        comm.barrier(runtime.mesh.control_group)
-        began_s = time.perf_counter()
-        if microbatch is None:
-            run_empty_microbatch(runtime)  # zero3 needs every rank
-        else:
-            _run_microbatch(runtime, microbatch)
-        if runtime.mesh.device.type == "cuda":
-            torch.cuda.synchronize(runtime.mesh.device)
-        seconds = _slowest(runtime, time.perf_counter() - began_s)
-        if repeat >= warm_up:
-            times.append(seconds)
-        if len(times) >= _LEAST_REPEATS and sum(times) >= _REPEAT_S:
+    _run_case(runtime, case.work(runtime, keep_busy=False))
+    return _highest(runtime, runtime.peak.read_bytes())
+
+
+def _timed_sweeps(runtime: Runtime, cases: SequenceOf[_Case]) -> list[GroupSample]:
+    """A sample of every case, from several sweeps over all of them: its median run. (The quickest would be what a step
+    never takes.) What another process does to the machine for some seconds then hits each case once, and not one of
+    them every time, which would make its shape look dear and the others cheap."""
+    works = [case.work(runtime, keep_busy=True) for case in cases]
+    times: list[list[float]] = [[] for _ in cases]
+    spent_s = 0.0
+    for sweep in range(_MOST_SWEEPS):
+        if sweep >= _LEAST_SWEEPS and spent_s * (sweep + 1) / sweep > _BUDGET_S:
             break
-    peak_bytes = _highest(runtime, runtime.peak.read_bytes())
-    sample = GroupSample(kind=shape.kind, degree=shape.degree, lengths=lengths, seconds=statistics.median_low(times))
-    return sample, _slowest(runtime, time.perf_counter() - start_s), peak_bytes
+        for work, found in zip(works, times, strict=True):
+            seconds = _run_case(runtime, work)
+            spent_s += seconds
+            found.append(seconds)
+            if seconds < _SHORT_S:
+                found.append(_run_case(runtime, work))
+                spent_s += found[-1]
+    return [
+        GroupSample(
+            kind=case.shape.kind, degree=case.shape.degree, lengths=case.lengths, seconds=statistics.median(found)
+        )
+        for case, found in zip(cases, times, strict=True)
+    ]
+
+
+def _run_case(runtime: Runtime, work: _Work) -> float:
+    """Seconds of the slowest rank that counts, from a barrier on; the same on every rank."""
+    comm.barrier(runtime.mesh.control_group)
+    start_s = time.perf_counter()
+    if work.microbatch is None:
+        run_empty_microbatch(runtime)  # zero3 needs every rank
+    else:
+        _run_microbatch(runtime, work.microbatch)
+    if runtime.mesh.device.type == "cuda":
+        torch.cuda.synchronize(runtime.mesh.device)
+    return _slowest(runtime, time.perf_counter() - start_s if work.counts else 0.0)
 
 
 def _run_microbatch(runtime: Runtime, microbatch: RankMicrobatch) -> None:
@@ -188,18 +234,28 @@ def _run_microbatch(runtime: Runtime, microbatch: RankMicrobatch) -> None:
 
 
 def design_plan(
-    num_ranks: int, shape: MeasuredShape, lengths: tuple[int, ...], sharding: Sharding = Sharding.GATHER_ONCE
+    num_ranks: int, shape: MeasuredShape, lengths: tuple[int, ...], sharding: Sharding = Sharding.GATHER_ONCE, *,
+    node_size: int | None = None, keep_busy: bool = False,
 ) -> StepPlan:
-    """As many equal groups side by side as fit, each with its own copy of the sequences; left-over ranks idle."""
+    """As many equal groups side by side as fit, each with its own copy of the sequences. A group that fits within a
+    node (``node_size`` consecutive ranks; None: all) lies within one, others begin with a node. ``keep_busy``: the
+    left-over ranks have about as much work of their own. Where ranks share cores, idle ones would lend theirs to the
+    group, and shapes that leave ranks over would look cheap."""
     groups = []
     sequences: list[Sequence] = []
-    for first in range(0, num_ranks - shape.degree + 1, shape.degree):
+    for first in first_ranks(num_ranks, shape.degree, num_ranks if node_size is None else min(node_size, num_ranks)):
         numbers = tuple(range(len(sequences), len(sequences) + len(lengths)))
         sequences += [Sequence(number, size) for number, size in zip(numbers, lengths, strict=True)]
         ranks = tuple(range(first, first + shape.degree))
         groups.append(
             AttentionGroup(kind=shape.kind, ranks=ranks, sequences=numbers, inner_degree=shape.inner_degree)
         )
+    taken = {rank for group in groups for rank in group.ranks}
+    for rank in sorted(set(range(num_ranks)) - taken) if keep_busy else ():
+        first, sizes = len(sequences), rank_share(lengths, shape.degree)
+        sequences += [Sequence(first + place, size) for place, size in enumerate(sizes)]
+        numbers = tuple(range(first, len(sequences)))
+        groups.append(AttentionGroup(kind=AttentionKind.LOCAL, ranks=(rank,), sequences=numbers))
     report = SolveReport(status=SolveStatus.STATIC, objective_s=0.0, bound_s=0.0)
     microbatches = tuple(
         Microbatch(ranks=group.ranks, groups=(group,), predicted_s=0.0, peak_bytes=0) for group in groups
@@ -207,6 +263,25 @@ def design_plan(
     return StepPlan(
         step=0, strategy="calibrate", num_ranks=num_ranks, sequences=tuple(sequences), microbatches=microbatches,
         sharding=sharding, predicted_s=0.0, peak_bytes=0, cost_digest="", solver=report,
+    )
+
+
+def rank_share(lengths: tuple[int, ...], degree: int) -> tuple[int, ...]:
+    """Whole sequences for one rank with as much attention as each of ``degree`` ranks has of these, or a little more
+    work: as many of them over ``degree``, rounded up, and shorter where that is more than its part."""
+    num_own = -(-len(lengths) // degree)
+    factor = math.sqrt(len(lengths) / (num_own * degree))
+    return tuple(math.ceil(size * factor) for size in lengths[:num_own])
+
+
+def first_ranks(num_ranks: int, degree: int, node_size: int) -> tuple[int, ...]:
+    """Where groups of this degree begin that lie side by side."""
+    if degree > node_size:
+        return tuple(range(0, num_ranks - degree + 1, -(-degree // node_size) * node_size))
+    nodes = range(0, num_ranks, node_size)
+    return tuple(
+        first for node in nodes
+        for first in range(node, min(node + node_size, num_ranks) - degree + 1, degree)
     )
 
 

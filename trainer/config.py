@@ -116,6 +116,9 @@ class ParallelConfig:
 
     sharding: Literal["gather_once", "zero3"] = "gather_once"
     """Weights gathered once a step (microbatch counts may differ by rank), or layer by layer (least memory)."""
+    gradient_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Number format in which a step's gradients are summed, over microbatches and ranks; bf16, with --dtype bf16 only,
+    halves their memory and messages and loses small contributions of steps of many microbatches."""
 
     def data_ranks(self, world_size: int) -> int:
         """Ranks of the data axis. The world size must be a multiple of tensor times pipeline parallelism."""

@@ -208,6 +208,8 @@ def _wrong_model(config: TrainConfig) -> Iterator[str]:
     if spec.num_experts > 1 or spec.learned_positions or not spec.gated_mlp:
         yield f"model.preset ({spec.name}) is a shape to plan with: training builds dense gated decoders with RoPE"
     num_stages = config.parallel.pipeline_parallel
+    if config.parallel.gradient_dtype == "bf16" and config.run.dtype != "bf16":
+        yield f"parallel.gradient_dtype bf16 needs run.dtype bf16: with {config.run.dtype} all gradients are fp32"
     if num_stages > 1 and config.parallel.sharding == "zero3":
         yield "parallel.sharding zero3 cannot be used with pipeline_parallel above 1: use gather_once"
     if config.parallel.sharding == "zero3" and config.memory.policy in ("recompute", "swap"):

@@ -88,14 +88,17 @@ def obtain_cost(
         return cost, f"cost model: {config.plan.cost} ({cost.provenance.source})"
     mesh = runtime.mesh
     shapes = measured_shapes(config, mesh.data_size, limits)
-    key = _cost_key(config, runtime, shapes)
+    key = _cost_key(config, runtime, shapes, limits.node_size(mesh.data_size))
     own, cached = Path(config.run.dir) / RUN_COST, cache_root / "cost" / f"{key}.json"
     places = [own, cached] if config.run.resume else [cached]
     found = _shared(runtime, _first_stored(places, key) if mesh.rank == 0 else None)
     if found:
         cost, how = _decode(found), "from an earlier run on this machine"
     else:
-        measured = calibrate(runtime, shapes, max_length=config.data.max_length, machine=platform.node()).cost
+        measured = calibrate(
+            runtime, shapes, max_length=config.data.max_length, machine=platform.node(),
+            node_size=limits.node_size(mesh.data_size),
+        ).cost
         found = _shared(runtime, json.dumps({"key": key, "cost": to_plain(measured)}).encode())
         cost, how = _decode(found), "now"
     if mesh.rank == 0:
@@ -137,13 +140,14 @@ def _store(path: Path, payload: bytes) -> None:
     partial.replace(path)
 
 
-def _cost_key(config: TrainConfig, runtime: Runtime, shapes: tuple[MeasuredShape, ...]) -> str:
+def _cost_key(config: TrainConfig, runtime: Runtime, shapes: tuple[MeasuredShape, ...], node_size: int) -> str:
     mesh = runtime.mesh
     device = torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else platform.processor()
     conditions = {
         "calibration": CALIBRATION_VERSION, "host": platform.node(), "device": device, "torch": torch.__version__,
-        "world_size": mesh.world_size, "tensor_size": mesh.tensor_size, "num_stages": mesh.num_stages,
-        "shard_size": mesh.shape.shard_size, "sharding": str(runtime.sharding), "dtype": config.run.dtype,
+        "world_size": mesh.world_size, "node_size": node_size, "tensor_size": mesh.tensor_size,
+        "num_stages": mesh.num_stages, "shard_size": mesh.shape.shard_size, "sharding": str(runtime.sharding),
+        "dtype": config.run.dtype, "gradient_dtype": config.parallel.gradient_dtype,
         "model": to_plain(runtime.model.spec), "max_length": config.data.max_length,
         "memory": to_plain(config.memory), "memory_policy": to_plain(runtime.memory.policy),
         "pairs": [[str(s.kind), s.degree, *([s.inner_degree] if s.inner_degree > 1 else [])] for s in shapes],

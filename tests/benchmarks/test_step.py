@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.lengths import skewed_batches
+from benchmarks.peers_report import goal_lines
 from benchmarks.step import main
 from benchmarks.step_report import Setting, markdown
 from benchmarks.step_results import (
@@ -169,16 +170,23 @@ class TestPeers:
         assert "| ring-flash-attn 4 | 65 | 0.97x | 3.100 | 2.0 | 10.0% | 2e-07 | known to be wrong" in text
         assert "| verl 4 | does not fit: heads do not divide |" in text
         assert "adaptive against the best peer, verl 2: 1.67x over the run; batch by batch median 1.75x" in text
-        assert "goal 1.5x the best peer with adaptive: met" in text
+        assert "goal: adaptive at 1.5x the tokens/s of the best peer: 1.67x of verl 2: met" in text
         assert "prediction of 2 different plans of adaptive: mean absolute error 25.0%" in text
-        assert "goal 10%: not judged, it needs 20 plans" in text
+        assert "goal: step time predicted to 10%: 25.0% over 2 plans: not judged, it needs 20" in text
         assert "verl's Ulysses exchange" in text and "(verl 0.9)" in text
 
     def test_goal_not_met(self):
         slow = dataclasses.replace(WITH_PEERS, steps=tuple(
             dataclasses.replace(step, measured_s=1.2 * step.measured_s) for step in WITH_PEERS.steps
         ))
-        assert "goal 1.5x the best peer with adaptive: not met" in markdown(slow, SETTING)
+        text = markdown(slow, SETTING)
+        assert "goal: adaptive at 1.5x the tokens/s of the best peer: 1.39x of verl 2: NOT met" in text
+
+    def test_predictions_are_judged_over_twenty_plans(self):
+        for error, verdict in ((0.09, "9.0% over 20 plans: met"), (0.11, "11.0% over 20 plans: NOT met")):
+            steps = tuple(step(n, FLEXSP, 300, 1 + error, 1.0, work=str(n)) for n in range(20))
+            (line,) = goal_lines(dataclasses.replace(RUN, steps=steps))
+            assert line == f"goal: step time predicted to 10%: {verdict}"
 
     def test_report_without_peers_does_not_mention_them(self):
         assert "peer" not in markdown(RUN, SETTING)

@@ -463,7 +463,7 @@ def test_stages_and_tensor_parallel_leave_fewer_data_ranks(
     assert parts["steps"][0]["replay"] is None and alone["steps"][0]["replay"] is not None
     assert parts["steps"][0]["predicted_s"] != alone["steps"][0]["predicted_s"]
     lanes = {event["tid"] for event in json.loads(trace.read_text())["traceEvents"] if event["ph"] == "X"}
-    assert lanes == {0}  # 4 devices, 2 x 2 of them for the one data rank
+    assert len(lanes) == 1  # 4 devices, 2 x 2 of them for the one data rank
     assert run([*flags, *grid]) == 0
     out = capsys.readouterr().out
     assert "note: 1 data ranks x 2 tensor-parallel devices x 2 pipeline stages" in out

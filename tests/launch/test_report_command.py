@@ -15,6 +15,7 @@ from launch import cli
 from planner.step_trace import MEASURED, PREDICTED
 from tests.launch.measured_run import write_run
 from tests.planner.executed import cost_here, slower
+from tests.planner.trace_rules import place_of
 from trainer.plan_inputs import load_cost
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -85,7 +86,7 @@ def test_trace_and_page_show_one_step_from_both_sides(run_dir: Path, tmp_path: P
     trace, page = tmp_path / "trace.json", tmp_path / "page.html"
     assert cli.main(["report", str(run_dir), "--trace", str(trace), "--html", str(page), "--step", "7"]) == 0
     events = json.loads(trace.read_text())["traceEvents"]
-    assert {event["pid"] for event in events if event["ph"] == "X"} == {PREDICTED, MEASURED}
+    assert {place_of(event)[0] for event in events if event["ph"] == "X"} == {PREDICTED, MEASURED}
     assert {event["args"]["step"] for event in events if event.get("cat") == "step"} == {7}
     text = page.read_text()
     for words in ("Step 7, rank by rank", "Step time over the run", "Ranks: planned and measured", "bias -33.3%"):
@@ -125,7 +126,7 @@ def test_a_run_without_recorded_times(tmp_path: Path, capsys: pytest.CaptureFixt
     assert value["bias"] == pytest.approx(1 / SLOWER - 1, rel=1e-3)
     assert (value["ranks"], value["shapes"], value["refit"], value["drift"]) == ([], [], None, None)
     events = json.loads(trace.read_text())["traceEvents"]
-    assert {event["pid"] for event in events} == {PREDICTED}
+    assert {place_of(event)[0] for event in events if "tid" in event} == {PREDICTED}
     assert "rank by rank" not in page.read_text()
     assert cli.main(["report", str(run_dir)]) == 0
     text = capsys.readouterr().out

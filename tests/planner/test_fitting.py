@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -100,6 +101,43 @@ def test_attention_costs_the_same_whatever_the_degree():
     local = whole[AttentionKind.LOCAL, 1]
     assert whole[AttentionKind.ULYSSES, 2] == pytest.approx(local) == whole[AttentionKind.ULYSSES, 4]
     assert whole[AttentionKind.RING, 2] == pytest.approx(whole[AttentionKind.RING, 4]) != pytest.approx(local)
+
+
+def test_no_shape_is_cheaper_than_its_share_of_the_work():
+    """Whatever the noise: ranks share attention and token-wise layers, and what they do together comes on top."""
+    for seed in range(20):
+        fits, _ = fit_group_times(noisy_samples(np.random.default_rng(seed), 0.3))
+        local = fits[0]
+        for fit in fits[1:]:
+            assert fit.s_per_token * fit.degree >= local.s_per_token * (1 - 1e-12)
+            assert fit.s_per_sequence >= local.s_per_sequence and fit.fixed_s >= local.fixed_s
+
+
+def errors_of_fits(seed, noise, num_hit):
+    """Of 40 noisy measurements, ``num_hit`` samples of each 2.5 times too slow: errors at two length sets a shape,
+    against what a step of them takes in the mean."""
+    draw, errors = np.random.default_rng(seed), []
+    for _ in range(40):
+        samples = noisy_samples(draw, noise)
+        for place in draw.choice(len(samples), num_hit, replace=False):
+            samples[place] = dataclasses.replace(samples[place], seconds=2.5 * samples[place].seconds)
+        for fit in fit_group_times(samples)[0]:
+            for lengths in ((1024,) * fit.degree, (100,) * (8 * fit.degree)):
+                true = sample(fit.kind, fit.degree, lengths, true_prices(fit.kind, fit.degree)).seconds
+                tokens, tokens2 = sum(lengths), sum(size * size for size in lengths)
+                ours = fit.group_s(num_tokens=tokens, num_tokens2=tokens2, num_sequences=len(lengths))
+                errors.append(ours / (true * np.exp(noise**2 / 2)) - 1)
+    return errors
+
+
+def test_noise_does_not_make_everything_look_cheap():
+    """Least squares relative to the samples are 5 % too low here."""
+    assert abs(np.mean(errors_of_fits(4, 0.25, 0))) < 0.04
+
+
+def test_samples_that_met_something_else_weigh_little():
+    """Two of 25; least squares are 9 % off in the mean then."""
+    assert np.mean(np.abs(errors_of_fits(4, 0.03, 2))) < 0.07
 
 
 def test_noise_makes_fewer_shapes_look_cheap_than_fits_one_by_one():

@@ -198,6 +198,7 @@ BAD_FLAGS = [
     (["--pipeline-parallel", "2", "--model.num-layers", "1"], "pipeline_parallel (2) is more than the 1 layers"),
     (["--pipeline-parallel", "2", "--model.tied-head", "true"], "on different stages; use --model.tied-head false"),
     (["--parallel.sharding", "zero3", "--memory", "recompute"], "is not built yet for parallel.sharding zero3"),
+    (["--parallel.gradient-dtype", "bf16"], "parallel.gradient_dtype bf16 needs run.dtype bf16"),
     (["--parallel.sharding", "zero3", "--pipeline-parallel", "2"], "cannot be used with pipeline_parallel above 1"),
     (["--parallel.shard-ranks", "3"], "parallel.shard_ranks (3) must divide the 4 data ranks"),
     (["--parallel.shard-ranks", "0"], "parallel.shard_ranks must be at least 1"),

@@ -146,6 +146,38 @@ def bf16_losses(rank, world_size, init_method):
     return losses, {str(p.dtype) for p in runtime.optimizer.named_shards.values()}
 
 
+def bf16_sums(rank, world_size, init_method, gradient_dtype):
+    """bf16: the summed gradients of a step of 16 microbatches on each of two ranks, and the float64 sum of the
+    gradients of its microbatches, each run as a step of its own."""
+    config = dataclasses.replace(
+        CONFIG, run=dataclasses.replace(CONFIG.run, dtype="bf16"),
+        parallel=dataclasses.replace(CONFIG.parallel, gradient_dtype=gradient_dtype),
+    )
+    runtime = start(rank, world_size, init_method, config)
+    lengths = [9 + number for number in range(32)]
+    groups = [
+        AttentionGroup(kind=AttentionKind.LOCAL, ranks=(number % 2,), sequences=(number,)) for number in range(32)
+    ]
+    whole = plan_of(groups, lengths, num_ranks=2)
+    documents = documents_of(whole)
+
+    def grads(plan, rows):
+        accumulate_gradients(runtime, compile_rank_program(plan, rank), reader(rows), num_tokens=whole.num_tokens)
+        found = {name: p.grad.full_tensor().double().numpy() for name, p in runtime.model.named_parameters()}
+        dtypes = {str(p.grad.dtype) for p in runtime.model.parameters()}
+        runtime.optimizer.zero_grad()
+        return found, dtypes
+
+    summed, dtypes = grads(whole, documents)
+    exact = {name: np.zeros_like(grad) for name, grad in summed.items()}
+    for number, length in enumerate(lengths):
+        one = plan_of([dataclasses.replace(groups[number], sequences=(0,))], [length], num_ranks=2)
+        for name, grad in grads(one, documents[number : number + 1])[0].items():
+            exact[name] += grad
+    errors = [np.linalg.norm(summed[name] - grad) / np.linalg.norm(grad) for name, grad in exact.items()]
+    return max(errors), dtypes
+
+
 def numeric_failure(rank, world_size, init_method):
     """Rank 2's weights turn bad; every rank must stop before the update."""
     runtime = start(rank, world_size, init_method)
@@ -250,6 +282,12 @@ class TestStep:
     def test_bf16_trains_with_fp32_weights(self, pool):
         losses, dtypes = pool.run(bf16_losses)[0]
         assert losses[-1] < 0.8 * losses[0] and dtypes == {"torch.float32"}
+
+    def test_gradients_of_microbatches_are_summed_in_fp32_unless_asked_otherwise(self, pool):
+        results = {name: pool.run(bf16_sums, name, world_size=2)[0] for name in ("fp32", "bf16")}
+        (fp32, fp32_dtypes), (bf16, bf16_dtypes) = results["fp32"], results["bf16"]
+        assert fp32 < 1e-5 and bf16 > 1e-3  # of what bf16 computed in each microbatch nothing is lost, and much is
+        assert fp32_dtypes == bf16_dtypes == {"torch.float32"}  # what the optimizer gets
 
     def test_a_microbatch_s_own_memory_policy_is_executed(self, pool, tmp_path):
         results = pool.run(planned_memory, tmp_path)
