@@ -56,9 +56,9 @@ class StepOutcome:
 
     By data rank (tensor rank 0): ``busy_s``, seconds in microbatches without waiting for peers; ``span_s``, the same
     with the waiting; ``gather_s`` and ``reduce_s``, before and after them, waiting for slower ranks included;
-    ``peak_bytes``. With pipeline stages: the stage with the most, ``busy_s`` their mean. ``measured_s``: wall time seen
-    by this rank; ``update_s``: what of it came after the reduction. ``ranks``: every microbatch of every rank, where it
-    was asked for; else empty.
+    ``peak_bytes`` and ``tier_peak_bytes``. With pipeline stages: the stage with the most, ``busy_s`` their mean.
+    ``measured_s``: wall time seen by this rank; ``update_s``: what of it came after the reduction. ``ranks``: every
+    microbatch of every rank, where it was asked for; else empty.
     """
 
     loss: float
@@ -69,6 +69,7 @@ class StepOutcome:
     gather_s: tuple[float, ...]
     reduce_s: tuple[float, ...]
     peak_bytes: tuple[int, ...]
+    tier_peak_bytes: tuple[int, ...]
     update_s: float
     ranks: tuple[RankStep, ...]
     stop_requested: bool
@@ -87,6 +88,7 @@ def train_step(
     """
     start_s = time.perf_counter()
     runtime.peak.reset()
+    runtime.memory.restart_peak()
     # 1. forward and backward of this rank's microbatches, gradients summed once at the end
     loss_sum, times = accumulate_gradients(runtime, program, read_spans, num_tokens=num_tokens)
     # 2. one small sum tells every rank the loss, the gradient norm, who waited and who wants to stop
@@ -101,6 +103,7 @@ def train_step(
     return StepOutcome(
         loss=loss, grad_norm=grad_norm, measured_s=measured_s, busy_s=shared.busy_s, span_s=shared.span_s,
         gather_s=shared.gather_s, reduce_s=shared.reduce_s, peak_bytes=shared.peak_bytes,
+        tier_peak_bytes=shared.tier_peak_bytes,
         update_s=max(0.0, measured_s - times.gather_s - times.finish_s - times.reduce_s), ranks=shared.ranks,
         stop_requested=shared.stop,
     )
@@ -225,11 +228,12 @@ def bind_attention(runtime: Runtime, microbatch: RankMicrobatch) -> MicrobatchAt
 def memory_policy(runtime: Runtime, microbatch: RankMicrobatch) -> ActivationPolicy:
     """The plan's policy for this microbatch, or the run's where the plan just keeps."""
     planned = microbatch.memory
-    if planned.keep_fraction >= 1:
+    if planned.is_keep:
         return runtime.memory.policy
     return ActivationPolicy(
         swap_fraction=planned.swap_fraction, keep_fraction=planned.keep_fraction,
-        swap_pair=planned.swap_fraction > 0, row_multiple=runtime.memory.policy.row_multiple,
+        swap_pair=planned.swap_fraction > 0, pair_fraction=planned.swap_fraction,
+        row_multiple=runtime.memory.policy.row_multiple, kept_layers=runtime.memory.kept_layers,
     )
 
 
@@ -237,7 +241,7 @@ def bind_memory(runtime: Runtime, policy: ActivationPolicy, num_rows: int) -> Mi
     """What becomes of the activations of one microbatch of ``num_rows`` local rows. Raises PlanError where the policy
     swaps and the run has no tier."""
     if policy.swaps and runtime.memory.tier is None:
-        raise PlanError("the plan swaps activations, but the run has no tier: use --memory swap")
+        raise PlanError("the plan swaps activations, but the run has no tier to swap to")
     stage = runtime.model.stage
     return MicrobatchMemory(
         policy, runtime.memory.tier, num_layers=len(runtime.model.layers), num_rows=num_rows, keeps_last=stage.is_last
@@ -254,6 +258,7 @@ class _Shared:
     gather_s: tuple[float, ...]
     reduce_s: tuple[float, ...]
     peak_bytes: tuple[int, ...]
+    tier_peak_bytes: tuple[int, ...]
     ranks: tuple[RankStep, ...]
 
 
@@ -263,23 +268,27 @@ def _share(
 ) -> _Shared:
     mesh = runtime.mesh
     totals = torch.zeros(3, dtype=torch.float64)
-    by_rank = torch.zeros(5, mesh.num_stages, mesh.data_size, dtype=torch.float64)
+    by_rank = torch.zeros(6, mesh.num_stages, mesh.data_size, dtype=torch.float64)
     spans = torch.zeros(len(places), NUM_TIMES, dtype=torch.float64)
     totals[1] = squared_norm
     totals[2] = float(stop)
     if mesh.tensor_rank == 0:  # tensor ranks hold the same loss and run the same microbatches
         totals[0] = loss_sum
         by_rank[:, mesh.stage, mesh.data_rank] = torch.tensor(
-            [times.finish_s - times.wait_s, times.finish_s, times.gather_s, times.reduce_s, runtime.peak.read_bytes()],
+            [
+                times.finish_s - times.wait_s, times.finish_s, times.gather_s, times.reduce_s,
+                runtime.peak.read_bytes(), runtime.memory.peak_tier_bytes,
+            ],
             dtype=torch.float64,
         )
         spans = pack_times(times.microbatches, places, mesh.data_rank)
     parts = (totals, by_rank.flatten(), spans.flatten())
     summed = comm.all_reduce_sum(torch.cat(parts), mesh.control_group).split([part.numel() for part in parts])
     (loss, norm, stops), table = summed[0].tolist(), summed[1].view_as(by_rank)
-    span_s, gather_s, reduce_s, peak_bytes = (tuple(row.tolist()) for row in table[1:].amax(1))
+    span_s, gather_s, reduce_s, *peaks = (tuple(row.tolist()) for row in table[1:].amax(1))
+    peak_bytes, tier_peak_bytes = (tuple(int(value) for value in row) for row in peaks)
     return _Shared(
         loss_sum=loss, squared_norm=norm, stop=stops > 0, busy_s=tuple(table[0].mean(0).tolist()), span_s=span_s,
-        gather_s=gather_s, reduce_s=reduce_s, peak_bytes=tuple(int(value) for value in peak_bytes),
+        gather_s=gather_s, reduce_s=reduce_s, peak_bytes=peak_bytes, tier_peak_bytes=tier_peak_bytes,
         ranks=unpack_times(summed[2].view_as(spans), places, gather_s, reduce_s) if places else (),
     )

@@ -175,7 +175,7 @@ BAD_FLAGS = [
     (["--strategy", "megatron", "--degree", "2"], "plan.degree is for plan.strategy static only, not megatron"),
     (["--attention", "ulises"], "plan.attention 'ulises' is unknown (did you mean 'ulysses'?)"),
     (["--swap-fraction", "0.5"], "memory.swap_fraction is for memory.policy swap only, not auto"),
-    (["--memory", "keep", "--tier", "disk"], "memory.tier is for memory.policy swap only, not keep"),
+    (["--memory", "keep", "--tier", "disk"], "memory.tier is for memory.policy swap and auto only, not keep"),
     (["--memory", "swap", "--tier", "dsk"], "memory.tier 'dsk' is unknown (did you mean 'disk'?)"),
     (["--memory", "swap", "--memory.tier-budget", "0"], "memory.tier_budget must be above 0 bytes, got '0'"),
     (["--memory", "swap", "--memory.tier-budget", "many"], "memory.tier_budget"),
