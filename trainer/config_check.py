@@ -253,10 +253,6 @@ def _wrong_chunks(config: TrainConfig) -> Iterator[str]:
             yield f"memory.chunk_budget is for memory.policy seco and spaco, not {policy}"
     except SpecError as error:
         yield str(error)
-    if chunked and config.parallel.pipeline_parallel > 1:
-        yield f"memory.policy {policy} is not built yet for pipeline_parallel above 1; available: one stage"
-    if chunked and config.parallel.sharding == "zero3":
-        yield (
-            f"memory.policy {policy} cannot be used with parallel.sharding zero3: ranks run unequal numbers of chunks; "
-            "use gather_once"
-        )
+    in_step = config.parallel.pipeline_parallel > 1 or config.parallel.sharding == "zero3"
+    if chunked and in_step and memory.chunk_budget != type(memory)().chunk_budget:
+        yield "memory.chunk_budget is for one pipeline stage and sharding gather_once only: leave it out"

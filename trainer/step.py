@@ -17,7 +17,7 @@ from memory.token_swap import MicrobatchMemory
 from parallel import comm
 from parallel.engine import AttentionEngine, MicrobatchAttention
 from parallel.mesh import RankMesh
-from parallel.program import RankMicrobatch, RankProgram, compile_rank_program
+from parallel.program import RankAction, RankMicrobatch, RankProgram, compile_rank_program
 from parallel.sharding import sharded_step
 from parallel.stages import StageLink
 from parallel.timing import StepClock
@@ -25,7 +25,8 @@ from planner.errors import NumericError, PlanError
 from planner.measured import RankStep
 from planner.plan import Sharding, Span, StepPlan
 from trainer.batch import TokenRows, token_rows
-from trainer.chunked_step import ChunkPolicy, run_chunked
+from trainer.chunked_orders import StagedChunks, run_lockstep
+from trainer.chunked_step import ChunkPolicy, chunking_of, run_chunked
 from trainer.optimizer import ShardedAdamW
 from trainer.spans import NUM_TIMES, pack_times, unpack_times
 from trainer.transformer import Decoder
@@ -128,7 +129,10 @@ def accumulate_gradients(
     with sharded_step(runtime.model, runtime.sharding, lambda: run_empty_microbatch(runtime)):
         clock.gathered()
         for action in program.actions:
-            if action.place is None:
+            if runner.in_lockstep(action):
+                if not action.backward:
+                    runner.lockstep(action)
+            elif action.place is None:
                 if not action.backward:
                     run_empty_microbatch(runtime)
             elif action.backward:
@@ -166,23 +170,20 @@ class StageRunner:
         self._read_spans = read_spans
         self._num_tokens = num_tokens
         self._in_flight: dict[int, tuple[torch.Tensor | None, torch.Tensor]] = {}  # stage's input, output by place
+        self._in_chunks: dict[int, StagedChunks] = {}
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=runtime.mesh.device)
 
     def forward(self, place: int) -> None:
         runtime, microbatch = self._runtime, self._program.microbatches[place]
         runtime.clock.begin(microbatch.index)
-        if runtime.chunking is not None:  # both passes at once: without pipeline stages the backward comes next anyway
-            step, num_tokens = self._program.step, self._num_tokens
-            self.loss_sum.add_(run_chunked(runtime, microbatch, self._read_spans, step=step, num_tokens=num_tokens))
+        if chunking_of(runtime, microbatch) is not None:
+            self._forward_in_chunks(place, microbatch)
             runtime.clock.turn()
             return
         rows, link, hidden_TD = self._read_spans(microbatch.spans), runtime.link, None
         if link is not None and not link.is_first:
             hidden_TD = link.receive_hidden(microbatch.index, self._shape(microbatch))
-            # the stage before is past every backward that its limit of forwards in flight made it run first
-            settled = place - (link.num_stages - (link.stage - 1))
-            if settled >= 0:
-                link.gradient_has_arrived(self._program.microbatches[settled].index)
+            self._let_go_of_gradients(place, link)
         attention = bind_attention(runtime, microbatch)
         memory = bind_memory(runtime, memory_policy(runtime, microbatch), microbatch.num_rows)
         output = runtime.model(rows.tokens_T, rows.positions_T, rows.labels_T, attention, hidden_TD, memory)
@@ -196,7 +197,9 @@ class StageRunner:
     def backward(self, place: int) -> None:
         link, microbatch = self._runtime.link, self._program.microbatches[place]
         self._runtime.clock.resume(microbatch.index)
-        if self._runtime.chunking is not None:
+        if chunking_of(self._runtime, microbatch) is not None:
+            if place in self._in_chunks:
+                self.loss_sum.add_(self._in_chunks.pop(place).backward())
             self._runtime.clock.end()
             return
         hidden_TD, output = self._in_flight.pop(place)
@@ -208,6 +211,46 @@ class StageRunner:
             assert hidden_TD.grad is not None
             link.send_gradient(microbatch.index, hidden_TD.grad)
         self._runtime.clock.end()
+
+    def in_lockstep(self, action: RankAction) -> bool:
+        """Whether the action's round runs group by group in step with all ranks (see ``trainer.chunked_orders``)."""
+        runtime = self._runtime
+        return runtime.sharding is Sharding.ZERO3 and (runtime.chunking is not None or action.in_chunks)
+
+    def lockstep(self, action: RankAction) -> None:
+        """Forward and backward of the round, with this rank's microbatch or with none."""
+        runtime, program = self._runtime, self._program
+        microbatch = None if action.place is None else program.microbatches[action.place]
+        if microbatch is not None:
+            runtime.clock.begin(microbatch.index)
+        self.loss_sum.add_(run_lockstep(
+            runtime, microbatch, action.slots, self._read_spans, step=program.step, num_tokens=self._num_tokens,
+            run_empty=lambda: run_empty_microbatch(runtime),
+        ))
+        if microbatch is not None:
+            runtime.clock.turn()
+            runtime.clock.resume(microbatch.index)
+            runtime.clock.end()
+
+    def _forward_in_chunks(self, place: int, microbatch: RankMicrobatch) -> None:
+        """Without pipeline stages both passes at once, for the backward comes next anyway."""
+        runtime, step, num_tokens = self._runtime, self._program.step, self._num_tokens
+        if runtime.link is None:
+            self.loss_sum.add_(run_chunked(runtime, microbatch, self._read_spans, step=step, num_tokens=num_tokens))
+            return
+        chunks = StagedChunks(
+            runtime, microbatch, self._read_spans, step=step, num_tokens=num_tokens, link=runtime.link
+        )
+        chunks.forward()
+        self._in_chunks[place] = chunks
+        if not runtime.link.is_first:
+            self._let_go_of_gradients(place, runtime.link)
+
+    def _let_go_of_gradients(self, place: int, link: StageLink) -> None:
+        """The stage before is past every backward that its limit of forwards in flight made it run first."""
+        settled = place - (link.num_stages - (link.stage - 1))
+        if settled >= 0:
+            link.gradient_has_arrived(self._program.microbatches[settled].index)
 
     def _shape(self, microbatch: RankMicrobatch) -> tuple[int, int]:
         return microbatch.num_rows, self._runtime.model.spec.hidden_dim
