@@ -70,7 +70,7 @@ def plan_memory(
     if reason:
         note = f"memory: all activations kept: {reason}"
         return dataclasses.replace(runtime.memory, note=note), cost, limits
-    profile = _profile(config, runtime, cost)
+    profile = _profile(config, runtime, cost, limits)
     tier_name = tier_name_of(config, runtime.mesh.device)
     capacity_bytes = _capacity_bytes(config, runtime, profile, tier_name, local_world_size)
     measured = _stored_or_measured(config, runtime, cost, profile, tier_name, capacity_bytes, cache_root)
@@ -129,13 +129,14 @@ def _kept_layers(runtime: Runtime) -> int:
     return SWAP_KEEPS_LAYERS if can_swap else RECOMPUTE_KEEPS_LAYERS
 
 
-def _profile(config: TrainConfig, runtime: Runtime, cost: CostModel) -> LayerProfile:
+def _profile(config: TrainConfig, runtime: Runtime, cost: CostModel, limits: PlanLimits) -> LayerProfile:
     """Of ranks alone, with the bytes of an exchange of heads between all of them where plans may have one: attention
     then saves its tensors in both layouts."""
     num_tokens = profile_tokens(config)
     profile = profile_layer(runtime, num_tokens=num_tokens)
     degree = runtime.mesh.data_size
-    if degree > 1 and degree in cost.degrees(AttentionKind.ULYSSES):
+    exchanges = AttentionKind.ULYSSES in limits.kinds and degree <= limits.max_ulysses_degree
+    if degree > 1 and exchanges and degree in cost.degrees(AttentionKind.ULYSSES):
         shared = profile_layer(
             runtime, num_tokens=max(1, num_tokens // degree), shape=MeasuredShape(AttentionKind.ULYSSES, degree)
         )

@@ -11,7 +11,7 @@ import torch
 
 from memory.sparse_chunks import Sampling
 from parallel.program import compile_rank_program
-from planner.plan import AttentionGroup, AttentionKind
+from planner.plan import AttentionGroup, AttentionKind, MemoryPolicy
 from tests.plans import verified_plan
 from tests.ranks import RankPool
 from tests.trainer.test_equality import CONFIG, SPEC
@@ -19,8 +19,8 @@ from tests.trainer.test_step import reader, start
 from trainer.calibration import MeasuredShape, calibrate
 from trainer.checkpoint import weights_digest
 from trainer.chunked_step import chunk_policy
-from trainer.config import MemoryConfig
-from trainer.step import train_step
+from trainer.config import MemoryConfig, ParallelConfig
+from trainer.step import accumulate_gradients, compile_stage_program, train_step
 
 LENGTHS = [70, 9, 31]
 SECO = MemoryConfig(policy="seco", chunk_tokens=8)
@@ -129,3 +129,49 @@ def test_gradients_are_reduced_once_a_step(pool):
     chunked, whole = pool.run(reductions, SECO)[0], pool.run(reductions, MemoryConfig())[0]
     assert whole["backward"] == 2 and chunked["backward"] == 64 // (2 * 8) + 1  # the last one is the empty microbatch
     assert chunked["reduce"] == whole["reduce"] == SPEC.num_layers + 1
+
+
+def planned_chunks(rank, world_size, init_method, parallel, groups):
+    """(losses, gradients, backward calls) of a plan whose first microbatch runs in chunks, and of the plan without."""
+    config = dataclasses.replace(CONFIG, parallel=parallel)
+    runtime = start(rank, world_size, init_method, config, SPEC)
+    whole = verified_plan(groups, LENGTHS, runtime.mesh.data_size)
+    whole = dataclasses.replace(
+        whole, sharding=runtime.sharding, num_stages=runtime.mesh.num_stages
+    )
+    first, *others = whole.microbatches
+    first = dataclasses.replace(first, memory=MemoryPolicy(chunk_tokens=8))
+    rng = np.random.default_rng(8)
+    read = reader([rng.integers(0, SPEC.vocab_size, size=size + 1) for size in LENGTHS])
+    answers = []
+    for plan in (whole, dataclasses.replace(whole, microbatches=(first, *others))):
+        with mock.patch.object(torch.Tensor, "backward", autospec=True, side_effect=torch.Tensor.backward) as backward:
+            loss, _ = accumulate_gradients(
+                runtime, compile_stage_program(runtime, plan), read, num_tokens=plan.num_tokens
+            )
+        grads = {name: p.grad.full_tensor().clone().numpy() for name, p in runtime.model.named_parameters()}
+        answers.append((loss, grads, backward.call_count))
+        runtime.optimizer.zero_grad()
+    return answers
+
+
+LOCAL_GROUPS = [[AttentionGroup(kind=AttentionKind.LOCAL, ranks=(0,), sequences=(0, 2))],
+                [AttentionGroup(kind=AttentionKind.LOCAL, ranks=(0,), sequences=(1,))]]
+
+
+@pytest.mark.parametrize(("parallel", "groups"), [
+    (ParallelConfig(), [[AttentionGroup(kind=AttentionKind.RING, ranks=(1, 0), sequences=(0, 2))],
+                        [AttentionGroup(kind=AttentionKind.LOCAL, ranks=(1,), sequences=(1,))]]),
+    (ParallelConfig(sharding="zero3"), [[AttentionGroup(kind=AttentionKind.LOCAL, ranks=(1,), sequences=(0, 2))],
+                                        [AttentionGroup(kind=AttentionKind.LOCAL, ranks=(0,), sequences=(1,))]]),
+    (ParallelConfig(pipeline_parallel=2), LOCAL_GROUPS),
+], ids=["gather_once", "zero3", "pipeline"])
+def test_a_microbatch_planned_in_chunks_runs_in_chunks_and_others_whole(pool, parallel, groups):
+    results = pool.run(planned_chunks, parallel, groups)
+    losses = [sum(answers[way][0] for answers in results) for way in (0, 1)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    for answers in results:
+        (_, whole, _), (_, chunked, _) = answers
+        for name, grad in whole.items():
+            assert np.linalg.norm(chunked[name] - grad) < 1e-5 * max(np.linalg.norm(grad), 1e-3), name
+    assert max(chunked[2] for _, chunked in results) >= max(whole[2] for whole, _ in results) + 101 // 16
