@@ -41,6 +41,12 @@ def plans_policies(config: TrainConfig) -> bool:
     return config.memory.policy == "auto" and config.plan.strategy in POLICY_STRATEGIES
 
 
+def measures_policies(cost: CostModel) -> bool:
+    """Whether what the cost model does not say of swapping and recomputing may be measured in this run and added: only
+    where its bytes and seconds are a machine's own."""
+    return cost.activation is None and cost.num_stages == 1 and cost.provenance.source == "measured"
+
+
 def with_policies(limits: PlanLimits, *, host_budget_bytes: int) -> PlanLimits:
     """These limits with every memory policy allowed."""
     policies = (MemoryAction.KEEP, MemoryAction.SWAP, MemoryAction.RECOMPUTE)

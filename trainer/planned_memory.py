@@ -34,7 +34,7 @@ from planner.units import format_bytes, format_seconds
 from trainer.calibration import MeasuredShape
 from trainer.config import TrainConfig
 from trainer.layer_profile import LayerProfile, profile_layer
-from trainer.plan_inputs import plans_policies, with_policies
+from trainer.plan_inputs import measures_policies, plans_policies, with_policies
 from trainer.step import Runtime
 from trainer.swap_setup import (
     POLICY_FILE,
@@ -118,7 +118,7 @@ def _why_keep(config: TrainConfig, runtime: Runtime, cost: CostModel, limits: Pl
         return "policies are not planned with pipeline stages"
     if len(runtime.model.layers) <= RECOMPUTE_KEEPS_LAYERS:
         return "the model has one layer, and the last one stays"
-    if cost.activation is None and config.plan.cost != "auto":
+    if cost.activation is None and not measures_policies(cost):
         return f"{config.plan.cost} does not price swapping and recomputing"
     return ""
 

@@ -15,7 +15,7 @@ from memory.policy import KEEP_ALL, RECOMPUTE_ALL, ActivationPolicy
 from memory.tiers import HOST, HostTier, Tier
 from parallel import comm
 from planner.codec import from_plain, to_plain
-from planner.errors import SpecError
+from planner.errors import InfeasibleError, SpecError
 from planner.plan import digest_of
 from planner.swap_lp import PairPlace, SwapProblem, solve_fractions
 from planner.units import KIB, format_bytes, parse_bytes
@@ -115,8 +115,14 @@ def _best_fractions(
             # speeds are those of one sequence of num_tokens, room is needed for all a rank may hold
             tier_capacity_bytes=limit_bytes * profile.num_tokens / most_rows(config),
         )
-        answer = _stored_or_solved(config, problem, row_multiple)
+        try:
+            answer = _stored_or_solved(config, problem, row_multiple)
+        except InfeasibleError as error:  # every rank must end, not just this one
+            answer = json.dumps({"infeasible": [str(error), error.needed_bytes, error.available_bytes]}).encode()
     found = json.loads(comm.broadcast_bytes(answer if mesh.rank == 0 else None, source=0, group=mesh.control_group))
+    if "infeasible" in found:
+        message, needed, available = found["infeasible"]
+        raise InfeasibleError(message, binding="swap tier", needed_bytes=needed, available_bytes=available)
     return from_plain(ActivationPolicy, found["policy"], where=POLICY_FILE), found["how"]
 
 

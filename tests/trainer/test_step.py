@@ -14,7 +14,7 @@ from memory.ledger import MemoryFullError
 from parallel.engine import AttentionEngine
 from parallel.program import compile_rank_program
 from planner.cost import MemoryFit, PlanLimits
-from planner.errors import NumericError
+from planner.errors import InfeasibleError, NumericError
 from planner.plan import AttentionGroup, AttentionKind, MemoryAction, MemoryPolicy
 from tests.parallel.test_attention import TOLERANCE, dense_attention
 from tests.plans import cost_model, verified_plan
@@ -203,7 +203,11 @@ def planned_host_bytes(rank, world_size, init_method, folder):
         data=DataConfig(max_length=300, tokens_per_step=1200),
     )
     runtime = start(rank, world_size, init_method, config, dataclasses.replace(SMALL, num_layers=4))
-    cost = dataclasses.replace(cost_model(NUM_RANKS), memory=MemoryFit(fixed_bytes=0, bytes_per_token=1e5))
+    cost = cost_model(NUM_RANKS)
+    cost = dataclasses.replace(
+        cost, memory=MemoryFit(fixed_bytes=0, bytes_per_token=1e5),
+        provenance=dataclasses.replace(cost.provenance, source="measured"),
+    )
     limits = PlanLimits(device_budget_bytes=10**7, kinds=(AttentionKind.RING,), max_ulysses_degree=4)
     memory, cost, limits = plan_memory(config, runtime, cost, limits, folder / "cache", world_size)
     assert {MemoryAction.SWAP, MemoryAction.RECOMPUTE} <= set(limits.policies)
@@ -223,6 +227,17 @@ def planned_host_bytes(rank, world_size, init_method, folder):
         answers.append((predicted_host_bytes(plan, cost, memory), max(outcome.tier_peak_bytes)))
     memory.close()
     return answers, cost.activation
+
+
+def no_room_for_the_pair(rank, world_size, init_method, folder):
+    """The fractions' program has no solution in this tier: every rank says so."""
+    config = dataclasses.replace(
+        CONFIG, run=dataclasses.replace(CONFIG.run, dir=str(folder)),
+        memory=MemoryConfig(policy="swap", tier="host", tier_budget="1 KiB"),
+    )
+    with pytest.raises(InfeasibleError) as caught:
+        start(rank, world_size, init_method, config, dataclasses.replace(SMALL, num_layers=4))
+    return str(caught.value), caught.value.needed_bytes > caught.value.available_bytes
 
 
 def full_tier(rank, world_size, init_method, folder):
@@ -298,6 +313,10 @@ class TestStep:
             assert predicted <= measured * 1.01 and measured <= predicted * 1.05 + 2 * 20 * 512, answers
         assert 0 < fit.recompute_bytes_per_token < fit.swap_bytes_per_token
         assert fit.recompute_s_per_token > 0 and fit.copy_bytes_per_s > 0 and 0 < fit.hidden_share <= 1
+
+    def test_a_tier_too_small_for_what_is_never_recomputed_ends_every_rank(self, pool, tmp_path):
+        for message, larger in pool.run(no_room_for_the_pair, tmp_path, world_size=2):
+            assert "layer inputs and attention outputs of 2 layers" in message and larger
 
     def test_a_full_tier_names_need_and_have(self, pool, tmp_path):
         (message,) = pool.run(full_tier, tmp_path, world_size=1)
