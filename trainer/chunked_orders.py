@@ -110,10 +110,10 @@ def run_lockstep(
 ) -> torch.Tensor:
     """One round of ``zero3``, this rank's part of it: a microbatch or none. Collective. ``run_empty``: forward and
     backward of zero tokens. Returns this rank's (weighted) sum of token losses."""
-    total = torch.zeros((), dtype=torch.float64, device=runtime.mesh.device)
+    total, has_run = torch.zeros((), dtype=torch.float64, device=runtime.mesh.device), False
     for slot in slots:
         run = None
-        if slot is not None and microbatch is not None:
+        if slot is not None and microbatch is not None and microbatch.groups[slot].sequences:
             run = GroupRun(runtime, microbatch, microbatch.groups[slot], read_spans, step=step, num_tokens=num_tokens)
         stored, selected = (run.stored, run.selected) if run is not None else ((), ())
         counts = torch.tensor([len(stored), len(selected)], dtype=torch.int64)
@@ -123,11 +123,14 @@ def run_lockstep(
                 run.store(stored[place])
             else:
                 _forward_nothing(runtime)
+        has_run = has_run or most_selected > 0
         for place in range(most_selected):
             if run is not None and place < len(selected):
                 total += run.backward(selected[place])
             else:
                 run_empty()
+    if not has_run:  # no sequence, or no chunk drawn anywhere: there must be gradients all the same
+        run_empty()
     return total
 
 

@@ -47,6 +47,8 @@ from trainer.swap_setup import (
     tier_name_of,
 )
 
+_VERSION = 1
+"""Goes up with every change of what is measured: older stored results are then measured again."""
 _ROOM_TO_SPARE = 1.02
 """A tier's room over what plans may put there: places of unequal size do not fill it without gaps."""
 
@@ -73,11 +75,17 @@ def plan_memory(
     profile = _profile(config, runtime, cost, limits)
     tier_name = tier_name_of(config, runtime.mesh.device)
     capacity_bytes = _capacity_bytes(config, runtime, profile, tier_name, local_world_size)
-    measured = _stored_or_measured(config, runtime, cost, profile, tier_name, capacity_bytes, cache_root)
+    key = _key(config, cost, profile, tier_name)
+    cached = cache_root / "cost" / f"{key}-memory.json"
+    measured = _stored_or_measured(config, runtime, cost, profile, tier_name, capacity_bytes, key, cached)
     if cost.activation is None:
         how = f"activations: a layer of {profile.num_tokens} tokens a rank and copies to the {tier_name} tier, measured"
         provenance = dataclasses.replace(cost.provenance, notes=(*cost.provenance.notes, how))
         cost = dataclasses.replace(cost, activation=measured.activation, provenance=provenance)
+    if runtime.mesh.rank == 0:
+        _write(cached, {"key": key, "measured": to_plain(measured)})
+        own = {"key": key, "measured": to_plain(measured), "cost": to_plain(cost)}  # the cost: for longhaul report
+        _write(Path(config.run.dir) / POLICY_FILE, own)
     limits = with_policies(limits, host_budget_bytes=measured.host_budget_bytes)
     memory = dataclasses.replace(runtime.memory, kept_layers=_kept_layers(runtime))
     if swaps(cost, limits):
@@ -165,19 +173,13 @@ def _capacity_bytes(
 
 def _stored_or_measured(
     config: TrainConfig, runtime: Runtime, cost: CostModel, profile: LayerProfile, tier_name: str, capacity_bytes: int,
-    cache_root: Path,
+    key: str, cached: Path,
 ) -> _Measured:
     """Rank 0's numbers: those the run began with if it is resumed, else the cached fit and what the tier holds now."""
-    mesh = runtime.mesh
-    key = digest_of({
-        "cost": cost.digest, "memory": to_plain(config.memory), "tier": tier_name, "tokens": profile.num_tokens,
-        "disk": _disk_of(Path(config.run.dir)),
-    })[:24]
-    own, cached = Path(config.run.dir) / POLICY_FILE, cache_root / "cost" / f"{key}-memory.json"
     host_budget = max(0, int((capacity_bytes - padding_bytes(runtime)) / _ROOM_TO_SPARE))
     found = None
-    if mesh.rank == 0:
-        began = _read(own, key) if config.run.resume else None
+    if runtime.mesh.rank == 0:
+        began = _read(Path(config.run.dir) / POLICY_FILE, key) if config.run.resume else None
         fit = _read(cached, key)
         found = began or (dataclasses.replace(fit, host_budget_bytes=host_budget) if fit else None)
     found = _shared(runtime, found)
@@ -185,11 +187,23 @@ def _stored_or_measured(
         activation = cost.activation or _measure(config, runtime, cost, profile, tier_name)
         found = _shared(runtime, _Measured(activation=activation, host_budget_bytes=host_budget))
         assert found is not None
-    if mesh.rank == 0:
-        for path in (own, cached):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps({"key": key, "measured": to_plain(found)}), encoding="utf-8")
     return found
+
+
+def _key(config: TrainConfig, cost: CostModel, profile: LayerProfile, tier_name: str) -> str:
+    """Of all that the measurement depends on."""
+    conditions = {
+        "cost": cost.digest, "memory": to_plain(config.memory), "tier": tier_name, "tokens": profile.num_tokens,
+        "disk": _disk_of(Path(config.run.dir)), "version": _VERSION,
+    }
+    return digest_of(conditions)[:24]
+
+
+def _write(path: Path, values: dict[str, object]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".new")
+    partial.write_text(json.dumps(values), encoding="utf-8")
+    partial.replace(path)
 
 
 def _shared(runtime: Runtime, measured: _Measured | None) -> _Measured | None:

@@ -46,13 +46,15 @@ def losses(rank, world_size, init_method, memory, dtype, kind):
     return values, weights_digest(runtime)
 
 
-def calibration(rank, world_size, init_method, memory):
-    runtime = start(rank, world_size, init_method, configured(memory))
+SHAPES = (
+    MeasuredShape(AttentionKind.LOCAL, 1), MeasuredShape(AttentionKind.ULYSSES, 2), MeasuredShape(AttentionKind.RING, 2)
+)
+
+
+def calibration(rank, world_size, init_method, memory, parallel, shapes):
+    config = dataclasses.replace(configured(memory), parallel=parallel)
+    runtime = start(rank, world_size, init_method, config, SPEC)
     before = weights_digest(runtime)
-    shapes = (
-        MeasuredShape(AttentionKind.LOCAL, 1), MeasuredShape(AttentionKind.ULYSSES, 2),
-        MeasuredShape(AttentionKind.RING, 2),
-    )
     return calibrate(runtime, shapes, max_length=64, machine="here").cost, before == weights_digest(runtime)
 
 
@@ -79,13 +81,14 @@ def test_sampled_chunks_repeat_exactly_and_differ_by_step_and_seed(pool):
     assert first[0] != pytest.approx(exact[0], rel=1e-3), "the loss of a sample is an estimate"
 
 
-@pytest.mark.parametrize("memory", [SECO, SPACO])
-def test_calibration_measures_the_policy(pool, memory):
-    cost, unchanged = pool.run(calibration, memory)[0]
+@pytest.mark.parametrize(("memory", "parallel", "shapes"), [
+    (SECO, ParallelConfig(), SHAPES), (SPACO, ParallelConfig(), SHAPES),
+    (SPACO, ParallelConfig(sharding="zero3"), SHAPES[:2]), (SECO, ParallelConfig(pipeline_parallel=2), SHAPES[:1]),
+], ids=["seco", "spaco", "spaco zero3", "seco pipeline"])
+def test_calibration_measures_the_policy(pool, memory, parallel, shapes):
+    cost, unchanged = pool.run(calibration, memory, parallel, shapes)[0]
     assert unchanged
-    assert {(fit.kind, fit.degree) for fit in cost.times} == {
-        (AttentionKind.LOCAL, 1), (AttentionKind.ULYSSES, 2), (AttentionKind.RING, 2)
-    }
+    assert {(fit.kind, fit.degree) for fit in cost.times} == {(shape.kind, shape.degree) for shape in shapes}
 
 
 def test_budget_becomes_rows_and_measuring_has_no_chance():

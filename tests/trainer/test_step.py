@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import random
 
@@ -13,7 +14,8 @@ import torch
 from memory.ledger import MemoryFullError
 from parallel.engine import AttentionEngine
 from parallel.program import compile_rank_program
-from planner.cost import MemoryFit, PlanLimits
+from planner.codec import from_plain, to_plain
+from planner.cost import CostModel, MemoryFit, PlanLimits
 from planner.errors import InfeasibleError, NumericError
 from planner.plan import AttentionGroup, AttentionKind, MemoryAction, MemoryPolicy
 from tests.parallel.test_attention import TOLERANCE, dense_attention
@@ -209,9 +211,16 @@ def planned_host_bytes(rank, world_size, init_method, folder):
         provenance=dataclasses.replace(cost.provenance, source="measured"),
     )
     limits = PlanLimits(device_budget_bytes=10**7, kinds=(AttentionKind.RING,), max_ulysses_degree=4)
-    memory, cost, limits = plan_memory(config, runtime, cost, limits, folder / "cache", world_size)
+    before, limits_before = cost, limits
+    memory, cost, limits = plan_memory(config, runtime, before, limits_before, folder / "cache", world_size)
     assert {MemoryAction.SWAP, MemoryAction.RECOMPUTE} <= set(limits.policies)
     assert "measured" in cost.provenance.notes[0]
+    stored = json.loads((folder / "memory.json").read_text()) if rank == 0 else {"cost": to_plain(cost)}
+    assert from_plain(CostModel, stored["cost"], where="memory.json").digest == cost.digest
+    resumed = dataclasses.replace(config, run=dataclasses.replace(config.run, resume=True), memory=config.memory)
+    again, cost_again, limits_again = plan_memory(resumed, runtime, before, limits_before, folder / "none", world_size)
+    again.close()
+    assert (cost_again.digest, limits_again) == (cost.digest, limits), "a resumed run plans with what it began with"
     runtime = dataclasses.replace(runtime, memory=memory)
     answers = []
     for ranks, length in (((0,), 300), ((0, 1, 2, 3), 1200)):
