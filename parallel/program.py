@@ -173,6 +173,7 @@ def _compile_actions(plan: StepPlan, rank: int, stage: int, num_stages: int) -> 
         if num_stages > 1:
             raise PlanError(f"step {plan.step}: sharding {plan.sharding} cannot run in pipeline stages")
         rounds = lockstep_rounds(item.ranks for item in work) or ((),)
+        _refuse_mixed(plan, rounds)
         return tuple(
             RankAction(place, backward, slots, any(plan.microbatches[index].memory.chunk_tokens for index in members))
             for members in rounds
@@ -186,6 +187,14 @@ def _compile_actions(plan: StepPlan, rank: int, stage: int, num_stages: int) -> 
     return tuple(RankAction(places[action.microbatch], action.backward) for action in order)
 
 
+def _refuse_mixed(plan: StepPlan, rounds: tuple[tuple[int, ...], ...]) -> None:
+    """A round in step runs group by group, and that keeps the activations of what it has under way."""
+    for members in rounds:
+        policies = [plan.microbatches[index].memory for index in members]
+        if any(policy.chunk_tokens for policy in policies) and any(policy.keep_fraction < 1 for policy in policies):
+            raise PlanError(f"step {plan.step}: chunks beside swapped or recomputed activations in one round of zero3")
+
+
 def _group_slots(plan: StepPlan, members: tuple[int, ...], rank: int) -> tuple[int | None, ...]:
     groups = [group for index in members for group in plan.microbatches[index].groups]
     numbers = {place: number for number, place in enumerate(p for p, group in enumerate(groups) if rank in group.ranks)}
@@ -194,6 +203,8 @@ def _group_slots(plan: StepPlan, members: tuple[int, ...], rank: int) -> tuple[i
 
 
 def _compile_microbatch(index: int, microbatch: Microbatch, lengths: list[int], rank: int) -> RankMicrobatch:
+    if microbatch.memory.chunk_tokens and microbatch.memory.keep_fraction < 1:
+        raise PlanError(f"microbatch {index}: chunks with swapped or recomputed activations cannot be run")
     spans: list[Span] = []
     groups: list[GroupProgram] = []
     first_row = 0

@@ -11,7 +11,8 @@ import torch
 
 from memory.sparse_chunks import Sampling
 from parallel.program import compile_rank_program
-from planner.plan import AttentionGroup, AttentionKind, MemoryPolicy
+from planner.errors import PlanError
+from planner.plan import AttentionGroup, AttentionKind, MemoryPolicy, Sharding
 from tests.plans import verified_plan
 from tests.ranks import RankPool
 from tests.trainer.test_equality import CONFIG, SPEC
@@ -178,3 +179,13 @@ def test_a_microbatch_planned_in_chunks_runs_in_chunks_and_others_whole(pool, pa
         for name, grad in whole.items():
             assert np.linalg.norm(chunked[name] - grad) < 1e-5 * max(np.linalg.norm(grad), 1e-3), name
     assert max(chunked[2] for _, chunked in results) >= max(whole[2] for whole, _ in results) + 101 // 16
+
+
+@pytest.mark.parametrize("sharding", Sharding)
+def test_chunks_and_swapping_are_not_mixed_silently(sharding):
+    plan = verified_plan(LOCAL_GROUPS, LENGTHS, 1)
+    both = MemoryPolicy(keep_fraction=0.5, recompute_fraction=0.5, chunk_tokens=8)
+    first, second = plan.microbatches
+    mixed = dataclasses.replace(plan, microbatches=(dataclasses.replace(first, memory=both), second), sharding=sharding)
+    with pytest.raises(PlanError, match="chunks"):
+        compile_rank_program(mixed, 0)
