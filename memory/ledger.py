@@ -56,8 +56,13 @@ class MemoryLedger:
         return self._used_bytes[account]
 
     def peak_bytes(self, account: str) -> int:
-        """Most bytes ever reserved at once."""
+        """Most bytes reserved at once since ``restart_peak`` (or ever)."""
         return self._peak_bytes[account]
+
+    def restart_peak(self, account: str) -> None:
+        """Count the peak anew, from what is reserved now."""
+        with self._lock:
+            self._peak_bytes[account] = self._used_bytes[account]
 
 
 class Regions:

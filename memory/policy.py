@@ -19,8 +19,9 @@ class ActivationPolicy:
     Of every tensor that a token-wise step makes and the backward needs, the first ``swap_fraction`` of the rows goes
     to a tier, the next ``keep_fraction`` stays, the rest is recomputed before the layer's backward. ``by_step`` holds
     other fractions for single steps: ``((step name, swap, keep), ...)``. The pair (layer input and what
-    attention saved: its output and log-sum-exp) is never recomputed: whole, it is swapped (``swap_pair``) or stays.
-    ``row_multiple``: splits fall on multiples of this, for kernels that like even sizes.
+    attention saved: its output and log-sum-exp) is never recomputed: of its bytes ``pair_fraction`` is swapped
+    (``swap_pair``), or all stays. ``row_multiple``: splits fall on multiples of this, for kernels that like even sizes.
+    ``kept_layers``: how many of the last layers stay whole; None: as few as what is done to the others allows.
     """
 
     swap_fraction: float = 0.0
@@ -28,8 +29,12 @@ class ActivationPolicy:
     swap_pair: bool = False
     by_step: tuple[tuple[str, float, float], ...] = ()
     row_multiple: int = 1
+    pair_fraction: float = 1.0
+    kept_layers: int | None = None
 
     def __post_init__(self) -> None:
+        if not 0 <= self.pair_fraction <= 1:
+            raise ValueError(f"pair fraction out of range: {self.pair_fraction}")
         for swap, keep in self._fractions():
             if not (0 <= swap <= 1 and 0 <= keep <= 1 and swap + keep <= 1 + _NEARLY):
                 raise ValueError(f"fractions out of range: swap {swap}, keep {keep}")
@@ -49,6 +54,8 @@ class ActivationPolicy:
     @property
     def num_kept_layers(self) -> int:
         """Last layers whose activations stay on the device."""
+        if self.kept_layers is not None:
+            return self.kept_layers
         return SWAP_KEEPS_LAYERS if self.swaps else RECOMPUTE_KEEPS_LAYERS
 
     def split(self, step: str, num_rows: int) -> tuple[int, int]:
@@ -57,6 +64,11 @@ class ActivationPolicy:
         swap, keep = own.get(step, (self.swap_fraction, self.keep_fraction))
         num_swapped = self._rounded(swap, num_rows)
         return num_swapped, self._rounded(swap + keep, num_rows) - num_swapped
+
+    def split_pair(self, num_elements: int) -> tuple[int, int]:
+        """(elements swapped, elements kept) of a tensor of the pair, whatever its layout."""
+        num_swapped = round(self.pair_fraction * num_elements) if self.swap_pair else 0
+        return num_swapped, num_elements - num_swapped
 
     def _fractions(self) -> tuple[tuple[float, float], ...]:
         return ((self.swap_fraction, self.keep_fraction), *((swap, keep) for _, swap, keep in self.by_step))

@@ -70,8 +70,8 @@ class _Step:
 
 
 class LayerTape:
-    """A tape that puts saved tensors away. ``constants``: tensors that are saved but never put away (the parameters).
-    One forward, one backward."""
+    """A tape that puts saved tensors away. ``constants``: tensors that are saved but never put away (the parameters);
+    read when the first step runs, for ``zero3`` gathers them when the layer begins. One forward, one backward."""
 
     def __init__(
         self, policy: ActivationPolicy, tier: Tier | None, constants: Iterable[torch.Tensor], num_rows: int
@@ -79,7 +79,8 @@ class LayerTape:
         self._policy = policy
         self._tier = tier
         self._num_rows = num_rows
-        self._constants = {tensor.untyped_storage().data_ptr() for tensor in constants}
+        self._parameters: Iterable[torch.Tensor] = constants
+        self._constants: set[int] = set()
         self._blocks: dict[int, Block] = {}  # by address of the storage, during the forward only
         self._pair: list[Block] = []
         self._steps: list[_Step] = []
@@ -91,6 +92,8 @@ class LayerTape:
     # ---- forward
 
     def step(self, name: str, function: TokenWise, *inputs: torch.Tensor) -> Any:
+        if not self._steps:
+            self._constants.update(tensor.untyped_storage().data_ptr() for tensor in self._parameters)
         step = _Step(name, function, tuple(self._input(tensor) for tensor in inputs))
         self._steps.append(step)
         num_packed = 0
@@ -139,9 +142,8 @@ class LayerTape:
                     if isinstance(view, View):
                         view.block.num_uses += 1
         transfers = []
-        pair_rows = (1, 0) if self._policy.swap_pair else (0, 1)
         for block, rows in (
-            *((block, pair_rows) for block in self._pair),
+            *((block, self._policy.split_pair(block.num_rows)) for block in self._pair),
             *((block, self._split(step)) for step in self._steps for block in step.blocks()),
         ):
             base = block.base
@@ -173,7 +175,7 @@ class LayerTape:
         return View.of(tensor, self._blocks[address])
 
     def _add_pair(self, tensor: torch.Tensor) -> None:
-        block = Block(whole_base(tensor))
+        block = Block(whole_base(tensor).view(-1, 1))  # never recomputed, so split by elements
         self._blocks[tensor.untyped_storage().data_ptr()] = block
         self._pair.append(block)
 

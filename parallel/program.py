@@ -120,10 +120,16 @@ class RankMicrobatch:
 
 @dataclass(frozen=True, slots=True)
 class RankAction:
-    """``place``: index into the program's microbatches; None: an empty one, to keep in step with the other ranks."""
+    """``place``: index into the program's microbatches; None: an empty one, to keep in step with the other ranks.
+
+    ``slots``: with ``zero3``, the order of all groups of the round in which no rank meets two at once; for each of its
+    slots the one of this microbatch's groups that runs in it here, None for none. What chunks need to stay in step.
+    ``in_chunks``: some microbatch of the round is planned to run in chunks."""
 
     place: int | None
     backward: bool
+    slots: tuple[int | None, ...] = ()
+    in_chunks: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,16 +172,39 @@ def _compile_actions(plan: StepPlan, rank: int, stage: int, num_stages: int) -> 
     if plan.sharding is Sharding.ZERO3:
         if num_stages > 1:
             raise PlanError(f"step {plan.step}: sharding {plan.sharding} cannot run in pipeline stages")
-        rounds = lockstep_rounds(item.ranks for item in work)
-        mine = [next((places[index] for index in members if index in places), None) for members in rounds] or [None]
-        return tuple(RankAction(place, backward) for place in mine for backward in (False, True))
+        rounds = lockstep_rounds(item.ranks for item in work) or ((),)
+        _refuse_mixed(plan, rounds)
+        return tuple(
+            RankAction(place, backward, slots, any(plan.microbatches[index].memory.chunk_tokens for index in members))
+            for members in rounds
+            for place in (next((places[index] for index in members if index in places), None),)
+            for slots in (_group_slots(plan, members, rank),)
+            for backward in (False, True)
+        )
     if num_stages == 1:
         return tuple(RankAction(place, backward) for place in places.values() for backward in (False, True))
     order = rank_actions(pipeline_order(work, num_stages=num_stages), work, rank=rank, stage=stage)
     return tuple(RankAction(places[action.microbatch], action.backward) for action in order)
 
 
+def _refuse_mixed(plan: StepPlan, rounds: tuple[tuple[int, ...], ...]) -> None:
+    """A round in step runs group by group, and that keeps the activations of what it has under way."""
+    for members in rounds:
+        policies = [plan.microbatches[index].memory for index in members]
+        if any(policy.chunk_tokens for policy in policies) and any(policy.keep_fraction < 1 for policy in policies):
+            raise PlanError(f"step {plan.step}: chunks beside swapped or recomputed activations in one round of zero3")
+
+
+def _group_slots(plan: StepPlan, members: tuple[int, ...], rank: int) -> tuple[int | None, ...]:
+    groups = [group for index in members for group in plan.microbatches[index].groups]
+    numbers = {place: number for number, place in enumerate(p for p, group in enumerate(groups) if rank in group.ranks)}
+    slots = lockstep_rounds(group.ranks for group in groups)
+    return tuple(next((numbers[place] for place in slot if place in numbers), None) for slot in slots)
+
+
 def _compile_microbatch(index: int, microbatch: Microbatch, lengths: list[int], rank: int) -> RankMicrobatch:
+    if microbatch.memory.chunk_tokens and microbatch.memory.keep_fraction < 1:
+        raise PlanError(f"microbatch {index}: chunks with swapped or recomputed activations cannot be run")
     spans: list[Span] = []
     groups: list[GroupProgram] = []
     first_row = 0

@@ -20,7 +20,7 @@ class StageLink:
     """This rank's links to the stage before and the stage after, on the same data rank.
 
     Hidden states and gradients that are under way are kept until ``drain``, or until what came back proves that they
-    have arrived.
+    have arrived. A microbatch may go in several pieces, numbered alike at both ends.
     """
 
     stage: int
@@ -29,7 +29,7 @@ class StageLink:
     backward_wire: Exchange
     device: torch.device
     dtype: torch.dtype
-    _under_way: dict[tuple[str, int], Pending] = field(default_factory=dict)
+    _under_way: dict[tuple[str, int, int], Pending] = field(default_factory=dict)
 
     @property
     def is_first(self) -> bool:
@@ -39,36 +39,39 @@ class StageLink:
     def is_last(self) -> bool:
         return self.stage == self.num_stages - 1
 
-    def receive_hidden(self, microbatch: int, shape: tuple[int, int]) -> torch.Tensor:
+    def receive_hidden(self, microbatch: int, shape: tuple[int, int], piece: int = 0) -> torch.Tensor:
         """The hidden states ``[T, D]`` of the stage before, ready for autograd."""
         hidden_TD = torch.empty(shape, device=self.device, dtype=self.dtype)
         message = Message(self.stage - 1, hidden_TD)
-        self.forward_wire.post([], [message], _hidden_to(self.stage, microbatch)).wait()
+        self.forward_wire.post([], [message], _hidden_to(self.stage, microbatch, piece)).wait()
         return hidden_TD.requires_grad_()
 
-    def send_hidden(self, microbatch: int, hidden_TD: torch.Tensor) -> None:
+    def send_hidden(self, microbatch: int, hidden_TD: torch.Tensor, piece: int = 0) -> None:
         message = Message(self.stage + 1, hidden_TD.detach().contiguous())
-        what = _hidden_to(self.stage + 1, microbatch)
-        self._under_way["hidden", microbatch] = self.forward_wire.post([message], [], what)
+        what = _hidden_to(self.stage + 1, microbatch, piece)
+        self._under_way["hidden", microbatch, piece] = self.forward_wire.post([message], [], what)
 
-    def receive_gradient(self, microbatch: int, shape: tuple[int, int]) -> torch.Tensor:
-        """The gradient ``[T, D]`` of what was sent to the stage after; that has arrived, then, and is let go."""
+    def receive_gradient(self, microbatch: int, shape: tuple[int, int], piece: int = 0) -> torch.Tensor:
+        """The gradient ``[T, D]`` of what was sent to the stage after. All of the microbatch has arrived there, then,
+        and is let go."""
         gradient_TD = torch.empty(shape, device=self.device, dtype=self.dtype)
         message = Message(self.stage + 1, gradient_TD)
-        self.backward_wire.post([], [message], _gradient_to(self.stage, microbatch)).wait()
-        self._under_way.pop(("hidden", microbatch)).wait()
+        self.backward_wire.post([], [message], _gradient_to(self.stage, microbatch, piece)).wait()
+        self._let_go("hidden", microbatch)
         return gradient_TD
 
-    def send_gradient(self, microbatch: int, gradient_TD: torch.Tensor) -> None:
+    def send_gradient(self, microbatch: int, gradient_TD: torch.Tensor, piece: int = 0) -> None:
         message = Message(self.stage - 1, gradient_TD.contiguous())
-        what = _gradient_to(self.stage - 1, microbatch)
-        self._under_way["gradient", microbatch] = self.backward_wire.post([message], [], what)
+        what = _gradient_to(self.stage - 1, microbatch, piece)
+        self._under_way["gradient", microbatch, piece] = self.backward_wire.post([message], [], what)
 
     def gradient_has_arrived(self, microbatch: int) -> None:
-        """Let go of a gradient whose receiver is known to be past it."""
-        pending = self._under_way.pop(("gradient", microbatch), None)
-        if pending is not None:
-            pending.wait()
+        """Let go of the gradients of a microbatch whose receiver is known to be past it."""
+        self._let_go("gradient", microbatch)
+
+    def _let_go(self, what: str, microbatch: int) -> None:
+        for key in [key for key in self._under_way if key[:2] == (what, microbatch)]:
+            self._under_way.pop(key).wait()
 
     def drain(self) -> None:
         """Wait for all sends."""
@@ -77,9 +80,13 @@ class StageLink:
         self._under_way.clear()
 
 
-def _hidden_to(stage: int, microbatch: int) -> str:
-    return f"hidden states of microbatch {microbatch} to stage {stage}"
+def _hidden_to(stage: int, microbatch: int, piece: int) -> str:
+    return f"hidden states of microbatch {microbatch}{_of(piece)} to stage {stage}"
 
 
-def _gradient_to(stage: int, microbatch: int) -> str:
-    return f"gradient of microbatch {microbatch} to stage {stage}"
+def _gradient_to(stage: int, microbatch: int, piece: int) -> str:
+    return f"gradient of microbatch {microbatch}{_of(piece)} to stage {stage}"
+
+
+def _of(piece: int) -> str:
+    return f", piece {piece}," if piece else ""

@@ -18,6 +18,7 @@ import numpy as np
 from planner.assemble import Found, GroupChoice, makespan_s
 from planner.bounds import cheapest_columns, makespan_bound_s
 from planner.cost import CostModel, PlanLimits
+from planner.memory_policy import choose_policies, recompute_fractions, with_policy
 from planner.plan import SolveStatus
 from planner.shapes import FloatArray, IntArray, PriceTable, allowed_shapes, price_table, require_fits
 
@@ -80,15 +81,24 @@ class _LaneChoice:
 
 
 def plan_greedy(lengths: SequenceOf[int], *, num_ranks: int, cost: CostModel, limits: PlanLimits) -> Found:
-    """The greedy plan of sequences of these lengths (tokens) on FlexSP's shapes, with the bound of those shapes.
+    """The greedy plan of sequences of these lengths (tokens) on FlexSP's shapes, with the bound of those shapes. Where
+    some sequence fits only if memory policies make room, all shapes are taken with the policy that frees most.
 
     Raises SpecError where no shape is priced, InfeasibleError where a sequence fits none.
     """
-    table = price_table(lengths, allowed_shapes(num_ranks, cost, limits))
+    shapes = allowed_shapes(num_ranks, cost, limits)
+    table = price_table(lengths, shapes)
+    if not table.fits.any(axis=1).all():
+        shapes = with_policy(shapes, recompute_fractions(cost, limits)[-1], cost, limits)
+        table = price_table(lengths, shapes)
     require_fits(table, cost, limits)
     schedule = greedy_schedule(table, num_ranks)
     bound_s = makespan_bound_s(table, num_ranks)
-    return Found(groups=schedule.groups, status=SolveStatus.GREEDY, bound_s=bound_s, note="greedy list schedule")
+    shape_of = {(shape.kind, shape.degree): shape for shape in shapes}
+    groups = choose_policies(
+        [(shape_of[group.kind, len(group.ranks)], group) for group in schedule.groups], lengths, cost, limits
+    )
+    return Found(groups=groups, status=SolveStatus.GREEDY, bound_s=bound_s, note="greedy list schedule")
 
 
 def as_played(schedule: Schedule, lengths: SequenceOf[int], num_ranks: int, cost: CostModel) -> Schedule:

@@ -102,7 +102,8 @@ class MemoryAction(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPolicy:
-    """What happens to the saved activations of a microbatch: fractions of its tokens, summing to 1.
+    """What happens to the saved activations of a microbatch: fractions of its tokens, summing to 1. ``chunk_tokens``:
+    above 0, its groups run chunk by chunk, with at most so many tokens of a rank in one; 0: whole.
 
     Which fractions may be above 0 is the limits' choice (``PlanLimits.policies``).
     """
@@ -110,10 +111,11 @@ class MemoryPolicy:
     keep_fraction: float = 1.0
     swap_fraction: float = 0.0
     recompute_fraction: float = 0.0
+    chunk_tokens: int = field(default=0, metadata=LATER)
 
     @property
     def is_keep(self) -> bool:
-        return self.swap_fraction == 0 and self.recompute_fraction == 0
+        return self.swap_fraction == 0 and self.recompute_fraction == 0 and self.chunk_tokens == 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

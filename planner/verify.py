@@ -141,6 +141,8 @@ def _verify_policy(memory: MemoryPolicy, place: str, cost: CostModel, limits: Pl
             raise PlanError(f"{place}: memory policy {action} is not allowed here (allowed: {allowed}), got {memory}")
     if not math.isclose(sum(fractions.values()), 1.0, rel_tol=RELATIVE_TOLERANCE):
         raise PlanError(f"{place}: the memory fractions must add up to 1, got {memory}")
+    if memory.chunk_tokens:  # the runtime runs such plans, no planner makes them yet
+        raise PlanError(f"{place}: the cost model does not price chunks of {memory.chunk_tokens} tokens")
     if not memory.is_keep and cost.activation is None:
         raise PlanError(f"{place}: the cost model prices keeping all activations only, got {memory}")
 

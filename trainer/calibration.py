@@ -36,7 +36,7 @@ from planner.plan import (
     StepPlan,
 )
 from trainer.batch import TokenRows, token_rows
-from trainer.chunked_step import run_chunked
+from trainer.chunked_orders import run_chunked_alone
 from trainer.machine_samples import measure_operations
 from trainer.step import ReadSpans, Runtime, bind_attention, run_alone, run_empty_microbatch, train_step
 
@@ -210,7 +210,7 @@ def _run_case(runtime: Runtime, work: _Work) -> float:
     """Seconds of the slowest rank that counts, from a barrier on; the same on every rank."""
     comm.barrier(runtime.mesh.control_group)
     start_s = time.perf_counter()
-    if work.microbatch is None:
+    if work.microbatch is None and runtime.chunking is None:
         run_empty_microbatch(runtime)  # zero3 needs every rank
     else:
         _run_microbatch(runtime, work.microbatch)
@@ -219,18 +219,18 @@ def _run_case(runtime: Runtime, work: _Work) -> float:
     return _slowest(runtime, time.perf_counter() - start_s if work.counts else 0.0)
 
 
-def _run_microbatch(runtime: Runtime, microbatch: RankMicrobatch) -> None:
+def _run_microbatch(runtime: Runtime, microbatch: RankMicrobatch | None) -> None:
     """Forward and backward of made-up tokens under the run's memory policy. Of sampled chunks always the same ones."""
 
     def read(spans: tuple[Span, ...]) -> TokenRows:
         ids = [np.full(span.num_tokens + 1, span.start_token % 7) for span in spans]
         return token_rows(ids, spans, runtime.mesh.device)
 
-    if runtime.chunking is None:
-        run_alone(runtime, read(microbatch.spans), bind_attention(runtime, microbatch))
-    else:
+    if runtime.chunking is not None:
         steady = dataclasses.replace(runtime, chunking=runtime.chunking.steady())
-        run_chunked(steady, microbatch, read, step=0, num_tokens=1)
+        run_chunked_alone(steady, microbatch, read, lambda: run_empty_microbatch(runtime))
+    elif microbatch is not None:
+        run_alone(runtime, read(microbatch.spans), bind_attention(runtime, microbatch))
 
 
 def design_plan(

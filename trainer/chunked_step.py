@@ -75,7 +75,8 @@ def chunk_policy(config: TrainConfig, spec: ModelSpec) -> ChunkPolicy | None:
 def run_chunked(
     runtime: Runtime, microbatch: RankMicrobatch, read_spans: ReadSpans, *, step: int, num_tokens: int
 ) -> torch.Tensor:
-    """Forward and backward of one microbatch; gradients of (sum of token losses / num_tokens) are added to ``.grad``.
+    """Forward and backward of one microbatch without pipeline stages; gradients of (sum of token losses / num_tokens)
+    are added to ``.grad``.
 
     Returns this rank's sum of token losses, float64; with a sampler an estimate of it, like the gradients, and the
     same for the same (seed, step, plan).
@@ -83,22 +84,33 @@ def run_chunked(
     total = torch.zeros((), dtype=torch.float64, device=runtime.mesh.device)
     for group in microbatch.groups:
         if group.sequences:
-            run = _GroupRun(runtime, group, read_spans, key=(step, microbatch.index), num_tokens=num_tokens)
+            run = GroupRun(runtime, microbatch, group, read_spans, step=step, num_tokens=num_tokens)
             total += run.run()
     return total
 
 
-class _GroupRun:
-    """One group's chunks on one rank, from the first forward to the last backward."""
+def chunking_of(runtime: Runtime, microbatch: RankMicrobatch) -> ChunkPolicy | None:
+    """How a microbatch runs in chunks: as its plan says, else as the run does; None for whole. Whether gradients may
+    be estimates is the run's choice, never a plan's."""
+    planned = microbatch.memory.chunk_tokens
+    if not planned:
+        return runtime.chunking
+    return ChunkPolicy(chunk_tokens=planned, sampler=None if runtime.chunking is None else runtime.chunking.sampler)
+
+
+class GroupRun:
+    """One group's chunks on one rank, from the first forward to the last backward. A microbatch that is to run whole
+    is a single chunk."""
 
     def __init__(
-        self, runtime: Runtime, group: GroupProgram, read_spans: ReadSpans, *, key: tuple[int, ...], num_tokens: int
+        self, runtime: Runtime, microbatch: RankMicrobatch, group: GroupProgram, read_spans: ReadSpans, *, step: int,
+        num_tokens: int,
     ) -> None:
-        policy = runtime.chunking
-        assert policy is not None, "a run without chunks"
         self._runtime, self._group, self._read, self._num_tokens = runtime, group, read_spans, num_tokens
+        whole = ChunkPolicy(chunk_tokens=sum(span.num_tokens for span in group.sequences))
+        policy = chunking_of(runtime, microbatch) or whole
         self._chunks = cut_chunks(group.sequences, degree=len(group.ranks), chunk_tokens=policy.chunk_tokens)
-        self._weights = self._draw(policy, (*key, group.sequences[0].sequence))
+        self._weights = self._draw(policy, (step, microbatch.index, group.sequences[0].sequence))
         selected = [weight.selected for weight in self._weights]
         self._schedule = schedule_chunks(self._chunks, selected, keep_rows=policy.keep_rows)
         # with an exchange of heads a rank holds all tokens of some heads, else its own tokens of all heads
@@ -121,6 +133,70 @@ class _GroupRun:
             total += loss.detach() * weight
             (loss * (weight / self._num_tokens)).backward()
         return total
+
+    # ---- chunks one by one, for ``zero3`` and for pipeline stages: none is kept
+
+    @property
+    def stored(self) -> tuple[int, ...]:
+        """Chunks whose K/V later ones read, in order."""
+        return tuple(index for index, needed in enumerate(self._schedule.needed) if needed)
+
+    @property
+    def selected(self) -> tuple[int, ...]:
+        """Chunks that run backward, from last to first."""
+        return self._schedule.backward
+
+    def store(self, index: int) -> None:
+        """The first pass of one chunk: its K/V are stored."""
+        self._store_tail(self._chunks[index])
+
+    def backward(self, index: int) -> torch.Tensor:
+        """The second pass of one chunk. Returns the (weighted) sum of own tokens' losses."""
+        loss, weight = self._forward(self._chunks[index], stores=False), self._weights[index].loss_weight
+        (loss * (weight / self._num_tokens)).backward()
+        return loss.detach() * weight
+
+    def num_rows(self, index: int) -> int:
+        """Own rows of what goes through the stages: the whole chunk where it runs backward, else its tail."""
+        return sum(span.num_tokens for span in self._own_spans(index))
+
+    @torch.no_grad()
+    def stage_forward(self, index: int, hidden_TD: torch.Tensor | None) -> torch.Tensor | None:
+        """The first pass of one chunk through this stage; ``hidden_TD`` ``[num_rows, D]`` from the stage before.
+        Returns what the next stage needs. The last stage only stores K/V, where any are wanted, and returns None."""
+        chunk, needed = self._chunks[index], self._schedule.needed[index]
+        if not self._runtime.model.stage.is_last:
+            chunk = chunk if self._weights[index].selected else chunk.tail()
+            rows = self._read(self._own_spans(index))
+            attention = self._attention(chunk, stores=needed, keys_only=False)
+            return self._runtime.model(rows.tokens_T, rows.positions_T, None, attention, hidden_TD)
+        if needed:
+            tail = chunk.tail()
+            rows = self._read(tail.members[self._group.group_index])
+            if hidden_TD is not None:
+                hidden_TD = hidden_TD[len(hidden_TD) - len(rows.tokens_T) :]  # the last document's rows come last
+            attention = self._attention(tail, stores=True, keys_only=True)
+            self._runtime.model(rows.tokens_T, rows.positions_T, None, attention, hidden_TD)
+        return None
+
+    def stage_again(self, index: int, hidden_TD: torch.Tensor | None) -> torch.Tensor:
+        """A selected chunk's forward through this stage with its graph: hidden states, or the sum of losses."""
+        chunk = self._chunks[index]
+        rows = self._read(chunk.members[self._group.group_index])
+        attention = self._attention(chunk, stores=False, keys_only=False)
+        output: torch.Tensor = self._runtime.model(
+            rows.tokens_T, rows.positions_T, rows.labels_T, attention, hidden_TD
+        )
+        return output
+
+    def loss_weight(self, index: int) -> float:
+        """What the chunk's losses count in the (estimated) sum."""
+        return self._weights[index].loss_weight
+
+    def _own_spans(self, index: int) -> tuple[Span, ...]:
+        chunk = self._chunks[index]
+        chunk = chunk if self._weights[index].selected else chunk.tail()
+        return chunk.members[self._group.group_index]
 
     def _draw(self, policy: ChunkPolicy, key: tuple[int, ...]) -> tuple[ChunkWeight, ...]:
         if policy.sampler is None:

@@ -179,13 +179,15 @@ class MemoryConfig:
     """What happens to saved activations."""
 
     policy: Annotated[str, short("--memory")] = "auto"
-    """Policy: auto (what the plan says, else keep), keep, recompute (all but layer inputs and attention), swap, seco
-    (chunk by chunk, exact), spaco (a sample of the chunks: gradients are estimates)."""
+    """Policy: auto (chosen by the plan, microbatch by microbatch, where memory is scarce), keep, recompute (all but
+    layer inputs and attention), swap, seco (chunk by chunk, exact), spaco (a sample of the chunks: gradients are
+    estimates)."""
     swap_fraction: Annotated[float | None, short("--swap-fraction")] = None
     """With policy swap: share of the tokens swapped out, the rest is recomputed (none: the best shares, from measured
     speeds). Layer inputs and attention outputs are swapped whole."""
     tier: Annotated[str | None, short("--tier")] = None
-    """Where swapped activations go: host or disk (none: host memory for cuda, disk for cpu)."""
+    """With policy swap and auto: where swapped activations go, host or disk (none: host memory for cuda, disk for
+    cpu)."""
     tier_budget: str = "auto"
     """Bytes of the tier one rank may use, such as '8 GiB'; auto takes what the run can need, within what is free."""
     chunk_tokens: Annotated[int | None, short("--chunk-tokens")] = None

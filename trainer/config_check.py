@@ -126,11 +126,13 @@ def _wrong_memory(config: TrainConfig) -> Iterator[str]:
     memory = config.memory
     if memory.tier is not None:
         yield from _choice("memory.tier", memory.tier, TIERS, ())
-    if memory.policy != "swap":
-        settings = {"memory.swap_fraction": memory.swap_fraction, "memory.tier": memory.tier}
-        for name, value in settings.items():
-            if value is not None:
-                yield f"{name} is for memory.policy swap only, not {memory.policy}: add --memory swap or leave it out"
+    if memory.policy != "swap" and memory.swap_fraction is not None:
+        yield (
+            f"memory.swap_fraction is for memory.policy swap only, not {memory.policy}: add --memory swap or leave it "
+            "out"
+        )
+    if memory.policy not in ("swap", "auto") and memory.tier is not None:
+        yield f"memory.tier is for memory.policy swap and auto only, not {memory.policy}: leave it out"
     if memory.tier == "disk" and config.run.device == "cuda":
         yield "memory.tier disk is not built yet for run.device cuda; available: host"
 
@@ -212,8 +214,6 @@ def _wrong_model(config: TrainConfig) -> Iterator[str]:
         yield f"parallel.gradient_dtype bf16 needs run.dtype bf16: with {config.run.dtype} all gradients are fp32"
     if num_stages > 1 and config.parallel.sharding == "zero3":
         yield "parallel.sharding zero3 cannot be used with pipeline_parallel above 1: use gather_once"
-    if config.parallel.sharding == "zero3" and config.memory.policy in ("recompute", "swap"):
-        yield f"memory.policy {config.memory.policy} is not built yet for parallel.sharding zero3: use gather_once"
     if num_stages > spec.num_layers:
         yield f"parallel.pipeline_parallel ({num_stages}) is more than the {spec.num_layers} layers of {spec.name}"
     if num_stages > 1 and spec.tied_head:
@@ -255,10 +255,6 @@ def _wrong_chunks(config: TrainConfig) -> Iterator[str]:
             yield f"memory.chunk_budget is for memory.policy seco and spaco, not {policy}"
     except SpecError as error:
         yield str(error)
-    if chunked and config.parallel.pipeline_parallel > 1:
-        yield f"memory.policy {policy} is not built yet for pipeline_parallel above 1; available: one stage"
-    if chunked and config.parallel.sharding == "zero3":
-        yield (
-            f"memory.policy {policy} cannot be used with parallel.sharding zero3: ranks run unequal numbers of chunks; "
-            "use gather_once"
-        )
+    in_step = config.parallel.pipeline_parallel > 1 or config.parallel.sharding == "zero3"
+    if chunked and in_step and memory.chunk_budget != type(memory)().chunk_budget:
+        yield "memory.chunk_budget is for one pipeline stage and sharding gather_once only: leave it out"

@@ -31,7 +31,7 @@ LINK_TIER_BYTES = _LINK_PIECES * _LINK_PIECE_BYTES
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerProfile:
-    """Of one layer with ``num_tokens`` local tokens in one sequence on this rank. ``tensors``: by token-wise step."""
+    """Of one layer with ``num_tokens`` local tokens of one sequence on this rank. ``tensors``: by token-wise step."""
 
     tensors: tuple[SavedTensor, ...]
     pair_bytes_per_token: float
@@ -39,9 +39,13 @@ class LayerProfile:
     forward_s: float
 
 
-def profile_layer(runtime: Runtime, *, num_tokens: int) -> LayerProfile:
-    """Run the first layer of this stage forward under a tape. Collective; weights and gradients stay as they are."""
-    plan = design_plan(runtime.mesh.data_size, MeasuredShape(AttentionKind.LOCAL, 1), (num_tokens,))
+LOCAL = MeasuredShape(AttentionKind.LOCAL, 1)
+
+
+def profile_layer(runtime: Runtime, *, num_tokens: int, shape: MeasuredShape = LOCAL) -> LayerProfile:
+    """Run the first layer of this stage forward under a tape, in groups of a shape that leaves no rank out.
+    Collective; weights and gradients stay as they are."""
+    plan = design_plan(runtime.mesh.data_size, shape, (num_tokens * shape.degree,))
     (microbatch,) = compile_rank_program(plan, runtime.mesh.data_rank).microbatches
     model, device = runtime.model, runtime.mesh.device
     layer = next(iter(model.layers.values()))
@@ -50,8 +54,8 @@ def profile_layer(runtime: Runtime, *, num_tokens: int) -> LayerProfile:
             torch.arange(num_tokens, device=device),
             inverse_frequencies(model.spec.head_dim, model.spec.rope_theta), runtime.compute_dtype,
         )
-        shape = (num_tokens, model.spec.hidden_dim)
-        hidden_TD = torch.randn(shape, device=device, dtype=runtime.compute_dtype).requires_grad_()
+        size = (num_tokens, model.spec.hidden_dim)
+        hidden_TD = torch.randn(size, device=device, dtype=runtime.compute_dtype).requires_grad_()
         tape = _TimedTape(LayerTape(KEEP_ALL, None, layer.parameters(), num_tokens), device)
         # not through the module's call: FSDP counts those, and this forward has no backward
         layer.forward(hidden_TD, rotary, bind_attention(runtime, microbatch), tape)

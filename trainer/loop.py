@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,9 +30,10 @@ from trainer.metrics import METRICS, PLANS, REFIT, SPANS, MetricsLog, json_line,
 from trainer.optimizer import learning_rate
 from trainer.plan_feed import PlanFeed, PlanTaken
 from trainer.plan_inputs import require_longest_fits
+from trainer.planned_memory import plan_memory, policy_note
 from trainer.progress import Progress
 from trainer.rank_env import RankEnv
-from trainer.report import make_report
+from trainer.report import make_report, predicted_host_bytes
 from trainer.run_records import read_executed
 from trainer.spans import is_recorded, spans_interval
 from trainer.step import Runtime, StepOutcome, compile_stage_program, train_step
@@ -65,21 +66,24 @@ def run_rank(config: TrainConfig, env: RankEnv, *, cache_root: Path) -> int:
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, world_size=env.world_size))
     data = open_training_data(config, cache_root)
     runtime = build_runtime(config, env, data.spec)
-    try:
-        session, notes = _open_session(config, env, runtime, data, cache_root)
+    with ExitStack() as closing:
+        closing.callback(comm.shutdown)
+        closing.callback(runtime.memory.close)
+        session, notes = _open_session(config, env, runtime, data, cache_root, closing)
         with StopFlag() as stop, _feed(session) as feed, _display(session, notes) as display:
             return _train(session, stop, feed, display)
-    finally:
-        runtime.memory.close()
-        comm.shutdown()
 
 
 def _open_session(
-    config: TrainConfig, env: RankEnv, runtime: Runtime, data: TrainingData, cache_root: Path
+    config: TrainConfig, env: RankEnv, runtime: Runtime, data: TrainingData, cache_root: Path,
+    closing: ExitStack,
 ) -> tuple[_Session, list[str]]:
     limits = make_limits(config, runtime, env.local_world_size)
     cost, source = obtain_cost(config, runtime, limits, cache_root)
-    require_longest_fits(config, data, runtime.mesh.data_size, cost, limits)
+    memory, cost, limits = plan_memory(config, runtime, cost, limits, cache_root, env.local_world_size)
+    closing.callback(memory.close)
+    runtime = dataclasses.replace(runtime, memory=memory)
+    longest = require_longest_fits(config, data, runtime.mesh.data_size, cost, limits)
     folder = Path(config.run.dir)
     first_step, resumed = 0, list[str]()
     if config.run.resume:
@@ -92,7 +96,8 @@ def _open_session(
         f"ranks: {_grid(mesh)} on {mesh.device.type}, {config.run.dtype}, "
         f"attention kernel {runtime.engine.kernel.name}",
         source,
-        *([runtime.memory.note] if runtime.memory.note else []),
+        *([memory.note] if memory.note else []),
+        *([policy_note(longest, cost, limits)] if len(limits.policies) > 1 else []),
         *_chunk_notes(runtime),
         *resumed,
     ]
@@ -163,6 +168,7 @@ class _Display:
         drift = self.drift.add(predicted_s=planned_span_s(plan), measured_s=max(outcome.span_s))
         report = make_report(
             plan, outcome, lr=lr, spec=session.data.spec, plan_wait_s=taken.wait_s,
+            predicted_host_bytes=predicted_host_bytes(plan, session.cost, session.runtime.memory),
             flop_per_s=session.cost.peak_flop_per_s * session.runtime.mesh.world_size,
             drift_ratio=None if drift is None else drift.ratio,
             gradients="exact" if session.runtime.chunking is None else session.runtime.chunking.describe_gradients(),

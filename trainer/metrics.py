@@ -33,6 +33,8 @@ class StepReport:
     ``idle_fraction``: share of rank-seconds spent waiting. ``imbalance``: slowest rank's busy time over the mean,
     minus 1. ``model_flops``: forward and backward, attention counted from the sum of squared document lengths.
     ``mfu``: model_flops over what the devices could do in ``measured_s``; None where their peak is unknown.
+    ``host_peak_bytes``, ``predicted_host_bytes``: of one device's tier, where swapped activations are; measured with
+    the padding of their places.
     ``gradients``: "exact", or in words what kind of estimate they (and the loss) are.
     ``group_summary``: degrees of the attention groups, ``+`` inside a microbatch, ``|`` between: ``"4 | 2+1+1"``.
     """
@@ -56,6 +58,8 @@ class StepReport:
     imbalance: float
     peak_bytes: int
     predicted_peak_bytes: int
+    host_peak_bytes: int
+    predicted_host_bytes: int
     tokens_per_s: float
     model_flops: float
     mfu: float | None

@@ -4,16 +4,20 @@ are found before any process starts."""
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from planner.cost import CostModel, PlanLimits
 from planner.errors import SpecError
 from planner.model_spec import ModelSpec
-from planner.plan import AttentionKind, Sharding
+from planner.plan import AttentionKind, MemoryAction, Sharding, StepPlan
 from planner.schedule import attention_kinds
 from planner.specs import load_cost
 from planner.step_planner import plan_step
 from trainer.config import TrainConfig
 from trainer.training_data import TrainingData
+
+POLICY_STRATEGIES = ("adaptive", "hdp", "hdp-floor")
+"""Those that choose memory policies; the others keep everything."""
 
 
 def plan_limits(
@@ -30,6 +34,23 @@ def plan_limits(
         relative_gap=config.plan.relative_gap,
         devices_per_node=devices_per_node,
     )
+
+
+def plans_policies(config: TrainConfig) -> bool:
+    """Whether this run's plans may choose memory policies, where memory is scarce and the cost model prices them."""
+    return config.memory.policy == "auto" and config.plan.strategy in POLICY_STRATEGIES
+
+
+def measures_policies(cost: CostModel) -> bool:
+    """Whether what the cost model does not say of swapping and recomputing may be measured in this run and added: only
+    where its bytes and seconds are a machine's own."""
+    return cost.activation is None and cost.num_stages == 1 and cost.provenance.source == "measured"
+
+
+def with_policies(limits: PlanLimits, *, host_budget_bytes: int) -> PlanLimits:
+    """These limits with every memory policy allowed."""
+    policies = (MemoryAction.KEEP, MemoryAction.SWAP, MemoryAction.RECOMPUTE)
+    return replace(limits, policies=policies, host_budget_bytes=host_budget_bytes)
 
 
 def load_run_cost(config: TrainConfig) -> CostModel:
@@ -63,10 +84,10 @@ def _check_cost(cost: CostModel, where: str, sharding: Sharding, num_stages: int
 
 def require_longest_fits(
     config: TrainConfig, data: TrainingData, num_ranks: int, cost: CostModel, limits: PlanLimits
-) -> None:
-    """Raises InfeasibleError where the corpus's longest sequence fits no group of ``num_ranks`` data ranks at all,
-    SpecError where the cost model does not price what the settings ask for."""
-    plan_step(
+) -> StepPlan:
+    """The plan of the corpus's longest sequence alone. Raises InfeasibleError where it fits no group of ``num_ranks``
+    data ranks at all, SpecError where the cost model does not price what the settings ask for."""
+    return plan_step(
         [int(data.samples.num_tokens.max())], step=0, num_ranks=num_ranks, cost=cost, limits=limits,
         strategy=config.plan.strategy, degree=config.plan.degree,
     )

@@ -11,7 +11,14 @@ from planner.units import parse_bytes
 from trainer.checkpoint_files import CHECKPOINTS, check_same_run, list_checkpoints, newest_checkpoint, run_identity
 from trainer.config import RunConfig, TrainConfig
 from trainer.ledger import LedgerPosition
-from trainer.plan_inputs import load_run_cost, plan_limits, require_longest_fits
+from trainer.plan_inputs import (
+    load_run_cost,
+    measures_policies,
+    plan_limits,
+    plans_policies,
+    require_longest_fits,
+    with_policies,
+)
 from trainer.training_data import TrainingData, open_training_data
 
 _NO_BUDGET_BYTES = 2**62
@@ -57,8 +64,12 @@ def _check_cost_file(config: TrainConfig, data: TrainingData, data_ranks: int) -
         return
     budget = config.plan.device_budget
     budget_bytes = _NO_BUDGET_BYTES if budget == "auto" else parse_bytes(budget, what="--plan.device-budget")
-    limits = plan_limits(config, data.spec, device_budget_bytes=budget_bytes)
-    require_longest_fits(config, data, data_ranks, load_run_cost(config), limits)
+    cost, limits = load_run_cost(config), plan_limits(config, data.spec, device_budget_bytes=budget_bytes)
+    if plans_policies(config):
+        if measures_policies(cost):
+            return
+        limits = with_policies(limits, host_budget_bytes=_NO_BUDGET_BYTES)
+    require_longest_fits(config, data, data_ranks, cost, limits)
 
 
 def with_free_run_dir(config: TrainConfig) -> TrainConfig:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from memory.activations import ActivationMemory
+from planner.cost import CostModel
 from planner.layout import local_token_counts
 from planner.model_spec import ModelSpec
 from planner.plan import StepPlan
+from planner.simulate import price_microbatch
 from trainer.metrics import StepReport
 from trainer.step import StepOutcome
 
 
 def make_report(
     plan: StepPlan, outcome: StepOutcome, *, lr: float, spec: ModelSpec, plan_wait_s: float, flop_per_s: float,
-    drift_ratio: float | None, gradients: str = "exact",
+    drift_ratio: float | None, gradients: str = "exact", predicted_host_bytes: int = 0,
 ) -> StepReport:
     """``flop_per_s``: what all devices of the job could do together; 0 if unknown (then no MFU)."""
     lengths = [sequence.num_tokens for sequence in plan.sequences]
@@ -38,6 +41,8 @@ def make_report(
         imbalance=max(outcome.busy_s) / mean_busy_s - 1 if mean_busy_s > 0 else 0.0,
         peak_bytes=max(outcome.peak_bytes),
         predicted_peak_bytes=plan.peak_bytes,
+        host_peak_bytes=max(outcome.tier_peak_bytes),
+        predicted_host_bytes=predicted_host_bytes,
         tokens_per_s=plan.num_tokens / (outcome.measured_s + plan_wait_s),
         model_flops=model_flop,
         mfu=model_flop / (outcome.measured_s * flop_per_s) if flop_per_s > 0 else None,
@@ -52,6 +57,19 @@ def make_report(
         drift_ratio=drift_ratio,
         gradients=gradients,
     )
+
+
+def predicted_host_bytes(plan: StepPlan, cost: CostModel, memory: ActivationMemory) -> int:
+    """Most bytes that one device of this plan has in its tier, by the plan's policies and, where it keeps, the run's;
+    with pipeline stages, of as many microbatches of that size as a stage holds at most."""
+    lengths, most = [sequence.num_tokens for sequence in plan.sequences], 0.0
+    for microbatch in plan.microbatches:
+        fullest = max(price_microbatch(microbatch, lengths, cost).rank_tokens)
+        swapped = cost.host_bytes(fullest, microbatch.memory)
+        if microbatch.memory.is_keep:
+            swapped = int(memory.tier_bytes_per_token * fullest)
+        most = max(most, swapped)
+    return int(most) * plan.num_stages
 
 
 def num_executed_tokens(plan: StepPlan) -> int:

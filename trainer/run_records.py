@@ -146,10 +146,12 @@ def _last_digest(path: Path) -> str:
 
 
 def _cost(folder: Path, settings: dict[str, Any], digest: str) -> CostModel | None:
-    """The cost model with this digest: the run's own, or the file that its settings name."""
+    """The cost model with this digest: the run's own, that with the memory policies' prices, or the file that its
+    settings name."""
     plan = settings.get("plan")
     named = plan.get("cost") if isinstance(plan, dict) else None
-    for path in (folder / "cost.json", *([Path(named)] if isinstance(named, str) and named != "auto" else [])):
+    own = (folder / "cost.json", folder / "memory.json")
+    for path in (*own, *([Path(named)] if isinstance(named, str) and named != "auto" else [])):
         try:
             data = yaml.safe_load(path.read_text(encoding="utf-8"))
             cost = from_plain(CostModel, data.get("cost", data), where=str(path))

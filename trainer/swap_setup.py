@@ -15,7 +15,7 @@ from memory.policy import KEEP_ALL, RECOMPUTE_ALL, ActivationPolicy
 from memory.tiers import HOST, HostTier, Tier
 from parallel import comm
 from planner.codec import from_plain, to_plain
-from planner.errors import SpecError
+from planner.errors import InfeasibleError, SpecError
 from planner.plan import digest_of
 from planner.swap_lp import PairPlace, SwapProblem, solve_fractions
 from planner.units import KIB, format_bytes, parse_bytes
@@ -52,12 +52,9 @@ def make_memory(config: TrainConfig, runtime: Runtime, local_world_size: int) ->
         )
     if policy != "swap":
         return ActivationMemory(policy=dataclasses.replace(KEEP_ALL, row_multiple=row_multiple))
-    tier_name = config.memory.tier or (HOST if device.type == "cuda" else DISK)
-    if tier_name == DISK and device.type != "cpu":
-        raise SpecError("--tier disk is not built yet for cuda; use --tier host")
-    num_tokens = min(config.data.max_length, _PROFILE_TOKENS)
-    profile = profile_layer(runtime, num_tokens=num_tokens)
-    limit_bytes = _tier_limit_bytes(config, runtime, tier_name, local_world_size)
+    tier_name = tier_name_of(config, device)
+    profile = profile_layer(runtime, num_tokens=profile_tokens(config))
+    limit_bytes = tier_limit_bytes(config, runtime, tier_name, local_world_size)
     fraction = config.memory.swap_fraction
     if fraction is not None:
         chosen = ActivationPolicy(
@@ -68,13 +65,37 @@ def make_memory(config: TrainConfig, runtime: Runtime, local_world_size: int) ->
         chosen, how = _best_fractions(config, runtime, profile, tier_name, limit_bytes, row_multiple)
     needed_bytes = _needed_bytes(config, runtime, profile, chosen)
     capacity_bytes = min(limit_bytes, needed_bytes) if config.memory.tier_budget == "auto" else limit_bytes
-    tier = _make_tier(config, runtime, tier_name, capacity_bytes)
+    tier, ledger = make_tier(config, runtime, tier_name, capacity_bytes)
     note = f"memory: {tier_name} tier of {format_bytes(capacity_bytes)} a rank; {how}"
     if capacity_bytes < needed_bytes:
         note += f"; all of a step on one rank would need {format_bytes(needed_bytes)}"
     if runtime.model.stage.is_last and len(runtime.model.layers) <= chosen.num_kept_layers:
         note += f"; the last {chosen.num_kept_layers} layers stay and there are no others: nothing is swapped"
-    return ActivationMemory(policy=chosen, tier=tier, note=note)
+    return ActivationMemory(
+        policy=chosen, tier=tier, ledger=ledger, note=note,
+        tier_bytes_per_token=_swapped_bytes_per_token(runtime, profile, chosen),
+    )
+
+
+def tier_name_of(config: TrainConfig, device: torch.device) -> str:
+    """Where this run swaps to. Raises SpecError for a tier this device has not."""
+    name = config.memory.tier or (HOST if device.type == "cuda" else DISK)
+    if name == DISK and device.type != "cpu":
+        raise SpecError("--tier disk is not built yet for cuda; use --tier host")
+    return name
+
+
+def profile_tokens(config: TrainConfig) -> int:
+    """Local tokens that layers are measured with."""
+    return min(config.data.max_length, _PROFILE_TOKENS)
+
+
+def link_bytes_per_s(config: TrainConfig, runtime: Runtime, tier_name: str) -> tuple[float, float]:
+    """Bytes a second out to a tier of this name and back, measured. Collective."""
+    probe, _ = make_tier(config, runtime, tier_name, LINK_TIER_BYTES)
+    rates = measure_link(runtime, probe)
+    probe.close()
+    return rates
 
 
 def _best_fractions(
@@ -82,9 +103,7 @@ def _best_fractions(
 ) -> tuple[ActivationPolicy, str]:
     """The linear program on rank 0's measurements, or what the run began with if it is resumed."""
     mesh = runtime.mesh
-    probe = _make_tier(config, runtime, tier_name, LINK_TIER_BYTES)
-    store_bytes_per_s, load_bytes_per_s = measure_link(runtime, probe)
-    probe.close()
+    store_bytes_per_s, load_bytes_per_s = link_bytes_per_s(config, runtime, tier_name)
     answer = b""
     if mesh.rank == 0:
         problem = SwapProblem(
@@ -94,10 +113,16 @@ def _best_fractions(
             backward_s=_BACKWARD_OVER_FORWARD * profile.forward_s, store_bytes_per_s=store_bytes_per_s,
             load_bytes_per_s=load_bytes_per_s,
             # speeds are those of one sequence of num_tokens, room is needed for all a rank may hold
-            tier_capacity_bytes=limit_bytes * profile.num_tokens / _most_rows(config),
+            tier_capacity_bytes=limit_bytes * profile.num_tokens / most_rows(config),
         )
-        answer = _stored_or_solved(config, problem, row_multiple)
+        try:
+            answer = _stored_or_solved(config, problem, row_multiple)
+        except InfeasibleError as error:  # every rank must end, not just this one
+            answer = json.dumps({"infeasible": [str(error), error.needed_bytes, error.available_bytes]}).encode()
     found = json.loads(comm.broadcast_bytes(answer if mesh.rank == 0 else None, source=0, group=mesh.control_group))
+    if "infeasible" in found:
+        message, needed, available = found["infeasible"]
+        raise InfeasibleError(message, binding="swap tier", needed_bytes=needed, available_bytes=available)
     return from_plain(ActivationPolicy, found["policy"], where=POLICY_FILE), found["how"]
 
 
@@ -128,16 +153,16 @@ def _rounded_down(fraction: float) -> float:
     return int(fraction * _FRACTION_STEPS + 1e-6) / _FRACTION_STEPS
 
 
-def _most_rows(config: TrainConfig) -> int:
+def most_rows(config: TrainConfig) -> int:
     """Most tokens that one rank may hold at once: all of a step, or the longest sequence that calibration runs."""
     return max(config.data.tokens_per_step, config.data.max_length, 256)
 
 
 def _needed_bytes(config: TrainConfig, runtime: Runtime, profile: LayerProfile, policy: ActivationPolicy) -> int:
-    """Bytes of the tier that ``_most_rows`` tokens take, with what head exchanges add to the pair: attention's output
+    """Bytes of the tier that ``most_rows`` tokens take, with what head exchanges add to the pair: attention's output
     in both layouts and, where nothing is recomputed, q, k and v as they were exchanged (uneven heads: up to twice)."""
     spec, mesh = runtime.model.spec, runtime.mesh
-    rows, swapped = _most_rows(config), 0.0
+    rows, swapped = most_rows(config), 0.0
     for tensor in profile.tensors:
         swapped += tensor.bytes_per_token * policy.split(tensor.name, rows)[0] / rows
     if policy.swap_pair:
@@ -145,12 +170,23 @@ def _needed_bytes(config: TrainConfig, runtime: Runtime, profile: LayerProfile, 
         if mesh.data_size > 1:
             heads = spec.num_query_heads + (0 if policy.recomputes else spec.num_query_heads + 2 * spec.num_kv_heads)
             swapped += 2 * heads * spec.head_dim * runtime.compute_dtype.itemsize / mesh.tensor_size
-    layers = len(runtime.model.layers)
-    padding = layers * _PLACES_PER_LAYER * _PLACE_BYTES * (mesh.num_stages + 1)
-    return int(swapped * rows * layers) + padding
+    return int(swapped * rows * len(runtime.model.layers)) + padding_bytes(runtime)
 
 
-def _tier_limit_bytes(config: TrainConfig, runtime: Runtime, tier_name: str, local_world_size: int) -> int:
+def _swapped_bytes_per_token(runtime: Runtime, profile: LayerProfile, policy: ActivationPolicy) -> float:
+    """What a token that a rank runs alone leaves in the tier, all layers that swap together."""
+    layers = len(runtime.model.layers) - (policy.num_kept_layers if runtime.model.stage.is_last else 0)
+    rows = profile.num_tokens
+    swapped = sum(tensor.bytes_per_token * policy.split(tensor.name, rows)[0] / rows for tensor in profile.tensors)
+    return max(layers, 0) * (swapped + (profile.pair_bytes_per_token if policy.swap_pair else 0.0))
+
+
+def padding_bytes(runtime: Runtime) -> int:
+    """Most bytes of a tier that its places' alignment wastes."""
+    return len(runtime.model.layers) * _PLACES_PER_LAYER * _PLACE_BYTES * (runtime.mesh.num_stages + 1)
+
+
+def tier_limit_bytes(config: TrainConfig, runtime: Runtime, tier_name: str, local_world_size: int) -> int:
     """Most bytes this rank's tier may take: as set, or a share of what is free now, the same on every rank."""
     if config.memory.tier_budget != "auto":
         return int(parse_bytes(config.memory.tier_budget, what="--memory.tier-budget"))
@@ -173,8 +209,11 @@ def _swap_file(config: TrainConfig, runtime: Runtime) -> Path:
     return Path(config.run.dir) / SWAP_FOLDER / f"rank-{runtime.mesh.rank}.swap"
 
 
-def _make_tier(config: TrainConfig, runtime: Runtime, tier_name: str, capacity_bytes: int) -> Tier:
+def make_tier(
+    config: TrainConfig, runtime: Runtime, tier_name: str, capacity_bytes: int
+) -> tuple[Tier, MemoryLedger]:
+    """A tier of this size and the ledger it reserves in. Raises TierError and MemoryFullError."""
     ledger = MemoryLedger({tier_name: capacity_bytes})
     if tier_name == DISK:
-        return DiskTier(_swap_file(config, runtime), capacity_bytes, ledger)
-    return HostTier(capacity_bytes, ledger, runtime.mesh.device)
+        return DiskTier(_swap_file(config, runtime), capacity_bytes, ledger), ledger
+    return HostTier(capacity_bytes, ledger, runtime.mesh.device), ledger

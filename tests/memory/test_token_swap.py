@@ -123,6 +123,7 @@ def policies(draw):
     by_step = tuple((name, swapped, kept * (1 - swapped)) for name, swapped, kept in others)
     return ActivationPolicy(
         swap_fraction=swap, keep_fraction=keep, swap_pair=draw(st.booleans()), by_step=by_step,
+        pair_fraction=draw(st.sampled_from([0.0, 0.3, 1.0])),
         row_multiple=draw(st.sampled_from([1, 1, 4])),
     )
 

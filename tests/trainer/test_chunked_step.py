@@ -11,7 +11,8 @@ import torch
 
 from memory.sparse_chunks import Sampling
 from parallel.program import compile_rank_program
-from planner.plan import AttentionGroup, AttentionKind
+from planner.errors import PlanError
+from planner.plan import AttentionGroup, AttentionKind, MemoryPolicy, Sharding
 from tests.plans import verified_plan
 from tests.ranks import RankPool
 from tests.trainer.test_equality import CONFIG, SPEC
@@ -19,8 +20,8 @@ from tests.trainer.test_step import reader, start
 from trainer.calibration import MeasuredShape, calibrate
 from trainer.checkpoint import weights_digest
 from trainer.chunked_step import chunk_policy
-from trainer.config import MemoryConfig
-from trainer.step import train_step
+from trainer.config import MemoryConfig, ParallelConfig
+from trainer.step import accumulate_gradients, compile_stage_program, train_step
 
 LENGTHS = [70, 9, 31]
 SECO = MemoryConfig(policy="seco", chunk_tokens=8)
@@ -46,13 +47,15 @@ def losses(rank, world_size, init_method, memory, dtype, kind):
     return values, weights_digest(runtime)
 
 
-def calibration(rank, world_size, init_method, memory):
-    runtime = start(rank, world_size, init_method, configured(memory))
+SHAPES = (
+    MeasuredShape(AttentionKind.LOCAL, 1), MeasuredShape(AttentionKind.ULYSSES, 2), MeasuredShape(AttentionKind.RING, 2)
+)
+
+
+def calibration(rank, world_size, init_method, memory, parallel, shapes):
+    config = dataclasses.replace(configured(memory), parallel=parallel)
+    runtime = start(rank, world_size, init_method, config, SPEC)
     before = weights_digest(runtime)
-    shapes = (
-        MeasuredShape(AttentionKind.LOCAL, 1), MeasuredShape(AttentionKind.ULYSSES, 2),
-        MeasuredShape(AttentionKind.RING, 2),
-    )
     return calibrate(runtime, shapes, max_length=64, machine="here").cost, before == weights_digest(runtime)
 
 
@@ -79,13 +82,14 @@ def test_sampled_chunks_repeat_exactly_and_differ_by_step_and_seed(pool):
     assert first[0] != pytest.approx(exact[0], rel=1e-3), "the loss of a sample is an estimate"
 
 
-@pytest.mark.parametrize("memory", [SECO, SPACO])
-def test_calibration_measures_the_policy(pool, memory):
-    cost, unchanged = pool.run(calibration, memory)[0]
+@pytest.mark.parametrize(("memory", "parallel", "shapes"), [
+    (SECO, ParallelConfig(), SHAPES), (SPACO, ParallelConfig(), SHAPES),
+    (SPACO, ParallelConfig(sharding="zero3"), SHAPES[:2]), (SECO, ParallelConfig(pipeline_parallel=2), SHAPES[:1]),
+], ids=["seco", "spaco", "spaco zero3", "seco pipeline"])
+def test_calibration_measures_the_policy(pool, memory, parallel, shapes):
+    cost, unchanged = pool.run(calibration, memory, parallel, shapes)[0]
     assert unchanged
-    assert {(fit.kind, fit.degree) for fit in cost.times} == {
-        (AttentionKind.LOCAL, 1), (AttentionKind.ULYSSES, 2), (AttentionKind.RING, 2)
-    }
+    assert {(fit.kind, fit.degree) for fit in cost.times} == {(shape.kind, shape.degree) for shape in shapes}
 
 
 def test_budget_becomes_rows_and_measuring_has_no_chance():
@@ -129,3 +133,59 @@ def test_gradients_are_reduced_once_a_step(pool):
     chunked, whole = pool.run(reductions, SECO)[0], pool.run(reductions, MemoryConfig())[0]
     assert whole["backward"] == 2 and chunked["backward"] == 64 // (2 * 8) + 1  # the last one is the empty microbatch
     assert chunked["reduce"] == whole["reduce"] == SPEC.num_layers + 1
+
+
+def planned_chunks(rank, world_size, init_method, parallel, groups):
+    """(losses, gradients, backward calls) of a plan whose first microbatch runs in chunks, and of the plan without."""
+    config = dataclasses.replace(CONFIG, parallel=parallel)
+    runtime = start(rank, world_size, init_method, config, SPEC)
+    whole = verified_plan(groups, LENGTHS, runtime.mesh.data_size)
+    whole = dataclasses.replace(
+        whole, sharding=runtime.sharding, num_stages=runtime.mesh.num_stages
+    )
+    first, *others = whole.microbatches
+    first = dataclasses.replace(first, memory=MemoryPolicy(chunk_tokens=8))
+    rng = np.random.default_rng(8)
+    read = reader([rng.integers(0, SPEC.vocab_size, size=size + 1) for size in LENGTHS])
+    answers = []
+    for plan in (whole, dataclasses.replace(whole, microbatches=(first, *others))):
+        with mock.patch.object(torch.Tensor, "backward", autospec=True, side_effect=torch.Tensor.backward) as backward:
+            loss, _ = accumulate_gradients(
+                runtime, compile_stage_program(runtime, plan), read, num_tokens=plan.num_tokens
+            )
+        grads = {name: p.grad.full_tensor().clone().numpy() for name, p in runtime.model.named_parameters()}
+        answers.append((loss, grads, backward.call_count))
+        runtime.optimizer.zero_grad()
+    return answers
+
+
+LOCAL_GROUPS = [[AttentionGroup(kind=AttentionKind.LOCAL, ranks=(0,), sequences=(0, 2))],
+                [AttentionGroup(kind=AttentionKind.LOCAL, ranks=(0,), sequences=(1,))]]
+
+
+@pytest.mark.parametrize(("parallel", "groups"), [
+    (ParallelConfig(), [[AttentionGroup(kind=AttentionKind.RING, ranks=(1, 0), sequences=(0, 2))],
+                        [AttentionGroup(kind=AttentionKind.LOCAL, ranks=(1,), sequences=(1,))]]),
+    (ParallelConfig(sharding="zero3"), [[AttentionGroup(kind=AttentionKind.LOCAL, ranks=(1,), sequences=(0, 2))],
+                                        [AttentionGroup(kind=AttentionKind.LOCAL, ranks=(0,), sequences=(1,))]]),
+    (ParallelConfig(pipeline_parallel=2), LOCAL_GROUPS),
+], ids=["gather_once", "zero3", "pipeline"])
+def test_a_microbatch_planned_in_chunks_runs_in_chunks_and_others_whole(pool, parallel, groups):
+    results = pool.run(planned_chunks, parallel, groups)
+    losses = [sum(answers[way][0] for answers in results) for way in (0, 1)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    for answers in results:
+        (_, whole, _), (_, chunked, _) = answers
+        for name, grad in whole.items():
+            assert np.linalg.norm(chunked[name] - grad) < 1e-5 * max(np.linalg.norm(grad), 1e-3), name
+    assert max(chunked[2] for _, chunked in results) >= max(whole[2] for whole, _ in results) + 101 // 16
+
+
+@pytest.mark.parametrize("sharding", Sharding)
+def test_chunks_and_swapping_are_not_mixed_silently(sharding):
+    plan = verified_plan(LOCAL_GROUPS, LENGTHS, 1)
+    both = MemoryPolicy(keep_fraction=0.5, recompute_fraction=0.5, chunk_tokens=8)
+    first, second = plan.microbatches
+    mixed = dataclasses.replace(plan, microbatches=(dataclasses.replace(first, memory=both), second), sharding=sharding)
+    with pytest.raises(PlanError, match="chunks"):
+        compile_rank_program(mixed, 0)

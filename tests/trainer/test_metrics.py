@@ -19,6 +19,7 @@ REPORT = StepReport(
     step=0, loss=3.25, grad_norm=1.5, lr=1e-3, num_tokens=16000, num_sequences=7, max_sequence_tokens=4096,
     strategy="flexsp", plan_status="optimal", predicted_s=0.4, measured_s=0.5, bound_s=0.39, gap=0.025, plan_s=0.0123,
     plan_wait_s=0.0, idle_fraction=0.1, imbalance=0.05, peak_bytes=3 * 10**8, predicted_peak_bytes=3 * 10**8,
+    host_peak_bytes=0, predicted_host_bytes=0,
     tokens_per_s=32000.0, model_flops=1.5e12, mfu=None, padding_tokens=0, num_microbatches=2, group_summary="4 | 2+1+1",
     gather_s=0.02, compute_s=0.4, exchange_wait_s=0.03, reduce_s=0.04, update_s=0.01, drift_ratio=None,
 )
@@ -42,12 +43,14 @@ def test_a_report_says_where_the_step_went() -> None:
     plan = make_plan(0, cost_here())
     outcome = StepOutcome(
         loss=2.0, grad_norm=1.0, measured_s=8.0, busy_s=(4.0, 2.0, 5.0, 1.0), span_s=(5.0, 4.0, 6.0, 1.0),
-        gather_s=(0.5, 0.2, 0.9, 0.4), reduce_s=(1.5, 2.5, 0.5, 5.5), peak_bytes=(1, 2, 4, 3), update_s=0.25, ranks=(),
-        stop_requested=False,
+        gather_s=(0.5, 0.2, 0.9, 0.4), reduce_s=(1.5, 2.5, 0.5, 5.5), peak_bytes=(1, 2, 4, 3),
+        tier_peak_bytes=(0, 7, 0, 5), update_s=0.25, ranks=(), stop_requested=False,
     )
     made = make_report(
-        plan, outcome, lr=1e-3, spec=load_model("tiny"), plan_wait_s=2.0, flop_per_s=0.0, drift_ratio=1.2
+        plan, outcome, lr=1e-3, spec=load_model("tiny"), plan_wait_s=2.0, flop_per_s=0.0, drift_ratio=1.2,
+        predicted_host_bytes=8,
     )
+    assert (made.host_peak_bytes, made.predicted_host_bytes) == (7, 8)
     assert (made.gather_s, made.reduce_s, made.update_s, made.plan_wait_s) == (0.2, 0.5, 0.25, 2.0)
     assert (made.compute_s, made.exchange_wait_s) == (3.0, 1.0)
     assert made.idle_fraction == pytest.approx(0.5) and made.imbalance == pytest.approx(5 / 3 - 1)

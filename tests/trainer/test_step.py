@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import random
 
@@ -13,10 +14,12 @@ import torch
 from memory.ledger import MemoryFullError
 from parallel.engine import AttentionEngine
 from parallel.program import compile_rank_program
-from planner.errors import NumericError
-from planner.plan import AttentionGroup, AttentionKind, MemoryPolicy
+from planner.codec import from_plain, to_plain
+from planner.cost import CostModel, MemoryFit, PlanLimits
+from planner.errors import InfeasibleError, NumericError
+from planner.plan import AttentionGroup, AttentionKind, MemoryAction, MemoryPolicy
 from tests.parallel.test_attention import TOLERANCE, dense_attention
-from tests.plans import verified_plan
+from tests.plans import cost_model, verified_plan
 from tests.ranks import RankPool
 from tests.trainer.test_equality import CONFIG, SPEC, full_weights
 from trainer.batch import token_rows
@@ -24,7 +27,9 @@ from trainer.build import build_runtime
 from trainer.calibration import MeasuredShape, calibrate, length_design
 from trainer.checkpoint import weights_digest
 from trainer.config import DataConfig, MemoryConfig
+from trainer.planned_memory import plan_memory
 from trainer.rank_env import RankEnv
+from trainer.report import predicted_host_bytes
 from trainer.step import accumulate_gradients, train_step
 
 NUM_RANKS = 4
@@ -225,6 +230,57 @@ def planned_memory(rank, world_size, init_method, folder):
     return answers
 
 
+def planned_host_bytes(rank, world_size, init_method, folder):
+    """(predicted, measured) bytes in the tier for a microbatch alone and for a ring, half of it swapped."""
+    config = dataclasses.replace(
+        CONFIG, run=dataclasses.replace(CONFIG.run, dir=str(folder)), memory=MemoryConfig(tier="host"),
+        data=DataConfig(max_length=300, tokens_per_step=1200),
+    )
+    runtime = start(rank, world_size, init_method, config, dataclasses.replace(SMALL, num_layers=4))
+    cost = cost_model(NUM_RANKS)
+    cost = dataclasses.replace(
+        cost, memory=MemoryFit(fixed_bytes=0, bytes_per_token=1e5),
+        provenance=dataclasses.replace(cost.provenance, source="measured"),
+    )
+    limits = PlanLimits(device_budget_bytes=10**7, kinds=(AttentionKind.RING,), max_ulysses_degree=4)
+    before, limits_before = cost, limits
+    memory, cost, limits = plan_memory(config, runtime, before, limits_before, folder / "cache", world_size)
+    assert {MemoryAction.SWAP, MemoryAction.RECOMPUTE} <= set(limits.policies)
+    assert "measured" in cost.provenance.notes[0]
+    stored = json.loads((folder / "memory.json").read_text()) if rank == 0 else {"cost": to_plain(cost)}
+    assert from_plain(CostModel, stored["cost"], where="memory.json").digest == cost.digest
+    resumed = dataclasses.replace(config, run=dataclasses.replace(config.run, resume=True), memory=config.memory)
+    again, cost_again, limits_again = plan_memory(resumed, runtime, before, limits_before, folder / "none", world_size)
+    again.close()
+    assert (cost_again.digest, limits_again) == (cost.digest, limits), "a resumed run plans with what it began with"
+    runtime = dataclasses.replace(runtime, memory=memory)
+    answers = []
+    for ranks, length in (((0,), 300), ((0, 1, 2, 3), 1200)):
+        kind = AttentionKind.LOCAL if len(ranks) == 1 else AttentionKind.RING
+        plan = plan_of([AttentionGroup(kind=kind, ranks=ranks, sequences=(0,))], [length])
+        half = MemoryPolicy(keep_fraction=0.25, swap_fraction=0.5, recompute_fraction=0.25)
+        plan = dataclasses.replace(
+            plan, microbatches=tuple(dataclasses.replace(each, memory=half) for each in plan.microbatches)
+        )
+        outcome = train_step(
+            runtime, compile_rank_program(plan, rank), reader(documents_of(plan)), num_tokens=plan.num_tokens, lr=0.0
+        )
+        answers.append((predicted_host_bytes(plan, cost, memory), max(outcome.tier_peak_bytes)))
+    memory.close()
+    return answers, cost.activation
+
+
+def no_room_for_the_pair(rank, world_size, init_method, folder):
+    """The fractions' program has no solution in this tier: every rank says so."""
+    config = dataclasses.replace(
+        CONFIG, run=dataclasses.replace(CONFIG.run, dir=str(folder)),
+        memory=MemoryConfig(policy="swap", tier="host", tier_budget="1 KiB"),
+    )
+    with pytest.raises(InfeasibleError) as caught:
+        start(rank, world_size, init_method, config, dataclasses.replace(SMALL, num_layers=4))
+    return str(caught.value), caught.value.needed_bytes > caught.value.available_bytes
+
+
 def full_tier(rank, world_size, init_method, folder):
     """A tier that one layer overflows: the step ends with need and have."""
     config = dataclasses.replace(
@@ -296,6 +352,18 @@ class TestStep:
                 assert np.linalg.norm(own[name] - grad) < 1e-6 * max(np.linalg.norm(grad), 1e-3), name
             assert own_bytes <= kept_bytes
         assert 0 < sum(own for _, (_, own) in results) < sum(kept for (_, kept), _ in results)
+
+    def test_the_tier_holds_what_the_plan_says(self, pool, tmp_path):
+        """Within the padding of places: 512 bytes for each of some 15 blocks of two layers."""
+        answers, fit = pool.run(planned_host_bytes, tmp_path)[0]
+        for predicted, measured in answers:
+            assert predicted <= measured * 1.01 and measured <= predicted * 1.05 + 2 * 20 * 512, answers
+        assert 0 < fit.recompute_bytes_per_token < fit.swap_bytes_per_token
+        assert fit.recompute_s_per_token > 0 and fit.copy_bytes_per_s > 0 and 0 < fit.hidden_share <= 1
+
+    def test_a_tier_too_small_for_what_is_never_recomputed_ends_every_rank(self, pool, tmp_path):
+        for message, larger in pool.run(no_room_for_the_pair, tmp_path, world_size=2):
+            assert "layer inputs and attention outputs of 2 layers" in message and larger
 
     def test_a_full_tier_names_need_and_have(self, pool, tmp_path):
         (message,) = pool.run(full_tier, tmp_path, world_size=1)

@@ -1,0 +1,74 @@
+"""``longhaul train`` where memory is scarce: the plan chooses policies, the run says so, and repeats when resumed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from planner.codec import to_plain
+from planner.cost import ActivationFit
+from planner.specs import load_cost
+from tests.launch.tiny_run import train_arguments, write_corpus, write_cost
+from trainer.checkpoint_files import list_checkpoints
+
+ROOT = Path(__file__).resolve().parents[2]
+SCARCE = ("--model.num-layers", "4", "--plan.device-budget", "24 B", "--world-size", "2", "--plan.wait-budget-s", "60")
+"""One byte a token: the longest sequence, 64 tokens on two ranks, takes 32 if all is kept."""
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Path:
+    write_corpus(tmp_path / "corpus")
+    kept = load_cost(str(write_cost(tmp_path / "kept.json")))
+    fit = ActivationFit(
+        swap_bytes_per_token=0.5, recompute_bytes_per_token=0.45, recompute_s_per_token=1e-6, copy_bytes_per_s=1e4,
+        hidden_share=0.3,
+    )
+    (tmp_path / "cost.json").write_text(json.dumps(to_plain(replace(kept, activation=fit))))
+    return tmp_path
+
+
+def train(work: Path, name: str, *flags: str) -> subprocess.CompletedProcess[str]:
+    arguments = train_arguments(work, work / name, *SCARCE, *flags)
+    return subprocess.run(
+        [sys.executable, "-m", "launch.cli", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=240
+    )
+
+
+def records(work: Path, name: str, file: str) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (work / name / file).read_text().splitlines()]
+
+
+def test_a_run_in_little_memory_chooses_says_so_and_repeats_its_plans(work: Path) -> None:
+    done = train(work, "run", "--steps", "4", "--checkpoint-every", "2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = " ".join(done.stdout.split())
+    assert told.count("memory: chosen by the plan") == 1
+    assert "24 B hold 24 kept tokens; the longest sequence (64) on 2 of 2 ranks: swap" in told
+    plans, metrics = records(work, "run", "plans.jsonl"), records(work, "run", "metrics.jsonl")
+    swapped = [any(each["memory"]["swap_fraction"] > 0 for each in plan["microbatches"]) for plan in plans]
+    assert any(swapped)
+    assert all(record["predicted_peak_bytes"] <= 24 for record in metrics)
+    assert [record["host_peak_bytes"] > 0 for record in metrics] == swapped
+    assert any(record["predicted_host_bytes"] > 0 for record in metrics)  # made-up bytes, whole ones
+    again = work / "again"
+    shutil.copytree(work / "run", again)
+    shutil.rmtree(list_checkpoints(again / "checkpoints")[-1])
+    resumed = train(work, "again", "--steps", "4", "--checkpoint-every", "2", "--resume")
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    runs = [[{**plan, "solver": None} for plan in each] for each in (plans, records(work, "again", "plans.jsonl"))]
+    assert runs[0] == runs[1]
+    assert [each["loss"] for each in records(work, "again", "metrics.jsonl")] == [each["loss"] for each in metrics]
+
+
+def test_too_little_for_any_policy_is_one_line_and_94(work: Path) -> None:
+    done = train(work, "run", "--steps", "2", "--plan.device-budget", "8 B")
+    assert done.returncode == 94
+    (line,) = done.stderr.splitlines()
+    assert "(64 tokens) fits in no group" in line and "needs" in line and "the budget is 8 B" in line
