@@ -40,6 +40,7 @@ setup(
             "ruff>=0.12,<0.18",
             "types-PyYAML>=6",
         ],
+        "packing": ["ortools>=9.10,<10"],
         "report": ["plotly>=5.24,<7"],
     },
     entry_points={"console_scripts": ["longhaul = launch.cli:main"]},
