@@ -14,6 +14,7 @@ setup(
     packages=find_packages(include=[pattern for name in PACKAGES for pattern in (name, f"{name}.*")]),
     package_data={
         **{name: ["py.typed"] for name in PACKAGES},
+        "memory": ["py.typed", "native/*.cpp"],
         "planner": ["py.typed", "curves/*.yaml", "hardware/*.yaml", "models/*.yaml", "reproduce/data/*.yaml"],
         "trainer": ["py.typed", "recipes/*.yaml"],
     },

@@ -43,7 +43,7 @@ class LevelPlan:
 
 
 Shape = tuple[tuple[int, int, int], ...]
-"""Bytes, start and stop of a section's own requests, counted from the section's first event."""
+"""Bytes, start and stop of a section's own requests; only their own events count."""
 
 
 def section_members(requests: SequenceOf[Request], section: Section) -> tuple[int, ...]:
@@ -52,9 +52,10 @@ def section_members(requests: SequenceOf[Request], section: Section) -> tuple[in
 
 
 def section_shape(requests: SequenceOf[Request], section: Section) -> Shape:
-    """What makes two sections equal: their own requests, relative to where they begin."""
-    members = (requests[index] for index in section_members(requests, section))
-    return tuple((r.num_bytes, r.start - section.start, r.stop - section.start) for r in members)
+    """What makes two sections equal: their own requests in their own order, whatever else happens in between."""
+    members = [requests[index] for index in section_members(requests, section)]
+    ranks = {event: rank for rank, event in enumerate(sorted({e for r in members for e in (r.start, r.stop)}))}
+    return tuple((r.num_bytes, ranks[r.start], ranks[r.stop]) for r in members)
 
 
 def plan_levels(

@@ -131,6 +131,13 @@ def _wrong_memory(config: TrainConfig) -> Iterator[str]:
         for name, value in settings.items():
             if value is not None:
                 yield f"{name} is for memory.policy swap only, not {memory.policy}: add --memory swap or leave it out"
+    if memory.static_plan and config.run.device == "cpu":
+        yield "memory.static_plan is for run.device cuda: the CPU's allocator is not ours to replace; leave it out"
+    if memory.static_plan and config.parallel.pipeline_parallel > 1:
+        yield (
+            "memory.static_plan is not built yet for pipeline_parallel above 1: microbatches overlap there, and a plan "
+            "holds one; available: one stage"
+        )
     if memory.tier == "disk" and config.run.device == "cuda":
         yield "memory.tier disk is not built yet for run.device cuda; available: host"
 

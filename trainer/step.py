@@ -28,6 +28,7 @@ from trainer.batch import TokenRows, token_rows
 from trainer.chunked_step import ChunkPolicy, run_chunked
 from trainer.optimizer import ShardedAdamW
 from trainer.spans import NUM_TIMES, pack_times, unpack_times
+from trainer.static_plan import begin_microbatch, microbatch_kind
 from trainer.transformer import Decoder
 
 ReadSpans = Callable[[tuple[Span, ...]], TokenRows]
@@ -168,6 +169,7 @@ class StageRunner:
     def forward(self, place: int) -> None:
         runtime, microbatch = self._runtime, self._program.microbatches[place]
         runtime.clock.begin(microbatch.index)
+        self._begin_plan(place, microbatch)
         if runtime.chunking is not None:  # both passes at once: without pipeline stages the backward comes next anyway
             step, num_tokens = self._program.step, self._num_tokens
             self.loss_sum.add_(run_chunked(runtime, microbatch, self._read_spans, step=step, num_tokens=num_tokens))
@@ -194,6 +196,7 @@ class StageRunner:
         link, microbatch = self._runtime.link, self._program.microbatches[place]
         self._runtime.clock.resume(microbatch.index)
         if self._runtime.chunking is not None:
+            self._end_plan()
             self._runtime.clock.end()
             return
         hidden_TD, output = self._in_flight.pop(place)
@@ -204,7 +207,22 @@ class StageRunner:
         if link is not None and hidden_TD is not None:
             assert hidden_TD.grad is not None
             link.send_gradient(microbatch.index, hidden_TD.grad)
+        del hidden_TD, output
+        self._end_plan()
         self._runtime.clock.end()
+
+    def _begin_plan(self, place: int, microbatch: RankMicrobatch) -> None:
+        arena = self._runtime.memory.arena
+        if arena is not None:  # without pipeline stages a microbatch's backward follows its forward
+            kind = microbatch_kind(
+                microbatch, memory_policy(self._runtime, microbatch), is_first=place == 0,
+                loss_chunk_tokens=self._runtime.model.loss_chunk_tokens, is_whole=self._runtime.chunking is None,
+            )
+            begin_microbatch(arena, kind, microbatch.num_rows, self._runtime.mesh.device)
+
+    def _end_plan(self) -> None:
+        if self._runtime.memory.arena is not None:
+            self._runtime.memory.arena.end()
 
     def _shape(self, microbatch: RankMicrobatch) -> tuple[int, int]:
         return microbatch.num_rows, self._runtime.model.spec.hidden_dim
