@@ -25,8 +25,8 @@ def give_back_freed_memory() -> None:
 class PeakMemory:
     """``reset`` before a step, ``read_bytes`` after it.
 
-    CUDA: the allocator's peak, the arena's own where there is one (torch then counts nothing). CPU: the process's peak resident set, which Linux can reset; elsewhere it is
-    the peak since the process began.
+    CUDA: the allocator's peak, the arena's own where there is one (torch then counts nothing). CPU: the process's peak
+    resident set, which Linux can reset; elsewhere it is the peak since the process began.
     """
 
     def __init__(self, device: torch.device, arena: AddressArena | None = None) -> None:

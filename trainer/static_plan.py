@@ -49,4 +49,4 @@ def microbatch_kind(
 
 def begin_microbatch(arena: AddressArena, kind: Hashable, num_rows: int, device: torch.device) -> None:
     """Requests of the current stream now belong to a microbatch of this kind."""
-    arena.begin(kind, num_rows, torch.cuda.current_stream(device).cuda_stream)
+    arena.begin(kind, num_rows, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0)
