@@ -1,10 +1,11 @@
 """A simulation of torch's CUDA caching allocator, from its published rules, to replay traces where there is no CUDA.
 
-One stream, no memory limit, default settings. Blocks are rounded to 512 B; requests up to 1 MiB share segments of
-2 MiB, those below 10 MiB take segments of 20 MiB, larger ones a segment of their own, rounded to 2 MiB. A request gets
-the smallest free block that holds it (lowest address among equals); the rest of that block stays free if it is at least
-512 B (small) or more than 1 MiB (large). Free neighbours in a segment merge. With expandable segments each of the two
-pools is one segment that grows by mapping pages (2 MiB small, 20 MiB large) where its free space does not suffice.
+One stream, no memory limit (so no retries), default settings. Requests are rounded to 512 B; those up to 1 MiB share
+segments of 2 MiB, those below 10 MiB take segments of 20 MiB, larger ones a segment of their own, rounded to 2 MiB. A
+request gets the smallest free block that holds it, at the lowest address among equals; what is left of that block stays
+free if it is at least 512 B (small pool) or more than 1 MiB (large pool). Free neighbours in a segment merge. With
+expandable segments each pool is one segment that grows by pages (2 MiB small, 20 MiB large) where no free block
+suffices, and whatever is left of a block stays free.
 """
 
 from __future__ import annotations
@@ -41,42 +42,40 @@ class Reserved:
 
 @dataclass(slots=True)
 class _Pool:
-    """Address ranges; ``free``: sorted (size, start); a segment's end stops merging."""
+    """Address ranges. ``free``: sorted (size, start); merging stops at ``borders`` between segments."""
 
-    is_small: bool
+    least_rest_bytes: int
     free: list[tuple[int, int]] = field(default_factory=list)
     starts: dict[int, int] = field(default_factory=dict)  # free: start -> end
     ends: dict[int, int] = field(default_factory=dict)  # free: end -> start
     borders: set[int] = field(default_factory=set)
+    top: int = 0
 
     def add(self, start: int, end: int) -> None:
         """A range becomes free; it merges with its free neighbours of the same segment."""
         if start not in self.borders and start in self.ends:
-            before = self.ends[start]
-            self._remove(before, start)
-            start = before
+            start = self._remove(self.ends[start])[0]
         if end not in self.borders and end in self.starts:
-            after = self.starts[end]
-            self._remove(end, after)
-            end = after
+            end = self._remove(end)[1]
         self.starts[start], self.ends[end] = end, start
         bisect.insort(self.free, (end - start, start))
 
-    def take(self, size: int) -> int | None:
-        """Best fit. What is left over stays free only if it is worth it."""
+    def take(self, size: int) -> tuple[int, int] | None:
+        """Best fit: start and end of the block, which keeps what is not worth splitting off."""
         place = bisect.bisect_left(self.free, (size, -1))
         if place == len(self.free):
             return None
-        found, start = self.free[place]
-        self._remove(start, start + found)
-        rest = found - size
-        if rest >= ALIGNMENT_BYTES if self.is_small else rest > _SMALL_BYTES:
-            self.add(start + size, start + found)
-        return start
+        start, end = self._remove(self.free[place][1])
+        if end - start - size < self.least_rest_bytes:
+            return start, end
+        self.add(start + size, end)
+        return start, start + size
 
-    def _remove(self, start: int, end: int) -> None:
-        del self.starts[start], self.ends[end]
+    def _remove(self, start: int) -> tuple[int, int]:
+        end = self.starts.pop(start)
+        del self.ends[end]
         del self.free[bisect.bisect_left(self.free, (end - start, start))]
+        return start, end
 
 
 class CachingAllocator:
@@ -84,44 +83,40 @@ class CachingAllocator:
 
     def __init__(self, *, expandable: bool) -> None:
         self._expandable = expandable
-        self._pools = {is_small: _Pool(is_small) for is_small in (True, False)}
-        self._tops = {True: 0, False: 0}
-        self._live: dict[int, tuple[bool, int, int]] = {}  # request -> pool, start, end
+        least_large = ALIGNMENT_BYTES if expandable else _SMALL_BYTES + ALIGNMENT_BYTES
+        self._small, self._large = _Pool(ALIGNMENT_BYTES), _Pool(least_large)
+        self._live: dict[int, tuple[_Pool, tuple[int, int]]] = {}
         self.reserved_bytes = 0
         self.num_device_mallocs = 0
 
-    def allocate(self, name: int, num_bytes: int) -> None:
+    def allocate(self, name: int, num_bytes: int) -> tuple[int, int]:
+        """Start and end of the block."""
         size = max(ALIGNMENT_BYTES, rounded_bytes(num_bytes))
-        is_small = size <= _SMALL_BYTES
-        pool = self._pools[is_small]
-        free_before = dict(pool.starts)
-        start = pool.take(size)
-        if start is None:
+        pool = self._small if size <= _SMALL_BYTES else self._large
+        block = pool.take(size)
+        if block is None:
             self._grow(pool, size)
-            free_before = dict(pool.starts)
-            start = pool.take(size)
-            assert start is not None
-        end = free_before[start]
-        self._live[name] = is_small, start, min(end, start + size if start + size in pool.starts else end)
+            block = pool.take(size)
+            assert block is not None
+        self._live[name] = pool, block
+        return block
 
     def free(self, name: int) -> None:
-        is_small, start, end = self._live.pop(name)
-        self._pools[is_small].add(start, end)
+        pool, block = self._live.pop(name)
+        pool.add(*block)
 
     def _grow(self, pool: _Pool, size: int) -> None:
         self.num_device_mallocs += 1
-        top = self._tops[pool.is_small]
-        page = _SMALL_SEGMENT_BYTES if pool.is_small else _LARGE_SEGMENT_BYTES
+        page = _SMALL_SEGMENT_BYTES if pool is self._small else _LARGE_SEGMENT_BYTES
         if self._expandable:
-            missing = size - (top - pool.ends[top] if top in pool.ends else 0)
+            missing = size - (pool.top - pool.ends.get(pool.top, pool.top))
             num_bytes = -(-missing // page) * page
         else:
             num_bytes = page if size < _OWN_SEGMENT_BYTES else -(-size // _ROUND_BYTES) * _ROUND_BYTES
-            pool.borders.add(top)
-            pool.borders.add(top + num_bytes)
+            pool.borders.update((pool.top, pool.top + num_bytes))
         self.reserved_bytes += num_bytes
-        self._tops[pool.is_small] = top + num_bytes
-        pool.add(top, top + num_bytes)
+        pool.top += num_bytes
+        pool.add(pool.top - num_bytes, pool.top)
 
 
 def simulate(traces: SequenceOf[SequenceOf[Request]], *, expandable: bool) -> Reserved:

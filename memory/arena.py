@@ -47,9 +47,9 @@ class ArenaError(LonghaulError):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ArenaStats:
     """Requests so far. ``num_hits``: at their planned address. ``num_misses``: not what the plan expected.
-    ``num_refused``: expected, but something alive was in the way. ``num_unplanned``: expected, and known to outlive
-    the microbatch. ``num_outside``: while no plan was served. All but hits went to the fallback. Bytes are those of all
-    blocks, padding included, without the slab's unused part."""
+    ``num_refused``: expected, but something alive was in the way. ``num_unplanned``: expected, without a place, because
+    it outlives the microbatch or its size is not known. ``num_outside``: while no plan was served. All but hits went to
+    the fallback. Bytes are those of all blocks, padding included, without the slab's unused part."""
 
     num_hits: int
     num_misses: int

@@ -56,7 +56,7 @@ class AllocationLimits:
     max_mip_pairs: int = 150
     mip: WorkLimits = WorkLimits(max_nodes=2_000, max_work=4_000_000, time_limit_s=20.0, relative_gap=0.0)
     uses_packing: bool = True
-    packing: PackingLimits = PackingLimits(deterministic_s=10.0, time_limit_s=60.0)
+    packing: PackingLimits = PackingLimits(deterministic_s=3.0, time_limit_s=300.0)
 
 
 DEFAULT_LIMITS = AllocationLimits()

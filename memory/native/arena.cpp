@@ -34,7 +34,7 @@ constexpr int64_t kFreed = -1;
 constexpr unsigned kNoTiming = 2;  // cudaEventDisableTiming
 
 struct Slot {
-  int64_t size;    // bytes that are expected, to the byte
+  int64_t size;    // bytes that are expected, to the byte; below 0: any number, and no place
   int64_t offset;  // in the slab; below 0: not planned, such as blocks that outlive the unit
 };
 
@@ -94,14 +94,15 @@ int64_t planned_offset(Arena& a, int64_t size, void* stream) {
   }
   size_t found = a.next;
   const size_t last = std::min(a.plan.size(), a.next + kLookahead);
-  while (found < last && a.plan[found].size != size) ++found;
+  const bool any_size = found < last && a.plan[found].size < 0;
+  while (!any_size && found < last && a.plan[found].size != size) ++found;
   if (found >= last || stream != a.slab_stream) {
     ++a.stats.misses;
     return -1;
   }
   a.next = found + 1;
   const int64_t offset = a.plan[found].offset;
-  if (offset < 0) {
+  if (offset < 0 || any_size) {
     ++a.stats.unplanned;
     return -1;
   }

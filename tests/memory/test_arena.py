@@ -18,7 +18,7 @@ from memory.alloc_trace import record_allocations
 from memory.arena import AddressArena, ArenaError, ArenaLibrary, build_arena, replay
 from planner.allocation import GREEDY_ONLY, AddressPlan, Method, Request, plan_addresses
 from planner.allocation_levels import plan_levels
-from planner.allocation_rows import fit_rows
+from planner.allocation_rows import UNKNOWN, fit_rows
 from planner.errors import PlanError
 from tests.memory.allocation_cases import StepCase
 from tests.planner.test_allocation import traces
@@ -254,12 +254,27 @@ def test_rows_are_fitted_exactly(lines, data):
     assert fit_rows(rows[0], first, rows[0], first) is None
 
 
-def test_sizes_that_shrink_or_do_not_divide_are_not_fitted():
-    def sized(size):
-        return [Request(num_bytes=size, start=0, stop=1)]
+def test_sizes_that_are_no_line_in_the_rows_stay_unknown():
+    def sized(*sizes):
+        return [Request(num_bytes=size, start=i, stop=i + 1) for i, size in enumerate(sizes)]
 
-    assert fit_rows(10, sized(100), 20, sized(90)) is None
-    assert fit_rows(10, sized(100), 20, sized(105)) is None
+    assert fit_rows(10, sized(100), 20, sized(90)) is None, "nothing but unknown sizes"
+    found = fit_rows(10, sized(10000, 12), 20, sized(20000, 17))
+    assert found is not None
+    assert found.sizes(13) == (13000, UNKNOWN)
+
+
+@needs_compiler
+def test_a_block_of_unknown_size_gets_no_place_and_keeps_the_order(library):
+    before = library.stats()
+    library.begin([1000, UNKNOWN, 512], [0, -1, 1024], 1536, 0)
+    driver = Driver(library)
+    for name, size in enumerate((1000, 512, 512)):
+        driver.allocate(name, size)
+    library.end()
+    driver.free_all()
+    found = change(library, before)
+    assert (found["num_hits"], found["num_unplanned"], found["num_misses"]) == (2, 1, 0)
 
 
 @pytest.mark.gpu
