@@ -65,6 +65,16 @@ def test_segments_do_not_merge_but_expandable_ones_are_one():
         assert allocator.reserved_bytes == (40 if expandable else 80) * MIB
 
 
+def test_at_the_limit_free_segments_go_back_and_it_tries_again():
+    def blocks(*sizes):
+        return [Request(num_bytes=size * MIB, start=2 * i, stop=2 * i + 1) for i, size in enumerate(sizes)]
+
+    ample, tight = (simulate([blocks(20, 30, 20)], expandable=False, limit_bytes=limit * MIB) for limit in (50, 49))
+    assert (ample.num_retries, ample.num_device_mallocs, ample.fits) == (0, 2, True)
+    assert (tight.num_retries, tight.fits) == (1, True), "30 fits after 20 went back, and is used for the last 20"
+    assert not simulate([blocks(20, 30)], expandable=False, limit_bytes=29 * MIB).fits
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 10**6), st.booleans())
 def test_blocks_never_overlap_and_reserved_covers_the_live_ones(seed, expandable):
