@@ -14,6 +14,7 @@ setup(
     packages=find_packages(include=[pattern for name in PACKAGES for pattern in (name, f"{name}.*")]),
     package_data={
         **{name: ["py.typed"] for name in PACKAGES},
+        "memory": ["py.typed", "native/*.cpp"],
         "planner": ["py.typed", "curves/*.yaml", "hardware/*.yaml", "models/*.yaml", "reproduce/data/*.yaml"],
         "trainer": ["py.typed", "recipes/*.yaml"],
     },
@@ -40,6 +41,7 @@ setup(
             "ruff>=0.12,<0.18",
             "types-PyYAML>=6",
         ],
+        "packing": ["ortools>=9.10,<10"],
         "report": ["plotly>=5.24,<7"],
     },
     entry_points={"console_scripts": ["longhaul = launch.cli:main"]},

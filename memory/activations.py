@@ -1,9 +1,10 @@
-"""The run's memory policy, the tier it swaps to and that tier's accounts."""
+"""The run's memory policy, the tier it swaps to and that tier's accounts, the arena it allocates from."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from memory.arena import AddressArena
 from memory.ledger import MemoryLedger
 from memory.policy import KEEP_ALL, ActivationPolicy
 from memory.tiers import Tier
@@ -14,7 +15,7 @@ class ActivationMemory:
     """``policy`` holds for every microbatch whose plan does not say otherwise; ``tier_bytes_per_token``: what it puts
     into the tier for a token that a rank holds. ``kept_layers``: last layers of the model that stay whole in
     microbatches whose plan swaps or recomputes (None: as few as possible). ``ledger``: where the tier reserves.
-    ``note``: one line for the log.
+    ``note``: one line for the log. ``arena``: planned addresses (None: torch's own allocator).
     """
 
     policy: ActivationPolicy = KEEP_ALL
@@ -23,6 +24,7 @@ class ActivationMemory:
     tier: Tier | None = None
     ledger: MemoryLedger = field(default_factory=lambda: MemoryLedger({}))
     note: str = ""
+    arena: AddressArena | None = None
 
     def restart_peak(self) -> None:
         """Count the tier's peak anew."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from memory.arena import AddressArena
 from planner.units import KIB
 
 
@@ -24,22 +25,27 @@ def give_back_freed_memory() -> None:
 class PeakMemory:
     """``reset`` before a step, ``read_bytes`` after it.
 
-    CUDA: the caching allocator's peak. CPU: the process's peak resident set, which Linux can reset; elsewhere it is
-    the peak since the process began.
+    CUDA: the allocator's peak, the arena's own where there is one (torch then counts nothing). CPU: the process's peak
+    resident set, which Linux can reset; elsewhere it is the peak since the process began.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, arena: AddressArena | None = None) -> None:
         self._device = device
+        self._arena = arena
         self._clear = Path("/proc/self/clear_refs")
         self._status = Path("/proc/self/status")
 
     def reset(self) -> None:
-        if self._device.type == "cuda":
+        if self._arena is not None:
+            self._arena.library.reset_peak()
+        elif self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
         elif self._clear.exists():
             self._clear.write_text("5")  # 5 resets the peak resident set (man 5 proc)
 
     def read_bytes(self) -> int:
+        if self._arena is not None:
+            return self._arena.library.stats().peak_bytes
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device)
         if not self._status.exists():

@@ -1,4 +1,5 @@
-"""Mixed-integer programs through PuLP and HiGHS: the one place that imports them, and only when called.
+"""Mixed-integer programs through PuLP and HiGHS, packings through OR-tools' CP-SAT where it is installed (the extra
+``packing``): the one place that imports them, and only when called.
 
 Three things PuLP 3.3 does not do for HiGHS are added on top of its own solver class: an initial solution is handed
 over; a run that ends at its node limit is read (PuLP knows no name for that status); and the truth is told about runs
@@ -65,6 +66,23 @@ class Solution:
     hit_clock: bool
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackingLimits:
+    """``deterministic_s``: CP-SAT's own count of its work, which it calls seconds and which does not depend on the
+    machine; ``time_limit_s`` only guards."""
+
+    deterministic_s: float
+    time_limit_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Packing:
+    """``places``: lower edge by rectangle (empty where none were found); no packing is lower than ``bound``."""
+
+    places: tuple[float, ...]
+    bound: int
+
+
 @dataclass(slots=True)
 class _Variable:
     low: float
@@ -129,6 +147,46 @@ class LinearModel:
         except (pulp.PulpError, OSError, ValueError, KeyError, RuntimeError) as error:
             raise SolverFailure(f"HiGHS failed: {type(error).__name__}: {error}") from error
         return _read(problem.solverModel, columns, runner.num_checks * num_nonzeros)
+
+
+def pack_rectangles(
+    *, spans: SequenceOf[tuple[int, int]], heights: SequenceOf[int], low: int, start: SequenceOf[int],
+    limits: PackingLimits,
+) -> Packing | None:
+    """Shift rectangles up or down until none overlap and the highest edge is least. Each covers the half-open ``spans``
+    sideways, where it stays; ``start`` is a packing, ``low`` a bound already known. None where OR-tools is missing.
+
+    One worker and a fixed seed: equal input, equal answer.
+    """
+    try:
+        from ortools.sat.python import cp_model
+    except ImportError:
+        return None
+    top = max(place + height for place, height in zip(start, heights, strict=True))
+    model = cp_model.CpModel()
+    peak = model.new_int_var(low, top, "peak")
+    places, sideways, upright = [], [], []
+    for (left, right), height, known in zip(spans, heights, start, strict=True):
+        place = model.new_int_var(0, top - height, "")
+        model.add(place + height <= peak)
+        model.add_hint(place, known)
+        places.append(place)
+        if height:
+            sideways.append(model.new_fixed_size_interval_var(left, right - left, ""))
+            upright.append(model.new_fixed_size_interval_var(place, height, ""))
+    model.add_no_overlap_2d(sideways, upright)
+    model.minimize(peak)
+    solver = cp_model.CpSolver()
+    solver.parameters.num_workers = 1
+    solver.parameters.random_seed = RANDOM_SEED % 2**31
+    solver.parameters.max_deterministic_time = limits.deterministic_s
+    solver.parameters.max_time_in_seconds = limits.time_limit_s
+    status = solver.solve(model)
+    found = status in (cp_model.OPTIMAL, cp_model.FEASIBLE)
+    return Packing(
+        places=tuple(float(solver.value(place)) for place in places) if found else (),
+        bound=max(low, math.ceil(solver.best_objective_bound - 1e-6)) if found else low,
+    )
 
 
 def _expression(columns: list[Any], terms: Mapping[int, float]) -> Any:

@@ -25,6 +25,7 @@ from trainer.config import TrainConfig
 from trainer.initialize import initialize_weights
 from trainer.optimizer import ShardedAdamW
 from trainer.rank_env import RankEnv
+from trainer.static_plan import make_arena
 from trainer.step import Runtime
 from trainer.swap_setup import make_memory
 from trainer.transformer import Decoder, StageShard, TensorShard
@@ -54,6 +55,7 @@ def build_runtime(
     Raises SpecError before any communication if this device cannot run the asked dtype, and the errors of
     ``trainer.swap_setup`` where swapped activations have no room.
     """
+    arena = make_arena(config, env)  # before a device is chosen: that starts CUDA with the allocator it has
     device = pick_device(config, env)
     dtype = DTYPES[config.run.dtype]
     kernel = choose_kernel(device, dtype)
@@ -88,13 +90,14 @@ def build_runtime(
         link=link,
         optimizer=ShardedAdamW(model, config.optimizer, mesh),
         clock=clock,
-        peak=PeakMemory(device),
-        memory=ActivationMemory(),
+        peak=PeakMemory(device, arena),
+        memory=ActivationMemory(arena=arena),
         compute_dtype=dtype,
         sharding=sharding,
         chunking=chunk_policy(config, spec),
     )
-    return dataclasses.replace(runtime, memory=make_memory(config, runtime, env.local_world_size))
+    memory = dataclasses.replace(make_memory(config, runtime, env.local_world_size), arena=arena)
+    return dataclasses.replace(runtime, memory=memory)
 
 
 def build_model(

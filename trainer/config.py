@@ -199,6 +199,9 @@ class MemoryConfig:
     chunk_budget: str = "0"
     """With seco and spaco: bytes of activations of trailing chunks that one rank keeps instead of computing them twice,
     such as '2 GiB'."""
+    static_plan: bool = False
+    """On cuda: serve the blocks of microbatches whose kind was seen before from planned addresses. Replaces torch's
+    caching allocator for the whole run; needs a C++ compiler. docs/static_memory.md."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -133,6 +133,13 @@ def _wrong_memory(config: TrainConfig) -> Iterator[str]:
         )
     if memory.policy not in ("swap", "auto") and memory.tier is not None:
         yield f"memory.tier is for memory.policy swap and auto only, not {memory.policy}: leave it out"
+    if memory.static_plan and config.run.device == "cpu":
+        yield "memory.static_plan is for run.device cuda: the CPU's allocator is not ours to replace; leave it out"
+    if memory.static_plan and config.parallel.pipeline_parallel > 1:
+        yield (
+            "memory.static_plan is not built yet for pipeline_parallel above 1: microbatches overlap there, and a plan "
+            "holds one; available: one stage"
+        )
     if memory.tier == "disk" and config.run.device == "cuda":
         yield "memory.tier disk is not built yet for run.device cuda; available: host"
 

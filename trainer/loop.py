@@ -287,6 +287,8 @@ def _finish(session: _Session, display: _Display | None, next_step: int) -> None
     refit, path = refit_cost(session.cost, read_executed(session.folder)), session.folder / REFIT
     if refit is not None and path.resolve() != Path(session.config.plan.cost).resolve():  # else resumed plans change
         path.write_text(json.dumps(to_plain(refit.cost), indent=1) + "\n", encoding="utf-8")
+    if session.runtime.memory.arena is not None:
+        display.progress.note(session.runtime.memory.arena.describe())
     display.progress.note(
         f"{'done' if next_step == num_steps else 'stopped'}: {next_step} of {num_steps} steps, "
         + ("" if loss is None else f"loss {loss:.3f} (unigram entropy {entropy:.3f}), ")

@@ -29,6 +29,7 @@ from trainer.chunked_orders import StagedChunks, run_lockstep
 from trainer.chunked_step import ChunkPolicy, chunking_of, run_chunked
 from trainer.optimizer import ShardedAdamW
 from trainer.spans import NUM_TIMES, pack_times, unpack_times
+from trainer.static_plan import begin_microbatch, microbatch_kind
 from trainer.transformer import Decoder
 
 ReadSpans = Callable[[tuple[Span, ...]], TokenRows]
@@ -176,6 +177,7 @@ class StageRunner:
     def forward(self, place: int) -> None:
         runtime, microbatch = self._runtime, self._program.microbatches[place]
         runtime.clock.begin(microbatch.index)
+        self._begin_plan(place, microbatch)
         if chunking_of(runtime, microbatch) is not None:
             self._forward_in_chunks(place, microbatch)
             runtime.clock.turn()
@@ -200,6 +202,7 @@ class StageRunner:
         if chunking_of(self._runtime, microbatch) is not None:
             if place in self._in_chunks:
                 self.loss_sum.add_(self._in_chunks.pop(place).backward())
+            self._end_plan()
             self._runtime.clock.end()
             return
         hidden_TD, output = self._in_flight.pop(place)
@@ -210,6 +213,8 @@ class StageRunner:
         if link is not None and hidden_TD is not None:
             assert hidden_TD.grad is not None
             link.send_gradient(microbatch.index, hidden_TD.grad)
+        del hidden_TD, output
+        self._end_plan()
         self._runtime.clock.end()
 
     def in_lockstep(self, action: RankAction) -> bool:
@@ -251,6 +256,19 @@ class StageRunner:
         settled = place - (link.num_stages - (link.stage - 1))
         if settled >= 0:
             link.gradient_has_arrived(self._program.microbatches[settled].index)
+
+    def _begin_plan(self, place: int, microbatch: RankMicrobatch) -> None:
+        runtime, arena = self._runtime, self._runtime.memory.arena
+        if arena is not None:  # without pipeline stages a microbatch's backward follows its forward
+            kind = microbatch_kind(
+                microbatch, memory_policy(runtime, microbatch), is_first=place == 0,
+                loss_chunk_tokens=runtime.model.loss_chunk_tokens, is_whole=chunking_of(runtime, microbatch) is None,
+            )
+            begin_microbatch(arena, kind, microbatch.num_rows, runtime.mesh.device)
+
+    def _end_plan(self) -> None:
+        if self._runtime.memory.arena is not None:
+            self._runtime.memory.arena.end()
 
     def _shape(self, microbatch: RankMicrobatch) -> tuple[int, int]:
         return microbatch.num_rows, self._runtime.model.spec.hidden_dim

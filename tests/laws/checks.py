@@ -31,6 +31,7 @@ ONE_PLACE = {
     "torch.distributed.launcher": {"launch/local.py"},
     "pulp": {"planner/solver.py"},
     "highspy": {"planner/solver.py"},
+    "ortools": {"planner/solver.py"},
     "flash_attn": {"parallel/kernel.py"},
     "torch.nn.attention": {"parallel/kernel.py"},
 }
