@@ -8,13 +8,29 @@ from pathlib import Path
 
 import torch
 
-from planner.units import KIB
+from planner.units import KIB, MIB
+
+_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # glibc's names for mallopt, man 3 mallopt
+_MAPPED_BYTES = 1 * MIB
+_KEPT_TOP_BYTES = 8 * MIB
+
+
+def map_large_blocks() -> None:
+    """From now on this process maps every block of 1 MiB and more by itself and unmaps it when it is freed (glibc; does
+    nothing elsewhere). By default glibc carves blocks of up to 32 MiB out of its heap: aligned tensors of equal size
+    often do not fit the holes they left, the resident set grows though nothing leaks, by a third of the activations
+    where they are recomputed, and no plan can predict it. The price is a page fault per page of each block; huge pages
+    (``glibc.malloc.hugetlb=1``, see ``launch.environment``) make that small."""
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:
+            mallopt(_MMAP_THRESHOLD, _MAPPED_BYTES)
+            mallopt(_TRIM_THRESHOLD, _KEPT_TOP_BYTES)
 
 
 def give_back_freed_memory() -> None:
-    """Return the C library's free memory to the system. It keeps freed blocks of up to 32 MiB for later; aligned ones
-    of equal size often do not fit the holes they left, and the resident set grows although nothing leaks (glibc; does
-    nothing elsewhere)."""
+    """Return the C library's free memory to the system: before a peak is measured, what was freed earlier must not
+    count (glibc; does nothing elsewhere)."""
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:

@@ -8,7 +8,7 @@ import warnings
 import torch
 
 from memory.activations import ActivationMemory
-from memory.peak import PeakMemory
+from memory.peak import PeakMemory, map_large_blocks
 from parallel import comm
 from parallel.comm import GroupExchange
 from parallel.engine import AttentionEngine
@@ -55,6 +55,8 @@ def build_runtime(
     ``trainer.swap_setup`` where swapped activations have no room.
     """
     device = pick_device(config, env)
+    if device.type == "cpu":
+        map_large_blocks()  # before the first weight: resident memory then is what tensors take
     dtype = DTYPES[config.run.dtype]
     kernel = choose_kernel(device, dtype)
     timeout_s = config.run.collective_timeout_s

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from memory.disk_tier import DiskTier
 from memory.ledger import MemoryLedger
-from memory.peak import PeakMemory, give_back_freed_memory
+from memory.peak import PeakMemory, give_back_freed_memory, map_large_blocks
 from memory.policy import KEEP_ALL, RECOMPUTE_ALL, ActivationPolicy
 from memory.tape import PAIR, LayerTape, TapeError
 from memory.tiers import HostTier
@@ -159,6 +159,7 @@ class TestExactness:
 def peak_growth(folder, how):
     """Bytes by which the resident set peaks over its start: six layers of 16384 rows, forward and backward."""
     torch.set_num_threads(1)
+    map_large_blocks()
     layers, num_rows, tier = build(6, torch.float32), 2**14, None
     for layer in layers:
         layer._attention = lambda q, k, v: q * k + v
