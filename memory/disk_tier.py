@@ -72,6 +72,14 @@ class DiskTier:
         self.read_bytes = 0
         self.timeline: Timeline | None = None
 
+    @property
+    def capacity_bytes(self) -> int:
+        return self._places.capacity_bytes
+
+    @property
+    def peak_bytes(self) -> int:
+        return self._places.peak_bytes
+
     def store(self, source: torch.Tensor) -> Stored:
         data = flat_bytes(source)
         offset, generation = self._places.take(data.numel())

@@ -56,6 +56,14 @@ class Tier(Protocol):
     read_bytes: int
     timeline: Timeline | None
 
+    @property
+    def capacity_bytes(self) -> int:
+        """Most bytes it can hold."""
+
+    @property
+    def peak_bytes(self) -> int:
+        """Most bytes it ever held at once, padding included."""
+
     def store(self, source: torch.Tensor) -> Stored:
         """Start copying ``source`` out. Raises MemoryFullError, before any copy, where it does not fit."""
 
@@ -74,6 +82,7 @@ class Places:
     """The bookkeeping that tiers share: the ledger decides whether bytes fit, regions decide where."""
 
     def __init__(self, account: str, capacity_bytes: int, ledger: MemoryLedger, *, alignment_bytes: int) -> None:
+        self.capacity_bytes = capacity_bytes
         self._account = account
         self._ledger = ledger
         self._regions = Regions(capacity_bytes, alignment_bytes=alignment_bytes)
@@ -95,6 +104,10 @@ class Places:
             )
         self._live[offset] = next(self._generations)
         return offset, self._live[offset]
+
+    @property
+    def peak_bytes(self) -> int:
+        return self._ledger.peak_bytes(self._account)
 
     def check(self, stored: Stored) -> None:
         """Raises TierError unless ``stored`` still owns its place: a place that was used again would come back as other
@@ -145,6 +158,14 @@ class HostTier:
         self.written_bytes = 0
         self.read_bytes = 0
         self.timeline: Timeline | None = None
+
+    @property
+    def capacity_bytes(self) -> int:
+        return self._places.capacity_bytes
+
+    @property
+    def peak_bytes(self) -> int:
+        return self._places.peak_bytes
 
     def store(self, source: torch.Tensor) -> Stored:
         data = flat_bytes(source)
