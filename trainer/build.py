@@ -56,7 +56,8 @@ def build_runtime(
     """
     device = pick_device(config, env)
     if device.type == "cpu":
-        map_large_blocks()  # before the first weight: resident memory then is what tensors take
+        # before the first weight: resident memory then is what tensors take; where it is to be small, small ones too
+        map_large_blocks(fine=config.memory.policy not in ("auto", "keep"))
     dtype = DTYPES[config.run.dtype]
     kernel = choose_kernel(device, dtype)
     timeout_s = config.run.collective_timeout_s

@@ -159,7 +159,7 @@ class TestExactness:
 def peak_growth(folder, how):
     """Bytes by which the resident set peaks over its start: six layers of 16384 rows, forward and backward."""
     torch.set_num_threads(1)
-    map_large_blocks()
+    map_large_blocks(fine=True)
     layers, num_rows, tier = build(6, torch.float32), 2**14, None
     for layer in layers:
         layer._attention = lambda q, k, v: q * k + v
