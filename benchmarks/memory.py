@@ -203,7 +203,7 @@ def part_course(options: argparse.Namespace, settings: Settings) -> Report:
 PARTS: dict[str, Callable[[argparse.Namespace, Settings], Report]] = {
     "ways": part_ways, "predict": part_predict, "longest": part_longest, "course": part_course,
 }
-_SHAPES = {"ways": (8, 256, 2048), "predict": (12, 256, 4096), "longest": (64, 128, 1024), "course": (12, 256, 2048)}
+_SHAPES = {"ways": (8, 256, 2048), "predict": (8, 256, 2048), "longest": (64, 128, 1024), "course": (12, 256, 1024)}
 """Layers, hidden size and tokens (of ``longest``: more than fits dense)."""
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from memory.peak import give_back_freed_memory
+from memory.peak import give_back_freed_memory, map_large_blocks
 from memory.timeline import Interval, Timeline
 from parallel import comm
 from parallel.program import compile_rank_program
@@ -30,6 +30,7 @@ from trainer.batch import token_rows
 from trainer.build import build_runtime
 from trainer.calibration import MeasuredShape, calibrate, design_plan
 from trainer.config import DataConfig, MemoryConfig, RunConfig, TrainConfig
+from trainer.layer_profile import profile_layer
 from trainer.rank_env import RankEnv
 from trainer.step import Runtime, accumulate_gradients, train_step
 
@@ -37,6 +38,8 @@ VOCABULARY = 512
 _WARM_UP_TOKENS = 64
 _ALONE = MeasuredShape(AttentionKind.LOCAL, 1)
 _SAMPLE_S = 0.004
+_PADDING_BYTES = 16 * 4 * KIB
+"""Of a layer's tensors in the tier: at most so many, each to the next 4 KiB."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,6 +128,8 @@ def bench(way: str, length: int, settings: Settings) -> Iterator[Bench]:
         )
         runtime = build_runtime(config, env, spec, init_method=f"file://{folder}/store")
         ids = np.random.default_rng(settings.seed).integers(0, VOCABULARY, size=length + 1)
+        if way != "keep":
+            map_large_blocks(fine=True)  # torch's ways as well: none shall look worse for the allocator's sake
         made = Bench(way, settings, runtime, ids)
         _add_peer(made, Path(folder))
         try:
@@ -242,6 +247,7 @@ def longest_dense(settings: Settings, budget_bytes: int, most_tokens: int) -> di
     """Bisection for the longest sequence that trains with everything kept within ``budget_bytes`` over what the process
     has after its first small step. Returns it with the limit that is the same for every other way."""
     with bench("keep", most_tokens, settings) as made:
+        map_large_blocks(fine=True)
         made.step(_WARM_UP_TOKENS)
         limit_bytes = data_bytes() + budget_bytes
         limit_data(limit_bytes)
@@ -275,12 +281,22 @@ def predict(way: str, lengths: tuple[int, ...], settings: Settings) -> list[Pred
         tier = made.runtime.memory.tier
         for length in lengths:
             measured_bytes = made.whole_step(length)
+            is_full = tier is not None and length == max(lengths)  # the tier's own peak is that of all steps so far
             found.append(Predicted(
                 way=way, length=length, predicted_bytes=cost.device_bytes(length), measured_bytes=measured_bytes,
-                tier_predicted_bytes=tier.capacity_bytes if tier is not None and length == max(lengths) else 0,
-                tier_measured_bytes=tier.peak_bytes if tier is not None and length == max(lengths) else 0,
+                tier_predicted_bytes=_tier_bytes(made.runtime, length) if is_full else 0,
+                tier_measured_bytes=tier.peak_bytes if tier is not None and is_full else 0,
             ))
     return found
+
+
+def _tier_bytes(runtime: Runtime, length: int) -> int:
+    """What a sequence alone leaves in the tier: a layer's profile times the policy's shares, places padded."""
+    profile, policy = profile_layer(runtime, num_tokens=length), runtime.memory.policy
+    layer = sum(each.bytes_per_token * policy.split(each.name, length)[0] for each in profile.tensors)
+    if policy.swap_pair:
+        layer += profile.pair_bytes_per_token * length
+    return int(layer + _PADDING_BYTES) * (len(runtime.model.layers) - policy.num_kept_layers)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

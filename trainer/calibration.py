@@ -39,7 +39,7 @@ from trainer.chunked_step import run_chunked
 from trainer.machine_samples import measure_operations
 from trainer.step import ReadSpans, Runtime, bind_attention, run_alone, run_empty_microbatch, train_step
 
-CALIBRATION_VERSION = 4
+CALIBRATION_VERSION = 6
 """Goes up with every change of what is measured or how it is fitted: older stored results are then measured again."""
 _REPEAT_S = 0.4
 """A length set is repeated until this much time is measured, but at least twice and at most four times."""
@@ -49,9 +49,8 @@ _BUDGET_S = 18.0
 """For all shapes together; each gets an equal part, and at least its first four length sets."""
 _LEAST_SETS = 4
 _EMPTY_STEPS = 5
-_FULL_SHARE = 4
-"""Memory is fitted on the sets with at least 1/4 of the most tokens: with few tokens, what the allocator and lazily
-loaded code take is most of what is seen."""
+_MARGIN = 1.01
+"""On predicted peaks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,15 +95,13 @@ def calibrate(
                 spent_s += wall_s
                 memory.append((-(-sum(lengths) // shape.degree), peak_bytes))
     runtime.optimizer.zero_grad()
-    step_fixed_s, fixed_bytes = _measure_empty_step(runtime)
+    step_fixed_s, update_bytes, state_bytes = _measure_empty_step(runtime)
     fits, errors = fit_group_times(samples)
     inner_degrees = {(shape.kind, shape.degree): shape.inner_degree for shape in shapes}
     times = tuple(replace(fit, inner_degree=inner_degrees[fit.kind, fit.degree]) for fit in fits)
     cost = CostModel(
         times=times,
-        memory=MemoryFit(
-            fixed_bytes=max(fixed_bytes, empty_bytes), bytes_per_token=bytes_per_token(memory, empty_bytes)
-        ),
+        memory=fit_memory([(0, empty_bytes), *memory], state_bytes=state_bytes, update_bytes=update_bytes),
         step_fixed_s=step_fixed_s,
         peak_flop_per_s=best_rate(operations, "linear"),
         provenance=Provenance(
@@ -137,11 +134,22 @@ def length_design(max_length: int, degree: int) -> tuple[tuple[int, ...], ...]:
     return tuple(dict.fromkeys(designs))
 
 
-def bytes_per_token(peaks: SequenceOf[tuple[int, int]], empty_bytes: int) -> float:
-    """Most bytes that a local token adds to the peak of an empty microbatch. ``peaks``: (local tokens, peak bytes)."""
-    most_tokens = max(tokens for tokens, _ in peaks)
-    full = [(tokens, peak) for tokens, peak in peaks if tokens * _FULL_SHARE >= most_tokens]
-    return max(1.0, *((peak - empty_bytes) / tokens for tokens, peak in full))
+def fit_memory(peaks: SequenceOf[tuple[int, int]], *, state_bytes: int, update_bytes: int) -> MemoryFit:
+    """Peak bytes as a line over local tokens that no measured peak lies above, as low as it can be over all of them.
+
+    ``peaks``: (local tokens, peak bytes) of microbatches that ran without optimizer state, one of them empty;
+    ``state_bytes`` lies beside them in a real step. ``update_bytes``: peak of a step without tokens. A little is added
+    to all of it: the resident set of a process is never the same twice.
+    """
+    slopes = [0.0]
+    for place, (tokens, peak) in enumerate(peaks):
+        slopes += [(peak - other) / (tokens - fewer) for fewer, other in peaks[:place] if tokens != fewer]
+    lines = [(max(peak - slope * tokens for tokens, peak in peaks), slope) for slope in slopes if slope >= 0]
+    base, slope = min(lines, key=lambda line: (sum(line[0] + line[1] * tokens for tokens, _ in peaks), line[1]))
+    return MemoryFit(
+        fixed_bytes=int(_MARGIN * (base + state_bytes)), bytes_per_token=max(1.0, _MARGIN * slope),
+        update_bytes=int(_MARGIN * update_bytes),
+    )
 
 
 def _measure_group(
@@ -210,8 +218,9 @@ def design_plan(
     )
 
 
-def _measure_empty_step(runtime: Runtime) -> tuple[float, int]:
-    """Seconds and peak bytes of a step without sequences: gather, reduce, optimizer at learning rate zero."""
+def _measure_empty_step(runtime: Runtime) -> tuple[float, int, int]:
+    """Seconds and peak bytes of a step without sequences (gather, reduce, optimizer at learning rate zero), and the
+    optimizer state of the rank that has most."""
     design = design_plan(runtime.mesh.data_size, MeasuredShape(AttentionKind.LOCAL, 1), (), runtime.sharding)
     program = compile_rank_program(design, 0)
     times = []
@@ -223,8 +232,9 @@ def _measure_empty_step(runtime: Runtime) -> tuple[float, int]:
         if repeat:
             times.append(_slowest(runtime, outcome.measured_s))
         peak_bytes = max(peak_bytes, *outcome.peak_bytes)
+    state_bytes = _highest(runtime, runtime.optimizer.state_bytes)
     runtime.optimizer.forget_state()
-    return statistics.median(times), peak_bytes
+    return statistics.median(times), peak_bytes, state_bytes
 
 
 def _no_rows(runtime: Runtime) -> ReadSpans:
