@@ -106,7 +106,7 @@ def best(several: SequenceOf[Measured]) -> Measured:
 
 def part_predict(options: argparse.Namespace, settings: Settings) -> Report:
     """Whole resident sets: calibrated in one process, then steps of several lengths in it."""
-    lengths = [options.tokens // 4, options.tokens // 2, options.tokens]
+    lengths = [options.tokens // 2, options.tokens]
     rows = []
     for way in _PREDICTED if options.ways is None else options.ways.split(","):
         rows += [Predicted(**row) for row in _worker(options, "predict", way=way, lengths=lengths)]
@@ -203,7 +203,7 @@ def part_course(options: argparse.Namespace, settings: Settings) -> Report:
 PARTS: dict[str, Callable[[argparse.Namespace, Settings], Report]] = {
     "ways": part_ways, "predict": part_predict, "longest": part_longest, "course": part_course,
 }
-_SHAPES = {"ways": (8, 256, 2048), "predict": (8, 256, 2048), "longest": (64, 128, 1024), "course": (12, 256, 1024)}
+_SHAPES = {"ways": (8, 256, 2048), "predict": (8, 256, 4096), "longest": (64, 128, 1024), "course": (12, 256, 1024)}
 """Layers, hidden size and tokens (of ``longest``: more than fits dense)."""
 
 

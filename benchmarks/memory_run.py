@@ -105,10 +105,14 @@ class Bench:
         return loss / length
 
     def whole_step(self, length: int) -> int:
-        """With optimizer, at learning rate zero; the peak resident set."""
-        program = compile_rank_program(design_plan(1, _ALONE, (length,)), 0)
+        """Two microbatches of one sequence each, so that the second one meets the gradients of the first, and the
+        optimizer at learning rate zero; the peak resident set."""
+        plan = design_plan(1, _ALONE, (length, length))
+        groups = [replace(plan.microbatches[0].groups[0], sequences=(number,)) for number in range(2)]
+        plan = replace(plan, microbatches=tuple(replace(plan.microbatches[0], groups=(group,)) for group in groups))
+        program = compile_rank_program(plan, 0)
         give_back_freed_memory()
-        return train_step(self.runtime, program, self.read, num_tokens=length, lr=0.0).peak_bytes[0]
+        return train_step(self.runtime, program, self.read, num_tokens=2 * length, lr=0.0).peak_bytes[0]
 
 
 @contextlib.contextmanager
@@ -279,6 +283,7 @@ def predict(way: str, lengths: tuple[int, ...], settings: Settings) -> list[Pred
     with bench(way, max(lengths), settings) as made:
         cost = calibrate(made.runtime, (_ALONE,), max_length=max(lengths), machine="here").cost
         tier = made.runtime.memory.tier
+        made.whole_step(min(lengths))  # the first step has no optimizer state until it ends
         for length in lengths:
             measured_bytes = made.whole_step(length)
             is_full = tier is not None and length == max(lengths)  # the tier's own peak is that of all steps so far

@@ -101,7 +101,10 @@ def calibrate(
     times = tuple(replace(fit, inner_degree=inner_degrees[fit.kind, fit.degree]) for fit in fits)
     cost = CostModel(
         times=times,
-        memory=fit_memory([(0, empty_bytes), *memory], state_bytes=state_bytes, update_bytes=update_bytes),
+        memory=fit_memory(
+            [(0, empty_bytes), *memory], state_bytes=state_bytes, update_bytes=update_bytes,
+            least_slope=_stored_bytes_per_token(runtime),
+        ),
         step_fixed_s=step_fixed_s,
         peak_flop_per_s=best_rate(operations, "linear"),
         provenance=Provenance(
@@ -134,22 +137,39 @@ def length_design(max_length: int, degree: int) -> tuple[tuple[int, ...], ...]:
     return tuple(dict.fromkeys(designs))
 
 
-def fit_memory(peaks: SequenceOf[tuple[int, int]], *, state_bytes: int, update_bytes: int) -> MemoryFit:
+def fit_memory(
+    peaks: SequenceOf[tuple[int, int]], *, state_bytes: int, update_bytes: int, least_slope: float = 0.0
+) -> MemoryFit:
     """Peak bytes as a line over local tokens that no measured peak lies above, as low as it can be over all of them.
 
     ``peaks``: (local tokens, peak bytes) of microbatches that ran without optimizer state, one of them empty;
     ``state_bytes`` lies beside them in a real step. ``update_bytes``: peak of a step without tokens. A little is added
-    to all of it: the resident set of a process is never the same twice.
+    to all of it: the resident set of a process is never the same twice. ``least_slope``: of chunked
+    training, what a token adds once there is more than one chunk; the line then follows the larger sets.
     """
-    slopes = [0.0]
+    slopes = [least_slope]
     for place, (tokens, peak) in enumerate(peaks):
         slopes += [(peak - other) / (tokens - fewer) for fewer, other in peaks[:place] if tokens != fewer]
-    lines = [(max(peak - slope * tokens for tokens, peak in peaks), slope) for slope in slopes if slope >= 0]
-    base, slope = min(lines, key=lambda line: (sum(line[0] + line[1] * tokens for tokens, _ in peaks), line[1]))
+    lines = [(max(peak - slope * tokens for tokens, peak in peaks), slope) for slope in slopes if slope >= least_slope]
+    weights = [tokens if least_slope else 1 for tokens, _ in peaks]
+
+    def height(line: tuple[float, float]) -> float:
+        return sum(weight * (line[0] + line[1] * tokens) for weight, (tokens, _) in zip(weights, peaks, strict=True))
+
+    base, slope = min(lines, key=lambda line: (height(line), line[1]))
     return MemoryFit(
         fixed_bytes=int(_MARGIN * (base + state_bytes)), bytes_per_token=max(1.0, _MARGIN * slope),
         update_bytes=int(_MARGIN * update_bytes),
     )
+
+
+def _stored_bytes_per_token(runtime: Runtime) -> float:
+    """K/V and fp32 dK/dV of a local token in chunked training, 0 in whole microbatches."""
+    if runtime.chunking is None:
+        return 0.0
+    spec, size = runtime.model.spec, runtime.mesh.tensor_size
+    elements = len(runtime.model.layers) * 2 * spec.num_kv_heads * spec.head_dim / size
+    return elements * (runtime.compute_dtype.itemsize + torch.float32.itemsize)
 
 
 def _measure_group(
