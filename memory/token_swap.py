@@ -39,7 +39,7 @@ class MicrobatchMemory:
         self._num_rows = num_rows
         last_kept = policy.num_kept_layers if keeps_last else 0
         self._num_put_away = 0 if policy.keeps_all or not num_rows else max(0, num_layers - last_kept)
-        self._timeline = tier.timeline if tier is not None else None
+        self._timeline = tier.timeline if tier is not None and num_rows else None
         self._tapes: list[LayerTape] = []
         self._in_flight: deque[tuple[tuple[Transfer, torch.Tensor], ...]] = deque()
 
