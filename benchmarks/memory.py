@@ -1,225 +1,280 @@
-"""Activation memory on a CPU-only machine, disk tier: peak resident memory and step time of every way to keep less.
+"""Activation memory on a CPU-only machine: what every way to keep less costs and saves, beside torch's own ways.
 
-One rank, one local sequence per step, the trainer's own model, attention and memory code. Every (way, length) runs in
-a fresh process, ways in turn, the whole round several times: the quickest step counts, and its processor seconds are
-there for machines that do other work as well (they leave out waiting for the disk). Compared with plain autograd
-(``keep``): ``recompute`` and ``swap`` of this project, torch's full checkpointing of every layer, and torch's
-``save_on_cpu`` (a baseline of GPUs: on CPU it has nothing to move).
+One rank, one local sequence per step; every figure comes from a process of its own, and what is compared runs in turn
+in the same call. Parts, each with its verdicts (the exit code says whether all goals were met):
 
-    python -m benchmarks.memory [--lengths 2048,4096] [--ways keep,checkpoint] [--layers 8] [--rounds 2] [--out FILE]
+    python -m benchmarks.memory --part ways      peak and step time of ours and of torch's ways
+    python -m benchmarks.memory --part predict   calibrated prediction of the peak beside the measured one
+    python -m benchmarks.memory --part longest   8 times the longest dense sequence within one limit (RLIMIT_DATA)
+    python -m benchmarks.memory --part course --trace FILE --picture FILE
+                                                 one step over time: resident memory, layers, copies
+
+``--out FILE`` writes the report beside stdout.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import itertools
 import json
+import os
 import subprocess
 import sys
-import tempfile
-import time
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from planner.plan import AttentionKind
-from planner.specs import load_model
-from planner.units import MIB, format_bytes
+from benchmarks.memory_picture import picture, trace
+from benchmarks.memory_run import (
+    Course,
+    Measured,
+    Predicted,
+    Settings,
+    course,
+    longest_dense,
+    measure,
+    predict,
+)
+from memory.timeline import Interval
+from planner.units import MIB, format_bytes, format_seconds
 
-WAYS = ("keep", "recompute", "swap 0", "swap 0.5", "swap 1", "swap measured", "checkpoint", "save_on_cpu")
-_VOCABULARY = 512
+OURS = ("keep", "recompute", "swap 0", "swap 0.5", "swap 1", "swap measured", "seco")
+TORCH = ("checkpoint", "selective", "save_on_cpu", "hooks to disk")
+WAYS = (*OURS, *TORCH)
+_PREDICTED = ("keep", "recompute", "swap 0.25", "seco")
+_LONGEST = ("swap 0", "recompute", "checkpoint")
+_COURSE = ("keep", "recompute", "swap 0.25", "seco")
+_TIMES_DENSE = 8
+_MOST_OVER = 1.05
+_MOST_SLOWER = 1.4
+_HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "OMP_NUM_THREADS": "1"}
+"""What ``longhaul train`` sets for its ranks on Linux (``launch.environment``)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """``dim``: hidden size; heads of 64, MLP of three times that."""
+class Goal:
+    """A sentence and whether it holds."""
 
-    num_layers: int = 8
-    dim: int = 256
-    repeats: int = 3
-    seed: int = 11
+    text: str
+    met: bool
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Measured:
-    """``peak_bytes``: highest resident set over that of the same process just before the steps."""
-
-    way: str
-    length: int
-    peak_bytes: int
-    step_s: float
-    cpu_s: float
-    loss: float
-    swapped_bytes: int
-    note: str = ""
+    def __str__(self) -> str:
+        return f"goal {'met' if self.met else 'NOT met'}: {self.text}"
 
 
-def measure(way: str, length: int, settings: Settings, folder: Path) -> Measured:
-    """Build a one-rank runtime and run steps of forward and backward over one sequence of ``length`` tokens."""
-    import numpy as np
-    import torch
-    from torch.utils.checkpoint import checkpoint
-
-    from memory.peak import give_back_freed_memory
-    from parallel import comm
-    from parallel.program import compile_rank_program
-    from trainer.batch import token_rows
-    from trainer.build import build_runtime
-    from trainer.calibration import MeasuredShape, design_plan
-    from trainer.config import DataConfig, MemoryConfig, RunConfig, TrainConfig
-    from trainer.rank_env import RankEnv
-    from trainer.step import accumulate_gradients
-
-    torch.set_num_threads(1)
-    policy, _, fraction = way.partition(" ")
-    memory = MemoryConfig(policy=policy if policy in ("keep", "recompute", "swap") else "keep")
-    if policy == "swap":
-        memory = replace(memory, tier="disk", swap_fraction=None if fraction == "measured" else float(fraction))
-    config = TrainConfig(
-        run=RunConfig(dir=str(folder), seed=settings.seed, world_size=1, device="cpu"),
-        data=DataConfig(max_length=length, tokens_per_step=length), memory=memory,
-    )
-    heads = settings.dim // 64
-    spec = replace(
-        load_model("tiny"), num_layers=settings.num_layers, hidden_dim=settings.dim, ffn_dim=3 * settings.dim,
-        num_query_heads=heads, num_kv_heads=max(1, heads // 2), head_dim=64, vocab_size=_VOCABULARY,
-    )
-    env = RankEnv(rank=0, world_size=1, local_rank=0, local_world_size=1)
-    runtime = build_runtime(config, env, spec, init_method=f"file://{folder / 'store'}")
-    if way == "checkpoint":
-        for layer in runtime.model.layers.values():
-            layer.forward = _Checkpointed(layer.forward, checkpoint)
-    alone = MeasuredShape(AttentionKind.LOCAL, 1)
-    program = compile_rank_program(design_plan(1, alone, (length,)), 0)
-    ids = np.random.default_rng(settings.seed).integers(0, _VOCABULARY, size=length + 1)
-
-    def steps(size: int, repeats: int) -> tuple[float, float, float]:
-        part = compile_rank_program(design_plan(1, alone, (size,)), 0) if size != length else program
-        wall_s, cpu_s, loss = [], [], 0.0
-        for _ in range(repeats):
-            began_s, began_cpu_s = time.perf_counter(), time.process_time()
-            hooks = torch.autograd.graph.save_on_cpu() if way == "save_on_cpu" else contextlib.nullcontext()
-            with hooks:
-                loss, _ = accumulate_gradients(
-                    runtime, part, lambda spans: token_rows([ids[: size + 1]], spans, torch.device("cpu")),
-                    num_tokens=size,
-                )
-            wall_s.append(time.perf_counter() - began_s)
-            cpu_s.append(time.process_time() - began_cpu_s)
-            runtime.optimizer.zero_grad()
-        return min(wall_s), min(cpu_s), loss / size
-
-    steps(64, 1)  # what loads once is loaded
-    give_back_freed_memory()
-    runtime.peak.reset()
-    start_bytes = runtime.peak.read_bytes()
-    step_s, cpu_s, loss = steps(length, settings.repeats)
-    tier = runtime.memory.tier
-    result = Measured(
-        way=way, length=length, peak_bytes=runtime.peak.read_bytes() - start_bytes,
-        step_s=step_s, cpu_s=cpu_s, loss=loss, note=runtime.memory.note,
-        swapped_bytes=tier.written_bytes // settings.repeats if tier is not None else 0,
-    )
-    runtime.memory.close()
-    comm.shutdown()
-    return result
+Report = tuple[list[str], list[Goal]]
+"""Markdown lines and goals."""
 
 
-class _Checkpointed:
-    """A layer's forward under torch's own full activation checkpointing."""
-
-    def __init__(self, forward, checkpoint) -> None:  # type: ignore[no-untyped-def]
-        self._forward, self._checkpoint = forward, checkpoint
-
-    def __call__(self, *inputs):  # type: ignore[no-untyped-def]
-        return self._checkpoint(self._forward, *inputs, use_reentrant=False)
-
-
-def longest_within(results: SequenceOf[Measured], way: str, cap_bytes: int) -> float:
-    """Tokens that fit ``cap_bytes``, from a line through this way's two longest lengths."""
-    (low, high) = sorted((r for r in results if r.way == way), key=lambda r: r.length)[-2:]
-    slope = (high.peak_bytes - low.peak_bytes) / (high.length - low.length)
-    return high.length + (cap_bytes - high.peak_bytes) / slope
-
-
-def report(results: SequenceOf[Measured], settings: Settings) -> str:
-    """A Markdown table. The cap of the last column is what ``keep`` takes at the longest length."""
-    longest = max(r.length for r in results)
-    keep = {r.length: r for r in results if r.way == "keep"}
-    cap = keep[longest].peak_bytes
-    lines = [
-        f"{settings.num_layers} layers, hidden {settings.dim}, fp32, one rank, one thread, disk tier; quickest of all "
-        "steps; highest of all peaks; peaks are over the resident set before the steps",
-        "",
-        "| way | tokens | peak | of keep | step | over keep | CPU | over keep | swapped | "
-        f"tokens within {format_bytes(cap)} (line through two lengths) |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+def part_ways(options: argparse.Namespace, settings: Settings) -> Report:
+    """Every way at one length."""
+    rounds: dict[str, list[Measured]] = {}
+    for _ in range(options.rounds):
+        for way in WAYS if options.ways is None else ("keep", *options.ways.split(",")):
+            rounds.setdefault(way, []).append(_measured(options, way=way, length=options.tokens))
+    found = {way: best(several) for way, several in rounds.items()}
+    losses = [each.loss for each in found.values()]
+    return ways_table(found), [
+        Goal(text=f"all ways have the same loss (they differ by {max(losses) - min(losses):.1e})",
+             met=max(losses) - min(losses) < 1e-4),
     ]
-    for r in sorted(results, key=lambda r: (WAYS.index(r.way), r.length)):
-        base = keep[r.length]
-        fits = f"{longest_within(results, r.way, cap):,.0f}" if r.length == longest else ""
+
+
+def ways_table(found: dict[str, Measured]) -> list[str]:
+    """Ours, then torch's, relative to plain autograd."""
+    base = found["keep"]
+    lines = ["| way | peak | of keep | step | over keep | CPU | over keep | swapped |",
+             "|---|--:|--:|--:|--:|--:|--:|--:|"]
+    for way, each in found.items():
+        name = f"torch: {way}" if way in TORCH else way
         lines.append(
-            f"| {r.way} | {r.length:,} | {format_bytes(r.peak_bytes)} | {r.peak_bytes / base.peak_bytes:.2f} | "
-            f"{r.step_s:.2f} s | {r.step_s / base.step_s:.2f}x | {r.cpu_s:.2f} s | {r.cpu_s / base.cpu_s:.2f}x | "
-            f"{format_bytes(r.swapped_bytes)} | {fits} |"
+            f"| {name} | {format_bytes(each.peak_bytes)} | {each.peak_bytes / base.peak_bytes:.2f} | "
+            f"{format_seconds(each.step_s)} | {each.step_s / base.step_s:.2f}x | {format_seconds(each.cpu_s)} | "
+            f"{each.cpu_s / base.cpu_s:.2f}x | {format_bytes(each.swapped_bytes)} |"
         )
-    notes = sorted({f"{r.length:,} tokens: {r.note}" for r in results if r.way == "swap measured"})
-    return "\n".join([*lines, "", *notes]) + "\n"
+    return [*lines, "", *sorted({each.note for way, each in found.items() if way == "swap measured"})]
 
 
-def _best(several: SequenceOf[Measured]) -> Measured:
+def best(several: SequenceOf[Measured]) -> Measured:
+    """The quickest step and the highest peak."""
     return replace(
-        several[0], peak_bytes=max(r.peak_bytes for r in several), step_s=min(r.step_s for r in several),
-        cpu_s=min(r.cpu_s for r in several),
+        several[0], peak_bytes=max(each.peak_bytes for each in several), step_s=min(each.step_s for each in several),
+        cpu_s=min(each.cpu_s for each in several),
+    )
+
+
+def part_predict(options: argparse.Namespace, settings: Settings) -> Report:
+    """Whole resident sets: calibrated in one process, then steps of several lengths in it."""
+    lengths = [options.tokens // 2, options.tokens]
+    rows = []
+    for way in _PREDICTED if options.ways is None else options.ways.split(","):
+        rows += [Predicted(**row) for row in _worker(options, "predict", way=way, lengths=lengths)]
+    return predict_table(rows)
+
+
+def predict_table(rows: SequenceOf[Predicted]) -> Report:
+    """Lines and the goal: never below, at most 5 % above."""
+    lines = ["| way | tokens | predicted | measured | over | tier predicted | tier measured | over |",
+             "|---|--:|--:|--:|--:|--:|--:|--:|"]
+    ratios = []
+    for row in rows:
+        ratios.append(row.predicted_bytes / row.measured_bytes)
+        tier = "| | | |"
+        if row.tier_measured_bytes:
+            ratios.append(row.tier_predicted_bytes / row.tier_measured_bytes)
+            tier = (f"| {format_bytes(row.tier_predicted_bytes)} | {format_bytes(row.tier_measured_bytes)} | "
+                    f"{ratios[-1] - 1:+.1%} |")
+        lines.append(
+            f"| {row.way} | {row.length:,} | {format_bytes(row.predicted_bytes)} | {format_bytes(row.measured_bytes)} "
+            f"| {row.predicted_bytes / row.measured_bytes - 1:+.1%} {tier}"
+        )
+    return lines, [Goal(
+        text="predicted peaks are 0 to 5 % above measured ones "
+             f"(here {min(ratios) - 1:+.1%} to {max(ratios) - 1:+.1%})",
+        met=min(ratios) >= 1.0 and max(ratios) <= _MOST_OVER,
+    )]
+
+
+def part_longest(options: argparse.Namespace, settings: Settings) -> Report:
+    """The longest dense sequence within a limit, then 8 times as many tokens within the same limit."""
+    budget_bytes = int(options.budget_mib * MIB)
+    dense = _worker(options, "longest", lengths=[options.tokens], budget_bytes=budget_bytes)
+    length, limit_bytes = _TIMES_DENSE * dense["length"], dense["limit_bytes"]
+    found = {}
+    for _ in range(options.rounds):
+        for way in _LONGEST if options.ways is None else options.ways.split(","):
+            each = _measured(options, way=way, length=length, limit_bytes=limit_bytes)
+            found[way] = best([found[way], each]) if way in found and each.fits else each
+        if "checkpoint" in found and not found["checkpoint"].fits:
+            found["checkpoint"] = _measured(options, way="checkpoint", length=length)  # for its time, without a limit
+    return longest_table(dense["length"], limit_bytes, budget_bytes, found)
+
+
+def longest_table(dense_tokens: int, limit_bytes: int, budget_bytes: int, found: dict[str, Measured]) -> Report:
+    """Lines and the two goals."""
+    lines = [
+        f"RLIMIT_DATA {format_bytes(limit_bytes)}: {format_bytes(budget_bytes)} over what a process has after a first "
+        f"small step; longest dense sequence: {dense_tokens:,} tokens", "",
+        "| way | tokens | fits | peak over start | resident set | step | over torch's checkpointing |",
+        "|---|--:|---|--:|--:|--:|--:|",
+    ]
+    base = found["checkpoint"]
+    for way, each in found.items():
+        name = f"torch: {way}" if way in TORCH else way
+        lines.append(
+            f"| {name} | {each.length:,} | {'yes' if each.fits else 'no'} | {format_bytes(each.peak_bytes)} | "
+            f"{format_bytes(each.resident_bytes)} | {format_seconds(each.step_s)} | {each.step_s / base.step_s:.2f}x |"
+        )
+    swaps = [each for way, each in found.items() if way.startswith("swap")]
+    ratio = min((each.step_s / base.step_s for each in swaps if each.fits), default=float("inf"))
+    return lines, [
+        Goal(text=f"{_TIMES_DENSE} times the longest dense sequence fits the same limit with the disk tier",
+             met=any(each.fits for each in swaps)),
+        Goal(text=f"its step takes at most {_MOST_SLOWER} times full recomputation's (here {ratio:.2f})",
+             met=ratio <= _MOST_SLOWER),
+    ]
+
+
+def part_course(options: argparse.Namespace, settings: Settings) -> Report:
+    """One step over time; picture and trace where asked for."""
+    ways = _COURSE if options.ways is None else options.ways.split(",")
+    courses = []
+    for way in ways:
+        plain = _worker(options, "course", way=way, lengths=[options.tokens])
+        intervals = tuple(Interval(**each) for each in plain["intervals"])
+        samples = tuple((seconds, num_bytes) for seconds, num_bytes in plain["samples"])
+        courses.append(Course(**{**plain, "intervals": intervals, "samples": samples}))
+    swapped = [each for each in courses if each.intervals]
+    if options.picture:
+        Path(options.picture).write_text(picture(courses), encoding="utf-8")
+    if options.trace and swapped:
+        Path(options.trace).write_text(json.dumps(trace(swapped[0])), encoding="utf-8")
+    lines = ["| way | highest | seconds | of the copies' seconds hidden |", "|---|--:|--:|--:|"]
+    for each in courses:
+        hidden = f"{each.hidden_share:.0%}" if each.intervals else ""
+        lines.append(
+            f"| {each.way} | {format_bytes(max(size for _, size in each.samples))} | "
+            f"{format_seconds(each.samples[-1][0])} | {hidden} |"
+        )
+    return lines, []
+
+
+PARTS: dict[str, Callable[[argparse.Namespace, Settings], Report]] = {
+    "ways": part_ways, "predict": part_predict, "longest": part_longest, "course": part_course,
+}
+_SHAPES = {"ways": (8, 256, 2048), "predict": (8, 256, 4096), "longest": (64, 128, 1024), "course": (12, 256, 1024)}
+"""Layers, hidden size and tokens (of ``longest``: more than fits dense)."""
+
+
+def _measured(options: argparse.Namespace, **arguments: Any) -> Measured:
+    found = Measured(**_worker(options, "measure", **{**arguments, "lengths": [arguments["length"]]}))
+    print(f"{found.way:<14} {found.length:>7,} tokens: {found.peak_bytes / MIB:8.1f} MiB {found.step_s:7.2f} s, CPU "
+          f"{found.cpu_s:.2f} s{'' if found.fits else ' does not fit'}", file=sys.stderr)
+    return found
+
+
+def _worker(options: argparse.Namespace, job: str, **arguments: Any) -> Any:
+    """One measurement in a process of its own."""
+    told = {"job": job, "settings": asdict(_settings(options)), **arguments}
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.memory", "--worker", json.dumps(told)], capture_output=True, text=True,
+        check=False, env={**os.environ, **_HUGE_PAGES},
+    )
+    if done.returncode:
+        raise SystemExit(f"{job} {arguments} failed ({done.returncode}):\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _work(told: dict[str, Any]) -> None:
+    settings, lengths = Settings(**told["settings"]), tuple(told["lengths"])
+    if told["job"] == "measure":
+        answer: Any = asdict(measure(told["way"], lengths[0], settings, limit_bytes=told.get("limit_bytes", 0)))
+    elif told["job"] == "longest":
+        answer = longest_dense(settings, told["budget_bytes"], lengths[0])
+    elif told["job"] == "predict":
+        answer = [asdict(row) for row in predict(told["way"], lengths, settings)]
+    else:
+        answer = asdict(course(told["way"], lengths[0], settings))
+    print(json.dumps(answer))
+
+
+def _settings(options: argparse.Namespace) -> Settings:
+    return Settings(
+        num_layers=options.layers, dim=options.dim, repeats=options.repeats, chunk_tokens=options.chunk_tokens
     )
 
 
 def main(arguments: SequenceOf[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", default="2048,4096", help="tokens of the sequence, at least two lengths")
-    parser.add_argument("--ways", default=",".join(WAYS), help="what to compare; keep is always there")
-    parser.add_argument("--layers", type=int, default=Settings().num_layers)
-    parser.add_argument("--dim", type=int, default=Settings().dim)
-    parser.add_argument("--repeats", type=int, default=Settings().repeats)
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--out", help="file of the report, beside stdout")
+    parser.add_argument("--part", choices=PARTS, default="ways")
+    parser.add_argument("--tokens", type=int, help="of the sequence; of longest: more than fits dense")
+    parser.add_argument("--ways", help=f"some of: {', '.join(WAYS)}")
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--dim", type=int, help="hidden size, a multiple of 64")
+    parser.add_argument("--chunk-tokens", type=int, default=Settings().chunk_tokens, help="of seco")
+    parser.add_argument("--repeats", type=int, default=Settings().repeats, help="steps in a process")
+    parser.add_argument("--rounds", type=int, default=1, help="processes for each way")
+    parser.add_argument("--budget-mib", type=float, default=128, help="of longest")
+    parser.add_argument("--out", type=Path, help="file of the report")
+    parser.add_argument("--trace", help="of course: Chrome trace of the first way that swaps")
+    parser.add_argument("--picture", help="of course: SVG")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    settings = Settings(num_layers=options.layers, dim=options.dim, repeats=options.repeats)
-    lengths = sorted({int(word) for word in options.lengths.split(",")})
-    ways = ["keep", *(way for way in options.ways.split(",") if way != "keep")]
     if options.worker:
-        with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
-            print(json.dumps(asdict(measure(options.worker, lengths[0], settings, Path(folder)))))
+        _work(json.loads(options.worker))
         return 0
-    if len(lengths) < 2 or not set(ways) <= set(WAYS):
-        parser.error(f"two lengths or more, and ways among: {', '.join(WAYS)}")
-    rounds: dict[tuple[int, str], list[Measured]] = {}
-    for _ in range(options.rounds):
-        for length, way in itertools.product(lengths, ways):
-            command = [
-                sys.executable, "-m", "benchmarks.memory", "--worker", way, "--lengths", str(length), "--layers",
-                str(options.layers), "--dim", str(options.dim), "--repeats", str(options.repeats),
-            ]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                print(done.stderr, file=sys.stderr)
-                return done.returncode
-            found = Measured(**json.loads(done.stdout.splitlines()[-1]))
-            rounds.setdefault((length, way), []).append(found)
-            print(f"{way:<14} {length:>8,} tokens: {found.peak_bytes / MIB:8.1f} MiB {found.step_s:7.2f} s, "
-                  f"CPU {found.cpu_s:.2f} s", file=sys.stderr)
-    results = [_best(several) for several in rounds.values()]
-    losses = [r.loss for r in results if r.length == lengths[-1]]
-    if max(losses) - min(losses) > 1e-4:
-        print(f"the ways disagree on the loss: {losses}", file=sys.stderr)
-        return 1
-    text = report(results, settings)
+    layers, dim, tokens = _SHAPES[options.part]
+    options.layers, options.dim = options.layers or layers, options.dim or dim
+    options.tokens = options.tokens or tokens
+    lines, goals = PARTS[options.part](options, _settings(options))
+    head = (f"`--part {options.part}`: {options.layers} layers, hidden {options.dim}, {options.tokens:,} tokens, fp32, "
+            "one rank, one thread, disk tier; quickest step, highest peak")
+    text = "\n".join([head, "", *lines, "", *map(str, goals)]) + "\n"
     print(text)
     if options.out:
-        Path(options.out).write_text(text, encoding="utf-8")
-    return 0
+        options.out.write_text(text, encoding="utf-8")
+    return 0 if all(goal.met for goal in goals) else 1
 
 
 if __name__ == "__main__":

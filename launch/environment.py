@@ -57,6 +57,9 @@ def rank_process_settings(*, local_world_size: int, is_single_node: bool, num_co
         # After a stop signal torch's launcher kills the ranks at 30 s by default; writing a checkpoint may take longer.
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(_SAVE_GRACE_S),
     }
+    if sys.platform == "linux":
+        # Large tensors are mapped one by one (memory.peak): with huge pages that costs few page faults.
+        settings["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
     if is_single_node and sys.platform in _LOOPBACK:
         # A laptop without a network, or with a VPN, resolves its own name to an address that gloo cannot reach.
         settings["GLOO_SOCKET_IFNAME"] = _LOOPBACK[sys.platform]

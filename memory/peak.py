@@ -9,13 +9,30 @@ from pathlib import Path
 import torch
 
 from memory.arena import AddressArena
-from planner.units import KIB
+from planner.units import KIB, MIB
+
+_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # glibc's names for mallopt, man 3 mallopt
+_LARGE_BYTES = 2 * MIB  # a huge page
+_FINE_BYTES = 128 * KIB  # glibc's own first threshold, which it raises up to 32 MiB as blocks are freed
+_KEPT_TOP_BYTES = 8 * MIB
+
+
+def map_large_blocks(*, fine: bool) -> None:
+    """From now on this process maps every block of 2 MiB and more (``fine``: 128 KiB) by itself and unmaps it when it
+    is freed (glibc; does nothing elsewhere). By default glibc carves blocks of up to 32 MiB out of its heap: aligned
+    tensors of equal size often do not fit the holes they left, the resident set grows though nothing leaks, by a third
+    where activations are recomputed, and no plan can predict it. The price is a page fault per page of each block; huge
+    pages (``glibc.malloc.hugetlb=1``, see ``launch.environment``) make that small for blocks of 2 MiB and more."""
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:
+            mallopt(_MMAP_THRESHOLD, _FINE_BYTES if fine else _LARGE_BYTES)
+            mallopt(_TRIM_THRESHOLD, _KEPT_TOP_BYTES)
 
 
 def give_back_freed_memory() -> None:
-    """Return the C library's free memory to the system. It keeps freed blocks of up to 32 MiB for later; aligned ones
-    of equal size often do not fit the holes they left, and the resident set grows although nothing leaks (glibc; does
-    nothing elsewhere)."""
+    """Return the C library's free memory to the system: before a peak is measured, what was freed earlier must not
+    count (glibc; does nothing elsewhere)."""
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:

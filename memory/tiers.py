@@ -7,12 +7,15 @@ beside the computation (a worker thread, or a CUDA stream of its own) and ``Tran
 
 from __future__ import annotations
 
+import itertools
+import time
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 from memory.ledger import MemoryFullError, MemoryLedger, Regions
+from memory.timeline import LOAD, STORE, Timeline
 from planner.errors import LonghaulError
 from planner.units import format_bytes
 
@@ -36,10 +39,12 @@ class Transfer(Protocol):
 @dataclass(frozen=True, slots=True)
 class Stored:
     """What ``store`` put away: ``num_bytes`` at ``offset``; ``transfer`` is the copy out of the device. The source
-    tensor must neither change nor be freed before it is done."""
+    tensor must neither change nor be freed before it is done. ``generation``: of all that was ever stored in the tier;
+    the place may be given to something else only after this was released."""
 
     offset: int
     num_bytes: int
+    generation: int
     transfer: Transfer
 
 
@@ -49,12 +54,22 @@ class Tier(Protocol):
     name: str
     written_bytes: int
     read_bytes: int
+    timeline: Timeline | None
+
+    @property
+    def capacity_bytes(self) -> int:
+        """Most bytes it can hold."""
+
+    @property
+    def peak_bytes(self) -> int:
+        """Most bytes it ever held at once, padding included."""
 
     def store(self, source: torch.Tensor) -> Stored:
         """Start copying ``source`` out. Raises MemoryFullError, before any copy, where it does not fit."""
 
     def load(self, stored: Stored, into: torch.Tensor) -> Transfer:
-        """Start copying back into ``into`` (as many bytes as were stored)."""
+        """Start copying back into ``into`` (as many bytes as were stored). Raises TierError where ``stored`` was
+        released before: its place may hold something else by now."""
 
     def release(self, stored: Stored) -> None:
         """Free the place. The transfers in and out of it have been waited for."""
@@ -67,12 +82,15 @@ class Places:
     """The bookkeeping that tiers share: the ledger decides whether bytes fit, regions decide where."""
 
     def __init__(self, account: str, capacity_bytes: int, ledger: MemoryLedger, *, alignment_bytes: int) -> None:
+        self.capacity_bytes = capacity_bytes
         self._account = account
         self._ledger = ledger
         self._regions = Regions(capacity_bytes, alignment_bytes=alignment_bytes)
+        self._generations = itertools.count()
+        self._live: dict[int, int] = {}  # by offset
 
-    def take(self, num_bytes: int) -> int:
-        """Offset of a reserved place. Raises MemoryFullError."""
+    def take(self, num_bytes: int) -> tuple[int, int]:
+        """(offset, generation) of a reserved place. Raises MemoryFullError."""
         size = self._regions.size_bytes(num_bytes)
         self._ledger.reserve(self._account, size, _WHAT, _REMEDY)
         offset = self._regions.take(num_bytes)
@@ -84,9 +102,22 @@ class Places:
                 f"{format_bytes(largest)}{_REMEDY}",
                 account=self._account, needed_bytes=size, available_bytes=largest,
             )
-        return offset
+        self._live[offset] = next(self._generations)
+        return offset, self._live[offset]
+
+    @property
+    def peak_bytes(self) -> int:
+        return self._ledger.peak_bytes(self._account)
+
+    def check(self, stored: Stored) -> None:
+        """Raises TierError unless ``stored`` still owns its place: a place that was used again would come back as other
+        numbers of the right shape, a wrong gradient without an error."""
+        if self._live.get(stored.offset) != stored.generation:
+            raise TierError(f"{self._account}: the place at byte {stored.offset} is asked for after it was released")
 
     def give(self, stored: Stored) -> None:
+        self.check(stored)
+        del self._live[stored.offset]
         self._regions.give(stored.offset, stored.num_bytes)
         self._ledger.release(self._account, self._regions.size_bytes(stored.num_bytes))
 
@@ -126,18 +157,28 @@ class HostTier:
         self._prefetch = torch.cuda.Stream(device) if on_cuda else None
         self.written_bytes = 0
         self.read_bytes = 0
+        self.timeline: Timeline | None = None
+
+    @property
+    def capacity_bytes(self) -> int:
+        return self._places.capacity_bytes
+
+    @property
+    def peak_bytes(self) -> int:
+        return self._places.peak_bytes
 
     def store(self, source: torch.Tensor) -> Stored:
         data = flat_bytes(source)
-        offset = self._places.take(data.numel())
+        offset, generation = self._places.take(data.numel())
         place = self._buffer[offset : offset + data.numel()]
         self.written_bytes += data.numel()
-        return Stored(offset, data.numel(), self._copy(place, data, self._offload))
+        return Stored(offset, data.numel(), generation, self._copy(STORE, place, data, self._offload))
 
     def load(self, stored: Stored, into: torch.Tensor) -> Transfer:
+        self._places.check(stored)
         place = self._buffer[stored.offset : stored.offset + stored.num_bytes]
         self.read_bytes += stored.num_bytes
-        return self._copy(flat_bytes(into), place, self._prefetch)
+        return self._copy(LOAD, flat_bytes(into), place, self._prefetch)
 
     def release(self, stored: Stored) -> None:
         # On CUDA the next store into this place runs on the offload stream, after the computing stream's event, which
@@ -149,9 +190,14 @@ class HostTier:
             torch.cuda.synchronize(self._device)
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
-    def _copy(self, target: torch.Tensor, source: torch.Tensor, stream: torch.cuda.Stream | None) -> Transfer:
+    def _copy(
+        self, lane: str, target: torch.Tensor, source: torch.Tensor, stream: torch.cuda.Stream | None
+    ) -> Transfer:
         if stream is None:
+            began_s = time.perf_counter()
             target.copy_(source)
+            if self.timeline is not None:
+                self.timeline.add(lane, HOST, began_s, source.numel())
             return _Done()
         stream.wait_stream(torch.cuda.current_stream(self._device))  # the source is made there, the target freed there
         with torch.cuda.stream(stream):

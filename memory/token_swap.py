@@ -7,15 +7,16 @@ i computes. These are MEMO's two rounding buffers as a bound on live blocks; fix
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterable
 
 import torch
 
-from memory.peak import give_back_freed_memory
 from memory.policy import ActivationPolicy
 from memory.tape import LayerTape, PlainTape, Tape
 from memory.tiers import Tier, Transfer
+from memory.timeline import WAIT
 
 _LAYERS_IN_FLIGHT = 1
 """Beside the layer that computes."""
@@ -38,12 +39,14 @@ class MicrobatchMemory:
         self._num_rows = num_rows
         last_kept = policy.num_kept_layers if keeps_last else 0
         self._num_put_away = 0 if policy.keeps_all or not num_rows else max(0, num_layers - last_kept)
-        self._on_cpu = False
+        self._timeline = tier.timeline if tier is not None and num_rows else None
         self._tapes: list[LayerTape] = []
         self._in_flight: deque[tuple[tuple[Transfer, torch.Tensor], ...]] = deque()
 
     def tape(self, place: int, constants: Iterable[torch.Tensor]) -> Tape:
         """For the layer at ``place`` (from 0). ``constants``: its parameters. Call in the order of the layers."""
+        if self._timeline is not None:
+            self._timeline.begin(f"forward {place}")
         if place >= self._num_put_away:
             return PlainTape()
         tape = LayerTape(self._policy, self._tier, constants, self._num_rows)
@@ -54,7 +57,8 @@ class MicrobatchMemory:
         """The forward of the layer at ``place`` is over and returned ``output``."""
         if not self._num_put_away:
             return
-        self._on_cpu = output.device.type == "cpu"
+        if self._timeline is not None:
+            self._timeline.end()
         self._in_flight.append(self._tapes[place].finish() if place < self._num_put_away else ())
         self._settle(_LAYERS_IN_FLIGHT)
         if output.requires_grad:
@@ -74,14 +78,17 @@ class MicrobatchMemory:
         return sum(tape.unsplit_bytes for tape in self._tapes)
 
     def _settle(self, most_in_flight: int) -> None:
-        """Wait for the oldest copies out; their memory is free afterwards, on CPU for the whole system."""
+        """Wait for the oldest copies out; their memory is free afterwards."""
+        began_s = time.perf_counter()
         while len(self._in_flight) > most_in_flight:
             for transfer, _ in self._in_flight.popleft():
                 transfer.wait()
-        if self._on_cpu:
-            give_back_freed_memory()
+        if self._timeline is not None:
+            self._timeline.add(WAIT, "for copies out", began_s)
 
     def _before_backward(self, place: int) -> None:
+        if self._timeline is not None:
+            self._timeline.begin(f"backward {place}")
         self._settle(0)
         for layer in (place, place - 1):
             if 0 <= layer < self._num_put_away:

@@ -15,6 +15,7 @@ N query heads, K KV heads, H head dim.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -27,6 +28,10 @@ from parallel.lse import RunningResult, accumulate_dtype, add_rows
 from planner.plan import Span
 
 Rows = tuple[int, int]
+
+_PIECE_ROWS = 2048
+"""Most stored rows that one call of the backward works on: its dK/dV exist beside those of the store, and for a whole
+long document they would be one layer's share of all dK/dV."""
 
 
 class KeyValueStore(Protocol):
@@ -85,7 +90,8 @@ class ChunkAttention:
         self.own = _own_pairs(members, key_member, device)
         first = _first_document_rows(members)
         self.parts = tuple(
-            _Part(Pairs(False, ((0, first),), (rows,), device), rows, carried) for rows, carried in places.parts
+            _Part(Pairs(False, ((0, first),), (rows,), device), rows, carried)
+            for rows, carried in _pieces(places.parts)
         ) if first else ()
         self.prefix = (places.parts[0][0][0], places.parts[-1][0][1]) if self.parts else (0, 0)
         self.prefix_pairs = Pairs(False, ((0, first),), (self.prefix,), device)
@@ -208,6 +214,15 @@ def _own_pairs(
         for causal, pairs in calls
         if pairs
     )
+
+
+def _pieces(parts: SequenceOf[tuple[Rows, Rows | None]]) -> Iterator[tuple[Rows, Rows | None]]:
+    """The same rows in runs of at most ``_PIECE_ROWS``."""
+    for (start, stop), carried in parts:
+        for low in range(start, stop, _PIECE_ROWS):
+            high = min(low + _PIECE_ROWS, stop)
+            shift = None if carried is None else carried[0] - start
+            yield (low, high), None if shift is None else (low + shift, high + shift)
 
 
 def _first_document_rows(members: SequenceOf[tuple[Span, ...]]) -> int:

@@ -19,6 +19,7 @@ from planner.errors import SpecError
 
 Rows = tuple[int, int]
 _BLOCK_ROWS = 1024
+_CPU_SCORES = 2**19  # of one block on CPU: a core's cache holds little more
 """Query and key rows of one block where a product of blocks is made outside a kernel."""
 
 
@@ -116,8 +117,9 @@ def blocked_query_gradient(
             lse = _by_kv_head(lse_TN[rows].unsqueeze(-1), ratio)
             delta = (dout.to(wide) * out.to(wide)).sum(-1, keepdim=True)
             dq = torch.zeros_like(q, dtype=wide)
-            for first in range(k0, k1, _BLOCK_ROWS):
-                keys = slice(first, min(first + _BLOCK_ROWS, k1))
+            step = _BLOCK_ROWS if q.is_cuda else max(64, min(_BLOCK_ROWS, _CPU_SCORES // (q.shape[0] * q.shape[1])))
+            for first in range(k0, k1, step):
+                keys = slice(first, min(first + step, k1))
                 k, v = k_SKH[keys].transpose(0, 1), v_SKH[keys].transpose(0, 1)
                 weights = _product(q, k.transpose(1, 2), wide).mul_(scale).sub_(lse).exp_()
                 weights *= _product(dout, v.transpose(1, 2), wide).sub_(delta)

@@ -61,10 +61,13 @@ class TimeFit:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryFit:
     """Bytes on one device: ``fixed_bytes`` whatever the plan (weights, gradients, optimizer, runtime), and
-    ``bytes_per_token`` for each token of a microbatch that the device holds (saved activations and workspace)."""
+    ``bytes_per_token`` for each token of a microbatch that the device holds (saved activations and workspace).
+    ``update_bytes``: what the end of a step takes (reduction and update, when no activations are held), 0 where that is
+    never more: the peak is the higher of the two."""
 
     fixed_bytes: int
     bytes_per_token: float
+    update_bytes: int = field(default=0, metadata=LATER)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -215,7 +218,8 @@ class CostModel:
 
     def device_bytes(self, num_local_tokens: int, policy: MemoryPolicy = KEEP) -> int:
         """Peak bytes of a device that holds this many tokens of its largest microbatch, run under this policy."""
-        return int(self.memory.fixed_bytes + self.token_bytes(policy) * num_local_tokens)
+        held_bytes = int(self.memory.fixed_bytes + self.token_bytes(policy) * num_local_tokens)
+        return max(held_bytes, self.memory.update_bytes)
 
     def host_bytes(self, num_local_tokens: int, policy: MemoryPolicy = KEEP) -> int:
         """Bytes on the host of one device that holds this many tokens of a microbatch under this policy."""
@@ -246,6 +250,8 @@ class CostModel:
         """The most tokens of one microbatch that a device with this budget can hold (0 if the fixed part is over): of
         several stages the first one, which holds as many such microbatches at once."""
         spare = budget_bytes - self.memory.fixed_bytes
+        if budget_bytes < self.memory.update_bytes:
+            return 0
         if spare < 0 or self.memory.bytes_per_token <= 0:
             return 0 if spare < 0 else 2**62 // self.num_stages
         tokens = int(spare / self.memory.bytes_per_token) + 1  # device_bytes cuts fractions off: one more may fit

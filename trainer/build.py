@@ -8,7 +8,7 @@ import warnings
 import torch
 
 from memory.activations import ActivationMemory
-from memory.peak import PeakMemory
+from memory.peak import PeakMemory, map_large_blocks
 from parallel import comm
 from parallel.comm import GroupExchange
 from parallel.engine import AttentionEngine
@@ -57,6 +57,9 @@ def build_runtime(
     """
     arena = make_arena(config, env)  # before a device is chosen: that starts CUDA with the allocator it has
     device = pick_device(config, env)
+    if device.type == "cpu":
+        # before the first weight: resident memory then is what tensors take; where it is to be small, small ones too
+        map_large_blocks(fine=config.memory.policy not in ("auto", "keep"))
     dtype = DTYPES[config.run.dtype]
     kernel = choose_kernel(device, dtype)
     timeout_s = config.run.collective_timeout_s

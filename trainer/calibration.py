@@ -40,7 +40,7 @@ from trainer.chunked_orders import run_chunked_alone
 from trainer.machine_samples import measure_operations
 from trainer.step import ReadSpans, Runtime, bind_attention, run_alone, run_empty_microbatch, train_step
 
-CALIBRATION_VERSION = 5
+CALIBRATION_VERSION = 7
 """Goes up with every change of what is measured or how it is fitted: older stored results are then measured again."""
 _SHORT_S = 0.1
 """A microbatch shorter than this runs twice in each sweep."""
@@ -49,9 +49,8 @@ _MOST_SWEEPS = 5
 _BUDGET_S = 18.0
 """For all timed sweeps together; at least two are made."""
 _EMPTY_STEPS = 5
-_FULL_SHARE = 4
-"""Memory is fitted on the sets with at least 1/4 of the most tokens: with few tokens, what the allocator and lazily
-loaded code take is most of what is seen."""
+_MARGIN = 1.01
+"""On predicted peaks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,18 +86,21 @@ def calibrate(
         _reset_peak(runtime)
         run_empty_microbatch(runtime)
         empty_bytes = _highest(runtime, runtime.peak.read_bytes())
-        largest = [max((case for case in cases if case.shape == shape), key=_local_tokens) for shape in shapes]
-        memory = [(_local_tokens(case), _peak_bytes(runtime, case)) for case in largest]
+        # of each shape the largest set; of groups of one, which are quick, all: the line needs small ones too
+        largest = {shape: max((case for case in cases if case.shape == shape), key=_local_tokens) for shape in shapes}
+        probes = [case for case in cases if case.shape.degree == 1 or case is largest[case.shape]]
+        memory = [(_local_tokens(case), _peak_bytes(runtime, case)) for case in probes]
         samples = _timed_sweeps(runtime, cases)
     runtime.optimizer.zero_grad()
-    step_fixed_s, fixed_bytes = _measure_empty_step(runtime)
+    step_fixed_s, update_bytes, state_bytes = _measure_empty_step(runtime)
     fits, errors = fit_group_times(samples)
     inner_degrees = {(shape.kind, shape.degree): shape.inner_degree for shape in shapes}
     times = tuple(replace(fit, inner_degree=inner_degrees[fit.kind, fit.degree]) for fit in fits)
     cost = CostModel(
         times=times,
-        memory=MemoryFit(
-            fixed_bytes=max(fixed_bytes, empty_bytes), bytes_per_token=bytes_per_token(memory, empty_bytes)
+        memory=fit_memory(
+            [(0, empty_bytes), *memory], state_bytes=state_bytes, update_bytes=update_bytes,
+            least_slope=_stored_bytes_per_token(runtime),
         ),
         step_fixed_s=step_fixed_s,
         peak_flop_per_s=best_rate(operations, "linear"),
@@ -133,11 +135,39 @@ def length_design(max_length: int, degree: int) -> tuple[tuple[int, ...], ...]:
     return tuple(dict.fromkeys(designs))
 
 
-def bytes_per_token(peaks: SequenceOf[tuple[int, int]], empty_bytes: int) -> float:
-    """Most bytes that a local token adds to the peak of an empty microbatch. ``peaks``: (local tokens, peak bytes)."""
-    most_tokens = max(tokens for tokens, _ in peaks)
-    full = [(tokens, peak) for tokens, peak in peaks if tokens * _FULL_SHARE >= most_tokens]
-    return max(1.0, *((peak - empty_bytes) / tokens for tokens, peak in full))
+def fit_memory(
+    peaks: SequenceOf[tuple[int, int]], *, state_bytes: int, update_bytes: int, least_slope: float = 0.0
+) -> MemoryFit:
+    """Peak bytes as a line over local tokens that no measured peak lies above, as low as it can be over all of them.
+
+    ``peaks``: (local tokens, peak bytes) of microbatches that ran without optimizer state, one of them empty;
+    ``state_bytes`` lies beside them in a real step. ``update_bytes``: peak of a step without tokens. A little is added
+    to all of it: the resident set of a process is never the same twice. ``least_slope``: of chunked
+    training, what a token adds once there is more than one chunk; the line then follows the larger sets.
+    """
+    slopes = [least_slope]
+    for place, (tokens, peak) in enumerate(peaks):
+        slopes += [(peak - other) / (tokens - fewer) for fewer, other in peaks[:place] if tokens != fewer]
+    lines = [(max(peak - slope * tokens for tokens, peak in peaks), slope) for slope in slopes if slope >= least_slope]
+    weights = [tokens if least_slope else 1 for tokens, _ in peaks]
+
+    def height(line: tuple[float, float]) -> float:
+        return sum(weight * (line[0] + line[1] * tokens) for weight, (tokens, _) in zip(weights, peaks, strict=True))
+
+    base, slope = min(lines, key=lambda line: (height(line), line[1]))
+    return MemoryFit(
+        fixed_bytes=int(_MARGIN * (base + state_bytes)), bytes_per_token=max(1.0, _MARGIN * slope),
+        update_bytes=int(_MARGIN * update_bytes),
+    )
+
+
+def _stored_bytes_per_token(runtime: Runtime) -> float:
+    """K/V and fp32 dK/dV of a local token in chunked training, 0 in whole microbatches."""
+    if runtime.chunking is None:
+        return 0.0
+    spec, size = runtime.model.spec, runtime.mesh.tensor_size
+    elements = len(runtime.model.layers) * 2 * spec.num_kv_heads * spec.head_dim / size
+    return elements * (runtime.compute_dtype.itemsize + torch.float32.itemsize)
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,8 +315,9 @@ def first_ranks(num_ranks: int, degree: int, node_size: int) -> tuple[int, ...]:
     )
 
 
-def _measure_empty_step(runtime: Runtime) -> tuple[float, int]:
-    """Seconds and peak bytes of a step without sequences: gather, reduce, optimizer at learning rate zero."""
+def _measure_empty_step(runtime: Runtime) -> tuple[float, int, int]:
+    """Seconds and peak bytes of a step without sequences (gather, reduce, optimizer at learning rate zero), and the
+    optimizer state of the rank that has most."""
     design = design_plan(runtime.mesh.data_size, MeasuredShape(AttentionKind.LOCAL, 1), (), runtime.sharding)
     program = compile_rank_program(design, 0)
     times = []
@@ -298,8 +329,9 @@ def _measure_empty_step(runtime: Runtime) -> tuple[float, int]:
         if repeat:
             times.append(_slowest(runtime, outcome.measured_s))
         peak_bytes = max(peak_bytes, *outcome.peak_bytes)
+    state_bytes = _highest(runtime, runtime.optimizer.state_bytes)
     runtime.optimizer.forget_state()
-    return statistics.median(times), peak_bytes
+    return statistics.median(times), peak_bytes, state_bytes
 
 
 def _no_rows(runtime: Runtime) -> ReadSpans:

@@ -77,6 +77,11 @@ class ShardedAdamW:
         for shard in self.named_shards.values():
             shard.grad = None
 
+    @property
+    def state_bytes(self) -> int:
+        """Of what the optimizer remembers of this rank's shards; 0 before the first step."""
+        return sum(value.nbytes for state in self.adamw.state.values() for value in state.values())
+
     def forget_state(self) -> None:
         """Back to the state before the first step."""
         self.adamw.state.clear()

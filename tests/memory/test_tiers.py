@@ -32,14 +32,14 @@ def host(capacity_bytes=MIB):
     return HostTier(capacity_bytes, ledger, CPU), ledger
 
 
-def disk(folder, capacity_bytes=MIB):
+def disk(folder, capacity_bytes=MIB, direct=True):
     ledger = MemoryLedger({"disk": capacity_bytes})
-    return DiskTier(folder / "swap" / "rank-0.swap", capacity_bytes, ledger), ledger
+    return DiskTier(folder / "swap" / "rank-0.swap", capacity_bytes, ledger, direct=direct), ledger
 
 
-@pytest.fixture(params=["host", "disk"])
+@pytest.fixture(params=["host", "disk", "disk through the page cache"])
 def tier(request, tmp_path):
-    tier, ledger = host() if request.param == "host" else disk(tmp_path)
+    tier, ledger = host() if request.param == "host" else disk(tmp_path, direct=request.param == "disk")
     yield tier, ledger
     tier.close()
 
@@ -83,6 +83,29 @@ class TestRoundTrip:
             stored.transfer.wait()
             tier.release(stored)
         assert ledger.used_bytes(tier.name) == 0 and 0 < ledger.peak_bytes(tier.name) <= MIB
+
+    def test_more_than_one_piece(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(disk_tier, "_PIECE_BYTES", 8192)
+        tier, _ = disk(tmp_path)
+        source, into = random_tensor((7001, 5), torch.float32, 3), torch.empty(7001, 5)
+        tier.load(tier.store(source), into).wait()
+        assert torch.equal(source, into)
+        tier.close()
+
+    def test_a_place_that_was_released_is_not_read_again(self, tier):
+        tier, _ = tier
+        first = tier.store(torch.zeros(100))
+        first.transfer.wait()
+        tier.release(first)
+        with pytest.raises(TierError, match="after it was released"):
+            tier.load(first, torch.empty(100))
+        second = tier.store(torch.ones(100))
+        second.transfer.wait()
+        assert second.offset == first.offset, "the same place"
+        for again in (lambda: tier.load(first, torch.empty(100)), lambda: tier.release(first)):
+            with pytest.raises(TierError, match="after it was released"):
+                again()
+        tier.release(second)
 
     def test_only_contiguous_tensors(self, tier):
         with pytest.raises(ValueError, match="contiguous"):
@@ -206,8 +229,9 @@ class TestDisk:
             stored.transfer.wait()
         tier.close()
 
-    def test_failed_and_short_reads_name_file_and_offset(self, tmp_path, monkeypatch):
-        tier, _ = disk(tmp_path)
+    @pytest.mark.parametrize("direct", [True, False])
+    def test_failed_and_short_reads_name_file_and_offset(self, tmp_path, monkeypatch, direct):
+        tier, _ = disk(tmp_path, direct=direct)
         stored = tier.store(torch.arange(3000))
         stored.transfer.wait()
         os.ftruncate(tier._descriptor, 9000)
@@ -222,11 +246,12 @@ class TestDisk:
             tier.load(stored, torch.empty(3000, dtype=torch.int64)).wait()
         tier.close()
 
-    def test_partial_reads_and_writes_are_continued(self, tmp_path, monkeypatch):
-        tier, _ = disk(tmp_path)
+    @pytest.mark.parametrize(("direct", "taken", "given"), [(False, 777, 555), (True, 4096, 4096)])
+    def test_partial_reads_and_writes_are_continued(self, tmp_path, monkeypatch, direct, taken, given):
+        tier, _ = disk(tmp_path, direct=direct)
         pwrite, preadv = os.pwrite, os.preadv
-        monkeypatch.setattr(disk_tier.os, "pwrite", lambda file, data, at: pwrite(file, data[:777], at))
-        monkeypatch.setattr(disk_tier.os, "preadv", lambda file, data, at: preadv(file, [data[0][:555]], at))
+        monkeypatch.setattr(disk_tier.os, "pwrite", lambda file, data, at: pwrite(file, data[:taken], at))
+        monkeypatch.setattr(disk_tier.os, "preadv", lambda file, data, at: preadv(file, [data[0][:given]], at))
         source, into = random_tensor((900, 3), torch.float32, 2), torch.empty(900, 3)
         stored = tier.store(source)
         tier.load(stored, into).wait()

@@ -4,6 +4,8 @@ comes back bit by bit; what is recomputed equals it wherever a product over some
 from __future__ import annotations
 
 import multiprocessing
+import resource
+import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -17,7 +19,7 @@ from torch.nn import functional
 
 from memory.disk_tier import DiskTier
 from memory.ledger import MemoryLedger
-from memory.peak import PeakMemory, give_back_freed_memory
+from memory.peak import PeakMemory, give_back_freed_memory, map_large_blocks
 from memory.policy import KEEP_ALL, RECOMPUTE_ALL, ActivationPolicy
 from memory.tape import PAIR, LayerTape, TapeError
 from memory.tiers import HostTier
@@ -160,6 +162,7 @@ class TestExactness:
 def peak_growth(folder, how):
     """Bytes by which the resident set peaks over its start: six layers of 16384 rows, forward and backward."""
     torch.set_num_threads(1)
+    map_large_blocks(fine=True)
     layers, num_rows, tier = build(6, torch.float32), 2**14, None
     for layer in layers:
         layer._attention = lambda q, k, v: q * k + v
@@ -239,3 +242,26 @@ class TestWork:
         tape.finish()
         with pytest.raises(TapeError, match="step wide"):
             output.backward()
+
+
+def under_a_cap(folder, how):
+    """Whether the six layers train with 75 MiB more than the process has: RLIMIT_DATA, enforced by the system."""
+    torch.set_num_threads(1)
+    map_large_blocks(fine=True)
+    run(build(6, torch.float32), 64, dtype=torch.float32)
+    with Path("/proc/self/status").open() as status:
+        (used,) = (int(line.split()[1]) * 1024 for line in status if line.startswith("VmData:"))
+    resource.setrlimit(resource.RLIMIT_DATA, (used + 75 * MIB, used + 75 * MIB))
+    try:
+        peak_growth(folder, how)
+    except RuntimeError as error:
+        return str(error)
+    return "fits"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="RLIMIT_DATA counts maps on Linux only")
+def test_what_keeping_cannot_do_under_a_cap_swapping_can(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context, max_tasks_per_child=1) as pool:
+        keep, disk = (pool.submit(under_a_cap, tmp_path, how).result() for how in ("keep", "disk"))
+    assert "allocate memory" in keep and disk == "fits", (keep, disk)

@@ -1,0 +1,349 @@
+"""One measurement of activation memory in one process: a rank alone, a local sequence, the trainer's own model, engine
+and memory code. ``benchmarks.memory`` starts a fresh process for each and compares them."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import resource
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from memory.peak import give_back_freed_memory, map_large_blocks
+from memory.timeline import Interval, Timeline
+from parallel import comm
+from parallel.program import compile_rank_program
+from planner.plan import AttentionKind
+from planner.specs import load_model
+from planner.units import KIB
+from trainer.batch import token_rows
+from trainer.build import build_runtime
+from trainer.calibration import MeasuredShape, calibrate, design_plan
+from trainer.config import DataConfig, MemoryConfig, RunConfig, TrainConfig
+from trainer.layer_profile import profile_layer
+from trainer.rank_env import RankEnv
+from trainer.step import Runtime, accumulate_gradients, train_step
+
+VOCABULARY = 512
+_WARM_UP_TOKENS = 64
+_ALONE = MeasuredShape(AttentionKind.LOCAL, 1)
+_SAMPLE_S = 0.004
+_PADDING_BYTES = 16 * 4 * KIB
+"""Of a layer's tensors in the tier: at most so many, each to the next 4 KiB."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """``dim``: hidden size; heads of 64, MLP of three times that. ``chunk_tokens``: of seco."""
+
+    num_layers: int = 8
+    dim: int = 256
+    repeats: int = 2
+    chunk_tokens: int = 256
+    seed: int = 11
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """``peak_bytes``: highest resident set over that of the same process just before the steps; ``resident_bytes``: the
+    whole of it. ``fits`` False: an allocation met the limit, other figures mean nothing."""
+
+    way: str
+    length: int
+    fits: bool = True
+    peak_bytes: int = 0
+    resident_bytes: int = 0
+    step_s: float = 0.0
+    cpu_s: float = 0.0
+    loss: float = 0.0
+    swapped_bytes: int = 0
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Predicted:
+    """Whole resident set, and bytes in the tier (0 without one): what plan and set-up say, and what a step took."""
+
+    way: str
+    length: int
+    predicted_bytes: int
+    measured_bytes: int
+    tier_predicted_bytes: int = 0
+    tier_measured_bytes: int = 0
+
+
+@dataclass(slots=True)
+class Bench:
+    """A runtime for one way of keeping less, ready to run steps."""
+
+    way: str
+    settings: Settings
+    runtime: Runtime
+    ids: np.ndarray
+    hooks: Callable[[], contextlib.AbstractContextManager[Any]] = field(default=contextlib.nullcontext)
+
+    def read(self, spans: Any) -> Any:
+        (span,) = spans
+        return token_rows([self.ids[span.start_token : span.stop_token + 1]], spans, torch.device("cpu"))
+
+    def step(self, length: int) -> float:
+        """Forward and backward; the mean loss. Gradients are dropped."""
+        program = compile_rank_program(design_plan(1, _ALONE, (length,)), 0)
+        with self.hooks():
+            loss, _ = accumulate_gradients(self.runtime, program, self.read, num_tokens=length)
+        self.runtime.optimizer.zero_grad()
+        return loss / length
+
+    def whole_step(self, length: int) -> int:
+        """Two microbatches of one sequence each, so that the second one meets the gradients of the first, and the
+        optimizer at learning rate zero; the peak resident set."""
+        plan = design_plan(1, _ALONE, (length, length))
+        groups = [replace(plan.microbatches[0].groups[0], sequences=(number,)) for number in range(2)]
+        plan = replace(plan, microbatches=tuple(replace(plan.microbatches[0], groups=(group,)) for group in groups))
+        program = compile_rank_program(plan, 0)
+        give_back_freed_memory()
+        return train_step(self.runtime, program, self.read, num_tokens=2 * length, lr=0.0).peak_bytes[0]
+
+
+@contextlib.contextmanager
+def bench(way: str, length: int, settings: Settings) -> Iterator[Bench]:
+    """``length``: the longest sequence that will run."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
+        env = RankEnv(rank=0, world_size=1, local_rank=0, local_world_size=1)
+        config = TrainConfig(
+            run=RunConfig(dir=folder, seed=settings.seed, world_size=1, device="cpu"),
+            data=DataConfig(max_length=length, tokens_per_step=length), memory=_memory(way, settings),
+        )
+        heads = settings.dim // 64
+        spec = replace(
+            load_model("tiny"), num_layers=settings.num_layers, hidden_dim=settings.dim, ffn_dim=3 * settings.dim,
+            num_query_heads=heads, num_kv_heads=max(1, heads // 2), head_dim=64, vocab_size=VOCABULARY,
+        )
+        runtime = build_runtime(config, env, spec, init_method=f"file://{folder}/store")
+        ids = np.random.default_rng(settings.seed).integers(0, VOCABULARY, size=length + 1)
+        if way != "keep":
+            map_large_blocks(fine=True)  # torch's ways as well: none shall look worse for the allocator's sake
+        made = Bench(way, settings, runtime, ids)
+        _add_peer(made, Path(folder))
+        try:
+            yield made
+        finally:
+            runtime.memory.close()
+            comm.shutdown()
+
+
+def _memory(way: str, settings: Settings) -> MemoryConfig:
+    policy, _, fraction = way.partition(" ")
+    if policy == "swap":
+        swap_fraction = None if fraction == "measured" else float(fraction)
+        return MemoryConfig(policy="swap", tier="disk", swap_fraction=swap_fraction)
+    if policy == "seco":
+        return MemoryConfig(policy="seco", chunk_tokens=settings.chunk_tokens)
+    return MemoryConfig(policy="recompute" if way == "recompute" else "keep")
+
+
+def _add_peer(made: Bench, folder: Path) -> None:
+    """What is not ours: torch's own ways, put around plain autograd."""
+    layers = made.runtime.model.layers.values()
+    if made.way == "checkpoint":
+        for layer in layers:
+            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+    elif made.way == "selective":
+        contexts = functools.partial(create_selective_checkpoint_contexts, _save_attention)
+        for layer in layers:
+            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, context_fn=contexts)
+    elif made.way == "save_on_cpu":
+        made.hooks = torch.autograd.graph.save_on_cpu
+    elif made.way == "hooks to disk":
+        made.hooks = functools.partial(_offload_everything, folder)
+
+
+def _save_attention(context: Any, operator: Any, *arguments: Any, **options: Any) -> CheckpointPolicy:
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+    return CheckpointPolicy.MUST_SAVE if operator is attention else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+@contextlib.contextmanager
+def _offload_everything(folder: Path) -> Iterator[None]:
+    """Torch's saved-tensor hooks with a file for each tensor, the way its documentation shows; parameters stay."""
+    numbers = iter(range(1 << 60))
+
+    def pack(tensor: torch.Tensor) -> Any:
+        if isinstance(tensor, torch.nn.Parameter) or tensor.is_leaf or tensor.numel() < 1024:
+            return tensor
+        file = folder / f"saved-{next(numbers)}"
+        np.ascontiguousarray(tensor.detach().numpy()).tofile(file)
+        return file, tuple(tensor.shape), tensor.detach().numpy().dtype
+
+    def unpack(saved: Any) -> torch.Tensor:
+        if isinstance(saved, torch.Tensor):
+            return saved
+        file, shape, dtype = saved
+        tensor = torch.from_numpy(np.fromfile(file, dtype=dtype)).view(shape)
+        file.unlink()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
+
+
+def measure(way: str, length: int, settings: Settings, *, limit_bytes: int = 0) -> Measured:
+    """Steps over one sequence of ``length`` tokens; the quickest counts. ``limit_bytes``: of all writable memory of the
+    process, enforced by the system (RLIMIT_DATA)."""
+    limit_data(limit_bytes)
+    try:
+        with bench(way, length, settings) as made:
+            made.step(min(length, _WARM_UP_TOKENS))  # what loads once is loaded
+            give_back_freed_memory()
+            peak = made.runtime.peak
+            peak.reset()
+            start_bytes = peak.read_bytes()
+            tier = made.runtime.memory.tier
+            written_bytes = tier.written_bytes if tier is not None else 0
+            walls, cpus, loss = [], [], 0.0
+            for _ in range(settings.repeats):
+                began_s, began_cpu_s = time.perf_counter(), time.process_time()
+                loss = made.step(length)
+                walls.append(time.perf_counter() - began_s)
+                cpus.append(time.process_time() - began_cpu_s)
+            swapped_bytes = (tier.written_bytes - written_bytes) // settings.repeats if tier is not None else 0
+            return Measured(
+                way=way, length=length, peak_bytes=peak.read_bytes() - start_bytes, resident_bytes=peak.read_bytes(),
+                step_s=min(walls), cpu_s=min(cpus), loss=loss, note=made.runtime.memory.note,
+                swapped_bytes=swapped_bytes,
+            )
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return Measured(way=way, length=length, fits=False)
+
+
+def limit_data(limit_bytes: int) -> None:
+    """Let this process have no more writable memory than that; 0: no limit."""
+    if limit_bytes:
+        resource.setrlimit(resource.RLIMIT_DATA, (limit_bytes, limit_bytes))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or "allocate memory" in str(error) or "new thread" in str(error)
+
+
+def data_bytes() -> int:
+    """Writable memory of this process now, as RLIMIT_DATA counts it."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmData:"):
+            return int(line.split()[1]) * KIB
+    raise OSError("no VmData in /proc/self/status: this needs Linux")
+
+
+def longest_dense(settings: Settings, budget_bytes: int, most_tokens: int) -> dict[str, int]:
+    """Bisection for the longest sequence that trains with everything kept within ``budget_bytes`` over what the process
+    has after its first small step. Returns it with the limit that is the same for every other way."""
+    with bench("keep", most_tokens, settings) as made:
+        map_large_blocks(fine=True)
+        made.step(_WARM_UP_TOKENS)
+        limit_bytes = data_bytes() + budget_bytes
+        limit_data(limit_bytes)
+        low, high = _WARM_UP_TOKENS, most_tokens
+        while high - low > max(8, low // 64):
+            middle = (low + high) // 2
+            if _trains(made, middle):
+                low = middle
+            else:
+                high = middle
+            gc.collect()
+        return {"length": low, "limit_bytes": limit_bytes}
+
+
+def _trains(made: Bench, length: int) -> bool:
+    try:
+        made.step(length)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        made.runtime.optimizer.zero_grad()
+        return False
+    return True
+
+
+def predict(way: str, lengths: tuple[int, ...], settings: Settings) -> list[Predicted]:
+    """What a run's own calibration predicts for steps of these lengths, and what they take."""
+    found = []
+    with bench(way, max(lengths), settings) as made:
+        cost = calibrate(made.runtime, (_ALONE,), max_length=max(lengths), machine="here").cost
+        tier = made.runtime.memory.tier
+        made.whole_step(min(lengths))  # the first step has no optimizer state until it ends
+        for length in lengths:
+            measured_bytes = made.whole_step(length)
+            is_full = tier is not None and length == max(lengths)  # the tier's own peak is that of all steps so far
+            found.append(Predicted(
+                way=way, length=length, predicted_bytes=cost.device_bytes(length), measured_bytes=measured_bytes,
+                tier_predicted_bytes=_tier_bytes(made.runtime, length) if is_full else 0,
+                tier_measured_bytes=tier.peak_bytes if tier is not None and is_full else 0,
+            ))
+    return found
+
+
+def _tier_bytes(runtime: Runtime, length: int) -> int:
+    """What a sequence alone leaves in the tier: a layer's profile times the policy's shares, places padded."""
+    profile, policy = profile_layer(runtime, num_tokens=length), runtime.memory.policy
+    layer = sum(each.bytes_per_token * policy.split(each.name, length)[0] for each in profile.tensors)
+    if policy.swap_pair:
+        layer += profile.pair_bytes_per_token * length
+    return int(layer + _PADDING_BYTES) * (len(runtime.model.layers) - policy.num_kept_layers)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Course:
+    """One step over time. ``samples``: (seconds since the step began, resident bytes over its start)."""
+
+    way: str
+    length: int
+    samples: tuple[tuple[float, int], ...]
+    intervals: tuple[Interval, ...] = ()
+    hidden_share: float = 1.0
+
+
+def course(way: str, length: int, settings: Settings) -> Course:
+    """Run one step (after a first one) and sample the resident set every few milliseconds."""
+    with bench(way, length, settings) as made:
+        made.step(length)
+        tier, timeline = made.runtime.memory.tier, Timeline()
+        if tier is not None:
+            tier.timeline = timeline
+        give_back_freed_memory()
+        samples: list[tuple[float, int]] = []
+        done = threading.Event()
+        start_bytes, began_s = _resident_bytes(), time.perf_counter()
+
+        def sample() -> None:
+            while not done.wait(_SAMPLE_S):
+                samples.append((time.perf_counter() - began_s, _resident_bytes() - start_bytes))
+
+        thread = threading.Thread(target=sample)
+        thread.start()
+        made.step(length)
+        timeline.end()
+        done.set()
+        thread.join()
+        intervals = tuple(
+            replace(each, start_s=each.start_s - began_s, stop_s=each.stop_s - began_s) for each in timeline.intervals
+        )
+        return Course(
+            way=way, length=length, samples=tuple(samples), intervals=intervals, hidden_share=timeline.hidden_share()
+        )
+
+
+def _resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
