@@ -29,7 +29,7 @@ POLICIES = {
     "auto": tuple(MemoryAction),
 }
 _MAX_DRAWN = 10_000_000
-_MAX_DEVICES = 2**20  # some seconds of planning; a typing error beyond
+_MAX_DEVICES = 1_000_000  # some seconds of planning; a typing error beyond
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from planner.codec import from_plain, suggest
 from planner.cost import CostModel
 from planner.errors import SpecError
 from planner.model_spec import ModelSpec
-from planner.units import parse_bytes, parse_rate
+from planner.units import format_count, parse_bytes, parse_rate
 
 T = TypeVar("T", ClusterSpec, ModelSpec)
 
@@ -45,8 +45,14 @@ def sources(cluster: ClusterSpec, model: ModelSpec) -> tuple[tuple[str, str], ..
         ("host", cluster.host.source),
         ("intra-node link", cluster.intra_node.source),
         ("inter-node link", cluster.inter_node.source),
-        (f"model {model.name}", model.source or "no source given"),
+        (f"model {model.name} of {_size(model)}", model.source or "no source given"),
     )
+
+
+def _size(model: ModelSpec) -> str:
+    """``8.03B parameters``, ``46.7B parameters, 12.9B active``."""
+    active = f", {format_count(model.num_active_params)} active" if model.num_active_params < model.num_params else ""
+    return f"{format_count(model.num_params)} parameters{active}"
 
 
 def load_cost(path: str) -> CostModel:

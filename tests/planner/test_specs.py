@@ -88,10 +88,20 @@ def test_units_are_converted_and_plain_numbers_kept() -> None:
     assert cluster.inter_node.bytes_per_s == 4.5e9 and cluster.inter_node.latency_s == 30e-6
 
 
+TINY = "model tiny of 853K parameters"
+
+
 def test_every_number_has_a_source_and_guesses_say_so() -> None:
+    for name in model_names():
+        assert load_model(name).source, name
+    for name in cluster_names():
+        cluster = load_cluster(name)
+        assert all(part.source for part in (cluster.device, cluster.host, cluster.intra_node, cluster.inter_node)), name
+    experts = dict(sources(load_cluster("h200-8"), load_model("mixtral-8x7b")))
+    assert "model mixtral-8x7b of 46.7B parameters, 12.9B active" in experts
     parts = dict(sources(load_cluster("laptop-cpu"), load_model("tiny")))
-    assert set(parts) == {"device CPU process", "host", "intra-node link", "inter-node link", "model tiny"}
-    assert {part for part, source in parts.items() if source == "guess"} == set(parts) - {"model tiny"}
+    assert set(parts) == {"device CPU process", "host", "intra-node link", "inter-node link", TINY}
+    assert {part for part, source in parts.items() if source == "guess"} == set(parts) - {TINY}
     hidden = dict(sources(load_cluster("bytescale-1024"), load_model("llama-7b")))
     assert hidden["device unpublished (A100-SXM4-80GB assumed)"].startswith("guess")
 
