@@ -64,7 +64,7 @@ def layers(
         start = clock.copy()
         seconds, share = (forward_s, early) if is_forward else (backward_s, 1 - early)
         _compute(wave, clock, ledger, record, "before attention", share * seconds)
-        for run in wave.runs if is_forward else reversed(wave.runs):
+        for run in wave.runs:
             (run.forward if is_forward else run.backward)(clock, ledger, record)
         _compute(wave, clock, ledger, record, "after attention", (1 - share) * seconds)
         clock += reduce_s
@@ -138,11 +138,11 @@ def windows(
         trial, ledger = clock.copy(), Ledger.empty(len(clock))
         layer(trial, ledger, None)  # the second layer starts as the first one left the ranks
         starts, stops = [], []
-        for run in wave.runs if is_forward else reversed(wave.runs):
+        for run in wave.runs:
             starts.append(trial[run.ranks].min(axis=1))
             (run.forward if is_forward else run.backward)(trial, ledger, None)
             stops.append(trial[run.ranks].max(axis=1))
-        windows.append((starts, stops) if is_forward else (starts[::-1], stops[::-1]))
+        windows.append((starts, stops))
     return windows
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from benchmarks.box import box_problem
 from benchmarks.routing import (
     KV_BYTES,
+    ONE_CARD,
     Rate,
     RemapRow,
     Settings,
@@ -35,12 +38,17 @@ def test_bytes_that_leave_a_node_are_those_of_the_plan() -> None:
 
 def test_the_table_compares_with_one_card_and_with_the_ring() -> None:
     rates = [
+        Rate(kind=ONE_CARD, nics_per_node=4, walk="send", num_bytes=1_000_000, seconds=0.125),
         Rate(kind="ring", nics_per_node=4, walk="forward", num_bytes=10_000_000, seconds=1.0),
         Rate(kind="routed_ring", nics_per_node=4, walk="forward", num_bytes=9_000_000, seconds=0.25),
     ]
     remaps = [RemapRow(name="a step", without_s=2.0, with_s=1.5, num_moved=7, num_tokens=100)]
     text = markdown(rates, remaps, SETTINGS, 12.5e6)
-    assert "| 4 | routed_ring | forward | 9.00 | 0.250 | 36.0 | 2.88 | 4.00 |" in text
+    assert "| 4 | routed_ring | forward | 9.00 | 0.250 | 36.00 | 3.60 | 4.00 |" in text
+    assert "| 4 | one card, plain send | send | 1.00 | 0.125 | 8.00 | 0.80 | - |" in text
+    assert "forward and backward: met (3.60)." in text
+    slow = [*rates[:2], replace(rates[2], seconds=0.4)]
+    assert "forward and backward: NOT met (2.25)." in markdown(slow, remaps, SETTINGS, 12.5e6)
     assert "| a step | 2.0000 | 1.5000 | 7 of 100 |" in text
 
 

@@ -93,16 +93,16 @@ def test_no_wrong_input_gradients_when_a_sequence_is_split(kind: AttentionKind) 
             assert worst_error(got, wanted) < TOLERANCE, (degree, num_heads, num_kv_heads)
 
 
-def test_no_stale_activations_after_a_reload() -> None:
-    """Activation offload whose reload overtook its own copy-out.
+def test_no_swapping_that_nobody_allowed() -> None:
+    """Activation offload in a run that has no tier for it: a plan that asks for it is refused before it runs.
 
-    Nothing is swapped yet: a plan that asks for it is refused before it runs.
+    That what is swapped comes back as it was is tested in ``tests/trainer/test_silent_errors.py``.
     """
     case = make_case([GroupChoice(AttentionKind.RING, (0, 1), (0,))], (16,), 2, num_heads=1)
     policy = MemoryPolicy(keep_fraction=0.5, swap_fraction=0.5)
     microbatch = dataclasses.replace(case.plan.microbatches[0], memory=policy)
     plan = dataclasses.replace(case.plan, microbatches=(microbatch,))
-    with pytest.raises(PlanError, match="keep_fraction"):
+    with pytest.raises(PlanError, match="memory policy swap is not allowed here"):
         verify_plan(plan, case.lengths, num_ranks=2, cost=case.cost, limits=case.limits)
 
 

@@ -9,21 +9,27 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
+import time
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from memory import disk_tier
 from memory.chunked_loss import IGNORE
+from memory.ledger import MemoryLedger
 from parallel.agree import agree_on_plan, compare_digests
 from parallel.program import compile_rank_program
 from planner.cost import PlanLimits
 from planner.errors import PlanMismatchError, SpecError
 from planner.plan import AttentionGroup, AttentionKind, Span, StepPlan, plan_digest
 from planner.step_planner import plan_step
+from planner.units import MIB
 from planner.verify import verify_plan
 from tests.plans import cost_model, verified_plan
 from tests.ranks import RankPool
@@ -186,6 +192,33 @@ def one_line(arguments: list[str]) -> str:
 def test_no_load_balancing_loss_over_a_whole_pack_of_documents() -> None:
     """A mixture-of-experts auxiliary loss that took a pack of documents for one sequence: such models are refused."""
     assert "mixtral-8x7b" in one_line(["--model.preset", "mixtral-8x7b"])
+
+
+def test_no_stale_activations_after_a_reload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Activation offload whose reload overtook its own copy-out, first of all in the first step: here every copy out is
+    slow, is asked back at once, latest first as a backward does, and later steps use the places of earlier ones."""
+    pwrite = os.pwrite
+
+    def slow_write(file: int, data: bytes, at: int) -> int:
+        time.sleep(0.01)
+        return pwrite(file, data, at)
+
+    monkeypatch.setattr(disk_tier.os, "pwrite", slow_write)
+    tier = disk_tier.DiskTier(tmp_path / "swap", MIB, MemoryLedger({"disk": MIB}))
+    try:
+        for step in range(3):
+            layers = [torch.full((500, 7), float(10 * step + layer)) for layer in range(6)]
+            stored = [tier.store(layer) for layer in layers]
+            back = [torch.full_like(layer, -1) for layer in layers]
+            loads = [tier.load(stored[place], back[place]) for place in reversed(range(6))]
+            for load in loads:
+                load.wait()
+            assert all(torch.equal(a, b) for a, b in zip(layers, back, strict=True)), step
+            for each in stored:
+                each.transfer.wait()
+                tier.release(each)
+    finally:
+        tier.close()
 
 
 def consumed(plan: StepPlan, samples: tuple[int, ...]) -> Counter[tuple[int, int]]:
