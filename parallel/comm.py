@@ -95,7 +95,12 @@ def _collective(what: str, group: Group) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class GroupExchange:
-    """Point-to-point batches over one communicator. Empty messages are skipped on both ends."""
+    """Point-to-point batches over one communicator. Empty messages are skipped on both ends.
+
+    gloo moves all that is posted at the same time. NCCL runs the batches of a communicator beside the kernels of the
+    compute stream but one after the other, in the order posted: there what is posted later also arrives later. Whoever
+    posts must keep the messages' memory until they are through, then no other stream touches it.
+    """
 
     group: Group
 

@@ -121,7 +121,8 @@ class _GroupsAttention(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         runners: tuple[_GroupRunner, ...] = ctx.runners
         douts = _split(grad_outputs[0].contiguous(), runners)
-        saved = [ctx.saved_tensors[place : place + 5] for place in range(0, 5 * len(runners), 5)]
+        tensors = ctx.saved_tensors  # once: memory policies bring back what is asked for a single time
+        saved = [tensors[place : place + 5] for place in range(0, len(tensors), 5)]
         started = [
             None if runner.heads is not None else runner.walker.start_backward(k, v)
             for runner, (_, k, v, _, _) in zip(runners, saved, strict=True)

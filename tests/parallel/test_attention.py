@@ -84,7 +84,7 @@ def cases(draw):
     degree = draw(st.integers(1, 8))
     kind = draw(st.sampled_from(KINDS)) if degree > 1 else AttentionKind.LOCAL
     inner = inner_degree(kind, degree)
-    if kind in (AttentionKind.USP, AttentionKind.DOUBLE_RING):
+    if kind in (AttentionKind.USP, AttentionKind.DOUBLE_RING, AttentionKind.ROUTED_RING):
         inner = draw(st.sampled_from([size for size in range(1, degree + 1) if degree % size == 0]))
     lengths = draw(st.lists(st.one_of(st.integers(1, 12), st.integers(1, 90)), min_size=1, max_size=6))
     ratio = draw(st.sampled_from([1, 3, 4, 8]))

@@ -314,6 +314,34 @@ def test_every_groups_first_messages_leave_before_the_first_groups_kernels(walk)
     assert recorder.events.count("post") == recorder.events.count("wait") == (4 if walk == "forward" else 7)
 
 
+def test_what_groups_saved_is_asked_for_once_each():
+    """A memory policy brings a swapped or recomputed tensor back a single time."""
+    groups = [
+        AttentionGroup(kind=AttentionKind.RING, ranks=(0, 1), sequences=(0,)),
+        AttentionGroup(kind=AttentionKind.LOCAL, ranks=(0,), sequences=(1,)),
+    ]
+    (microbatch,) = compile_rank_program(verified_plan([groups], [32, 8], 2), 0).microbatches
+    recorder = Recorder()
+    attention = AttentionEngine(recorder, recorder, CPU).bind(
+        microbatch, num_query_heads=2, num_kv_heads=1, head_dim=4
+    )
+    q, k, v = (torch.zeros(microbatch.num_rows, heads, 4, requires_grad=True) for heads in (2, 1, 1))
+    packed, asked = [], []
+
+    def pack(tensor):
+        packed.append(tensor)
+        return len(packed) - 1
+
+    def unpack(number):
+        asked.append(number)
+        return packed[number]
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        out = attention(q, k, v)
+    out.backward(torch.ones_like(out))
+    assert len(packed) == 10 and sorted(asked) == list(range(10))
+
+
 class Flight:
     def __init__(self, events, number):
         self.events, self.number = events, number
