@@ -110,7 +110,8 @@ class _GroupsAttention(torch.autograd.Function):
         outs, saved = [], []
         for runner, own, walk in zip(runners, parts, started, strict=True):
             qkv = own if runner.heads is None else runner.heads.gather_qkv(*own)
-            out_TNH, lse_TN = runner.walker.forward(*qkv, walk)
+            q, k, v = qkv
+            out_TNH, lse_TN = runner.walker.forward(q, k, v, walk)
             saved += [*(own if runner.regather else qkv), out_TNH, lse_TN]
             outs.append(out_TNH if runner.heads is None else runner.heads.scatter_out(out_TNH))
         ctx.save_for_backward(*saved)
