@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from memory.activations import ActivationMemory
-from memory.policy import RECOMPUTE_KEEPS_LAYERS, SWAP_KEEPS_LAYERS
+from memory.policy import RECOMPUTE_ALL, RECOMPUTE_KEEPS_LAYERS, SWAP_KEEPS_LAYERS
 from parallel import comm
 from planner.codec import from_plain, to_plain
 from planner.cost import KEEP, ActivationFit, CostModel, PlanLimits
@@ -61,6 +61,22 @@ class _Measured:
     host_budget_bytes: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Layer:
+    """What one layer saves for a token of a rank, by kinds of groups: the device counts on the least to be freed, the
+    tier has room for the most. ``alone``: the layer of a rank alone."""
+
+    alone: LayerProfile
+    least_bytes: float
+    most_bytes: float
+    recomputable_bytes: float
+
+    @property
+    def tier_bytes_per_byte(self) -> float:
+        """Bytes of the tier for a byte that a plan puts there."""
+        return _ROOM_TO_SPARE * self.most_bytes / self.least_bytes
+
+
 def plan_memory(
     config: TrainConfig, runtime: Runtime, cost: CostModel, limits: PlanLimits, cache_root: Path, local_world_size: int
 ) -> tuple[ActivationMemory, CostModel, PlanLimits]:
@@ -72,14 +88,15 @@ def plan_memory(
     if reason:
         note = f"memory: all activations kept: {reason}"
         return dataclasses.replace(runtime.memory, note=note), cost, limits
-    profile = _profile(config, runtime, cost, limits)
+    layer = _profile(config, runtime, cost, limits)
     tier_name = tier_name_of(config, runtime.mesh.device)
-    capacity_bytes = _capacity_bytes(config, runtime, profile, tier_name, local_world_size)
-    key = _key(config, cost, profile, tier_name)
+    capacity_bytes = _capacity_bytes(config, runtime, layer, tier_name, local_world_size)
+    key = _key(config, cost, layer.alone, tier_name)
     cached = cache_root / "cost" / f"{key}-memory.json"
-    measured = _stored_or_measured(config, runtime, cost, profile, tier_name, capacity_bytes, key, cached)
+    measured = _stored_or_measured(config, runtime, cost, layer, tier_name, capacity_bytes, key, cached)
     if cost.activation is None:
-        how = f"activations: a layer of {profile.num_tokens} tokens a rank and copies to the {tier_name} tier, measured"
+        num_tokens = layer.alone.num_tokens
+        how = f"activations: measured on layers of {num_tokens} tokens a rank and copies to the {tier_name} tier"
         provenance = dataclasses.replace(cost.provenance, notes=(*cost.provenance.notes, how))
         cost = dataclasses.replace(cost, activation=measured.activation, provenance=provenance)
     if runtime.mesh.rank == 0:
@@ -89,7 +106,7 @@ def plan_memory(
     limits = with_policies(limits, host_budget_bytes=measured.host_budget_bytes)
     memory = dataclasses.replace(runtime.memory, kept_layers=_kept_layers(runtime))
     if swaps(cost, limits):
-        room = int(measured.host_budget_bytes * _ROOM_TO_SPARE) + padding_bytes(runtime)
+        room = int(measured.host_budget_bytes * layer.tier_bytes_per_byte) + padding_bytes(runtime)
         tier, ledger = make_tier(config, runtime, tier_name, room)
         memory = dataclasses.replace(memory, tier=tier, ledger=ledger)
     return memory, cost, limits
@@ -137,46 +154,45 @@ def _kept_layers(runtime: Runtime) -> int:
     return SWAP_KEEPS_LAYERS if can_swap else RECOMPUTE_KEEPS_LAYERS
 
 
-def _profile(config: TrainConfig, runtime: Runtime, cost: CostModel, limits: PlanLimits) -> LayerProfile:
-    """Of ranks alone, with the bytes of an exchange of heads between all of them where plans may have one: attention
-    then saves its tensors in both layouts."""
-    num_tokens = profile_tokens(config)
-    profile = profile_layer(runtime, num_tokens=num_tokens)
-    degree = runtime.mesh.data_size
+def _profile(config: TrainConfig, runtime: Runtime, cost: CostModel, limits: PlanLimits) -> _Layer:
+    """Of ranks alone, and of an exchange of heads between all of them where plans may have one: attention then saves
+    its tensors in both layouts, but not those that are exchanged again where something is recomputed."""
+    num_tokens, degree = profile_tokens(config), runtime.mesh.data_size
+    alone = profile_layer(runtime, num_tokens=num_tokens)
+    whole, freed = [_saved_bytes(alone)], [_saved_bytes(alone) - alone.pair_bytes_per_token]
     exchanges = AttentionKind.ULYSSES in limits.kinds and degree <= limits.max_ulysses_degree
     if degree > 1 and exchanges and degree in cost.degrees(AttentionKind.ULYSSES):
-        shared = profile_layer(
-            runtime, num_tokens=max(1, num_tokens // degree), shape=MeasuredShape(AttentionKind.ULYSSES, degree)
-        )
-        most = max(profile.pair_bytes_per_token, shared.pair_bytes_per_token)
-        profile = dataclasses.replace(profile, pair_bytes_per_token=most)
-    return profile
+        shape, rows = MeasuredShape(AttentionKind.ULYSSES, degree), max(1, num_tokens // degree)
+        shared = profile_layer(runtime, num_tokens=rows, shape=shape)
+        recomputing = dataclasses.replace(runtime.memory, policy=RECOMPUTE_ALL)
+        again = profile_layer(dataclasses.replace(runtime, memory=recomputing), num_tokens=rows, shape=shape)
+        whole.append(_saved_bytes(shared))
+        freed.append(_saved_bytes(shared) - again.pair_bytes_per_token)
+    return _Layer(alone=alone, least_bytes=min(whole), most_bytes=max(whole), recomputable_bytes=max(0.0, min(freed)))
 
 
-def _layer_bytes(profile: LayerProfile) -> tuple[float, float]:
-    """Bytes a token leaves in a layer: all, and what can be computed again."""
-    others = sum(tensor.bytes_per_token for tensor in profile.tensors)
-    return profile.pair_bytes_per_token + others, others
+def _saved_bytes(profile: LayerProfile) -> float:
+    return profile.pair_bytes_per_token + sum(tensor.bytes_per_token for tensor in profile.tensors)
 
 
 def _capacity_bytes(
-    config: TrainConfig, runtime: Runtime, profile: LayerProfile, tier_name: str, local_world_size: int
+    config: TrainConfig, runtime: Runtime, layer: _Layer, tier_name: str, local_world_size: int
 ) -> int:
     """Room of the tier: all that a step could put there, within what is free or set."""
     if _kept_layers(runtime) < SWAP_KEEPS_LAYERS:
         return 0
     limit_bytes = tier_limit_bytes(config, runtime, tier_name, local_world_size)
     layers = len(runtime.model.layers) - SWAP_KEEPS_LAYERS
-    needed = int(layers * _layer_bytes(profile)[0] * most_rows(config) * _ROOM_TO_SPARE) + padding_bytes(runtime)
+    needed = int(layers * layer.most_bytes * most_rows(config) * _ROOM_TO_SPARE) + padding_bytes(runtime)
     return min(limit_bytes, needed)
 
 
 def _stored_or_measured(
-    config: TrainConfig, runtime: Runtime, cost: CostModel, profile: LayerProfile, tier_name: str, capacity_bytes: int,
+    config: TrainConfig, runtime: Runtime, cost: CostModel, layer: _Layer, tier_name: str, capacity_bytes: int,
     key: str, cached: Path,
 ) -> _Measured:
     """Rank 0's numbers: those the run began with if it is resumed, else the cached fit and what the tier holds now."""
-    host_budget = max(0, int((capacity_bytes - padding_bytes(runtime)) / _ROOM_TO_SPARE))
+    host_budget = max(0, int((capacity_bytes - padding_bytes(runtime)) / layer.tier_bytes_per_byte))
     found = None
     if runtime.mesh.rank == 0:
         began = _read(Path(config.run.dir) / POLICY_FILE, key) if config.run.resume else None
@@ -184,7 +200,7 @@ def _stored_or_measured(
         found = began or (dataclasses.replace(fit, host_budget_bytes=host_budget) if fit else None)
     found = _shared(runtime, found)
     if found is None:
-        activation = cost.activation or _measure(config, runtime, cost, profile, tier_name)
+        activation = cost.activation or _measure(config, runtime, cost, layer, tier_name)
         found = _shared(runtime, _Measured(activation=activation, host_budget_bytes=host_budget))
         assert found is not None
     return found
@@ -215,17 +231,17 @@ def _shared(runtime: Runtime, measured: _Measured | None) -> _Measured | None:
 
 
 def _measure(
-    config: TrainConfig, runtime: Runtime, cost: CostModel, profile: LayerProfile, tier_name: str
+    config: TrainConfig, runtime: Runtime, cost: CostModel, layer: _Layer, tier_name: str
 ) -> ActivationFit:
     layers = len(runtime.model.layers) - _kept_layers(runtime)
-    whole, others = _layer_bytes(profile)
+    profile = layer.alone
     can_swap = _kept_layers(runtime) == SWAP_KEEPS_LAYERS
     store, load = link_bytes_per_s(config, runtime, tier_name) if can_swap else (1.0, 1.0)
     microbatch_s = cost.group_s(AttentionKind.LOCAL, 1, [profile.num_tokens])
     most = cost.memory.bytes_per_token
     return ActivationFit(
-        swap_bytes_per_token=min(layers * whole, most) if can_swap else 0.0,
-        recompute_bytes_per_token=min(layers * others, most),
+        swap_bytes_per_token=min(layers * layer.least_bytes, most) if can_swap else 0.0,
+        recompute_bytes_per_token=min(layers * layer.recomputable_bytes, most),
         recompute_s_per_token=layers * sum(t.recompute_s_per_token for t in profile.tensors if t.bytes_per_token),
         copy_bytes_per_s=min(store, 2 * load),
         hidden_share=min(1.0, layers * profile.forward_s / microbatch_s) if microbatch_s > 0 else 0.0,

@@ -12,10 +12,13 @@ from pathlib import Path
 import pytest
 
 from planner.codec import to_plain
-from planner.cost import ActivationFit
+from planner.cost import ActivationFit, PlanLimits
+from planner.errors import InfeasibleError
 from planner.specs import load_cost
+from planner.step_planner import greedy_step
 from tests.launch.tiny_run import train_arguments, write_corpus, write_cost
 from trainer.checkpoint_files import list_checkpoints
+from trainer.plan_inputs import with_policies
 
 ROOT = Path(__file__).resolve().parents[2]
 SCARCE = ("--model.num-layers", "4", "--plan.device-budget", "24 B", "--world-size", "2", "--plan.wait-budget-s", "60")
@@ -72,3 +75,16 @@ def test_too_little_for_any_policy_is_one_line_and_94(work: Path) -> None:
     assert done.returncode == 94
     (line,) = done.stderr.splitlines()
     assert "(64 tokens) fits in no group" in line and "needs" in line and "the budget is 8 B" in line
+
+
+def test_a_late_step_gets_a_plan_whose_policies_make_it_fit(work: Path) -> None:
+    """The greedy plan stands in for a planner that is late; it must not end the run where only policies make room."""
+    cost = load_cost(str(work / "cost.json"))
+    kept = PlanLimits(device_budget_bytes=24, max_ulysses_degree=4)
+    with pytest.raises(InfeasibleError):
+        greedy_step([64, 5, 9], step=0, num_ranks=2, cost=cost, limits=kept)
+    limits = with_policies(kept, host_budget_bytes=10**6)
+    plan = greedy_step([64, 5, 9], step=0, num_ranks=2, cost=cost, limits=limits)  # verified inside
+    assert any(not each.memory.is_keep for each in plan.microbatches) and plan.peak_bytes <= 24
+    assert greedy_step([40, 5], step=0, num_ranks=2, cost=cost, limits=limits).microbatches == greedy_step(
+        [40, 5], step=0, num_ranks=2, cost=cost, limits=kept).microbatches
