@@ -50,6 +50,7 @@ CORPORA = ("wikipedia", "prolong", "github", "byted")
 TUNED_SEED = 0
 CHOSEN_ON = (TUNED_SEED, *range(11, 17))  # seeds that constants were chosen on: none of them is held out
 PUBLISHED = ("flexsp-published", "hdp", "hdp-naive", "karmarkar-karp", "megatron-core", "static", "zeppelin")
+ROUNDING = 1e-9  # of a ratio: the same plan's time is added up in another order
 GOAL = 1.15  # adaptive over the best single published strategy, mean over the length sets
 ANY_RANKS_BATCHES = 100
 COLUMNS = (
@@ -296,7 +297,7 @@ def goal_lines(results: Sequence[Result]) -> list[str]:
             f"- {setting.name}, {batches}: best single published strategy / adaptive {mean:.3f} in the mean over "
             f"{len(ratios)} length sets, goal {GOAL} {'met' if mean >= GOAL else 'NOT met'} (at the proven bound it "
             f"would be {fmean(result.headroom for result in group):.3f}); least in a batch {least:.4f}, never below 1: "
-            f"{'yes' if least >= 1 else 'NO'}"
+            f"{'yes' if least >= 1 - ROUNDING else 'NO'}"
         )
     return lines
 

@@ -1,12 +1,13 @@
 """Longhaul's own strategy: one search over group size, attention kind, packing, placement and order.
 
-A plan is a list of microbatches, one group each, that ranks work off without barriers, unless the sharding needs them:
-under zero3 what is built is put into rounds and squeezed there (``adaptive_rounds``). The search aims at a target time
-between the proven bound and the best plan so far and builds a whole schedule for it in milliseconds
+A plan is a list of microbatches, one group each, that ranks work off without barriers, unless the sharding needs
+them: under zero3 rounds are poured one after another (``adaptive_pour``), or made of what is built without barriers
+and squeezed (``adaptive_rounds``), and sequences of the best change places (``adaptive_swap``). The search aims at a
+target time between the proven bound and the best plan so far and builds a whole schedule for it in milliseconds
 (``adaptive_build``): for each long sequence the cheapest shape, any integer degree, that is quick enough; packing,
 placement and order follow from the target. It builds in two ways, for scarce time and for scarce memory, prices fixed
-times in two ways, and bisects the target for the most promising ones. All is counted, nothing depends on the clock but
-the guard of ``limits.time_limit_s``.
+times in two ways, and bisects the target for the most promising ones. All is counted, nothing depends on the clock
+but the guard of ``limits.time_limit_s``.
 
 Then the published strategies get their chance (``adaptive_rivals``): if one has the better plan, that is the plan. With
 pipeline stages the search itself knows nothing of them; what fills the pipelines comes from PP-Balance, tried there
