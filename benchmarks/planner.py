@@ -10,10 +10,11 @@ ratios in one batch against whichever published strategy was best there, adaptiv
 bound, and its mean and worst planning time, verification included. Then, by setting, the mean ratio over the length
 sets beside the goal, and how often planners fail at numbers of ranks that are no power of two.
 
-Every length set comes twice: ``tuned`` batches are those on which adaptive's constants were chosen, ``held out`` ones
-are drawn from the same corpora with another seed (``--seed``), so the second are the ones to quote. Step times are
-predicted, from cost models derived from data sheets (``planner.analytic``), with the barriers of those peers that have
-them; planning times are this machine's. Nothing is asserted.
+Every length set comes twice: ``tuned`` batches are among those on which adaptive's constants were chosen (seed 0; for
+zero3 seeds 11 to 16 as well), ``held out`` ones are drawn from the same corpora with another seed (``--seed``), so the
+second are the ones to quote. Step times are predicted, from cost models derived from data sheets
+(``planner.analytic``), with the barriers of those peers that have them, and for every plan those of zero3; planning
+times are this machine's. Nothing is asserted.
 
 ``flexsp`` and ``megatron`` in the last column are our strategies of these names, stronger than what was published: the
 first falls back on a list schedule without rounds, the second packs sequences and has no barriers. On 12,288 ranks
@@ -47,7 +48,9 @@ from planner.step_planner import STRATEGIES, plan_step
 
 CORPORA = ("wikipedia", "prolong", "github", "byted")
 TUNED_SEED = 0
+CHOSEN_ON = (TUNED_SEED, *range(11, 17))  # seeds that constants were chosen on: none of them is held out
 PUBLISHED = ("flexsp-published", "hdp", "hdp-naive", "karmarkar-karp", "megatron-core", "static", "zeppelin")
+ROUNDING = 1e-9  # of a ratio: the same plan's time is added up in another order
 GOAL = 1.15  # adaptive over the best single published strategy, mean over the length sets
 ANY_RANKS_BATCHES = 100
 COLUMNS = (
@@ -209,8 +212,8 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
                         help="time limit of the published FlexSP for a step (default: 10)")
     parser.add_argument("--quick", action="store_true", help="the first setting only, one batch of each kind")
     options = parser.parse_args(arguments)
-    if options.seed == TUNED_SEED:
-        parser.error(f"seed {TUNED_SEED} is that of the tuned batches: choose another for the held-out ones")
+    if options.seed in CHOSEN_ON:
+        parser.error(f"seeds {CHOSEN_ON} are those that constants were chosen on: choose another for held-out batches")
     return options
 
 
@@ -294,7 +297,7 @@ def goal_lines(results: Sequence[Result]) -> list[str]:
             f"- {setting.name}, {batches}: best single published strategy / adaptive {mean:.3f} in the mean over "
             f"{len(ratios)} length sets, goal {GOAL} {'met' if mean >= GOAL else 'NOT met'} (at the proven bound it "
             f"would be {fmean(result.headroom for result in group):.3f}); least in a batch {least:.4f}, never below 1: "
-            f"{'yes' if least >= 1 else 'NO'}"
+            f"{'yes' if least >= 1 - ROUNDING else 'NO'}"
         )
     return lines
 

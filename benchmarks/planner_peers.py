@@ -2,7 +2,9 @@
 
 Each peer's answer is a list of *rounds*; in a round every rank works off its groups, and where the peer's runtime makes
 all ranks wait after a round, so does its price here: the sum over rounds of the slowest rank's time. The groups become
-a StepPlan by ``assemble_plan`` like everybody's and are verified; that plan's own time, without barriers, is no longer.
+a StepPlan by ``assemble_plan`` like everybody's and are verified. Without zero3 that plan's own time is no longer.
+Under zero3 all ranks gather every layer together, so a peer whose rounds hold several microbatches waits inside them
+too, as every plan does: its price is the plan's own time where that is longer.
 
 - ``flexsp-published``: FlexSP with its barriers, powers of two, five values of M, 16 buckets and its program, the M
   with the smallest sum of makespans; without our strategy's list schedule and without its cap on a program's size.
@@ -17,8 +19,8 @@ a StepPlan by ``assemble_plan`` like everybody's and are verified; that plan's o
   length / ranks; it is told one less than memory holds, since a zigzag split may be a token uneven.
 - ``karmarkar-karp``: verl's balancing at the best fixed degree: sequences of work 24576 * s + s^2 to the blocks of
   ranks, then each block's to its microbatches. Written from a description, verl itself is not installed. In the peer's
-  favour: no barrier, each block has as few microbatches as the token cap allows (verl gives all of them the most
-  that any needs), and the best degree is picked for each step.
+  favour: no barrier but zero3's own, each block has as few microbatches as the token cap allows (verl gives all of
+  them the most that any needs) and runs the longest first, and the best degree is picked for each step.
 - ``static``: our baseline of that name, the best single degree.
 """
 
@@ -30,7 +32,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from benchmarks.planner_kk import karmarkar_karp
-from planner.assemble import GroupChoice, assemble_plan
+from planner.assemble import GroupChoice, assemble_plan, makespan_s
 from planner.cost import CostModel, PlanLimits
 from planner.errors import LonghaulError
 from planner.flexsp import flexsp_schedule
@@ -143,9 +145,12 @@ def karmarkar_karp_plan(step: Step) -> PeerPlan:
         if shape.degree not in blocks_of:
             blocks_of[shape.degree] = karmarkar_karp(works, step.num_ranks // shape.degree)
         batches = [_capped_batches(table, column, works, rows) for rows in blocks_of[shape.degree]]
-        slowest_s = max(sum(_seconds(table, column, rows) for rows in block) for block in batches)
-        if best is None or slowest_s < best[0]:
-            best = slowest_s, _block_groups(shape, batches)
+        groups = _block_groups(shape, [
+            sorted(block, key=lambda rows: -_seconds(table, column, rows)) for block in batches
+        ])
+        step_s = makespan_s(groups, step.lengths, step.num_ranks, step.cost)
+        if best is None or step_s < best[0]:
+            best = step_s, groups
     if best is None:
         raise PeerFailureError("no single degree fits every sequence")
     return priced_rounds(step, "karmarkar-karp", [best[1]], time.perf_counter() - started_s)
@@ -186,14 +191,16 @@ def static(step: Step) -> PeerPlan:
 
 
 def priced_rounds(step: Step, name: str, rounds: Sequence[Round], wall_s: float) -> PeerPlan:
-    """Assemble, verify, and price with a barrier after each round. ``wall_s``: what planning took."""
+    """Assemble, verify, and price with a barrier after each round; never below the plan's own time, which under zero3
+    has a barrier after every microbatch, whatever the peer's runtime would do. ``wall_s``: what planning took."""
     plan = assemble_plan(
         step=step.number, strategy=name, num_ranks=step.num_ranks, lengths=step.lengths,
         groups=[group for groups in rounds for group in groups], cost=step.cost, status=SolveStatus.FEASIBLE,
         bound_s=0.0, wall_s=wall_s, note=f"{name}, {len(rounds)} rounds",
     )
     verify_plan(plan, step.lengths, num_ranks=step.num_ranks, cost=step.cost, limits=step.limits)
-    return PeerPlan(plan=plan, step_s=barrier_step_s(plan, [len(groups) for groups in rounds], step.cost))
+    step_s = max(plan.predicted_s, barrier_step_s(plan, [len(groups) for groups in rounds], step.cost))
+    return PeerPlan(plan=plan, step_s=step_s)
 
 
 def barrier_step_s(plan: StepPlan, round_sizes: Sequence[int], cost: CostModel) -> float:

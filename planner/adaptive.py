@@ -1,12 +1,13 @@
 """Longhaul's own strategy: one search over group size, attention kind, packing, placement and order.
 
-A plan is a list of microbatches, one group each, that ranks work off without barriers, unless the sharding needs them:
-under zero3 what is built is put into rounds and squeezed there (``adaptive_rounds``). The search aims at a target time
-between the proven bound and the best plan so far and builds a whole schedule for it in milliseconds
+A plan is a list of microbatches, one group each, that ranks work off without barriers, unless the sharding needs
+them: under zero3 rounds are poured one after another (``adaptive_pour``), or made of what is built without barriers
+and squeezed (``adaptive_rounds``), and sequences of the best change places (``adaptive_swap``). The search aims at a
+target time between the proven bound and the best plan so far and builds a whole schedule for it in milliseconds
 (``adaptive_build``): for each long sequence the cheapest shape, any integer degree, that is quick enough; packing,
 placement and order follow from the target. It builds in two ways, for scarce time and for scarce memory, prices fixed
-times in two ways, and bisects the target for the most promising ones. All is counted, nothing depends on the clock but
-the guard of ``limits.time_limit_s``.
+times in two ways, and bisects the target for the most promising ones. All is counted, nothing depends on the clock
+but the guard of ``limits.time_limit_s``.
 
 Then the published strategies get their chance (``adaptive_rivals``): if one has the better plan, that is the plan. With
 pipeline stages the search itself knows nothing of them; what fills the pipelines comes from PP-Balance, tried there
@@ -24,10 +25,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from planner.adaptive_build import Draft, Target, build_draft
+from planner.adaptive_pour import WAYS, Pour, Pourer
 from planner.adaptive_rivals import Match, best_rival
 from planner.adaptive_rounds import Round, align, in_order, rounds_s, squeeze
 from planner.adaptive_shop import Workshop
 from planner.adaptive_space import search_space
+from planner.adaptive_swap import swap_rows
 from planner.assemble import Found, GroupChoice, MicrobatchChoice, makespan_s
 from planner.bounds import settled_lengths
 from planner.cost import CostModel, PlanLimits
@@ -43,13 +46,10 @@ MEMORY_WEIGHTS = (0.0, 1.0)
 CLOSE_ENOUGH = 1e-3  # of the makespan: no more builds
 GOOD_ENOUGH = 1.5e-2  # of the makespan: no other way to share out fixed times is tried
 # In lockstep: (packed, target over the bound, share of the target in which a sequence alone is to run).
-ROUND_TARGETS = (
-    (True, 1.06, 0.25), (False, 1.35, 0.5), (False, 1.12, 0.25), (True, 1.0, 0.5), (True, 1.35, 0.25),
-    (False, 1.0, 0.25), (False, 1.12, 1.0), (True, 1.0, 1.0),
-)
-NUM_SQUEEZED = 4
-FEW_ROUNDS = 3
-FEW_ROUNDS_TARGETS = tuple((False, factor, share) for factor in (1.15, 1.25, 1.4) for share in (0.5, 0.6, 0.7))
+ROUND_TARGETS = ((True, 1.06, 0.25), (False, 1.35, 0.5), (False, 1.12, 0.25), (True, 1.0, 0.5))
+NUM_SQUEEZED = 3
+FEW_ROUNDS = 2
+MAX_SWAPS = 150
 
 
 @dataclass(slots=True)
@@ -157,36 +157,44 @@ def _search(search: _Search) -> None:
 
 
 def _search_rounds(search: _Search) -> None:
-    """Build for several targets, put what comes out into rounds and squeeze the best of them; where there are few
-    rounds, one more or less is much, so more targets are tried and all are squeezed."""
+    """Pour rounds in several ways, and align what is built without barriers for several targets; squeeze the best of
+    both and let sequences of the very best change places."""
     shop = search.shop
-    size = {"num_ranks": shop.num_ranks, "node_size": shop.node_size}
-    found = _aligned(search, ROUND_TARGETS[: search.max_builds])
-    if min(len(rounds) for _, rounds in found) <= FEW_ROUNDS and search.max_builds > len(ROUND_TARGETS):
-        found += _aligned(search, FEW_ROUNDS_TARGETS)
-    else:
-        found = sorted(found, key=lambda item: item[0])[:NUM_SQUEEZED]
-    for _, rounds in found:
-        squeezed = min(rounds, squeeze(shop, rounds), key=rounds_s)
-        if rounds_s(squeezed) < search.best_s:
-            search.best = Draft(tuple(in_order(squeezed, **size)), rounds_s(squeezed))
+    poured = _poured(search)
+    few = len(poured[0]) <= FEW_ROUNDS  # then one is cheap to squeeze, and it matters most
+    found = poured if few else poured[:NUM_SQUEEZED]
+    found = [*found, *_aligned(search)[: NUM_SQUEEZED - 1]]
+    found = [min(rounds, squeeze(shop, rounds), key=rounds_s) for rounds in found]
+    rounds = min(found, key=rounds_s)
+    rounds = min(rounds, swap_rows(shop, rounds, MAX_SWAPS), key=rounds_s)
+    ordered = in_order(rounds, num_ranks=shop.num_ranks, node_size=shop.node_size)
+    search.best = Draft(tuple(ordered), rounds_s(rounds))
 
 
-def _aligned(
-    search: _Search, targets: SequenceOf[tuple[bool, float, float]]
-) -> list[tuple[float, list[Round]]]:
-    """Rounds of a build for each of the targets, at least of one, and their seconds."""
-    shop = search.shop
-    found: list[tuple[float, list[Round]]] = []
-    for packed, factor, share in targets:
+def _poured(search: _Search) -> list[list[Round]]:
+    """Rounds of each of the ways, at least of one, the quickest first."""
+    pourer = Pourer(search.shop)
+    found: list[list[Round]] = []
+    for level, reach, least_degree in WAYS[: search.max_builds]:
         if found and time.perf_counter() > search.deadline_s:
+            break
+        found.append(pourer.pour(Pour(level=level, reach=reach, least_degree=least_degree)))
+        search.num_builds += 1
+    return sorted(found, key=rounds_s)
+
+
+def _aligned(search: _Search) -> list[list[Round]]:
+    """Rounds of a build for each of the targets, the quickest first."""
+    shop = search.shop
+    found: list[list[Round]] = []
+    for packed, factor, share in ROUND_TARGETS[: search.max_builds]:
+        if time.perf_counter() > search.deadline_s:
             break
         target_s = factor * search.bound_s
         way = Target(makespan_s=target_s, alone_s=share * target_s, memory_weight=1.0, packed=packed)
-        rounds = align(build_draft(shop, way).batches, num_ranks=shop.num_ranks, node_size=shop.node_size)
-        found.append((rounds_s(rounds), rounds))
+        found.append(align(build_draft(shop, way).batches, num_ranks=shop.num_ranks, node_size=shop.node_size))
         search.num_builds += 1
-    return found
+    return sorted(found, key=rounds_s)
 
 
 def _bisect(search: _Search, way: Target, reached_s: float, num_builds: int) -> None:

@@ -1,13 +1,14 @@
 """The published strategies as candidates for ``adaptive``: each one that might have the better plan is run.
 
-A strategy is left out where a bound of its own proves that it cannot win; so are all, beyond small steps, where the gap
-is so narrow that none could win what its run takes (CLOSE_TO_BOUND). The rest depends on the size of the step,
-sequences times ranks. Small: all are run, FlexSP only where adaptive's gap is above ``limits.relative_gap``, since its
-programs take seconds. Middling: greedy and the list schedules of rings, and above that gap the most promising static
-layouts. Large: greedy, floored rings and those layouts, above that gap only. In lockstep (zero3), list schedules are
-far behind and only those layouts are tried beyond small steps. So adaptive is never behind a strategy
-that was run; of one that was not (FlexSP, Zeppelin and Megatron's rule beyond small steps) only its gap says how far
-behind it can be.
+A strategy is left out where a bound of its own proves that it cannot win; so are all, beyond small steps, where the
+gap is so narrow that none could win what its run takes (CLOSE_TO_BOUND). The rest depends on the size of the step,
+sequences times ranks. Small: all are run, FlexSP only where adaptive's gap is above ``limits.relative_gap``, since
+its programs take seconds. Middling: greedy, the list schedules of rings and FlexSP's rounds for the fewest rounds,
+packed without programs (these seldom change them), and above that gap the most promising static layouts. Large:
+greedy, floored rings and those layouts, above that gap only. In lockstep (zero3), list schedules are far behind and
+only those layouts are tried beyond small steps. So adaptive is never behind a strategy that was run; of one that was
+not (FlexSP, Zeppelin and Megatron's rule beyond small steps) only its gap says how far behind it can be: no plan of
+theirs is better by more than adaptive's proven gap.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ import numpy as np
 from planner.assemble import Found, MicrobatchChoice, makespan_s
 from planner.cost import CostModel, PlanLimits
 from planner.errors import InfeasibleError, SpecError
-from planner.flexsp import plan_flexsp
+from planner.flexsp import flexsp_schedule, plan_flexsp
 from planner.greedy import plan_greedy
 from planner.hdp import hdp_shapes, hdp_table, plan_hdp, plan_hdp_floor, plan_hdp_naive, smallest_columns
 from planner.megatron_rule import plan_megatron
 from planner.plan import MemoryAction, Sharding, SolveStatus
 from planner.pp_balance import plan_hdp_pp, plan_packs
-from planner.shapes import GroupShape, group_tokens
+from planner.shapes import GroupShape, allowed_shapes, group_tokens, price_table, require_fits
 from planner.static import best_layout, every_layout
 from planner.zeppelin import plan_zeppelin
 
@@ -107,6 +108,8 @@ def _candidates(match: Match) -> list[tuple[str, Callable[[], Found]]]:
     runs = [] if in_lockstep and not match.small else [("greedy", greedy), ("hdp-floor", run(plan_hdp_floor))]
     if match.small or match.open:
         runs.append(("static", lambda: _static(match)))
+    if not match.small and match.size <= MIDDLING_STEP and not in_lockstep:
+        runs.append(("flexsp rounds", lambda: _rounds_without_programs(match)))
     if match.size <= MIDDLING_STEP and (match.small or not in_lockstep):
         keep = replace(match.limits, policies=(MemoryAction.KEEP,))
         runs += [("hdp", run(plan_hdp))] if _hdp_may_win(match, match.limits) else []
@@ -161,6 +164,20 @@ def _static(match: Match) -> Found:
     )
 
 
+def _rounds_without_programs(match: Match) -> Found:
+    """FlexSP's plan of the fewest rounds that can be packed. A relative gap of 1 leaves every program unsolved."""
+    table = price_table(match.lengths, allowed_shapes(match.num_ranks, match.cost, match.limits))
+    require_fits(table, match.cost, match.limits)
+    result = flexsp_schedule(
+        table, num_ranks=match.num_ranks, deadline_s=match.deadline_s, incumbent_s=match.beat_s,
+        max_local_tokens=match.cost.max_local_tokens(match.limits.device_budget_bytes),
+        limits=replace(match.limits, num_round_trials=1, relative_gap=1.0),
+    )
+    if result is None:
+        raise SpecError("no number of rounds could be packed in time")
+    return Found(groups=result.schedule.groups, status=SolveStatus.FEASIBLE, bound_s=0.0, note="")
+
+
 def _layout_bound_s(layout: SequenceOf[GroupShape], match: Match) -> float:
     """Work at the cheapest coefficients of the layout's shapes, memory's share of fixed times, the longest's time."""
     sizes = np.asarray(match.lengths, dtype=np.float64)
@@ -174,5 +191,3 @@ def _layout_bound_s(layout: SequenceOf[GroupShape], match: Match) -> float:
         s.fit.group_s(num_tokens=longest, num_tokens2=longest * longest, num_sequences=1) for s in shapes
     )
     return max(work_s / match.num_ranks, alone_s)
-
-

@@ -69,6 +69,19 @@ def align(batches: Iterable[Batch], *, num_ranks: int, node_size: int) -> list[R
     return rounds
 
 
+def rebuilt(shop: Workshop, columns: SequenceOf[int], rows: SequenceOf[SequenceOf[int]]) -> list[Round]:
+    """Rounds of new microbatches with these columns and rows, those without rows left out; loads and seconds are added
+    up again."""
+    found = []
+    for column, members in zip(columns, rows, strict=True):
+        if members:
+            batch = Batch(column, shop.degree[column], shop.fixed[column])
+            for row in members:
+                batch.add(row, shop.load(row, column), shop.marginal_s(row, column))
+            found.append(batch)
+    return align(found, num_ranks=shop.num_ranks, node_size=shop.node_size)
+
+
 def place_degrees(degrees: SequenceOf[int], num_ranks: int, node_size: int) -> list[int] | None:
     """First ranks of groups of these degrees, largest first, side by side: inside a node those that fit one, from the
     start of a node the larger ones. None where there is no room."""
@@ -232,13 +245,5 @@ class _State:
         return len(self.rows) - 1
 
     def rounds(self) -> list[Round]:
-        """The state as rounds of new microbatches; their seconds are added up again."""
-        found = []
-        for place, rows in zip(self.column.tolist(), self.rows, strict=True):
-            if rows:
-                column = self.columns[place]
-                batch = Batch(column, self.shop.degree[column], self.shop.fixed[column])
-                for row in rows:
-                    batch.add(row, self.shop.load(row, column), self.shop.marginal_s(row, column))
-                found.append(batch)
-        return align(found, num_ranks=self.shop.num_ranks, node_size=self.shop.node_size)
+        """The state as rounds of new microbatches."""
+        return rebuilt(self.shop, [self.columns[place] for place in self.column.tolist()], self.rows)

@@ -126,6 +126,7 @@ class Pool:
     """Rows still to be placed, by length."""
 
     def __init__(self, shop: Workshop, rows: Iterable[int]) -> None:
+        self._shop_lengths = shop.lengths
         self._rows = sorted(rows, key=lambda row: (shop.lengths[row], -row))
         self._sizes = [shop.lengths[row] for row in self._rows]
 
@@ -152,6 +153,17 @@ class Pool:
             return None
         self._sizes.pop(place)
         return self._rows.pop(place)
+
+    def put_back(self, row: int) -> None:
+        """Undo the last ``take_at_most`` that returned this row."""
+        size = self._shop_lengths[row]
+        place = bisect_right(self._sizes, size)
+        self._sizes.insert(place, size)
+        self._rows.insert(place, row)
+
+    @property
+    def longest_row(self) -> int:
+        return self._rows[-1]
 
     def longest_first(self) -> list[int]:
         return self._rows[::-1]

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from planner.bounds import bound_of_parts, bound_parts, cheapest_columns
+from planner.bounds import cheapest_columns, lockstep_bound_s, step_bound_s
 from planner.cost import CostModel, PlanLimits
 from planner.memory_policy import recompute_fractions, swaps, with_policy
-from planner.plan import AttentionKind
+from planner.plan import AttentionKind, Sharding
 from planner.shapes import GroupShape, allowed_shapes, group_tokens, price_table, require_fits, shapes_of_degree
 
 MEMORY_BINDS = 5e-3  # of the bound: what policies must promise to be searched
@@ -41,11 +41,11 @@ def search_space(lengths: SequenceOf[int], num_ranks: int, cost: CostModel, limi
     fractions = recompute_fractions(cost, limits)
     if len(fractions) == 1 and not swaps(cost, limits):
         _require_fits(lengths, kept, cost, limits)
-        return SearchSpace(bound_s=_bound_s(lengths, kept, num_ranks), choices=(kept,), has_policies=False)
+        return SearchSpace(bound_s=_bound_s(lengths, kept, num_ranks, cost), choices=(kept,), has_policies=False)
     shapes = _worth_it(lengths, every_policy(num_ranks, cost, limits))
     _require_fits(lengths, shapes, cost, limits)
-    bound_s = _bound_s(lengths, shapes, num_ranks)
-    if not _misfits(lengths, kept) and _bound_s(lengths, kept, num_ranks) <= bound_s * (1 + MEMORY_BINDS):
+    bound_s = _bound_s(lengths, shapes, num_ranks, cost)
+    if not _misfits(lengths, kept) and _bound_s(lengths, kept, num_ranks, cost) <= bound_s * (1 + MEMORY_BINDS):
         return SearchSpace(bound_s=bound_s, choices=(kept,), has_policies=False)
     return SearchSpace(bound_s=bound_s, choices=_choices(lengths, shapes, bound_s), has_policies=True)
 
@@ -103,8 +103,9 @@ def _misfits(lengths: SequenceOf[int], shapes: tuple[GroupShape, ...]) -> bool:
     return bool(longer) and not price_table(longer, shapes).fits.any(axis=1).all()
 
 
-def _bound_s(lengths: SequenceOf[int], shapes: tuple[GroupShape, ...], num_ranks: int) -> float:
-    return bound_of_parts(bound_parts(lengths, shapes, num_ranks), num_ranks)
+def _bound_s(lengths: SequenceOf[int], shapes: tuple[GroupShape, ...], num_ranks: int, cost: CostModel) -> float:
+    bound = lockstep_bound_s if cost.sharding is Sharding.ZERO3 else step_bound_s
+    return bound(lengths, shapes, num_ranks)
 
 
 def _choices(

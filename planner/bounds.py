@@ -30,12 +30,24 @@ placement or order: the bound holds for every strategy that forms these shapes, 
 holds in lockstep (zero3), where barriers only add, and with pipeline stages, whose seconds and memory a cost model
 gives for one of them: each stage alone runs all of the microbatches, one at a time on a rank, and is busy for their
 seconds, so what is said here of the ranks holds for the ranks of that stage. All coefficients must be at least 0.
+
+*Lockstep.* Where all ranks wait after each round (``planner.lockstep``) more can be said. Let f be the least fixed_s of
+all shapes, and R the rounds of a plan. A rank runs at most one microbatch a round and holds no more than its memory in
+it, so R is at least the least memory that all sequences can take, in units of all ranks' memory, rounded up. A round
+takes at least f, whether a rank is idle in it or busy for its F >= f and the marginal_s of its groups. So
+
+    num_ranks * R * f + sum over sequences of min over allowed shapes of degree * marginal_s  <=  num_ranks * C
+
+where a shape is allowed if it runs the sequence alone in C - (R - 1) f, which is all that other rounds leave of C. More
+rounds raise the left side and allow fewer shapes, so the least R gives a bound for all.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+from math import ceil
 
 import numpy as np
 
@@ -89,6 +101,39 @@ def bound_parts(
     if not settled.all():
         parts.append(BoundPart(price_table(distinct[~settled], shapes), weights[~settled]))
     return tuple(parts)
+
+
+def lockstep_bound_s(lengths: SequenceOf[int] | IntArray, shapes: SequenceOf[GroupShape], num_ranks: int) -> float:
+    """``step_bound_s`` where all ranks wait for each other after each round (``zero3``): never less."""
+    parts = bound_parts(lengths, shapes, num_ranks)
+    if not parts:
+        return 0.0
+    works = [_Work.of(part) for part in parts]
+    fixed_s = min(shape.fit.fixed_s for shape in shapes)
+    num_rounds = _least_rounds(np.asarray(lengths, dtype=np.int64), shapes, num_ranks)
+    others_s = (num_rounds - 1) * fixed_s
+    longest_s = max(float(work.alone_s.min(axis=1).max()) for work in works)
+    # The shapes that a settled part leaves out are dearer, but might be quicker: there all that are left are allowed.
+    whole = [len(part.table.shapes) == len(shapes) for part in parts]
+
+    def needed_s(makespan_s: float) -> float:
+        limits_s = [makespan_s - others_s if each else np.inf for each in whole]
+        least_s = sum(work.marginal_rank_s(limit_s) for work, limit_s in zip(works, limits_s, strict=True))
+        return num_rounds * fixed_s + least_s / num_ranks
+
+    low_s = max(bound_of_parts(parts, num_ranks), longest_s + others_s)
+    return _raised(needed_s, low_s)
+
+
+def _least_rounds(lengths: IntArray, shapes: SequenceOf[GroupShape], num_ranks: int) -> int:
+    """Rounds that take all sequences' least memory; a shape's ranks hold ``group_tokens`` together."""
+    tokens = lengths.astype(np.float64)
+    least = np.full(len(lengths), np.inf)
+    for held in dict.fromkeys(shape.held for shape in shapes):
+        share = min(shape.degree / max(group_tokens(shape), 1) for shape in shapes if shape.held == held)
+        held_tokens = tokens * np.maximum(held.least, held.at_zero - held.per_token * tokens)
+        least = np.minimum(least, share * held_tokens)
+    return max(1, ceil(float(least.sum()) / num_ranks * (1 - 1e-9)))
 
 
 def settled_lengths(
@@ -159,17 +204,26 @@ class _Work:
         charges = self.rank_seconds * (1 + clock_weight) + memory_weight * self.memory_rank_seconds
         return float(np.where(self.alone_s <= makespan_s, charges, np.inf).min(axis=1) @ self.counts)
 
+    def marginal_rank_s(self, limit_s: float) -> float:
+        """Least rank seconds of all rows, fixed times left out, on shapes that run them alone within the limit."""
+        return float(np.where(self.alone_s <= limit_s, self.rank_seconds, np.inf).min(axis=1) @ self.counts)
+
 
 def _raise_bound(works: SequenceOf[_Work], num_ranks: int, memory_weight: float, low_s: float) -> float:
-    """The largest proven bound at this weight, at least ``low_s`` (itself proven, and no less than the critical path).
-
-    ``needed(C)`` falls with C, so C < needed(C) proves C impossible and needed(C) possible, and C >= needed(C) proves
-    C possible and everything below needed(C) impossible.
-    """
+    """The largest proven bound at this weight, at least ``low_s`` (proven itself, no less than the critical path)."""
 
     def needed_s(makespan_s: float) -> float:
         return sum(work.charge_s(makespan_s, memory_weight) for work in works) / num_ranks
 
+    return _raised(needed_s, low_s)
+
+
+def _raised(needed_s: Callable[[float], float], low_s: float) -> float:
+    """The least C with ``needed_s(C) <= C``, from below, and at least ``low_s``.
+
+    ``needed(C)`` falls with C, so C < needed(C) proves C impossible and needed(C) possible, and C >= needed(C) proves
+    C possible and everything below needed(C) impossible.
+    """
     high_s = needed_s(low_s)
     if high_s <= low_s:
         return low_s

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import combinations, permutations, product
 
 from planner.layout import local_token_counts
+from planner.lockstep import lockstep_rounds
 from planner.shapes import GroupShape
 from tests.planner.test_static_greedy import partitions
 
@@ -45,9 +46,11 @@ def kept_groups(shapes: Sequence[GroupShape], num_ranks: int, rank_tokens: int) 
     return groups_of
 
 
-def best_makespan_s(lengths: list[int], groups_of: GroupsOf, num_ranks: int, rank_tokens: int) -> float:
+def best_makespan_s(
+    lengths: list[int], groups_of: GroupsOf, num_ranks: int, rank_tokens: int, *, lockstep: bool = False
+) -> float:
     """The best of all plans: every partition of the sequences to groups, every group for them, every partition of the
-    groups to microbatches, every order."""
+    groups to microbatches, every order. ``lockstep``: all ranks wait for each other after each round."""
     best_s = float("inf")
     for parts in partitions(list(range(len(lengths)))):
         options = [groups_of([lengths[index] for index in part]) for part in parts]
@@ -57,6 +60,10 @@ def best_makespan_s(lengths: list[int], groups_of: GroupsOf, num_ranks: int, ran
                 if not all(fits for _, _, fits in microbatches):
                     continue
                 for order in permutations(microbatches):
+                    if lockstep:
+                        rounds = lockstep_rounds(ranks for ranks, _, _ in order)
+                        best_s = min(best_s, sum(max(order[place][1] for place in each) for each in rounds))
+                        continue
                     free_s = [0.0] * num_ranks
                     for ranks, seconds, _ in order:
                         end_s = max(free_s[rank] for rank in ranks) + seconds

@@ -5,18 +5,21 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from planner.adaptive_rivals import CLOSE_TO_BOUND
 from planner.adaptive_shop import Pool, Workshop, first_ranks
 from planner.adaptive_space import every_shape
 from planner.cost import CostModel, PlanLimits
 from planner.errors import InfeasibleError, SpecError
+from planner.flexsp import flexsp_schedule
 from planner.plan import AttentionKind, SolveStatus, StepPlan, plan_digest
-from planner.shapes import price_table
+from planner.shapes import allowed_shapes, price_table
 from planner.static import possible_degrees
 from planner.step_planner import STRATEGIES, greedy_step, plan_step
 from tests.planner.random_plans import toy_cost
@@ -95,6 +98,24 @@ def test_uneven_costs_are_planned_too(seed: int, num_ranks: int, num_sequences: 
     assert plan.predicted_s <= greedy_step(
         lengths, step=0, num_ranks=num_ranks, cost=cost, limits=limits
     ).predicted_s * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3, 4])
+@pytest.mark.parametrize("fixed_s", [1e-3, 2e-2])
+def test_never_behind_flexsp_rounds_beyond_small_steps(seed: int, fixed_s: float) -> None:
+    """24 ranks, 400 sequences: FlexSP is not run there, its packing of the fewest rounds is."""
+    lengths = skewed_lengths(seed, 400, 12_000)
+    cost, limits = make_cost(24, kinds=BOTH, fixed_s=fixed_s), make_limits(kinds=BOTH, rank_tokens=9000)
+    plan = adaptive(lengths, 24, cost, limits)
+    rounds = flexsp_schedule(
+        price_table(lengths, allowed_shapes(24, cost, limits)), num_ranks=24, max_local_tokens=9000, max_variables=0,
+        limits=replace(limits, num_round_trials=1), incumbent_s=float("inf"), deadline_s=float("inf"),
+    )
+    assert rounds is not None
+    close = 1 + CLOSE_TO_BOUND  # a plan so near its bound is not compared
+    assert plan.predicted_s <= max(
+        rounds.schedule.makespan_s + cost.step_fixed_s, plan.solver.bound_s * close
+    ) * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("fixed_s", [1e-3, 0.3])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from planner.adaptive_space import every_shape
-from planner.bounds import bound_parts, makespan_bound_s, step_bound_s
+from planner.bounds import bound_parts, lockstep_bound_s, makespan_bound_s, step_bound_s
 from planner.cost import CostModel, PlanLimits
-from planner.plan import AttentionKind
+from planner.plan import AttentionKind, Sharding
 from planner.shapes import group_tokens, price_table
 from planner.step_planner import STRATEGIES, greedy_step, plan_step
 from tests.planner.brute_force import best_makespan_s, kept_groups
@@ -44,6 +45,38 @@ def test_the_bound_holds_for_uneven_costs(seed: int, lengths: list[int]) -> None
     rank_tokens = rng.choice([7000, 12_000, 60_000])
     limits = PlanLimits(device_budget_bytes=cost.device_bytes(rank_tokens), max_ulysses_degree=3, kinds=BOTH)
     check_against_brute_force(lengths, 3, cost, limits, cost.max_local_tokens(limits.device_budget_bytes))
+
+
+@given(
+    st.integers(0, 10**6), st.integers(1, 3), st.lists(st.integers(1, 4000), min_size=1, max_size=3),
+    st.sampled_from([(ULYSSES,), (RING,)]), st.sampled_from([0.0, 2e-3, 0.3]), st.sampled_from([1400, 4096]),
+    st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+def test_no_plan_in_lockstep_beats_its_bound(
+    seed: int, num_ranks: int, lengths: list[int], kinds: tuple[AttentionKind, ...], fixed_s: float, rank_tokens: int,
+    uneven: bool,
+) -> None:
+    lengths = [min(size, num_ranks * (rank_tokens - 2)) for size in lengths]
+    cost = toy_cost(random.Random(seed), num_ranks) if uneven else make_cost(num_ranks, kinds=kinds, fixed_s=fixed_s)
+    cost = replace(cost, sharding=Sharding.ZERO3)
+    budget = cost.device_bytes(rank_tokens)
+    limits = PlanLimits(device_budget_bytes=budget, max_ulysses_degree=num_ranks, kinds=kinds)
+    held = cost.max_local_tokens(budget)
+    shapes = every_shape(num_ranks, cost, limits)
+    best_s = best_makespan_s(lengths, kept_groups(shapes, num_ranks, held), num_ranks, held, lockstep=True)
+    bound_s = lockstep_bound_s(lengths, shapes, num_ranks)
+    assert step_bound_s(lengths, shapes, num_ranks) <= bound_s <= best_s * (1 + 1e-9)
+    plan = plan_step(lengths, step=0, num_ranks=num_ranks, cost=cost, limits=limits, strategy="adaptive")
+    assert plan.predicted_s >= (best_s + cost.step_fixed_s) * (1 - 1e-9)
+
+
+def test_lockstep_counts_whole_rounds() -> None:
+    """Three full sequences on two ranks: two rounds, though they take one and a half ranks' memory."""
+    cost, limits = make_cost(2, fixed_s=0.5), make_limits(rank_tokens=4096)
+    shapes = every_shape(2, cost, limits)
+    marginal_s = cost.group_s(AttentionKind.LOCAL, 1, [4096]) - 0.5
+    assert lockstep_bound_s([4096] * 3, shapes, 2) == pytest.approx(2 * 0.5 + 1.5 * marginal_s, rel=1e-6)
 
 
 def check_against_brute_force(

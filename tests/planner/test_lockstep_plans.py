@@ -10,9 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planner.adaptive_rounds import align, in_order, place_degrees, rounds_s, squeeze
+from planner.adaptive_pour import WAYS, Pour, Pourer
+from planner.adaptive_rounds import Round, align, in_order, place_degrees, rounds_s, squeeze
 from planner.adaptive_shop import Batch, Workshop
 from planner.adaptive_space import every_shape
+from planner.adaptive_swap import swap_rows
 from planner.assemble import GroupChoice, assemble_plan
 from planner.cost import CostModel
 from planner.drift import planned_span_s, planned_times
@@ -124,7 +126,32 @@ def test_squeezed_rounds_hold_the_same_sequences_in_no_more_time(
     rounds = align(batches, num_ranks=num_ranks, node_size=node_size)
     squeezed = squeeze(shop, rounds)
     assert rounds_s(squeezed) <= rounds_s(rounds) * (1 + 1e-9)
-    ordered = in_order(squeezed, num_ranks=num_ranks, node_size=node_size)
+    check_rounds(squeezed, shop)
+    check_rounds(swap_rows(shop, rounds, 40), shop)
+    check_rounds(swap_rows(shop, squeezed, 40), shop)
+
+
+@given(
+    st.integers(0, 10**6), st.sampled_from([1, 2, 5, 8, 12, 24]), st.sampled_from([2, 4, 8, 64]), st.integers(1, 60),
+    st.sampled_from(WAYS), st.sampled_from([1e-4, 5e-3, 0.3]),
+)
+@settings(max_examples=60, deadline=None)
+def test_poured_rounds_hold_every_sequence_within_time_and_memory(
+    seed: int, num_ranks: int, node_size: int, num_sequences: int, way: tuple[float, float, int], fixed_s: float
+) -> None:
+    lengths = skewed_lengths(seed, num_sequences, 4096 * min(num_ranks, 5) - 40)
+    shapes = every_shape(num_ranks, lockstep_cost(num_ranks, fixed_s=fixed_s), make_limits(kinds=BOTH))
+    shop = Workshop(
+        lengths, shapes, [False] * len(lengths), num_ranks=num_ranks, node_size=min(node_size, num_ranks)
+    )
+    level, reach, least_degree = way
+    check_rounds(Pourer(shop).pour(Pour(level=level, reach=reach, least_degree=least_degree)), shop)
+
+
+def check_rounds(rounds: list[Round], shop: Workshop) -> None:
+    """Every row once, within memory, its ranks inside a node where they fit one, and no longer when played."""
+    num_ranks, node_size, lengths = shop.num_ranks, shop.node_size, shop.lengths
+    ordered = in_order(rounds, num_ranks=num_ranks, node_size=node_size)
     assert sorted(row for batch in ordered for row in batch.rows) == list(range(len(lengths)))
     for batch in ordered:
         assert batch.load == sum(shop.load(row, batch.column) for row in batch.rows) <= shop.capacity[batch.column]
@@ -133,7 +160,7 @@ def test_squeezed_rounds_hold_the_same_sequences_in_no_more_time(
             assert batch.first_rank // node_size == (batch.first_rank + batch.degree - 1) // node_size
     ranks = [tuple(range(batch.first_rank, batch.first_rank + batch.degree)) for batch in ordered]
     played_s = sum(max(ordered[index].seconds for index in members) for members in lockstep_rounds(ranks))
-    assert played_s <= rounds_s(squeezed) * (1 + 1e-9)
+    assert played_s <= rounds_s(rounds) * (1 + 1e-9)
 
 
 @given(st.lists(st.integers(2, 20), max_size=10), st.integers(1, 64), st.integers(1, 16))
