@@ -108,11 +108,12 @@ class _GroupsAttention(torch.autograd.Function):
             for runner, (_, k, v) in zip(runners, parts, strict=True)
         ]
         outs, saved = [], []
-        for runner, own, walk in zip(runners, parts, started, strict=True):
-            qkv = own if runner.heads is None else runner.heads.gather_qkv(*own)
-            q, k, v = qkv
+        for runner, (q, k, v), walk in zip(runners, parts, started, strict=True):
+            own = (q, k, v)
+            if runner.heads is not None:
+                q, k, v = runner.heads.gather_qkv(q, k, v)
             out_TNH, lse_TN = runner.walker.forward(q, k, v, walk)
-            saved += [*(own if runner.regather else qkv), out_TNH, lse_TN]
+            saved += [*(own if runner.regather else (q, k, v)), out_TNH, lse_TN]
             outs.append(out_TNH if runner.heads is None else runner.heads.scatter_out(out_TNH))
         ctx.save_for_backward(*saved)
         ctx.runners = runners
