@@ -3,7 +3,7 @@
     python -m benchmarks.step [--steps 12] [--out benchmarks/results/step.md]
     python -m benchmarks.step --box 2x4 --strategies adaptive,flexsp,hdp,zeppelin --attention auto \\
         --peers deepspeed,verl,ring-flash-attn --model benchmarks/models/tiny-8-heads.yaml \\
-        --max-length 2048 --tokens-per-step 8192 --steps 8
+        --max-length 2048 --tokens-per-step 8192 --steps 6
 
 The second needs root and about ten minutes on two quiet cores.
 

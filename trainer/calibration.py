@@ -119,19 +119,18 @@ def calibrate(
 def length_design(max_length: int, degree: int) -> tuple[tuple[int, ...], ...]:
     """Length sets of one group that tell s^2, s, count and fixed cost apart.
 
-    The joint fit has fewer unknowns than samples, so that its error says something. Groups of less than four stop at
-    half of ``max_length``: short looks at the quadratic part, which all degrees share, cost less than one long one.
+    The joint fit has fewer unknowns than samples, so that its error says something. Most is measured on one rank, whose
+    work all shapes share: also as many tokens at once as a full microbatch has, where memory is slower than it is for
+    few. Groups of less than four stop at half of ``max_length``: short looks at the quadratic part cost less than one
+    long one. Degrees that are no power of two have just as many sets as prices of their own: most degrees are such.
     """
     small, middle = max(max_length // 32, 16), max(max_length // 8, 32)
     long = max_length if degree >= 4 else max(max_length // 2, 64)
-    designs = [
-        (small,) * degree,
-        (long,),
-        (small,) * (16 * degree),
-        (max(small // 4, 8),) * (12 * degree),
-    ]
+    designs = [(small,) * degree, (long,), (max(small // 4, 8),) * (12 * degree)]
     if degree == 1:
-        designs.append((middle,))
+        designs += [(small,) * 16, (middle,)]
+    elif degree.bit_count() == 1:
+        designs.append((small,) * (6 * degree))
     return tuple(dict.fromkeys(designs))
 
 
