@@ -57,7 +57,7 @@ def picture(courses: SequenceOf[Course]) -> str:
 
 def _memory(courses: SequenceOf[Course], most_mib: float) -> Iterator[str]:
     step = _round_step(most_mib / 4)
-    top_mib = (int(most_mib / step) + 1) * step
+    top_mib = (int(most_mib / step) + 2) * step  # room for the legend
     for tick in range(int(top_mib / step) + 1):
         y = _TOP + _PLOT * (1 - tick * step / top_mib)
         yield f'<line x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>'
