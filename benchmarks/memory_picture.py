@@ -40,34 +40,36 @@ def trace(course: Course) -> dict[str, Any]:
 
 
 def picture(courses: SequenceOf[Course]) -> str:
-    """SVG. Time of each course is its own; they share the axis."""
+    """SVG. Above, each course runs from its own start to its own end, for on a busy machine seconds say little."""
     swapped = next((each for each in courses if each.intervals), None)
     height = _TOP + _PLOT + 54 + (len(LANES) * _LANE + 62 if swapped else 0)
-    most_s = max(each.samples[-1][0] for each in courses)
     most_mib = max(size for each in courses for _, size in each.samples) / MIB
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" font-family="sans-serif" '
         f'font-size="12" fill="#222"><rect width="{_WIDTH}" height="{height}" fill="#fff"/>',
         _text(_LEFT, 22, f"Resident memory over one step ({courses[0].length:,} tokens), above its start", size=15),
-        *_memory(courses, most_s, most_mib),
+        *_memory(courses, most_mib),
     ]
     if swapped:
         parts += _lanes(swapped, _TOP + _PLOT + 78)
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
-def _memory(courses: SequenceOf[Course], most_s: float, most_mib: float) -> Iterator[str]:
+def _memory(courses: SequenceOf[Course], most_mib: float) -> Iterator[str]:
     step = _round_step(most_mib / 4)
-    top_mib = (int(most_mib / step) + 1) * step
+    top_mib = (int(most_mib / step) + 2) * step  # room for the legend
     for tick in range(int(top_mib / step) + 1):
         y = _TOP + _PLOT * (1 - tick * step / top_mib)
         yield f'<line x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>'
         yield _text(_LEFT - 8, y + 4, f"{tick * step:g} MiB", anchor="end")
-    yield from _seconds_axis(most_s, _TOP + _PLOT)
+    for place, word in enumerate(("start", "a quarter", "half of the step", "three quarters", "end")):
+        anchor = "end" if place == 4 else "middle"
+        yield _text(_x(place, 4), _TOP + _PLOT + 19, word, anchor=anchor)
     for place, course in enumerate(courses):
+        own_s = course.samples[-1][0]
         colour = _COLOURS[place % len(_COLOURS)]
         points = " ".join(
-            f"{_x(seconds, most_s):.1f},{_TOP + _PLOT * (1 - max(size, 0) / MIB / top_mib):.1f}"
+            f"{_x(seconds, own_s):.1f},{_TOP + _PLOT * (1 - max(size, 0) / MIB / top_mib):.1f}"
             for seconds, size in _thinned(course.samples)
         )
         yield f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.6"/>'

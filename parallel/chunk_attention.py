@@ -30,8 +30,8 @@ from planner.plan import Span
 Rows = tuple[int, int]
 
 _PIECE_ROWS = 2048
-"""Most stored rows that one call of the backward works on: its dK/dV exist beside those of the store, and for a whole
-long document they would be one layer's share of all dK/dV."""
+"""Most stored rows that one call of the backward works on, or as many as the chunk has: the call's dK/dV exist beside
+those of the store, and for a whole long document they would be one layer's share of all dK/dV."""
 
 
 class KeyValueStore(Protocol):
@@ -91,7 +91,7 @@ class ChunkAttention:
         first = _first_document_rows(members)
         self.parts = tuple(
             _Part(Pairs(False, ((0, first),), (rows,), device), rows, carried)
-            for rows, carried in _pieces(places.parts)
+            for rows, carried in _pieces(places.parts, max(_PIECE_ROWS, first))
         ) if first else ()
         self.prefix = (places.parts[0][0][0], places.parts[-1][0][1]) if self.parts else (0, 0)
         self.prefix_pairs = Pairs(False, ((0, first),), (self.prefix,), device)
@@ -216,11 +216,11 @@ def _own_pairs(
     )
 
 
-def _pieces(parts: SequenceOf[tuple[Rows, Rows | None]]) -> Iterator[tuple[Rows, Rows | None]]:
-    """The same rows in runs of at most ``_PIECE_ROWS``."""
+def _pieces(parts: SequenceOf[tuple[Rows, Rows | None]], most_rows: int) -> Iterator[tuple[Rows, Rows | None]]:
+    """The same rows in runs of at most ``most_rows``."""
     for (start, stop), carried in parts:
-        for low in range(start, stop, _PIECE_ROWS):
-            high = min(low + _PIECE_ROWS, stop)
+        for low in range(start, stop, most_rows):
+            high = min(low + most_rows, stop)
             shift = None if carried is None else carried[0] - start
             yield (low, high), None if shift is None else (low + shift, high + shift)
 

@@ -19,8 +19,9 @@ from planner.errors import SpecError
 
 Rows = tuple[int, int]
 _BLOCK_ROWS = 1024
-_CPU_SCORES = 2**19  # of one block on CPU: a core's cache holds little more
 """Query and key rows of one block where a product of blocks is made outside a kernel."""
+_CPU_SCORES = 2**19
+"""Scores of one such block on CPU, all heads: a core's cache holds little more."""
 
 
 @dataclass(frozen=True)

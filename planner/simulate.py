@@ -179,7 +179,9 @@ def run_schedule(prices: Iterable[MicrobatchPrice], *, num_ranks: int, cost: Cos
         rank_busy_s=tuple(busy_s),
         rank_finish_s=tuple(finish_s),
         idle_fraction=max(0.0, 1.0 - sum(busy_s) / (num_ranks * last_s)) if last_s > 0 else 0.0,
-        rank_peak_bytes=tuple(int(cost.memory.fixed_bytes + held) for held in peak_bytes),
+        rank_peak_bytes=tuple(
+            max(int(cost.memory.fixed_bytes + held), cost.memory.update_bytes) for held in peak_bytes
+        ),
         events=tuple(events),
     )
 

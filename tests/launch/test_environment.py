@@ -59,6 +59,11 @@ def test_gloo_stays_on_this_machine_only_when_all_ranks_are_here() -> None:
         assert settings(local_world_size=4, num_cores=4)["GLOO_SOCKET_IFNAME"] == "lo"
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc")
+def test_large_blocks_get_huge_pages() -> None:
+    assert settings(local_world_size=4, num_cores=4)["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"
+
+
 def test_what_the_user_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "environ", {"OMP_NUM_THREADS": "3"})
     environment.apply({"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"})

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from memory.chunked import cut_chunks, place_rows, schedule_chunks
 from memory.chunked_kv import ChunkStore
 from memory.sparse_chunks import ChunkSampler, Sampling
+from parallel import chunk_attention
 from parallel.engine import AttentionEngine
 from parallel.kernel import CpuFlashKernel, Pairs, choose_kernel
 from parallel.program import compile_rank_program
@@ -151,6 +152,15 @@ class TestExactness:
             policy = ChunkPolicy(chunk_tokens=-(-chunk_tokens // degree))
             got = chunked_gradients(model, [group], lengths, policy, reader(documents), num_ranks=degree)[1]
             assert worst_error(got, wanted) < TOLERANCE, kind
+
+    def test_stored_rows_in_pieces(self, model, monkeypatch):
+        monkeypatch.setattr(chunk_attention, "_PIECE_ROWS", 5)
+        documents = random_documents([64])
+        policy = ChunkPolicy(chunk_tokens=4)
+        got = chunked_gradients(
+            model, [group_of(AttentionKind.LOCAL, 1, 1)], [64], policy, reader(documents), num_ranks=1
+        )[1]
+        assert worst_error(got, dense_gradients(model, documents)[1]) < TOLERANCE
 
     def test_ranks_in_several_groups_of_one_microbatch(self, model):
         lengths = [30, 9, 14, 21]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -165,3 +167,11 @@ def test_impossible_settings() -> None:
         derive_cost(cluster, model, num_ranks=8, tensor_parallel=2)
     with pytest.raises(SpecError, match="32 query heads cannot be split over 3"):
         derive_cost(cluster, model, num_ranks=2, tensor_parallel=3)
+
+
+def test_the_end_of_a_step_may_be_the_peak():
+    cost = simple_cost()
+    ended = dataclasses.replace(cost, memory=dataclasses.replace(cost.memory, update_bytes=2_000))
+    assert [ended.device_bytes(tokens) for tokens in (0, 10, 200)] == [2_000, 2_000, cost.device_bytes(200)]
+    assert ended.max_local_tokens(1_999) == 0 < cost.max_local_tokens(1_999)
+    assert ended.max_local_tokens(5_000) == cost.max_local_tokens(5_000)
