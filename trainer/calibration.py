@@ -36,8 +36,8 @@ from planner.plan import (
     StepPlan,
 )
 from trainer.batch import TokenRows, token_rows
-from trainer.chunk_memory import resident_bytes_per_token
 from trainer.chunked_orders import run_chunked_alone
+from trainer.chunked_step import resident_bytes_per_token
 from trainer.machine_samples import measure_operations
 from trainer.step import ReadSpans, Runtime, bind_attention, run_alone, run_empty_microbatch, train_step
 

@@ -1,16 +1,14 @@
-"""What chunked training keeps of earlier chunks, and where: on the device, or with ``--tier`` below it."""
+"""The tier of chunked training, made from its settings: ``--memory seco|spaco --tier host|disk``."""
 
 from __future__ import annotations
 
 import dataclasses
 
-import torch
-
 from memory.activations import ActivationMemory
 from memory.chunked_tier import NUM_DKV_BUFFERS, NUM_KV_BUFFERS
-from memory.tiers import HOST
 from planner.errors import InfeasibleError
 from planner.units import KIB, format_bytes
+from trainer.chunked_step import layer_row_bytes
 from trainer.config import TrainConfig
 from trainer.step import Runtime
 from trainer.swap_setup import make_tier, most_rows, tier_limit_bytes, tier_name_of
@@ -30,7 +28,7 @@ def chunk_memory(
     tier_name = tier_name_of(config, runtime.mesh.device)
     limit_bytes = tier_limit_bytes(config, runtime, tier_name, local_world_size)
     rows, pieces = most_rows(config), -(-most_rows(config) // chunking.chunk_tokens) + 1
-    num_layers, kv_bytes, dkv_bytes = _layer_row_bytes(runtime)
+    num_layers, kv_bytes, dkv_bytes = layer_row_bytes(runtime)
     needed_bytes = int(num_layers * ((kv_bytes + dkv_bytes) * rows + 2 * pieces * _PLACE_BYTES))
     capacity_bytes = min(limit_bytes, needed_bytes) if config.memory.tier_budget == "auto" else limit_bytes
     # nothing reads the last chunk of a document; of sampled chunks dK/dV may be few
@@ -55,26 +53,6 @@ def chunk_memory(
     return dataclasses.replace(
         memory, tier=tier, ledger=ledger, note=note, tier_bytes_per_token=num_layers * padded
     )
-
-
-def resident_bytes_per_token(runtime: Runtime) -> float:
-    """K/V and fp32 dK/dV of a local token in chunked training that are in the memory whose peak is measured; 0 in whole
-    microbatches. On CPU the host tier is in that memory too."""
-    if runtime.chunking is None:
-        return 0.0
-    num_layers, kv_bytes, dkv_bytes = _layer_row_bytes(runtime)
-    tier = runtime.memory.tier if runtime.chunking.offloads else None
-    if tier is None or (tier.name == HOST and runtime.mesh.device.type == "cpu"):
-        return num_layers * (kv_bytes + dkv_bytes)
-    return min(NUM_KV_BUFFERS, num_layers) * kv_bytes + min(NUM_DKV_BUFFERS, num_layers) * dkv_bytes
-
-
-def _layer_row_bytes(runtime: Runtime) -> tuple[int, float, float]:
-    """Layers of this rank, and bytes of a token's K/V and dK/dV in one of them."""
-    spec = runtime.model.spec
-    elements = 2 * spec.num_kv_heads * spec.head_dim / runtime.mesh.tensor_size
-    wide = torch.promote_types(runtime.compute_dtype, torch.float32)
-    return len(runtime.model.layers), elements * runtime.compute_dtype.itemsize, elements * wide.itemsize
 
 
 def _in_places(num_bytes: float) -> float:

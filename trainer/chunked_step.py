@@ -20,8 +20,9 @@ import torch
 from memory.chunked import Chunk, cut_chunks, place_rows, schedule_chunks
 from memory.chunked_kv import ChunkStore
 from memory.chunked_loss import IGNORE
-from memory.chunked_tier import TieredChunkStore
+from memory.chunked_tier import NUM_DKV_BUFFERS, NUM_KV_BUFFERS, TieredChunkStore
 from memory.sparse_chunks import EXACT, ChunkSampler, ChunkWeight, Sampling
+from memory.tiers import HOST
 from parallel.chunk_attention import ChunkAttention, ChunkPlaces
 from parallel.chunk_exchange import ChunkExchange, ChunkHeads, NoExchange, QueryExchange
 from parallel.heads import HeadExchange, HeadLayout
@@ -76,6 +77,26 @@ def chunk_policy(config: TrainConfig, spec: ModelSpec) -> ChunkPolicy | None:
         chunk_tokens=memory.chunk_tokens, keep_rows=budget_bytes // row_bytes, sampler=sampler,
         offloads=memory.tier is not None,
     )
+
+
+def resident_bytes_per_token(runtime: Runtime) -> float:
+    """K/V and fp32 dK/dV of a local token in chunked training that are in the memory whose peak is measured; 0 in whole
+    microbatches. On CPU the host tier is in that memory too."""
+    if runtime.chunking is None:
+        return 0.0
+    num_layers, kv_bytes, dkv_bytes = layer_row_bytes(runtime)
+    tier = runtime.memory.tier if runtime.chunking.offloads else None
+    if tier is None or (tier.name == HOST and runtime.mesh.device.type == "cpu"):
+        return num_layers * (kv_bytes + dkv_bytes)
+    return min(NUM_KV_BUFFERS, num_layers) * kv_bytes + min(NUM_DKV_BUFFERS, num_layers) * dkv_bytes
+
+
+def layer_row_bytes(runtime: Runtime) -> tuple[int, float, float]:
+    """Layers of this rank, and bytes of a token's K/V and dK/dV in one of them."""
+    spec = runtime.model.spec
+    elements = 2 * spec.num_kv_heads * spec.head_dim / runtime.mesh.tensor_size
+    wide = torch.promote_types(runtime.compute_dtype, torch.float32)
+    return len(runtime.model.layers), elements * runtime.compute_dtype.itemsize, elements * wide.itemsize
 
 
 def run_chunked(

@@ -134,7 +134,7 @@ class TestMemory:
         chunked_gradients(model, [group], [256], policy, read, num_ranks=1, tiers=[tier])
         return max(resident), tier
 
-    def test_the_tier_holds_all_layers_and_memory_five_layers_halves(self, monkeypatch):
+    def test_the_tier_holds_all_layers_and_memory_five_layers_halves(self, lone_rank, monkeypatch):
         resident, tier = self.run(monkeypatch)
         rows = 256 - 16  # nothing reads the last chunk
         assert tier.peak_bytes == 2 * self.NUM_LAYERS * rows * ROW_BYTES
@@ -143,7 +143,7 @@ class TestMemory:
         # K/V once; dK/dV of a chunk again in the backward of every later one
         assert tier.written_bytes == kv_bytes + self.NUM_LAYERS * 16 * ROW_BYTES * (15 * 16 // 2)
 
-    def test_gradients_of_chunks_that_are_not_sampled_are_never_in_the_tier(self, monkeypatch):
+    def test_gradients_of_chunks_that_are_not_sampled_are_never_in_the_tier(self, lone_rank, monkeypatch):
         sampler = ChunkSampler(kind=Sampling.EVEN, fraction=1 / 8, seed=0)
         _, tier = self.run(monkeypatch, sampler)
         early, late = [place for place, weight in enumerate(sampler.draw([16] * 16, (0, 0, 0))) if weight.selected]

@@ -19,8 +19,7 @@ from tests.trainer.test_equality import CONFIG, SPEC
 from tests.trainer.test_step import reader, start
 from trainer.calibration import MeasuredShape, calibrate
 from trainer.checkpoint import weights_digest
-from trainer.chunk_memory import resident_bytes_per_token
-from trainer.chunked_step import chunk_policy
+from trainer.chunked_step import chunk_policy, resident_bytes_per_token
 from trainer.config import MemoryConfig, ParallelConfig
 from trainer.step import accumulate_gradients, compile_stage_program, train_step
 
