@@ -22,6 +22,9 @@ class ChunkStore:
     _kv: dict[int, torch.Tensor] = field(default_factory=dict)
     _dkv: dict[int, torch.Tensor] = field(default_factory=dict)
 
+    def prepare(self, layer: int, rows: Rows, carried: Rows, following: int | None) -> None:
+        """Nothing to do: all rows are here."""
+
     def write(self, layer: int, rows: Rows, k_TKH: torch.Tensor, v_TKH: torch.Tensor) -> None:
         """Store the K/V of these rows."""
         if layer not in self._kv:
@@ -51,6 +54,11 @@ class ChunkStore:
             return None
         place = self._dkv[layer][rows[0] : rows[1]]
         return place[:, 0], place[:, 1]
+
+    def close(self) -> None:
+        """Drop all rows. The store is at its end."""
+        self._kv.clear()
+        self._dkv.clear()
 
     @property
     def num_bytes(self) -> int:

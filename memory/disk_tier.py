@@ -17,7 +17,7 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import FileIO
 from pathlib import Path
 
@@ -83,14 +83,16 @@ class DiskTier:
     def store(self, source: torch.Tensor) -> Stored:
         data = flat_bytes(source)
         offset, generation = self._places.take(data.numel())
-        self.written_bytes += data.numel()
-        return Stored(offset, data.numel(), generation, self._start(self._writer, self._write, data, offset))
+        return Stored(offset, data.numel(), generation, self._put_behind(data, offset))
+
+    def overwrite(self, stored: Stored, source: torch.Tensor) -> Stored:
+        data = flat_bytes(source)
+        self._places.check(stored, data.numel())
+        return replace(stored, transfer=self._put_behind(data, stored.offset))
 
     def load(self, stored: Stored, into: torch.Tensor) -> Transfer:
-        self._places.check(stored)
         data = flat_bytes(into)
-        if data.numel() != stored.num_bytes:
-            raise ValueError(f"{stored.num_bytes} bytes were stored, {data.numel()} are asked for")
+        self._places.check(stored, data.numel())
         self.read_bytes += data.numel()
 
         def read(bytes_: np.ndarray, offset: int) -> None:
@@ -106,6 +108,10 @@ class DiskTier:
         self._writer.shutdown(wait=True)
         self._reader.shutdown(wait=True)
         self._file.close()
+
+    def _put_behind(self, data: torch.Tensor, offset: int) -> Transfer:
+        self.written_bytes += data.numel()
+        return self._start(self._writer, self._write, data, offset)
 
     def _start(
         self, worker: ThreadPoolExecutor, work: Callable[[np.ndarray, int], None], data: torch.Tensor, offset: int
@@ -203,8 +209,8 @@ def _open_reserved(path: Path, capacity_bytes: int) -> FileIO:
         if error.errno not in _NO_ROOM:
             raise TierError(text) from error
         raise MemoryFullError(
-            f"{text} (free on this disk: {format_bytes(free_bytes)}); use a folder with more room, a smaller "
-            "--memory.tier-budget or a smaller --swap-fraction",
+            f"{text} (free on this disk: {format_bytes(free_bytes)}); use a folder with more room or a smaller "
+            "--memory.tier-budget (with --memory swap also a smaller --swap-fraction)",
             account=DISK, needed_bytes=capacity_bytes, available_bytes=free_bytes,
         ) from error
     return file

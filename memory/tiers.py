@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -67,6 +67,10 @@ class Tier(Protocol):
     def store(self, source: torch.Tensor) -> Stored:
         """Start copying ``source`` out. Raises MemoryFullError, before any copy, where it does not fit."""
 
+    def overwrite(self, stored: Stored, source: torch.Tensor) -> Stored:
+        """Start copying as many bytes into the same place, no copy in or out of which is under way. ``stored`` must not
+        be used any more. Raises TierError where it was released before."""
+
     def load(self, stored: Stored, into: torch.Tensor) -> Transfer:
         """Start copying back into ``into`` (as many bytes as were stored). Raises TierError where ``stored`` was
         released before: its place may hold something else by now."""
@@ -109,9 +113,11 @@ class Places:
     def peak_bytes(self) -> int:
         return self._ledger.peak_bytes(self._account)
 
-    def check(self, stored: Stored) -> None:
+    def check(self, stored: Stored, num_bytes: int | None = None) -> None:
         """Raises TierError unless ``stored`` still owns its place: a place that was used again would come back as other
-        numbers of the right shape, a wrong gradient without an error."""
+        numbers of the right shape, a wrong gradient without an error. ValueError where it has not ``num_bytes``."""
+        if num_bytes not in (None, stored.num_bytes):
+            raise ValueError(f"{stored.num_bytes} bytes were stored, {num_bytes} are asked for")
         if self._live.get(stored.offset) != stored.generation:
             raise TierError(f"{self._account}: the place at byte {stored.offset} is asked for after it was released")
 
@@ -170,9 +176,12 @@ class HostTier:
     def store(self, source: torch.Tensor) -> Stored:
         data = flat_bytes(source)
         offset, generation = self._places.take(data.numel())
-        place = self._buffer[offset : offset + data.numel()]
-        self.written_bytes += data.numel()
-        return Stored(offset, data.numel(), generation, self._copy(STORE, place, data, self._offload))
+        return Stored(offset, data.numel(), generation, self._put(data, offset))
+
+    def overwrite(self, stored: Stored, source: torch.Tensor) -> Stored:
+        data = flat_bytes(source)
+        self._places.check(stored, data.numel())
+        return replace(stored, transfer=self._put(data, stored.offset))
 
     def load(self, stored: Stored, into: torch.Tensor) -> Transfer:
         self._places.check(stored)
@@ -189,6 +198,10 @@ class HostTier:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         self._buffer = torch.empty(0, dtype=torch.uint8)
+
+    def _put(self, data: torch.Tensor, offset: int) -> Transfer:
+        self.written_bytes += data.numel()
+        return self._copy(STORE, self._buffer[offset : offset + data.numel()], data, self._offload)
 
     def _copy(
         self, lane: str, target: torch.Tensor, source: torch.Tensor, stream: torch.cuda.Stream | None

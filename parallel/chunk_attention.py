@@ -37,11 +37,15 @@ those of the store, and for a whole long document they would be one layer's shar
 class KeyValueStore(Protocol):
     """Where K/V of chunks and the gradients that later chunks leave for them are kept, by layer."""
 
+    def prepare(self, layer: int, rows: Rows, carried: Rows, following: int | None) -> None:
+        """Layer ``layer`` is about to read these rows of K/V and of the carried dK/dV (empty: none), then layer
+        ``following`` (None: not known)."""
+
     def write(self, layer: int, rows: Rows, k_TKH: torch.Tensor, v_TKH: torch.Tensor) -> None:
         """Store K/V."""
 
     def keys_values(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """All stored K and V."""
+        """All stored K and V; rows that were prepared count."""
 
     def add_gradients(self, layer: int, rows: Rows, dk_TKH: torch.Tensor, dv_TKH: torch.Tensor) -> None:
         """Add to the gradients carried for these rows."""
@@ -95,6 +99,10 @@ class ChunkAttention:
         ) if first else ()
         self.prefix = (places.parts[0][0][0], places.parts[-1][0][1]) if self.parts else (0, 0)
         self.prefix_pairs = Pairs(False, ((0, first),), (self.prefix,), device)
+        runs = [carried for part in self.parts if (carried := part.carried)] + [places.carried or (0, 0)]
+        runs = [run for run in runs if run[0] < run[1]]
+        # places are given chunk by chunk: what the prefix and this chunk carry lies side by side
+        self.carried = (runs[0][0], runs[-1][1]) if runs else (0, 0)
 
     def __call__(self, q_TNH: torch.Tensor, k_TKH: torch.Tensor, v_TKH: torch.Tensor) -> torch.Tensor | None:
         layer, self._next_layer = self._next_layer, self._next_layer + 1
@@ -118,6 +126,8 @@ class ChunkAttention:
         for pairs in self.own:
             total.add(pairs.query_index, *self.kernel.forward(q_SNH, k_RKH, v_RKH, pairs, self.scale))
         if self.parts:
+            following, last = layer + 1, self._num_layers - 1 - self._keys_only
+            self.store.prepare(layer, self.prefix, (0, 0), following if following <= last else None)
             keys, values = self.store.keys_values(layer)
             part = self.kernel.forward(q_SNH, keys, values, self.prefix_pairs, self.scale)
             total.add(self.prefix_pairs.query_index, *part)
@@ -129,6 +139,7 @@ class ChunkAttention:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(dq over this rank's keys, dk, dv of own key rows, what later chunks left for them included), all wide."""
         wide = accumulate_dtype(q_SNH.dtype)
+        self.store.prepare(layer, self.prefix, self.carried, layer - 1 if layer else None)
         dq = torch.zeros_like(q_SNH, dtype=wide)
         dk, dv = torch.zeros_like(k_RKH, dtype=wide), torch.zeros_like(v_RKH, dtype=wide)
         if self.places.carried is not None:

@@ -20,6 +20,7 @@ from parallel.timing import StepClock, TimedExchange
 from planner.errors import SpecError
 from planner.model_spec import ModelSpec
 from planner.plan import Sharding
+from trainer.chunk_memory import chunk_memory
 from trainer.chunked_step import chunk_policy
 from trainer.config import TrainConfig
 from trainer.initialize import initialize_weights
@@ -99,8 +100,8 @@ def build_runtime(
         sharding=sharding,
         chunking=chunk_policy(config, spec),
     )
-    memory = dataclasses.replace(make_memory(config, runtime, env.local_world_size), arena=arena)
-    return dataclasses.replace(runtime, memory=memory)
+    memory = chunk_memory(config, runtime, make_memory(config, runtime, env.local_world_size), env.local_world_size)
+    return dataclasses.replace(runtime, memory=dataclasses.replace(memory, arena=arena))
 
 
 def build_model(

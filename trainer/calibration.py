@@ -37,6 +37,7 @@ from planner.plan import (
 )
 from trainer.batch import TokenRows, token_rows
 from trainer.chunked_orders import run_chunked_alone
+from trainer.chunked_step import resident_bytes_per_token
 from trainer.machine_samples import measure_operations
 from trainer.step import ReadSpans, Runtime, bind_attention, run_alone, run_empty_microbatch, train_step
 
@@ -100,7 +101,7 @@ def calibrate(
         times=times,
         memory=fit_memory(
             [(0, empty_bytes), *memory], state_bytes=state_bytes, update_bytes=update_bytes,
-            least_slope=_stored_bytes_per_token(runtime),
+            least_slope=resident_bytes_per_token(runtime),
         ),
         step_fixed_s=step_fixed_s,
         peak_flop_per_s=best_rate(operations, "linear"),
@@ -158,15 +159,6 @@ def fit_memory(
         fixed_bytes=int(_MARGIN * (base + state_bytes)), bytes_per_token=max(1.0, _MARGIN * slope),
         update_bytes=int(_MARGIN * update_bytes),
     )
-
-
-def _stored_bytes_per_token(runtime: Runtime) -> float:
-    """K/V and fp32 dK/dV of a local token in chunked training, 0 in whole microbatches."""
-    if runtime.chunking is None:
-        return 0.0
-    spec, size = runtime.model.spec, runtime.mesh.tensor_size
-    elements = len(runtime.model.layers) * 2 * spec.num_kv_heads * spec.head_dim / size
-    return elements * (runtime.compute_dtype.itemsize + torch.float32.itemsize)
 
 
 @dataclass(frozen=True, slots=True)

@@ -129,6 +129,8 @@ def run_lockstep(
                 total += run.backward(selected[place])
             else:
                 run_empty()
+        if run is not None:
+            run.close()
     if not has_run:  # no sequence, or no chunk drawn anywhere: there must be gradients all the same
         run_empty()
     return total

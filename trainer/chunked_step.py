@@ -20,7 +20,9 @@ import torch
 from memory.chunked import Chunk, cut_chunks, place_rows, schedule_chunks
 from memory.chunked_kv import ChunkStore
 from memory.chunked_loss import IGNORE
+from memory.chunked_tier import NUM_DKV_BUFFERS, NUM_KV_BUFFERS, TieredChunkStore
 from memory.sparse_chunks import EXACT, ChunkSampler, ChunkWeight, Sampling
+from memory.tiers import HOST
 from parallel.chunk_attention import ChunkAttention, ChunkPlaces
 from parallel.chunk_exchange import ChunkExchange, ChunkHeads, NoExchange, QueryExchange
 from parallel.heads import HeadExchange, HeadLayout
@@ -40,11 +42,13 @@ ReadSpans = Callable[[tuple[Span, ...]], TokenRows]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChunkPolicy:
     """How a run trains in chunks. ``chunk_tokens``: most rows of a rank in one chunk. ``keep_rows``: rows of trailing
-    chunks whose activations stay instead of being made twice. ``sampler``: None for all chunks."""
+    chunks whose activations stay instead of being made twice. ``sampler``: None for all chunks. ``offloads``: K/V of
+    earlier chunks and their dK/dV are in the run's tier."""
 
     chunk_tokens: int
     keep_rows: int = 0
     sampler: ChunkSampler | None = None
+    offloads: bool = False
 
     def describe_gradients(self) -> str:
         """What the gradients are, for logs and metrics."""
@@ -69,7 +73,30 @@ def chunk_policy(config: TrainConfig, spec: ModelSpec) -> ChunkPolicy | None:
     element_bytes = 2 if config.run.dtype == "bf16" else 4
     row_bytes = spec.num_layers * spec.saved_bytes_per_token(element_bytes) // config.parallel.tensor_parallel
     budget_bytes = parse_bytes(memory.chunk_budget, what="memory.chunk_budget")
-    return ChunkPolicy(chunk_tokens=memory.chunk_tokens, keep_rows=budget_bytes // row_bytes, sampler=sampler)
+    return ChunkPolicy(
+        chunk_tokens=memory.chunk_tokens, keep_rows=budget_bytes // row_bytes, sampler=sampler,
+        offloads=memory.tier is not None,
+    )
+
+
+def resident_bytes_per_token(runtime: Runtime) -> float:
+    """K/V and fp32 dK/dV of a local token in chunked training that are in the memory whose peak is measured; 0 in whole
+    microbatches. On CPU the host tier is in that memory too."""
+    if runtime.chunking is None:
+        return 0.0
+    num_layers, kv_bytes, dkv_bytes = layer_row_bytes(runtime)
+    tier = runtime.memory.tier if runtime.chunking.offloads else None
+    if tier is None or (tier.name == HOST and runtime.mesh.device.type == "cpu"):
+        return num_layers * (kv_bytes + dkv_bytes)
+    return min(NUM_KV_BUFFERS, num_layers) * kv_bytes + min(NUM_DKV_BUFFERS, num_layers) * dkv_bytes
+
+
+def layer_row_bytes(runtime: Runtime) -> tuple[int, float, float]:
+    """Layers of this rank, and bytes of a token's K/V and dK/dV in one of them."""
+    spec = runtime.model.spec
+    elements = 2 * spec.num_kv_heads * spec.head_dim / runtime.mesh.tensor_size
+    wide = torch.promote_types(runtime.compute_dtype, torch.float32)
+    return len(runtime.model.layers), elements * runtime.compute_dtype.itemsize, elements * wide.itemsize
 
 
 def run_chunked(
@@ -116,7 +143,11 @@ class GroupRun:
         # with an exchange of heads a rank holds all tokens of some heads, else its own tokens of all heads
         self._key_member = None if group.kind is AttentionKind.ULYSSES else group.group_index
         self._places, num_rows, num_carried = place_rows(self._chunks, self._schedule, member=self._key_member)
-        self._store = ChunkStore(num_rows, num_carried)
+        tier = runtime.memory.tier if policy.offloads and num_rows else None
+        self._store = (
+            ChunkStore(num_rows, num_carried) if tier is None
+            else TieredChunkStore(self._places, tier, num_layers=len(runtime.model.layers))
+        )
 
     def run(self) -> torch.Tensor:
         """The two passes. Returns the (weighted) sum of own tokens' losses."""
@@ -132,7 +163,12 @@ class GroupRun:
             weight = self._weights[index].loss_weight
             total += loss.detach() * weight
             (loss * (weight / self._num_tokens)).backward()
+        self.close()
         return total
+
+    def close(self) -> None:
+        """After the last backward: what was stored is given up."""
+        self._store.close()
 
     # ---- chunks one by one, for ``zero3`` and for pipeline stages: none is kept
 

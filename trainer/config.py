@@ -186,8 +186,8 @@ class MemoryConfig:
     """With policy swap: share of the tokens swapped out, the rest is recomputed (none: the best shares, from measured
     speeds). Layer inputs and attention outputs are swapped whole."""
     tier: Annotated[str | None, short("--tier")] = None
-    """With policy swap and auto: where swapped activations go, host or disk (none: host memory for cuda, disk for
-    cpu)."""
+    """Host or disk. With policy swap and auto: where swapped activations go (none: host memory for cuda, disk for
+    cpu). With seco and spaco: where K/V of earlier chunks and their gradients go (none: they stay on the device)."""
     tier_budget: str = "auto"
     """Bytes of the tier one rank may use, such as '8 GiB'; auto takes what the run can need, within what is free."""
     chunk_tokens: Annotated[int | None, short("--chunk-tokens")] = None

@@ -131,8 +131,8 @@ def _wrong_memory(config: TrainConfig) -> Iterator[str]:
             f"memory.swap_fraction is for memory.policy swap only, not {memory.policy}: add --memory swap or leave it "
             "out"
         )
-    if memory.policy not in ("swap", "auto") and memory.tier is not None:
-        yield f"memory.tier is for memory.policy swap and auto only, not {memory.policy}: leave it out"
+    if memory.policy not in ("swap", "auto", *CHUNKED_POLICIES) and memory.tier is not None:
+        yield f"memory.tier is for memory.policy swap, seco, spaco and auto only, not {memory.policy}: leave it out"
     if memory.static_plan and config.run.device == "cpu":
         yield "memory.static_plan is for run.device cuda: the CPU's allocator is not ours to replace; leave it out"
     if memory.static_plan and config.parallel.pipeline_parallel > 1:
@@ -265,3 +265,8 @@ def _wrong_chunks(config: TrainConfig) -> Iterator[str]:
     in_step = config.parallel.pipeline_parallel > 1 or config.parallel.sharding == "zero3"
     if chunked and in_step and memory.chunk_budget != type(memory)().chunk_budget:
         yield "memory.chunk_budget is for one pipeline stage and sharding gather_once only: leave it out"
+    if chunked and memory.tier is not None and config.parallel.pipeline_parallel > 1:
+        yield (
+            f"memory.tier with memory.policy {policy} is not built yet for pipeline_parallel above 1: several "
+            "microbatches' K/V live at once there; available: one stage, or leave memory.tier out"
+        )

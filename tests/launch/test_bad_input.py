@@ -78,7 +78,7 @@ def test_the_settings_of_these_tests_would_start(work: Path) -> None:
         (["--strategy", "flexps"], ["'flexps' is unknown", "did you mean 'flexsp'?"]),
         (["--attention", "ulises"], ["plan.attention 'ulises' is unknown", "did you mean 'ulysses'?"]),
         (["--memory", "seco"], ["memory.policy seco needs memory.chunk_tokens"]),
-        (["--memory", "keep", "--tier", "disk"], ["memory.tier is for memory.policy swap and auto only"]),
+        (["--memory", "keep", "--tier", "disk"], ["memory.tier is for memory.policy swap, seco, spaco and auto only"]),
         (["--lora-rank", "8"], ["model.lora_rank is not built yet"]),
         (["--pipeline-parallel", "2"], ["pipeline_parallel (2) is more than the 1 layers"]),
         (["--max-length", "512"], ["data.tokens_per_step (256) must be at least data.max_length (512)"]),

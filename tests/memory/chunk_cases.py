@@ -68,8 +68,8 @@ def group_of(kind, degree, num_sequences):
     return AttentionGroup(kind=kind, ranks=tuple(range(degree)), sequences=tuple(range(num_sequences)))
 
 
-def chunked_gradients(model, groups, lengths, policy, read, *, num_ranks, step=0):
-    """(loss, gradients by name), summed over ranks, each with its own copy of the model."""
+def chunked_gradients(model, groups, lengths, policy, read, *, num_ranks, step=0, tiers=None):
+    """(loss, gradients by name), summed over ranks, each with its own copy of the model and its own of ``tiers``."""
     plan = verified_plan([groups], lengths, num_ranks)
     fabric = ThreadFabric(num_ranks)
 
@@ -79,6 +79,7 @@ def chunked_gradients(model, groups, lengths, policy, read, *, num_ranks, step=0
         runtime = types.SimpleNamespace(
             model=local, chunking=policy, mesh=types.SimpleNamespace(device=CPU, tensor_size=1),
             engine=AttentionEngine(CpuFlashKernel(), fabric.wire(rank), CPU),
+            memory=types.SimpleNamespace(tier=tiers[rank] if tiers else None),
         )
         loss = torch.zeros((), dtype=torch.float64)
         for microbatch in compile_rank_program(plan, rank).microbatches:

@@ -107,6 +107,25 @@ class TestRoundTrip:
                 again()
         tier.release(second)
 
+    def test_overwritten_in_place(self, tier):
+        tier, ledger = tier
+        first, behind = tier.store(torch.zeros(3000)), tier.store(torch.full((10,), 7.0))
+        for transfer in (first.transfer, behind.transfer):
+            transfer.wait()
+        used = ledger.used_bytes(tier.name)
+        second = tier.overwrite(first, torch.arange(3000.0))
+        assert second.offset == first.offset and ledger.used_bytes(tier.name) == used
+        into, other = torch.empty(3000), torch.empty(10)
+        tier.load(second, into).wait()
+        tier.load(behind, other).wait()
+        assert torch.equal(into, torch.arange(3000.0)) and other.eq(7).all()
+        with pytest.raises(ValueError, match="12000 bytes were stored, 40 are asked for"):
+            tier.overwrite(second, torch.zeros(10))
+        for stored in (second, behind):
+            tier.release(stored)
+        with pytest.raises(TierError, match="after it was released"):
+            tier.overwrite(second, torch.zeros(3000))
+
     def test_only_contiguous_tensors(self, tier):
         with pytest.raises(ValueError, match="contiguous"):
             tier[0].store(torch.zeros(4, 6).t())

@@ -19,7 +19,7 @@ from tests.trainer.test_equality import CONFIG, SPEC
 from tests.trainer.test_step import reader, start
 from trainer.calibration import MeasuredShape, calibrate
 from trainer.checkpoint import weights_digest
-from trainer.chunked_step import chunk_policy
+from trainer.chunked_step import chunk_policy, resident_bytes_per_token
 from trainer.config import MemoryConfig, ParallelConfig
 from trainer.step import accumulate_gradients, compile_stage_program, train_step
 
@@ -72,6 +72,43 @@ def test_half_precision_chunks_train_like_whole_microbatches(pool, kind):
     (whole, _), _ = pool.run(losses, MemoryConfig(), "bf16", kind)
     assert chunked[-1] < 0.8 * chunked[0]
     assert max(abs(a - b) for a, b in zip(chunked, whole, strict=True)) < 0.05
+
+
+def tiered_losses(rank, world_size, init_method, memory, parallel, kind, folder):
+    """Losses of two steps, bytes that went through the tier, most in it, and resident bytes of a token."""
+    config = dataclasses.replace(configured(memory), parallel=parallel)
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=folder))
+    runtime = start(rank, world_size, init_method, config, SPEC)
+    groups = [[AttentionGroup(kind=kind, ranks=(1, 0), sequences=(0, 2))],
+              [AttentionGroup(kind=AttentionKind.LOCAL, ranks=(1,), sequences=(1,))]]
+    plan = dataclasses.replace(verified_plan(groups, LENGTHS, world_size), sharding=runtime.sharding)
+    program = compile_rank_program(plan, rank)
+    rng = np.random.default_rng(8)
+    read = reader([rng.integers(0, SPEC.vocab_size, size=size + 1) for size in LENGTHS])
+    outcomes = [
+        train_step(runtime, dataclasses.replace(program, step=step), read, num_tokens=sum(LENGTHS), lr=1e-2)
+        for step in range(2)
+    ]
+    tier = runtime.memory.tier
+    moved = (0, 0) if tier is None else (tier.written_bytes, tier.read_bytes)
+    runtime.memory.close()
+    return [outcome.loss for outcome in outcomes], moved, outcomes[-1].tier_peak_bytes, resident_bytes_per_token(
+        runtime
+    )
+
+
+@pytest.mark.parametrize(("parallel", "kind"), [
+    (ParallelConfig(), AttentionKind.ULYSSES), (ParallelConfig(sharding="zero3"), AttentionKind.RING),
+], ids=["gather_once ulysses", "zero3 ring"])
+def test_chunks_in_a_tier_train_to_the_same_bits(pool, tmp_path, parallel, kind):
+    tiered = dataclasses.replace(SECO, tier="disk")
+    wanted = pool.run(tiered_losses, SECO, parallel, kind, str(tmp_path))
+    for rank, (values, moved, peak_bytes, token_bytes) in enumerate(
+        pool.run(tiered_losses, tiered, parallel, kind, str(tmp_path))
+    ):
+        assert values == wanted[rank][0]
+        assert min(moved) > 0 and min(peak_bytes) > 0 and wanted[rank][2] == (0, 0)
+        assert token_bytes <= wanted[rank][3]
 
 
 def test_sampled_chunks_repeat_exactly_and_differ_by_step_and_seed(pool):

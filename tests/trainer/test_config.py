@@ -86,6 +86,8 @@ def test_short_forms(flag: str, expected: tuple[str, str, object]) -> None:
 def test_short_forms_of_swapping() -> None:
     memory = resolve_config(["--memory", "swap", "--swap-fraction", "0.25", "--tier", "disk"]).memory
     assert (memory.policy, memory.swap_fraction, memory.tier) == ("swap", 0.25, "disk")
+    memory = resolve_config(["--memory", "seco", "--chunk-tokens", "64", "--tier", "disk"]).memory
+    assert (memory.policy, memory.chunk_tokens, memory.tier) == ("seco", 64, "disk")
 
 
 def test_chunked_training_has_its_flags() -> None:
@@ -175,7 +177,11 @@ BAD_FLAGS = [
     (["--strategy", "megatron", "--degree", "2"], "plan.degree is for plan.strategy static only, not megatron"),
     (["--attention", "ulises"], "plan.attention 'ulises' is unknown (did you mean 'ulysses'?)"),
     (["--swap-fraction", "0.5"], "memory.swap_fraction is for memory.policy swap only, not auto"),
-    (["--memory", "keep", "--tier", "disk"], "memory.tier is for memory.policy swap and auto only, not keep"),
+    (["--memory", "keep", "--tier", "disk"],
+     "memory.tier is for memory.policy swap, seco, spaco and auto only, not keep"),
+    (["--memory", "seco", "--chunk-tokens", "8", "--tier", "disk", "--pipeline-parallel", "2",
+      "--model.tied-head", "false"],
+     "memory.tier with memory.policy seco is not built yet for pipeline_parallel above 1"),
     (["--memory", "swap", "--tier", "dsk"], "memory.tier 'dsk' is unknown (did you mean 'disk'?)"),
     (["--memory", "swap", "--memory.tier-budget", "0"], "memory.tier_budget must be above 0 bytes, got '0'"),
     (["--memory", "swap", "--memory.tier-budget", "many"], "memory.tier_budget"),
