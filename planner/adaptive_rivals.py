@@ -3,12 +3,12 @@
 A strategy is left out where a bound of its own proves that it cannot win; so are all, beyond small steps, where the
 gap is so narrow that none could win what its run takes (CLOSE_TO_BOUND). The rest depends on the size of the step,
 sequences times ranks. Small: all are run, FlexSP only where adaptive's gap is above ``limits.relative_gap``, since
-its programs take seconds. Middling: greedy, the list schedules of rings and FlexSP's rounds for the fewest rounds,
-packed without programs (these seldom change them), and above that gap the most promising static layouts. Large:
+its programs take seconds. Middling: greedy, the list schedules of rings and, where one round may hold the step, FlexSP
+packed without programs (these seldom change it), and above that gap the most promising static layouts. Large:
 greedy, floored rings and those layouts, above that gap only. In lockstep (zero3), list schedules are far behind and
-only those layouts are tried beyond small steps. So adaptive is never behind a strategy that was run; of one that was
-not (FlexSP, Zeppelin and Megatron's rule beyond small steps) only its gap says how far behind it can be: no plan of
-theirs is better by more than adaptive's proven gap.
+beyond small steps only those layouts are tried, where adaptive's gap is wide (LOCKSTEP_GAP). So adaptive is never
+behind a strategy that was run; of one that was not (FlexSP, Zeppelin and Megatron's rule beyond small steps) only its
+gap says how far behind it can be: no plan of theirs is better by more than adaptive's proven gap.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from planner.zeppelin import plan_zeppelin
 MAX_LAYOUTS = 3  # beyond small steps
 PACK_SHARES = (1.0, 0.5, 0.25, 0.125)
 CLOSE_TO_BOUND = 3e-3
+LOCKSTEP_GAP = 0.15  # in lockstep static layouts took 1.15 to 5 times as long as rounds of unlike groups
 SMALL_STEP = 2**13
 MIDDLING_STEP = 2**16
 
@@ -106,7 +107,8 @@ def _candidates(match: Match) -> list[tuple[str, Callable[[], Found]]]:
 
     in_lockstep = match.cost.sharding is Sharding.ZERO3
     runs = [] if in_lockstep and not match.small else [("greedy", greedy), ("hdp-floor", run(plan_hdp_floor))]
-    if match.small or match.open:
+    hopeless = in_lockstep and match.beat_s <= match.bound_s * (1 + LOCKSTEP_GAP)
+    if match.small or (match.open and not hopeless):
         runs.append(("static", lambda: _static(match)))
     if not match.small and match.size <= MIDDLING_STEP and not in_lockstep:
         runs.append(("flexsp rounds", lambda: _rounds_without_programs(match)))
@@ -165,12 +167,16 @@ def _static(match: Match) -> Found:
 
 
 def _rounds_without_programs(match: Match) -> Found:
-    """FlexSP's plan of the fewest rounds that can be packed. A relative gap of 1 leaves every program unsolved."""
+    """FlexSP's plan where one round may hold the step. A relative gap of 1 leaves every program unsolved. With several,
+    every round loses time of its own, and each took 2 % and more over adaptive's plan."""
+    max_local_tokens = match.cost.max_local_tokens(match.limits.device_budget_bytes)
+    if sum(match.lengths) > match.num_ranks * max_local_tokens:
+        raise SpecError("one round cannot hold the step")
     table = price_table(match.lengths, allowed_shapes(match.num_ranks, match.cost, match.limits))
     require_fits(table, match.cost, match.limits)
     result = flexsp_schedule(
         table, num_ranks=match.num_ranks, deadline_s=match.deadline_s, incumbent_s=match.beat_s,
-        max_local_tokens=match.cost.max_local_tokens(match.limits.device_budget_bytes),
+        max_local_tokens=max_local_tokens,
         limits=replace(match.limits, num_round_trials=1, relative_gap=1.0),
     )
     if result is None:

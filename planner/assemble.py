@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from planner.cost import KEEP, CostModel
 from planner.errors import PlanError
+from planner.pipeline_order import StageWork
 from planner.plan import (
     AttentionGroup,
     AttentionKind,
@@ -19,7 +20,8 @@ from planner.plan import (
     StepPlan,
 )
 from planner.remap import Move
-from planner.simulate import MicrobatchPrice, price_groups, run_schedule
+from planner.simulate import MicrobatchPrice, lone_group_s, price_groups, run_schedule
+from planner.timeline import play
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,8 +123,23 @@ def makespan_s(
     groups: Iterable[MicrobatchChoice], lengths: SequenceOf[int], num_ranks: int, cost: CostModel
 ) -> float:
     """When the last rank ends, ``step_fixed_s`` not included, as ``planner.simulate`` plays it."""
-    prices = [price_choice(choice, lengths, cost) for choice in groups]
-    return run_schedule(prices, num_ranks=num_ranks, cost=cost).step_s - cost.step_fixed_s
+    choices = list(groups)
+    if cost.num_stages > 1:
+        prices = [price_choice(choice, lengths, cost) for choice in choices]
+        return run_schedule(prices, num_ranks=num_ranks, cost=cost).step_s - cost.step_fixed_s
+    work = [_work(choice, lengths, cost) for choice in choices]
+    last_s = max((each.stop_s for each in play(work, sharding=cost.sharding, num_stages=1)), default=0.0)
+    return last_s + cost.step_fixed_s - cost.step_fixed_s  # rounded as a whole step is, so that equal plans tie
+
+
+def _work(choice: MicrobatchChoice, lengths: SequenceOf[int], cost: CostModel) -> StageWork:
+    """Ranks and seconds of a microbatch, without the memory that ``price_choice`` counts where seconds do not need
+    it."""
+    if isinstance(choice, GroupChoice) and choice.memory.is_keep:
+        sizes = [lengths[index] for index in choice.sequences]
+        return StageWork(ranks=choice.ranks, seconds=lone_group_s(choice.kind, len(choice.ranks), sizes, cost))
+    price = price_choice(choice, lengths, cost)
+    return StageWork(ranks=price.ranks, seconds=price.seconds)
 
 
 def attention_groups(choice: MicrobatchChoice, cost: CostModel) -> tuple[AttentionGroup, ...]:
