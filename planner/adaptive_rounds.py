@@ -16,8 +16,10 @@ from bisect import bisect_left
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from planner.adaptive_shop import Batch, Workshop
 from planner.shapes import FloatArray, IntArray, price_table
@@ -26,6 +28,9 @@ SHARES = (0.0, 0.7, 0.85, 0.93, 0.97, 0.99)  # of a round's seconds: the limits 
 HAIR_S = 1e-9
 MAX_SQUEEZES = 240
 MAX_WORK = 1_500_000  # squeezes times microbatches: large steps get fewer
+
+Scalar = TypeVar("Scalar", np.float64, np.int64)
+_Arrays = tuple[IntArray, IntArray, IntArray, FloatArray, IntArray, FloatArray, FloatArray, FloatArray, IntArray]
 
 
 @dataclass(slots=True)
@@ -193,13 +198,13 @@ class _State:
         self._limit(place, float(mine.max()) if len(mine) and limit_s > 0 else 0.0)
         return True
 
-    def _saved(self) -> tuple[FloatArray | IntArray, ...]:
+    def _saved(self) -> _Arrays:
         return (
             self.column, self.round, self.load.copy(), self.seconds.copy(), self.free.copy(), self.limit_s.copy(),
             self.opening_s.copy(), self.spare_s.copy(), self.room.copy(),
         )
 
-    def _restore(self, before: tuple[FloatArray | IntArray, ...]) -> None:
+    def _restore(self, before: _Arrays) -> None:
         (
             self.column, self.round, self.load, self.seconds, self.free, self.limit_s, self.opening_s, self.spare_s,
             self.room,
@@ -272,10 +277,9 @@ class _State:
             return -1
         chosen = int(open_rounds[np.argmin(self.limit_s[open_rounds])])
         self.free[chosen] -= 1
-        self.column, self.load = np.append(self.column, 0), np.append(self.load, 0)
-        self.seconds, self.round = np.append(self.seconds, 0.0), np.append(self.round, chosen)
-        self.opening_s, self.spare_s = np.append(self.opening_s, 0.0), np.append(self.spare_s, 0.0)
-        self.room = np.append(self.room, 0)
+        self.column, self.round = _grown(self.column, 0), _grown(self.round, chosen)
+        self.load, self.room, self.seconds = _grown(self.load, 0), _grown(self.room, 0), _grown(self.seconds, 0.0)
+        self.opening_s, self.spare_s = _grown(self.opening_s, 0.0), _grown(self.spare_s, 0.0)
         self.rows.append([])
         self._set(len(self.rows) - 1, 0, 0.0)
         return len(self.rows) - 1
@@ -283,3 +287,11 @@ class _State:
     def rounds(self) -> list[Round]:
         """The state as rounds of new microbatches."""
         return rebuilt(self.shop, [self.columns[place] for place in self.column.tolist()], self.rows)
+
+
+def _grown(values: npt.NDArray[Scalar], last: float) -> npt.NDArray[Scalar]:
+    """The values and one more."""
+    grown = np.empty(len(values) + 1, dtype=values.dtype)
+    grown[:-1] = values
+    grown[-1] = last
+    return grown
