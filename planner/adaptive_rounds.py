@@ -68,7 +68,8 @@ def align(batches: Iterable[Batch], *, num_ranks: int, node_size: int) -> list[R
     """Rounds of these microbatches, the longest first. The microbatches stay what they are."""
     rounds: list[Round] = []
     for batch in sorted(batches, key=lambda batch: (-batch.seconds, -batch.degree, batch.rows[0])):
-        if not any(each.take(batch, num_ranks, node_size) for each in rounds):
+        degree = batch.degree
+        if not any(each.take(batch, num_ranks, node_size) for each in rounds if degree <= each.num_free):
             rounds.append(Round(num_free=num_ranks))
             rounds[-1].take(batch, num_ranks, node_size)
     return rounds
@@ -93,23 +94,26 @@ def place_degrees(degrees: SequenceOf[int], num_ranks: int, node_size: int) -> l
     sizes = [min(node_size, num_ranks - first) for first in range(0, num_ranks, node_size)]
     taken = [0] * len(sizes)
     firsts = []
+    node, before = 0, 0
     for degree in degrees:
         span = -(-degree // node_size)
-        for node in range(len(sizes) - span + 1):
+        node = node if degree == before else 0  # nodes without room for one group have none for its like
+        before = degree
+        while node + span <= len(sizes):
             if span == 1:
-                if taken[node] + degree > sizes[node]:
-                    continue
-                firsts.append(node * node_size + taken[node])
-                taken[node] += degree
-            else:
-                if any(taken[node : node + span]) or node * node_size + degree > num_ranks:
-                    continue
-                firsts.append(node * node_size)
-                taken[node : node + span] = sizes[node : node + span]
-                taken[node + span - 1] = degree - (span - 1) * node_size
-            break
+                if taken[node] + degree <= sizes[node]:
+                    break
+            elif not any(taken[node : node + span]) and node * node_size + degree <= num_ranks:
+                break
+            node += 1
         else:
             return None
+        firsts.append(node * node_size + taken[node])
+        if span == 1:
+            taken[node] += degree
+        else:
+            taken[node : node + span] = sizes[node : node + span]
+            taken[node + span - 1] = degree - (span - 1) * node_size
     return firsts
 
 
