@@ -46,8 +46,8 @@ MEMORY_WEIGHTS = (0.0, 1.0)
 CLOSE_ENOUGH = 1e-3  # of the makespan: no more builds
 GOOD_ENOUGH = 1.5e-2  # of the makespan: no other way to share out fixed times is tried
 # In lockstep: (packed, target over the bound, share of the target in which a sequence alone is to run).
-ROUND_TARGETS = ((True, 1.06, 0.25), (False, 1.35, 0.5), (False, 1.12, 0.25), (True, 1.0, 0.5))
-NUM_SQUEEZED = 3
+ROUND_TARGETS = ((True, 1.06, 0.25), (False, 1.12, 0.25))
+NUM_SQUEEZED = 2
 NUM_FEW_SQUEEZED = 6
 FEW_ROUNDS = 2
 MAX_SWAPS = 150
@@ -163,7 +163,7 @@ def _search_rounds(search: _Search) -> None:
     shop = search.shop
     found = _poured(search)
     if len(found[0]) > FEW_ROUNDS:
-        found = [*found, *_aligned(search)[: NUM_SQUEEZED - 1]]
+        found = [*found, *_aligned(search)]
     found = [min(rounds, squeeze(shop, rounds), key=rounds_s) for rounds in found]
     rounds = min(found, key=rounds_s)
     rounds = min(rounds, swap_rows(shop, rounds, MAX_SWAPS), key=rounds_s)
