@@ -51,6 +51,7 @@ NUM_SQUEEZED = 2
 NUM_FEW_SQUEEZED = 6
 FEW_ROUNDS = 2
 MAX_SWAPS = 150
+ALIGNED_WITHIN = 1.08  # of the best poured rounds' seconds: those that a squeeze may bring below them
 
 
 @dataclass(slots=True)
@@ -163,7 +164,8 @@ def _search_rounds(search: _Search) -> None:
     shop = search.shop
     found = _poured(search)
     if len(found[0]) > FEW_ROUNDS:
-        found = [*found, *_aligned(search)]
+        most_s = ALIGNED_WITHIN * rounds_s(found[0])
+        found += [rounds for rounds in _aligned(search) if rounds_s(rounds) <= most_s]
     found = [min(rounds, squeeze(shop, rounds), key=rounds_s) for rounds in found]
     rounds = min(found, key=rounds_s)
     rounds = min(rounds, swap_rows(shop, rounds, MAX_SWAPS), key=rounds_s)

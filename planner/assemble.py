@@ -75,14 +75,18 @@ def assemble_plan(
     """
     choices = list(groups)
     moved = list(moves) or [()] * len(choices)
-    prices = [price_choice(choice, lengths, cost, part) for choice, part in zip(choices, moved, strict=True)]
+    attention = [attention_groups(choice, cost) for choice in choices]
+    prices = [
+        _price(choice, groups, lengths, cost, part)
+        for choice, groups, part in zip(choices, attention, moved, strict=True)
+    ]
     simulation = run_schedule(prices, num_ranks=num_ranks, cost=cost)
     microbatches = tuple(
         Microbatch(
-            ranks=price.ranks, groups=attention_groups(choice, cost), memory=price.memory, predicted_s=price.seconds,
+            ranks=price.ranks, groups=groups, memory=price.memory, predicted_s=price.seconds,
             peak_bytes=price.peak_bytes(cost), moves=part,
         )
-        for choice, price, part in zip(choices, prices, moved, strict=True)
+        for groups, price, part in zip(attention, prices, moved, strict=True)
     )
     report = SolveReport(
         status=status,
@@ -111,11 +115,18 @@ def price_choice(
 ) -> MicrobatchPrice:
     """What the microbatch costs. Raises PlanError where the cost model cannot price it, or its groups do not agree on
     the memory policy."""
-    groups = (choice,) if isinstance(choice, GroupChoice) else choice
-    policies = {group.memory for group in groups}
+    return _price(choice, attention_groups(choice, cost), lengths, cost, moves)
+
+
+def _price(
+    choice: MicrobatchChoice, attention: tuple[AttentionGroup, ...], lengths: SequenceOf[int], cost: CostModel,
+    moves: SequenceOf[Move],
+) -> MicrobatchPrice:
+    if isinstance(choice, GroupChoice):
+        return price_groups(attention[0].ranks, attention, lengths, cost, choice.memory, moves)
+    policies = {group.memory for group in choice}
     if len(policies) != 1:
-        raise PlanError(f"one microbatch, one memory policy: got {len(policies)} for its {len(groups)} groups")
-    attention = attention_groups(choice, cost)
+        raise PlanError(f"one microbatch, one memory policy: got {len(policies)} for its {len(choice)} groups")
     return price_groups(_ranks(attention), attention, lengths, cost, policies.pop(), moves)
 
 
