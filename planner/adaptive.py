@@ -46,10 +46,12 @@ MEMORY_WEIGHTS = (0.0, 1.0)
 CLOSE_ENOUGH = 1e-3  # of the makespan: no more builds
 GOOD_ENOUGH = 1.5e-2  # of the makespan: no other way to share out fixed times is tried
 # In lockstep: (packed, target over the bound, share of the target in which a sequence alone is to run).
-ROUND_TARGETS = ((True, 1.06, 0.25), (False, 1.35, 0.5), (False, 1.12, 0.25), (True, 1.0, 0.5))
-NUM_SQUEEZED = 3
+ROUND_TARGETS = ((True, 1.06, 0.25), (False, 1.12, 0.25))
+NUM_SQUEEZED = 2
+NUM_FEW_SQUEEZED = 6
 FEW_ROUNDS = 2
 MAX_SWAPS = 150
+ALIGNED_WITHIN = 1.08  # of the best poured rounds' seconds: those that a squeeze may bring below them
 
 
 @dataclass(slots=True)
@@ -157,13 +159,13 @@ def _search(search: _Search) -> None:
 
 
 def _search_rounds(search: _Search) -> None:
-    """Pour rounds in several ways, and align what is built without barriers for several targets; squeeze the best of
-    both and let sequences of the very best change places."""
+    """Pour rounds in several ways and, where there are more than a few, align what is built without barriers for
+    several targets; squeeze the best of both and let sequences of the very best change places."""
     shop = search.shop
-    poured = _poured(search)
-    few = len(poured[0]) <= FEW_ROUNDS  # then one is cheap to squeeze, and it matters most
-    found = poured if few else poured[:NUM_SQUEEZED]
-    found = [*found, *_aligned(search)[: NUM_SQUEEZED - 1]]
+    found = _poured(search)
+    if len(found[0]) > FEW_ROUNDS:
+        most_s = ALIGNED_WITHIN * rounds_s(found[0])
+        found += [rounds for rounds in _aligned(search) if rounds_s(rounds) <= most_s]
     found = [min(rounds, squeeze(shop, rounds), key=rounds_s) for rounds in found]
     rounds = min(found, key=rounds_s)
     rounds = min(rounds, swap_rows(shop, rounds, MAX_SWAPS), key=rounds_s)
@@ -172,15 +174,30 @@ def _search_rounds(search: _Search) -> None:
 
 
 def _poured(search: _Search) -> list[list[Round]]:
-    """Rounds of each of the ways, at least of one, the quickest first."""
+    """The quickest pours of all ways, at least one, each once, the quickest first. A way is left where it cannot be
+    among them any more."""
     pourer = Pourer(search.shop)
     found: list[list[Round]] = []
+    seen: set[tuple[tuple[int, ...], ...]] = set()
     for level, reach, least_degree in WAYS[: search.max_builds]:
         if found and time.perf_counter() > search.deadline_s:
             break
-        found.append(pourer.pour(Pour(level=level, reach=reach, least_degree=least_degree)))
+        wanted = _num_wanted(found)
+        give_up_s = rounds_s(found[wanted - 1]) if len(found) >= wanted else float("inf")
+        rounds = pourer.pour(Pour(level=level, reach=reach, least_degree=least_degree), give_up_s)
         search.num_builds += 1
-    return sorted(found, key=rounds_s)
+        if rounds is None:
+            continue
+        content = tuple((batch.column, *batch.rows) for each in rounds for batch in each.batches)
+        if content not in seen:
+            seen.add(content)
+            found = sorted([*found, rounds], key=rounds_s)
+    return found[: _num_wanted(found)]
+
+
+def _num_wanted(found: SequenceOf[SequenceOf[Round]]) -> int:
+    """How many pours are worth squeezing: where rounds are few, one is cheap to squeeze, and it matters most."""
+    return NUM_FEW_SQUEEZED if not found or len(found[0]) <= FEW_ROUNDS else NUM_SQUEEZED
 
 
 def _aligned(search: _Search) -> list[list[Round]]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from planner.adaptive_shop import Batch, Workshop
+from planner.adaptive_shop import Batch, Workshop, fullest_with_room
 from planner.shapes import FloatArray
 
 NUM_PARTNERS = 6
@@ -75,7 +75,7 @@ def _exchange(
 
 
 def _shift(shop: Workshop, giver: Batch, taker: Batch, row: int) -> None:
-    load, seconds = shop.local_load[row], shop.marginal_s(row, 0)
+    load, seconds = shop.local_load[row], shop.local_s[row]
     giver.rows.remove(row)
     giver.load -= load
     giver.marginal_s -= seconds
@@ -88,7 +88,7 @@ def _best_move(
     """The move after which the later of the two ranks ends first."""
     capacity, fixed_s = shop.capacity[0], shop.fixed[0]
     returns = sorted(
-        (shop.marginal_s(row, 0), row, place) for place, batch in enumerate(takers) for row in batch.rows
+        (shop.local_s[row], row, place) for place, batch in enumerate(takers) for row in batch.rows
     )
     keys = [seconds for seconds, _, _ in returns]
     half_s = (late_s - early_s) / 2
@@ -96,12 +96,11 @@ def _best_move(
     for giver in givers:
         emptied_s = fixed_s if len(giver.rows) == 1 else 0.0
         for row in giver.rows[-MAX_GIVEN:]:
-            load, seconds = shop.local_load[row], shop.marginal_s(row, 0)
-            open_takers = [batch for batch in takers if batch.load + load <= capacity]
-            extra_s = 0.0 if open_takers else fixed_s
+            load, seconds = shop.local_load[row], shop.local_s[row]
+            taker = fullest_with_room(takers, capacity - load)
+            extra_s = fixed_s if taker is None else 0.0
             end_s = max(late_s - seconds - emptied_s, early_s + seconds + extra_s)
             if end_s < late_s and (best is None or end_s < best.worse_end_s):
-                taker = max(open_takers, key=lambda batch: batch.load) if open_takers else None
                 best = _Move(end_s, giver, row, taker, None)
             middle = bisect_left(keys, seconds - half_s)
             for place in range(max(0, middle - NUM_NEIGHBOURS), min(len(keys), middle + NUM_NEIGHBOURS)):
@@ -111,7 +110,7 @@ def _best_move(
                 end_s = max(late_s - seconds + back_s, early_s + seconds - back_s)
                 if best is not None and end_s >= best.worse_end_s:
                     continue
-                taker, change = takers[holder], load - shop.local_load[back]
-                if taker.load + change <= capacity and giver.load - change <= capacity:
-                    best = _Move(end_s, giver, row, taker, back)
+                other, change = takers[holder], load - shop.local_load[back]
+                if other.load + change <= capacity and giver.load - change <= capacity:
+                    best = _Move(end_s, giver, row, other, back)
     return best

@@ -20,7 +20,7 @@ import numpy as np
 
 from planner.adaptive_balance import balance_ranks
 from planner.adaptive_fill import fill_groups, fill_ranks, pack_groups
-from planner.adaptive_shop import Batch, Pool, Workshop
+from planner.adaptive_shop import Batch, Pool, Workshop, fullest_with_room
 from planner.bounds import cheapest_columns
 from planner.shapes import FloatArray
 
@@ -215,17 +215,18 @@ class _Builder:
         heap = [(free_s, rank) for rank, free_s in enumerate(self.free_s.tolist())]
         heapq.heapify(heap)
         for row in rows:
-            load, marginal_s = shop.local_load[row], shop.marginal_s(row, 0)
+            load, marginal_s = shop.local_load[row], shop.local_s[row]
             seen: list[tuple[float, int]] = []
             best_s, best_place, best_batch = float("inf"), 0, None
             while heap and len(seen) < MAX_PEEKS and heap[0][0] + marginal_s < best_s:
                 free_s, rank = heapq.heappop(heap)
-                room = [batch for batch in stacks[rank] if batch.load + load <= capacity]
-                end_s = free_s + marginal_s + (0.0 if room else fixed_s)
+                batch = fullest_with_room(stacks[rank], capacity - load)
+                end_s = free_s + marginal_s + (fixed_s if batch is None else 0.0)
                 if end_s < best_s:
-                    best_batch = max(room, key=lambda batch: batch.load) if room else None
-                    best_s, best_place = end_s, len(seen)
+                    best_s, best_place, best_batch = end_s, len(seen), batch
                 seen.append((free_s, rank))
+                if batch is not None:
+                    break  # the ranks left are free no earlier
             _, rank = seen.pop(best_place)
             for entry in seen:
                 heapq.heappush(heap, entry)

@@ -7,7 +7,7 @@ from math import inf, sqrt
 
 import numpy as np
 
-from planner.adaptive_shop import Batch, Pool, Workshop
+from planner.adaptive_shop import Batch, Pool, Workshop, fullest_with_room
 from planner.shapes import FloatArray
 
 SHORT_SHARE = 0.5  # of the pool's tokens: the short ones that any memory can be filled up with
@@ -130,14 +130,15 @@ class _Filler:
         room = number * self.tokens
         while self.pool and left_s > 0:
             tokens = self.longest_by_excess(left_s - self.rho * room)
-            most = max(self.capacity - batch.load for batch in batches)
+            most = self.capacity - min([batch.load for batch in batches])
             tokens = min(max(tokens, self.pool.shortest), self.shop.longest_within(0, left_s, most))
             row = self.pool.take_at_most(tokens)
             if row is None:
                 break
-            size, seconds = self.shop.lengths[row], self.shop.marginal_s(row, 0)
+            size, seconds = self.shop.lengths[row], self.shop.local_s[row]
             load = self.shop.local_load[row]
-            batch = max((each for each in batches if each.load + load <= self.capacity), key=lambda each: each.load)
+            batch = fullest_with_room(batches, self.capacity - load)
+            assert batch is not None  # the emptiest one has room
             batch.add(row, load, seconds)
             left_s, room = left_s - seconds, room - size
         return [batch for batch in batches if batch.rows]

@@ -91,18 +91,23 @@ class Pourer:
     def first_column(self, place: int, seconds: float) -> int:
         return self.columns[int(cheapest_columns(self.table.take_rows([place]), seconds)[0])]
 
-    def pour(self, way: Pour) -> list[Round]:
-        """Rounds of all rows."""
+    def pour(self, way: Pour, give_up_s: float = inf) -> list[Round] | None:
+        """Rounds of all rows; None where they surely take ``give_up_s`` or longer."""
         shop = self.shop
         pool = Pool(shop, range(len(shop.lengths)))
         rest_s, rest_memory = sum(self.work_s), sum(self.memory)
         rounds: list[Round] = []
+        spent_s = 0.0
         while pool:
-            level_s = way.level * (self.fixed_s + rest_s / max(1, ceil(rest_memory - 1e-9)))
+            num_left = max(1, ceil(rest_memory - 1e-9))
+            if spent_s + num_left * self.fixed_s + rest_s > give_up_s * HAIR:
+                return None
+            level_s = way.level * (self.fixed_s + rest_s / num_left)
             first = pool.longest_row
             column = self.first_column(self.place_of[first], way.reach * level_s)
             limit_s = max(level_s, shop.fixed[column] + shop.marginal_s(first, column)) * HAIR
             rounds.append(self._fill_round(pool, column, limit_s, way.least_degree))
+            spent_s += rounds[-1].seconds
             places = [self.place_of[row] for batch in rounds[-1].batches for row in batch.rows]
             rest_s -= sum(self.work_s[place] for place in places)
             rest_memory -= sum(self.memory[place] for place in places)

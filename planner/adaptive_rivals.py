@@ -3,12 +3,12 @@
 A strategy is left out where a bound of its own proves that it cannot win; so are all, beyond small steps, where the
 gap is so narrow that none could win what its run takes (CLOSE_TO_BOUND). The rest depends on the size of the step,
 sequences times ranks. Small: all are run, FlexSP only where adaptive's gap is above ``limits.relative_gap``, since
-its programs take seconds. Middling: greedy, the list schedules of rings and FlexSP's rounds for the fewest rounds,
-packed without programs (these seldom change them), and above that gap the most promising static layouts. Large:
+its programs take seconds. Middling: greedy, the list schedules of rings and, where one round may hold the step, FlexSP
+packed without programs (these seldom change it), and above that gap the most promising static layouts. Large:
 greedy, floored rings and those layouts, above that gap only. In lockstep (zero3), list schedules are far behind and
-only those layouts are tried beyond small steps. So adaptive is never behind a strategy that was run; of one that was
-not (FlexSP, Zeppelin and Megatron's rule beyond small steps) only its gap says how far behind it can be: no plan of
-theirs is better by more than adaptive's proven gap.
+beyond small steps only those layouts are tried, where adaptive's gap is wide (LOCKSTEP_GAP). So adaptive is never
+behind a strategy that was run; of one that was not (FlexSP, Zeppelin and Megatron's rule beyond small steps) only its
+gap says how far behind it can be: no plan of theirs is better by more than adaptive's proven gap.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ import numpy as np
 from planner.assemble import Found, MicrobatchChoice, makespan_s
 from planner.cost import CostModel, PlanLimits
 from planner.errors import InfeasibleError, SpecError
-from planner.flexsp import flexsp_schedule, plan_flexsp
+from planner.flexsp import one_kind_per_degree, place_rounds, plan_flexsp
 from planner.greedy import plan_greedy
 from planner.hdp import hdp_shapes, hdp_table, plan_hdp, plan_hdp_floor, plan_hdp_naive, smallest_columns
 from planner.megatron_rule import plan_megatron
 from planner.plan import MemoryAction, Sharding, SolveStatus
 from planner.pp_balance import plan_hdp_pp, plan_packs
+from planner.round_packing import pack_round
 from planner.shapes import GroupShape, allowed_shapes, group_tokens, price_table, require_fits
 from planner.static import best_layout, every_layout
 from planner.zeppelin import plan_zeppelin
@@ -35,6 +36,7 @@ from planner.zeppelin import plan_zeppelin
 MAX_LAYOUTS = 3  # beyond small steps
 PACK_SHARES = (1.0, 0.5, 0.25, 0.125)
 CLOSE_TO_BOUND = 3e-3
+LOCKSTEP_GAP = 0.15  # in lockstep static layouts took 1.15 to 5 times as long as rounds of unlike groups
 SMALL_STEP = 2**13
 MIDDLING_STEP = 2**16
 
@@ -106,10 +108,11 @@ def _candidates(match: Match) -> list[tuple[str, Callable[[], Found]]]:
 
     in_lockstep = match.cost.sharding is Sharding.ZERO3
     runs = [] if in_lockstep and not match.small else [("greedy", greedy), ("hdp-floor", run(plan_hdp_floor))]
-    if match.small or match.open:
+    hopeless = in_lockstep and match.beat_s <= match.bound_s * (1 + LOCKSTEP_GAP)
+    if match.small or (match.open and not hopeless):
         runs.append(("static", lambda: _static(match)))
     if not match.small and match.size <= MIDDLING_STEP and not in_lockstep:
-        runs.append(("flexsp rounds", lambda: _rounds_without_programs(match)))
+        runs.append(("flexsp round", lambda: _flexsp_round(match)))
     if match.size <= MIDDLING_STEP and (match.small or not in_lockstep):
         keep = replace(match.limits, policies=(MemoryAction.KEEP,))
         runs += [("hdp", run(plan_hdp))] if _hdp_may_win(match, match.limits) else []
@@ -164,18 +167,20 @@ def _static(match: Match) -> Found:
     )
 
 
-def _rounds_without_programs(match: Match) -> Found:
-    """FlexSP's plan of the fewest rounds that can be packed. A relative gap of 1 leaves every program unsolved."""
+def _flexsp_round(match: Match) -> Found:
+    """FlexSP's plan without a program where one round may hold the step. With several, every round loses time of its
+    own, and each took 2 % and more over adaptive's plan."""
+    max_local_tokens = match.cost.max_local_tokens(match.limits.device_budget_bytes)
+    if sum(match.lengths) > match.num_ranks * max_local_tokens:
+        raise SpecError("one round cannot hold the step")
     table = price_table(match.lengths, allowed_shapes(match.num_ranks, match.cost, match.limits))
     require_fits(table, match.cost, match.limits)
-    result = flexsp_schedule(
-        table, num_ranks=match.num_ranks, deadline_s=match.deadline_s, incumbent_s=match.beat_s,
-        max_local_tokens=match.cost.max_local_tokens(match.limits.device_budget_bytes),
-        limits=replace(match.limits, num_round_trials=1, relative_gap=1.0),
-    )
-    if result is None:
-        raise SpecError("no number of rounds could be packed in time")
-    return Found(groups=result.schedule.groups, status=SolveStatus.FEASIBLE, bound_s=0.0, note="")
+    table = one_kind_per_degree(table)
+    packing = pack_round(table, match.num_ranks, deadline_s=match.deadline_s, within_s=match.beat_s)
+    if packing is None:
+        raise SpecError("no better round was found")
+    schedule = place_rounds([table], [packing], match.num_ranks)
+    return Found(groups=schedule.groups, status=SolveStatus.FEASIBLE, bound_s=0.0, note="")
 
 
 def _layout_bound_s(layout: SequenceOf[GroupShape], match: Match) -> float:

@@ -16,8 +16,10 @@ from bisect import bisect_left
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from planner.adaptive_shop import Batch, Workshop
 from planner.shapes import FloatArray, IntArray, price_table
@@ -26,6 +28,9 @@ SHARES = (0.0, 0.7, 0.85, 0.93, 0.97, 0.99)  # of a round's seconds: the limits 
 HAIR_S = 1e-9
 MAX_SQUEEZES = 240
 MAX_WORK = 1_500_000  # squeezes times microbatches: large steps get fewer
+
+Scalar = TypeVar("Scalar", np.float64, np.int64)
+_Arrays = tuple[IntArray, IntArray, IntArray, FloatArray, IntArray, FloatArray, FloatArray, FloatArray, IntArray]
 
 
 @dataclass(slots=True)
@@ -63,7 +68,8 @@ def align(batches: Iterable[Batch], *, num_ranks: int, node_size: int) -> list[R
     """Rounds of these microbatches, the longest first. The microbatches stay what they are."""
     rounds: list[Round] = []
     for batch in sorted(batches, key=lambda batch: (-batch.seconds, -batch.degree, batch.rows[0])):
-        if not any(each.take(batch, num_ranks, node_size) for each in rounds):
+        degree = batch.degree
+        if not any(each.take(batch, num_ranks, node_size) for each in rounds if degree <= each.num_free):
             rounds.append(Round(num_free=num_ranks))
             rounds[-1].take(batch, num_ranks, node_size)
     return rounds
@@ -88,23 +94,26 @@ def place_degrees(degrees: SequenceOf[int], num_ranks: int, node_size: int) -> l
     sizes = [min(node_size, num_ranks - first) for first in range(0, num_ranks, node_size)]
     taken = [0] * len(sizes)
     firsts = []
+    node, before = 0, 0
     for degree in degrees:
         span = -(-degree // node_size)
-        for node in range(len(sizes) - span + 1):
+        node = node if degree == before else 0  # nodes without room for one group have none for its like
+        before = degree
+        while node + span <= len(sizes):
             if span == 1:
-                if taken[node] + degree > sizes[node]:
-                    continue
-                firsts.append(node * node_size + taken[node])
-                taken[node] += degree
-            else:
-                if any(taken[node : node + span]) or node * node_size + degree > num_ranks:
-                    continue
-                firsts.append(node * node_size)
-                taken[node : node + span] = sizes[node : node + span]
-                taken[node + span - 1] = degree - (span - 1) * node_size
-            break
+                if taken[node] + degree <= sizes[node]:
+                    break
+            elif not any(taken[node : node + span]) and node * node_size + degree <= num_ranks:
+                break
+            node += 1
         else:
             return None
+        firsts.append(node * node_size + taken[node])
+        if span == 1:
+            taken[node] += degree
+        else:
+            taken[node : node + span] = sizes[node : node + span]
+            taken[node + span - 1] = degree - (span - 1) * node_size
     return firsts
 
 
@@ -157,20 +166,29 @@ class _State:
         self.free: IntArray = np.array([each.num_free for each in rounds], dtype=np.int64)
         self.limit_s: FloatArray = np.array([each.seconds for each in rounds])
         self.teams: IntArray = np.array([shop.num_teams[column] for column in used], dtype=np.int64)
+        # Read one at a time, so as lists: by column, then row; and where a row stands among all, shortest first.
+        self.marginals_s = self.table.marginal_s.T.tolist()
+        self.loads = self.table.load_tokens.T.tolist()
+        order = np.lexsort((np.arange(len(shop.lengths)), np.array(shop.lengths)))
+        self.standing = np.argsort(order).tolist()
+        # By microbatch, kept up to date: what ``find`` asks for.
+        self.opening_s: FloatArray = np.where(self.seconds > 0, 0.0, self.table.fixed_s[self.column])
+        self.spare_s: FloatArray = self.limit_s[self.round] - self.seconds - self.opening_s
+        self.room: IntArray = self.table.capacity_tokens[self.column] - self.load
 
     def shorten(self, place: int, limit_s: float) -> bool:
         """Bring the round down to the limit by moving what sticks out; False, and nothing changed, where it has no
         other place."""
-        before = self.column, self.load.copy(), self.seconds.copy(), self.round, self.free.copy(), self.limit_s.copy()
+        before = self._saved()
         kept: dict[int, list[int]] = {}
         over = np.flatnonzero((self.round == place) & (self.seconds > limit_s))
-        self.limit_s[place] = limit_s
+        self._limit(place, limit_s)
         for source in over[np.argsort(-self.seconds[over], kind="stable")].tolist():
             kept.setdefault(source, self.rows[source])
             for row in self.evict(source, limit_s):
                 batch = self.find(row)
                 if batch < 0:
-                    self.column, self.load, self.seconds, self.round, self.free, self.limit_s = before
+                    self._restore(before)
                     del self.rows[len(self.column) :]
                     for changed, rows in kept.items():
                         if changed < len(self.rows):
@@ -181,32 +199,57 @@ class _State:
                     self.rows[batch] = list(kept[batch])
                 self.add(batch, row)
         mine = self.seconds[self.round == place]
-        self.limit_s[place] = mine.max() if len(mine) and limit_s > 0 else 0.0
+        self._limit(place, float(mine.max()) if len(mine) and limit_s > 0 else 0.0)
         return True
+
+    def _saved(self) -> _Arrays:
+        return (
+            self.column, self.round, self.load.copy(), self.seconds.copy(), self.free.copy(), self.limit_s.copy(),
+            self.opening_s.copy(), self.spare_s.copy(), self.room.copy(),
+        )
+
+    def _restore(self, before: _Arrays) -> None:
+        (
+            self.column, self.round, self.load, self.seconds, self.free, self.limit_s, self.opening_s, self.spare_s,
+            self.room,
+        ) = before
+
+    def _limit(self, place: int, limit_s: float) -> None:
+        """Give a round this limit."""
+        self.limit_s[place] = limit_s
+        mine = self.round == place
+        self.spare_s[mine] = limit_s - self.seconds[mine] - self.opening_s[mine]
+
+    def _set(self, batch: int, load: int, seconds: float) -> None:
+        """Give a microbatch this load and time; 0 seconds: it is empty, and the next row pays for opening it."""
+        column = self.column[batch]
+        opening_s = 0.0 if seconds > 0 else float(self.table.fixed_s[column])
+        self.load[batch], self.seconds[batch], self.opening_s[batch] = load, seconds, opening_s
+        self.spare_s[batch] = self.limit_s[self.round[batch]] - seconds - opening_s
+        self.room[batch] = self.table.capacity_tokens[column] - load
 
     def evict(self, batch: int, limit_s: float) -> list[int]:
         """Take rows out until the rest ends within the limit: the shortest one that is enough, else the longest. The
         longest of them first."""
-        column, seconds = self.column[batch], float(self.seconds[batch])
-        rows = sorted(self.rows[batch], key=lambda row: (self.shop.lengths[row], row))
-        marginals_s = self.table.marginal_s[rows, column].tolist()
+        column, seconds = int(self.column[batch]), float(self.seconds[batch])
+        rows = sorted(self.rows[batch], key=self.standing.__getitem__)
+        by_row, loads = self.marginals_s[column], self.loads[column]
+        marginals_s = [by_row[row] for row in rows]
         out = []
         while rows and seconds > limit_s:
             place = min(bisect_left(marginals_s, seconds - limit_s), len(rows) - 1)
             seconds -= marginals_s.pop(place)
             out.append(rows.pop(place))
         self.rows[batch] = rows
-        self.seconds[batch] = seconds if rows else 0.0
-        self.load[batch] = self.load[batch] - self.table.load_tokens[out, column].sum() if rows else 0
+        load = int(self.load[batch]) - sum(loads[row] for row in out) if rows else 0
+        self._set(batch, load, seconds if rows else 0.0)
         return sorted(out, key=lambda row: (-self.shop.lengths[row], row))
 
     def add(self, batch: int, row: int) -> None:
-        column = self.column[batch]
-        if not self.rows[batch]:
-            self.seconds[batch] = self.table.fixed_s[column]
+        column = int(self.column[batch])
+        seconds = float(self.seconds[batch] if self.rows[batch] else self.table.fixed_s[column])
         self.rows[batch].append(row)
-        self.load[batch] += self.table.load_tokens[row, column]
-        self.seconds[batch] += self.table.marginal_s[row, column]
+        self._set(batch, int(self.load[batch]) + self.loads[column][row], seconds + self.marginals_s[column][row])
 
     def can_empty(self, place: int) -> bool:
         """Whether the memory left in the other rounds may hold what is in this one."""
@@ -221,16 +264,15 @@ class _State:
     def find(self, row: int) -> int:
         """The microbatch that takes the row within its round's limit and its memory for the fewest rank seconds, of
         these the one with the least time to spare; else a new one on a spare rank; -1 where there is none."""
-        marginal_s = self.table.marginal_s[row, self.column]
-        empty_s = np.where(self.seconds > 0, 0.0, self.table.fixed_s[self.column])
-        spare_s = self.limit_s[self.round] - self.seconds - empty_s - marginal_s
-        room = self.table.capacity_tokens[self.column] - self.load - self.table.load_tokens[row, self.column]
-        fits = (spare_s >= 0) & (room >= 0)
-        if fits.any():
-            places = np.flatnonzero(fits)
-            costs = self.table.degrees[self.column[places]] * (marginal_s[places] + empty_s[places])
+        marginal_s = self.table.marginal_s[row].take(self.column)
+        spare_s = self.spare_s - marginal_s
+        fits = (spare_s >= 0) & (self.room >= self.table.load_tokens[row].take(self.column))
+        places = fits.nonzero()[0]
+        if len(places):
+            spent_s = marginal_s.take(places) + self.opening_s.take(places)
+            costs = self.table.degrees.take(self.column.take(places)) * spent_s
             cheapest = places[costs <= costs.min() + HAIR_S]
-            return int(cheapest[np.argmin(spare_s[cheapest])])
+            return int(cheapest[spare_s.take(cheapest).argmin()])
         if not self.shop.has_local or not self.table.fits[row, 0]:
             return -1
         needed_s = float(self.table.fixed_s[0] + self.table.marginal_s[row, 0])
@@ -239,11 +281,21 @@ class _State:
             return -1
         chosen = int(open_rounds[np.argmin(self.limit_s[open_rounds])])
         self.free[chosen] -= 1
-        self.column, self.load = np.append(self.column, 0), np.append(self.load, 0)
-        self.seconds, self.round = np.append(self.seconds, 0.0), np.append(self.round, chosen)
+        self.column, self.round = _grown(self.column, 0), _grown(self.round, chosen)
+        self.load, self.room, self.seconds = _grown(self.load, 0), _grown(self.room, 0), _grown(self.seconds, 0.0)
+        self.opening_s, self.spare_s = _grown(self.opening_s, 0.0), _grown(self.spare_s, 0.0)
         self.rows.append([])
+        self._set(len(self.rows) - 1, 0, 0.0)
         return len(self.rows) - 1
 
     def rounds(self) -> list[Round]:
         """The state as rounds of new microbatches."""
         return rebuilt(self.shop, [self.columns[place] for place in self.column.tolist()], self.rows)
+
+
+def _grown(values: npt.NDArray[Scalar], last: float) -> npt.NDArray[Scalar]:
+    """The values and one more."""
+    grown = np.empty(len(values) + 1, dtype=values.dtype)
+    grown[:-1] = values
+    grown[-1] = last
+    return grown

@@ -72,6 +72,7 @@ class Workshop:
         priced = price_table(sizes or [1], self.shapes).take_rows(range(len(sizes)))
         self.long: PriceTable = replace(priced, rows=np.array(self.long_rows, dtype=np.int64))
         self.local_load = self.lengths if self.held[0] is None else [self.load(row, 0) for row in range(len(lengths))]
+        self.local_s = [self.marginal_s(row, 0) for row in range(len(self.lengths))]
         self._places: dict[int, tuple[IntArray, IntArray]] = {}
 
     def marginal_s(self, row: int, column: int) -> float:
@@ -167,6 +168,15 @@ class Pool:
 
     def longest_first(self) -> list[int]:
         return self._rows[::-1]
+
+
+def fullest_with_room(batches: Iterable[Batch], most: int) -> Batch | None:
+    """The one with the largest load up to ``most``, the first among equals."""
+    best, best_load = None, -1
+    for batch in batches:
+        if best_load < batch.load <= most:
+            best, best_load = batch, batch.load
+    return best
 
 
 def first_ranks(degree: int, num_ranks: int, node_size: int) -> IntArray:

@@ -55,6 +55,9 @@ class _State:
         self.batch_of: IntArray = np.zeros(len(shop.lengths), dtype=np.int64)
         for place, rows in enumerate(self.rows):
             self.batch_of[rows] = place
+        every = np.arange(len(self.batch_of))  # what each row takes where it is
+        self.now_s: FloatArray = self.marginal_s[every, self.column[self.batch_of]]
+        self.now_load: IntArray = self.loads[every, self.column[self.batch_of]]
 
     def shorten(self, number: int) -> bool:
         """Make the best move that shortens the slowest microbatch of the round; False where there is none."""
@@ -88,8 +91,8 @@ class _State:
         self, rows: IntArray, column: int, spare_s: FloatArray, room: IntArray, wanted_s: float
     ) -> tuple[float, int, int]:
         """Worth (seconds), row and batch of the best move of one row."""
-        there_s = self.marginal_s[np.ix_(rows, self.column)]
-        possible = (there_s <= spare_s) & (self.loads[np.ix_(rows, self.column)] <= room)
+        there_s = self.marginal_s[rows].take(self.column, axis=1)
+        possible = (there_s <= spare_s) & (self.loads[rows].take(self.column, axis=1) <= room)
         worth = np.minimum(self.marginal_s[rows, column], wanted_s)[:, None] - PRICE_OF_USE * there_s
         worth = np.where(possible, worth, -np.inf)
         row, batch = np.unravel_index(int(np.argmax(worth)), worth.shape)
@@ -100,10 +103,9 @@ class _State:
     ) -> tuple[float, int, int]:
         """Worth (seconds), row and the row that comes back for it."""
         column, theirs = self.column[slowest], self.column[self.batch_of]
-        every = np.arange(len(self.batch_of))
         gain_s = self.marginal_s[rows, column][:, None] - self.marginal_s[:, column]
-        added_s = self.marginal_s[np.ix_(rows, theirs)] - self.marginal_s[every, theirs]
-        added = self.loads[np.ix_(rows, theirs)] - self.loads[every, theirs]
+        added_s = self.marginal_s[rows].take(theirs, axis=1) - self.now_s
+        added = self.loads[rows].take(theirs, axis=1) - self.now_load
         returned = self.loads[:, column] - self.loads[rows, column][:, None]
         possible = (added_s <= spare_s[self.batch_of]) & (added <= room[self.batch_of])
         possible &= (gain_s > LEAST_GAIN_S) & (returned <= room[slowest])
@@ -120,6 +122,8 @@ class _State:
         self.rows[giver].remove(row)
         self.rows[taker].append(row)
         self.batch_of[row] = taker
+        self.now_s[row] = self.marginal_s[row, self.column[taker]]
+        self.now_load[row] = self.loads[row, self.column[taker]]
 
     def rounds(self) -> list[Round]:
         """The state as rounds of new microbatches."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from planner.cost import KEEP, CostModel
 from planner.errors import PlanError
+from planner.pipeline_order import StageWork
 from planner.plan import (
     AttentionGroup,
     AttentionKind,
@@ -19,7 +20,8 @@ from planner.plan import (
     StepPlan,
 )
 from planner.remap import Move
-from planner.simulate import MicrobatchPrice, price_groups, run_schedule
+from planner.simulate import MicrobatchPrice, lone_group_s, price_groups, run_schedule
+from planner.timeline import play
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,14 +75,18 @@ def assemble_plan(
     """
     choices = list(groups)
     moved = list(moves) or [()] * len(choices)
-    prices = [price_choice(choice, lengths, cost, part) for choice, part in zip(choices, moved, strict=True)]
+    attention = [attention_groups(choice, cost) for choice in choices]
+    prices = [
+        _price(choice, groups, lengths, cost, part)
+        for choice, groups, part in zip(choices, attention, moved, strict=True)
+    ]
     simulation = run_schedule(prices, num_ranks=num_ranks, cost=cost)
     microbatches = tuple(
         Microbatch(
-            ranks=price.ranks, groups=attention_groups(choice, cost), memory=price.memory, predicted_s=price.seconds,
+            ranks=price.ranks, groups=groups, memory=price.memory, predicted_s=price.seconds,
             peak_bytes=price.peak_bytes(cost), moves=part,
         )
-        for choice, price, part in zip(choices, prices, moved, strict=True)
+        for groups, price, part in zip(attention, prices, moved, strict=True)
     )
     report = SolveReport(
         status=status,
@@ -109,11 +115,18 @@ def price_choice(
 ) -> MicrobatchPrice:
     """What the microbatch costs. Raises PlanError where the cost model cannot price it, or its groups do not agree on
     the memory policy."""
-    groups = (choice,) if isinstance(choice, GroupChoice) else choice
-    policies = {group.memory for group in groups}
+    return _price(choice, attention_groups(choice, cost), lengths, cost, moves)
+
+
+def _price(
+    choice: MicrobatchChoice, attention: tuple[AttentionGroup, ...], lengths: SequenceOf[int], cost: CostModel,
+    moves: SequenceOf[Move],
+) -> MicrobatchPrice:
+    if isinstance(choice, GroupChoice):
+        return price_groups(attention[0].ranks, attention, lengths, cost, choice.memory, moves)
+    policies = {group.memory for group in choice}
     if len(policies) != 1:
-        raise PlanError(f"one microbatch, one memory policy: got {len(policies)} for its {len(groups)} groups")
-    attention = attention_groups(choice, cost)
+        raise PlanError(f"one microbatch, one memory policy: got {len(policies)} for its {len(choice)} groups")
     return price_groups(_ranks(attention), attention, lengths, cost, policies.pop(), moves)
 
 
@@ -121,8 +134,23 @@ def makespan_s(
     groups: Iterable[MicrobatchChoice], lengths: SequenceOf[int], num_ranks: int, cost: CostModel
 ) -> float:
     """When the last rank ends, ``step_fixed_s`` not included, as ``planner.simulate`` plays it."""
-    prices = [price_choice(choice, lengths, cost) for choice in groups]
-    return run_schedule(prices, num_ranks=num_ranks, cost=cost).step_s - cost.step_fixed_s
+    choices = list(groups)
+    if cost.num_stages > 1:
+        prices = [price_choice(choice, lengths, cost) for choice in choices]
+        return run_schedule(prices, num_ranks=num_ranks, cost=cost).step_s - cost.step_fixed_s
+    work = [_work(choice, lengths, cost) for choice in choices]
+    last_s = max((each.stop_s for each in play(work, sharding=cost.sharding, num_stages=1)), default=0.0)
+    return last_s + cost.step_fixed_s - cost.step_fixed_s  # rounded as a whole step is, so that equal plans tie
+
+
+def _work(choice: MicrobatchChoice, lengths: SequenceOf[int], cost: CostModel) -> StageWork:
+    """Ranks and seconds of a microbatch, without the memory that ``price_choice`` counts where seconds do not need
+    it."""
+    if isinstance(choice, GroupChoice) and choice.memory.is_keep:
+        sizes = [lengths[index] for index in choice.sequences]
+        return StageWork(ranks=choice.ranks, seconds=lone_group_s(choice.kind, len(choice.ranks), sizes, cost))
+    price = price_choice(choice, lengths, cost)
+    return StageWork(ranks=price.ranks, seconds=price.seconds)
 
 
 def attention_groups(choice: MicrobatchChoice, cost: CostModel) -> tuple[AttentionGroup, ...]:

@@ -163,8 +163,11 @@ class CostModel:
     remap: RemapFit | None = field(default=None, metadata=LATER)
     num_stages: int = field(default=1, metadata=LATER)
     _digest: str = field(default="", init=False, repr=False, compare=False)
+    _fits: dict[tuple[AttentionKind, int], TimeFit] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        for time in reversed(self.times):
+            self._fits[time.kind, time.degree] = time  # the first of equal ones counts
         if self.num_stages < 1:
             raise SpecError(f"num_stages must be at least 1, got {self.num_stages}")
         if self.num_stages > 1 and (self.sharding is Sharding.ZERO3 or self.activation is not None):
@@ -193,11 +196,15 @@ class CostModel:
         """The degrees this model can price for ``kind``, ascending."""
         return tuple(sorted(fit.degree for fit in self.times if fit.kind is kind))
 
+    def find_fit(self, kind: AttentionKind, degree: int) -> TimeFit | None:
+        """``time_fit``, or None where there is none."""
+        return self._fits.get((kind, degree))
+
     def time_fit(self, kind: AttentionKind, degree: int) -> TimeFit:
         """Raises PlanError where the cost model has no such (kind, degree)."""
-        for fit in self.times:
-            if fit.kind is kind and fit.degree == degree:
-                return fit
+        fit = self.find_fit(kind, degree)
+        if fit is not None:
+            return fit
         raise PlanError(f"cost model has no {kind} of degree {degree} (it has {self.degrees(kind)})")
 
     def group_s(self, kind: AttentionKind, degree: int, lengths: Iterable[int]) -> float:

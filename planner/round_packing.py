@@ -55,8 +55,11 @@ class _Rows:
         return cls(table.marginal_s.tolist(), table.load_tokens.tolist(), table.load_tokens.min(axis=0).tolist())
 
 
-def pack_round(table: PriceTable, num_ranks: int, *, deadline_s: float = math.inf) -> RoundPacking | None:
-    """Pack all rows of the table into one round, or None where this finds no way to fit them in memory.
+def pack_round(
+    table: PriceTable, num_ranks: int, *, deadline_s: float = math.inf, within_s: float = math.inf
+) -> RoundPacking | None:
+    """Pack all rows of the table into one round, or None where this finds no way to fit them in memory or, if given,
+    within a time.
 
     After ``deadline_s`` (by ``time.perf_counter``) no further target is tried.
     """
@@ -64,10 +67,11 @@ def pack_round(table: PriceTable, num_ranks: int, *, deadline_s: float = math.in
     give_up_s = float(np.where(table.fits, table.marginal_s + table.fixed_s, 0.0).max(axis=1).sum())
     numbers = _Rows.of(table)
     while (best := _pack_within(table, numbers, num_ranks, target_s)) is None:
-        if target_s >= give_up_s or time.perf_counter() > deadline_s:
+        if target_s >= min(give_up_s, within_s) or time.perf_counter() > deadline_s:
             return None  # no time limit binds any more: it is memory that does
-        failed_s, target_s = target_s, target_s * TARGET_GROWTH
-    num_bisections = NUM_BISECTIONS if table.num_rows * num_ranks <= LARGE_ROUND else NUM_LARGE_BISECTIONS
+        failed_s, target_s = target_s, min(target_s * TARGET_GROWTH, within_s)
+    narrow = table.num_rows * num_ranks > LARGE_ROUND or within_s < math.inf
+    num_bisections = NUM_LARGE_BISECTIONS if narrow else NUM_BISECTIONS
     for _ in range(num_bisections if failed_s else 0):
         if time.perf_counter() > deadline_s:
             break

@@ -20,6 +20,7 @@ Adding a kind of attention is adding one file, ``planner/schedules/<kind>.py``, 
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
@@ -107,7 +108,8 @@ def schedule_of(kind: AttentionKind) -> AttentionSchedule:
     """The ``SCHEDULE`` of ``planner/schedules/<kind>.py``. Raises PlanError where there is no such file."""
     name = f"planner.schedules.{kind}"
     try:
-        found = getattr(importlib.import_module(name), "SCHEDULE", None)
+        module = sys.modules.get(name) or importlib.import_module(name)  # every group asks, and importing takes time
+        found = getattr(module, "SCHEDULE", None)
     except ModuleNotFoundError as error:
         if error.name is None or not name.startswith(error.name):  # a kind's own import that fails is not its absence
             raise

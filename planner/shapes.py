@@ -121,7 +121,7 @@ def shape_of(kind: AttentionKind, degree: int, cost: CostModel, limits: PlanLimi
         kind = AttentionKind.LOCAL
     elif kind is AttentionKind.LOCAL or kind not in limits.kinds:
         return None
-    fit = next((fit for fit in cost.times if fit.degree == degree and fit.kind is kind), None)
+    fit = cost.find_fit(kind, degree)
     if fit is None:
         return None
     team = head_degree(kind, degree, fit.inner_degree)

@@ -14,12 +14,12 @@ from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
-from planner.cost import KEEP, CostModel
+from planner.cost import KEEP, CostModel, TimeFit
 from planner.errors import PlanError
 from planner.layout import local_token_counts
 from planner.linear_layout import linear_counts
 from planner.pipeline_order import StageWork
-from planner.plan import AttentionGroup, MemoryPolicy, Microbatch, Sharding, StepPlan
+from planner.plan import AttentionGroup, AttentionKind, MemoryPolicy, Microbatch, Sharding, StepPlan
 from planner.remap import Move
 from planner.timeline import play
 
@@ -116,11 +116,22 @@ def _group_price(
     tokens that each of them really holds."""
     sizes = [lengths[index] for index in group.sequences]
     fit, num_tokens = cost.time_fit(group.kind, group.degree), sum(sizes)
-    work_s = fit.marginal_s(
-        num_tokens=num_tokens, num_tokens2=sum(size * size for size in sizes), num_sequences=len(sizes)
-    )
+    work_s = _marginal_s(fit, sizes)
     counts = local_token_counts(group.kind, group.degree, sizes, group.inner_degree)
     return work_s, fit.fixed_s, num_tokens / group.degree, counts
+
+
+def lone_group_s(kind: AttentionKind, degree: int, sizes: SequenceOf[int], cost: CostModel) -> float:
+    """Seconds of a microbatch of one group that keeps all activations, as ``price_groups`` has them, for sequences of
+    these lengths: without what each rank holds. Raises PlanError where the cost model does not price the group."""
+    fit = cost.time_fit(kind, degree)
+    return _marginal_s(fit, sizes) + fit.fixed_s
+
+
+def _marginal_s(fit: TimeFit, sizes: SequenceOf[int]) -> float:
+    return fit.marginal_s(
+        num_tokens=sum(sizes), num_tokens2=sum(size * size for size in sizes), num_sequences=len(sizes)
+    )
 
 
 def _apply_moves(

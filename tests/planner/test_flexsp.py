@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from planner.blaster import blast_rows
+from planner.bounds import makespan_bound_s
 from planner.buckets import bucket_rows
 from planner.cost import PlanLimits
 from planner.flexsp import FlexspResult, flexsp_schedule, one_kind_per_degree, place_rounds
@@ -175,6 +176,20 @@ def test_a_passed_deadline_ends_the_packing_not_its_laws(seed: int, num_ranks: i
         check_round(table, hasty, num_ranks)
         assert patient is not None
         assert patient.makespan_s <= hasty.makespan_s
+
+
+@given(st.integers(0, 10**6), st.integers(2, 9), st.sampled_from([0.5, 1.0, 1.02, 1.3]))
+@settings(max_examples=25, deadline=None)
+def test_a_round_is_packed_within_the_time_asked_for_or_not_at_all(seed: int, num_ranks: int, share: float) -> None:
+    table = table_of(skewed_lengths(seed, 40, 2048), num_ranks)
+    free = pack_round(table, num_ranks)
+    if free is None:
+        return
+    packing = pack_round(table, num_ranks, within_s=share * free.makespan_s)
+    if packing is not None:
+        check_round(table, packing, num_ranks)
+        alone_s = np.where(table.fits, table.marginal_s + table.fixed_s, np.inf).min(axis=1).max()
+        assert packing.makespan_s <= max(share * free.makespan_s, makespan_bound_s(table, num_ranks), alone_s) * 1.001
 
 
 @given(st.integers(0, 10**6), st.integers(2, 17))

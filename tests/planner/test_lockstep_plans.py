@@ -145,7 +145,12 @@ def test_poured_rounds_hold_every_sequence_within_time_and_memory(
         lengths, shapes, [False] * len(lengths), num_ranks=num_ranks, node_size=min(node_size, num_ranks)
     )
     level, reach, least_degree = way
-    check_rounds(Pourer(shop).pour(Pour(level=level, reach=reach, least_degree=least_degree)), shop)
+    pour = Pour(level=level, reach=reach, least_degree=least_degree)
+    rounds = Pourer(shop).pour(pour)
+    assert rounds is not None
+    assert Pourer(shop).pour(pour, rounds_s(rounds)) == rounds  # it gives up on nothing that would be quick enough
+    assert Pourer(shop).pour(pour, 0.0) is None
+    check_rounds(rounds, shop)
 
 
 def check_rounds(rounds: list[Round], shop: Workshop) -> None:

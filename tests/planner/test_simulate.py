@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planner.assemble import GroupChoice, MicrobatchChoice, assemble_plan
+from planner.assemble import GroupChoice, MicrobatchChoice, assemble_plan, makespan_s
 from planner.breakdown import time_split
 from planner.cost import CostModel, MemoryFit, Provenance, TimeFit
 from planner.errors import PlanError
 from planner.layout import local_token_counts, shard_spans
-from planner.plan import AttentionGroup, AttentionKind, Microbatch, SolveStatus, StepPlan
+from planner.plan import AttentionGroup, AttentionKind, Microbatch, Sharding, SolveStatus, StepPlan
 from planner.simulate import Event, simulate
 from tests.planner.random_plans import random_case, reprice, toy_cost
 from tests.work import count_calls
@@ -173,3 +173,17 @@ def test_assembling_grows_like_the_plan() -> None:
     small = calls(512)
     assert small < 300 * 512
     assert calls(1024) < 2.5 * small
+
+
+@given(st.integers(0, 10**6), st.sampled_from(list(Sharding)))
+@settings(max_examples=40, deadline=None)
+def test_the_quick_makespan_is_that_of_the_simulated_plan(seed: int, sharding: Sharding) -> None:
+    """To the last bit, lone groups and microbatches of several alike: adaptive compares plans by it."""
+    case = random_case(random.Random(seed))
+    cost = replace(case.cost, sharding=sharding)
+    choices: list[MicrobatchChoice] = []
+    for microbatch in case.plan.microbatches:
+        groups = tuple(GroupChoice(group.kind, group.ranks, group.sequences) for group in microbatch.groups)
+        choices.append(groups[0] if len(groups) == 1 else groups)
+    plan = assemble(list(case.lengths), choices, cost, case.num_ranks)
+    assert makespan_s(choices, case.lengths, case.num_ranks, cost) == plan.predicted_s - cost.step_fixed_s
