@@ -41,7 +41,7 @@ from trainer.chunked_step import resident_bytes_per_token
 from trainer.machine_samples import measure_operations
 from trainer.step import ReadSpans, Runtime, bind_attention, run_alone, run_empty_microbatch, train_step
 
-CALIBRATION_VERSION = 7
+CALIBRATION_VERSION = 8
 """Goes up with every change of what is measured or how it is fitted: older stored results are then measured again."""
 _SHORT_S = 0.1
 """A microbatch shorter than this runs twice in each sweep."""
@@ -50,8 +50,8 @@ _MOST_SWEEPS = 5
 _BUDGET_S = 18.0
 """For all timed sweeps together; at least two are made."""
 _EMPTY_STEPS = 5
-_MARGIN = 1.01
-"""On predicted peaks."""
+_MARGIN = 1.025
+"""On predicted peaks: with 1.01 one of eight record measurements came out 0.9 % above its prediction."""
 
 
 @dataclass(frozen=True, slots=True)
