@@ -50,8 +50,9 @@ _MOST_SWEEPS = 5
 _BUDGET_S = 18.0
 """For all timed sweeps together; at least two are made."""
 _EMPTY_STEPS = 5
-_MARGIN = 1.025
-"""On predicted peaks: with 1.01 one of eight record measurements came out 0.9 % above its prediction."""
+_MARGIN = 1.035
+"""On predicted peaks. Without one, two runs of ``benchmarks.memory --part predict`` came out 2.8 % below to 0.8 % above
+what was measured (a resident set is never the same twice); with it predictions lie in the middle of 0 to 5 % above."""
 
 
 @dataclass(frozen=True, slots=True)
