@@ -119,7 +119,7 @@ class Bench:
 def bench(way: str, length: int, settings: Settings) -> Iterator[Bench]:
     """``length``: the longest sequence that will run."""
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
+    with tempfile.TemporaryDirectory(prefix=".bench-", dir=Path.cwd()) as folder:
         env = RankEnv(rank=0, world_size=1, local_rank=0, local_world_size=1)
         config = TrainConfig(
             run=RunConfig(dir=folder, seed=settings.seed, world_size=1, device="cpu"),
