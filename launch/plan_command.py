@@ -78,8 +78,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--tensor-parallel", metavar="N", help="devices that share every layer of a data rank (default 1)")
     add("--pipeline-parallel", metavar="N", help="pipeline stages of every data rank (default 1)")
     add("--memory", default="keep", metavar="POLICY",
-        help="keep (default), swap, recompute, chunk (SeCO), or auto: what pays, by microbatch; adaptive uses them all, "
-        "hdp and hdp-floor swap")
+        help="keep (default), swap, recompute, chunk (SeCO, exact), or auto: what pays, by microbatch; adaptive uses "
+        "them all, hdp and hdp-floor swap")
     add("--batch-sequences", metavar="N", help="sequences a step (default 512)")
     add("--batch-tokens", metavar="N", help="or: at most this many tokens a step, e.g. 512K")
     add("--max-length", metavar="N", help="drop longer sequences, e.g. 192K (= 196,608 tokens)")

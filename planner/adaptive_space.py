@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from planner.bounds import cheapest_columns, least_rounds, lockstep_bound_s, step_bound_s
-from planner.chunk_shapes import chunked_shapes, chunks_worth_it
+from planner.chunk_shapes import chunks_worth_it
 from planner.cost import CostModel, PlanLimits
-from planner.memory_policy import recompute_fractions, swaps, with_policy
+from planner.memory_policy import recompute_fractions, swaps, with_every_policy, with_policy
 from planner.plan import AttentionKind, Sharding
 from planner.shapes import GroupShape, allowed_shapes, group_tokens, price_table, require_fits, shapes_of_degree
 
@@ -100,8 +100,7 @@ def every_shape(num_ranks: int, cost: CostModel, limits: PlanLimits) -> tuple[Gr
 
 def every_policy(num_ranks: int, cost: CostModel, limits: PlanLimits) -> tuple[GroupShape, ...]:
     """``every_shape`` with every memory policy that is searched, degrees ascending."""
-    whole = every_whole_policy(num_ranks, cost, limits)
-    return _by_degree(whole + chunked_shapes(every_shape(num_ranks, cost, limits), cost, limits))
+    return _by_degree(with_every_policy(every_shape(num_ranks, cost, limits), cost, limits))
 
 
 def every_whole_policy(num_ranks: int, cost: CostModel, limits: PlanLimits) -> tuple[GroupShape, ...]:

@@ -19,7 +19,7 @@ from planner.assemble import Found, GroupChoice, makespan_s
 from planner.bounds import cheapest_columns, makespan_bound_s
 from planner.chunk_shapes import chunk_sizes, chunked_shape
 from planner.cost import CostModel, PlanLimits
-from planner.memory_policy import choose_policies, recompute_fractions, with_policy
+from planner.memory_policy import choose_policies, recompute_fractions, with_every_policy, with_policy
 from planner.plan import SolveStatus
 from planner.shapes import (
     FloatArray,
@@ -96,10 +96,13 @@ def plan_greedy(lengths: SequenceOf[int], *, num_ranks: int, cost: CostModel, li
 
     Raises SpecError where no shape is priced, InfeasibleError where a sequence fits none.
     """
-    shapes, table = _roomy_shapes(lengths, allowed_shapes(num_ranks, cost, limits), cost, limits)
+    kept = allowed_shapes(num_ranks, cost, limits)
+    shapes, table = _roomy_shapes(lengths, kept, cost, limits)
     require_fits(table, cost, limits)
     schedule = greedy_schedule(table, num_ranks)
-    bound_s = makespan_bound_s(table, num_ranks)
+    # what is packed in a roomy way may still get a milder one
+    every = table if shapes is kept else price_table(lengths, with_every_policy(kept, cost, limits))
+    bound_s = makespan_bound_s(every, num_ranks)
     shape_of = {(shape.kind, shape.degree): shape for shape in shapes}
     groups = choose_policies(
         [(shape_of[group.kind, len(group.ranks)], group) for group in schedule.groups], lengths, cost, limits

@@ -28,7 +28,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
 
 from planner.assemble import GroupChoice, MicrobatchChoice
-from planner.chunk_shapes import chunk_sizes, in_chunks
+from planner.chunk_shapes import chunk_sizes, chunked_shapes, in_chunks
 from planner.cost import KEEP, ActivationFit, CostModel, PlanLimits
 from planner.layout import local_token_counts
 from planner.plan import MemoryAction, MemoryPolicy, Sharding
@@ -69,6 +69,15 @@ def with_policy(
         )
         for shape in shapes
     )
+
+
+def with_every_policy(
+    kept: SequenceOf[GroupShape], cost: CostModel, limits: PlanLimits
+) -> tuple[GroupShape, ...]:
+    """These shapes (of kept activations) with every policy that is searched, by policy."""
+    fractions = recompute_fractions(cost, limits)
+    whole = tuple(shape for fraction in fractions for shape in with_policy(kept, fraction, cost, limits))
+    return whole + chunked_shapes(kept, cost, limits)
 
 
 def _held(
