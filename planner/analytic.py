@@ -255,7 +255,8 @@ def _chunks(setting: _Setting, fixed_s: float) -> ChunkFit:
     saved_bytes = model.num_layers * model.saved_bytes_per_token(element_bytes) / setting.tensor_parallel
     return ChunkFit(
         resident_bytes_per_token=model.num_layers * 2 * keys * (element_bytes + GRADIENT_BYTES),
-        num_kv_heads=max(1, int(setting.kv_heads)),
+        num_kv_heads=setting.kv_heads,
+        fixed_bytes=0,
         bytes_per_token=saved_bytes + GRADIENT_BYTES * (query + 4 * keys),
         shared_bytes_per_token=query * (6 * element_bytes + 3 * GRADIENT_BYTES),
         again_attention=HIDDEN_SHARE,

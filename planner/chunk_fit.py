@@ -24,8 +24,8 @@ class ChunkFit:
 
     ``resident_bytes_per_token``: K/V and their gradients, for each token of the microbatch; ``num_kv_heads``: of a
     device, for an exchange of heads over more ranks than that keeps a head on several. ``bytes_per_token``: activations
-    and workspace of a token of the chunk at work, ``shared_bytes_per_token``: for each token of the chunk that any rank
-    of its group holds, in groups whose queries move: all but ulysses.
+    and workspace of a token of the chunk at work, beside ``fixed_bytes``; ``shared_bytes_per_token``: for each token of
+    the chunk that any rank of its group holds, in groups whose queries move: all but ulysses.
 
     ``again_attention``, ``again_linear``: the further forward, as a share of a TimeFit's seconds per squared token and
     per token (forward and backward). ``s_per_chunk``: on top for each chunk. No share of a chunk is priced: of T tokens
@@ -34,6 +34,7 @@ class ChunkFit:
 
     resident_bytes_per_token: float
     num_kv_heads: int
+    fixed_bytes: int
     bytes_per_token: float
     shared_bytes_per_token: float
     again_attention: float
@@ -42,7 +43,7 @@ class ChunkFit:
 
     def __post_init__(self) -> None:
         for name in (
-            "resident_bytes_per_token", "bytes_per_token", "shared_bytes_per_token", "again_attention",
+            "resident_bytes_per_token", "fixed_bytes", "bytes_per_token", "shared_bytes_per_token", "again_attention",
             "again_linear", "s_per_chunk",
         ):
             if not 0 <= getattr(self, name) < math.inf:
@@ -79,4 +80,4 @@ class ChunkFit:
         """Most bytes of the chunk at work on one device."""
         moves_queries = degree > 1 and kind is not AttentionKind.ULYSSES
         shared = degree * self.shared_bytes_per_token if moves_queries else 0.0
-        return chunk_tokens * (self.bytes_per_token + shared)
+        return self.fixed_bytes + chunk_tokens * (self.bytes_per_token + shared)

@@ -42,7 +42,8 @@ def chunk_sizes(cost: CostModel, limits: PlanLimits) -> tuple[int, ...]:
         return ()
     if limits.device_budget_bytes < cost.memory.update_bytes:
         return ()
-    most = int((limits.device_budget_bytes - cost.memory.fixed_bytes) / fit.bytes_per_token)
+    spare_bytes = limits.device_budget_bytes - cost.memory.fixed_bytes - fit.fixed_bytes
+    most = int(spare_bytes / fit.bytes_per_token)
     return tuple(dict.fromkeys(most // part for part in CHUNK_PARTS if most // part > 0))
 
 

@@ -28,7 +28,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
 
 from planner.assemble import GroupChoice, MicrobatchChoice
-from planner.chunk_shapes import chunk_sizes, chunked_shapes, in_chunks
+from planner.chunk_shapes import chunk_sizes, chunked_shape, chunked_shapes, in_chunks
 from planner.cost import KEEP, ActivationFit, CostModel, PlanLimits
 from planner.layout import local_token_counts
 from planner.plan import MemoryAction, MemoryPolicy, Sharding
@@ -165,11 +165,16 @@ def _mildest_whole(
 
 
 def _largest_chunks(tokens: int, shape: GroupShape, cost: CostModel, limits: PlanLimits) -> MemoryPolicy | None:
-    """The largest chunks that are searched and fit, for a group whose fullest rank holds so many tokens."""
+    """The largest chunks that are searched and whose shape holds a group with so many tokens on its fullest rank: what
+    a device could hold beyond that, no bound knows of."""
+    plain = replace(shape, fit=cost.time_fit(shape.kind, shape.degree))
     for size in chunk_sizes(cost, limits):
-        policy = in_chunks(size)
-        if cost.device_bytes(tokens, policy, shape.kind, shape.degree) <= limits.device_budget_bytes:
-            return policy
+        chunked = chunked_shape(plain, size, cost, limits)
+        if chunked is None:
+            continue
+        rank_tokens = chunked.capacity_tokens * chunked.num_teams // chunked.degree
+        if size == shape.chunk_tokens or tokens * chunked.held.least <= rank_tokens:
+            return in_chunks(size)
     return None
 
 

@@ -55,7 +55,7 @@ def with_activation(cost: CostModel) -> CostModel:
 def with_chunks(cost: CostModel, *, s_per_chunk: float = 1e-3, num_kv_heads: int = 2) -> CostModel:
     """``make_cost`` in which 3 of a token's 20 kB are K/V and their gradients, and a chunk's token takes 21 kB."""
     return replace(cost, chunks=ChunkFit(
-        resident_bytes_per_token=3000.0, num_kv_heads=num_kv_heads, bytes_per_token=21_000.0,
+        resident_bytes_per_token=3000.0, num_kv_heads=num_kv_heads, fixed_bytes=0, bytes_per_token=21_000.0,
         shared_bytes_per_token=500.0, again_attention=2 / 7, again_linear=1 / 3, s_per_chunk=s_per_chunk,
     ))
 

@@ -197,11 +197,11 @@ def test_only_chunks_make_it_fit() -> None:
         (microbatch,) = step(strategy, [9000], cost, limits).microbatches
         assert microbatch.memory == in_chunks(476)  # 38 MB: a quarter, 21 kB each, beside 27 MB of K/V
         assert microbatch.peak_bytes <= limits.device_budget_bytes
-        # 6,668 leave room for chunks of half the device's tokens, and are two too many to be recomputed, as 4,000 are
-        (smaller,) = step(strategy, [6668], cost, limits).microbatches
-        assert smaller.memory == in_chunks(952)
         (least,) = step(strategy, [4000], cost, limits).microbatches
         assert (least.memory.chunk_tokens, least.memory.recompute_fraction) == (0, 1.0)
+        for size, chunk_tokens in ((6600, 952), (2000, 0)):  # the largest that leave room; nothing where all fits
+            (alone,) = step(strategy, [size], cost, with_policies(limits, CHUNK)).microbatches
+            assert alone.memory.chunk_tokens == chunk_tokens
     with pytest.raises(InfeasibleError, match=r"sequence 0 \(13500 tokens\) fits in no group: local degree 1 needs "):
         step("adaptive", [13_500], cost, limits)
 
@@ -334,8 +334,8 @@ def test_exchanged_heads_that_do_not_suffice_are_kept_several_times(
     num_kv_heads: int, degree: int, heads: int
 ) -> None:
     fit = ChunkFit(
-        resident_bytes_per_token=800.0, num_kv_heads=num_kv_heads, bytes_per_token=1.0, shared_bytes_per_token=0.0,
-        again_attention=0.0, again_linear=0.0, s_per_chunk=0.0,
+        resident_bytes_per_token=800.0, num_kv_heads=num_kv_heads, fixed_bytes=0, bytes_per_token=1.0,
+        shared_bytes_per_token=0.0, again_attention=0.0, again_linear=0.0, s_per_chunk=0.0,
     )
     assert fit.kept_bytes_per_token(ULYSSES, degree) == 800 * heads * degree / num_kv_heads
     assert fit.kept_bytes_per_token(RING, degree) == 800
