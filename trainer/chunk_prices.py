@@ -13,6 +13,7 @@ import statistics
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
+from memory.peak import give_back_freed_memory, map_large_blocks
 from parallel.sharding import sharded_step
 from planner.chunk_fit import ChunkFit
 from planner.cost import ActivationFit, CostModel, PlanLimits
@@ -22,9 +23,11 @@ from trainer.calibration import PEAK_MARGIN, MeasuredShape, run_probe
 from trainer.chunked_step import ChunkPolicy, layer_row_bytes
 from trainer.step import Runtime, run_empty_microbatch
 
-_PARTS = (2, 4, 8)
+_PARTS = (2, 8)
 """Chunks of a probe."""
-_SWEEPS = 3
+_SWEEPS = 2
+_MOST_TOKENS = 2048
+"""Of a rank in a probe."""
 _LEAST_AGAIN = 2 / 7
 """Of attention's seconds are its forward's, of the others' a third: a fit may say more, from a few noisy seconds, but
 not less."""
@@ -51,8 +54,19 @@ def chunks_may_pay(runtime: Runtime, cost: CostModel, activation: ActivationFit)
     return resident_bytes(runtime) < cost.memory.bytes_per_token - activation.recompute_bytes_per_token
 
 
+def map_chunk_blocks(runtime: Runtime) -> None:
+    """In a run whose plans choose chunks, the resident set is to show what a chunk takes (see ``map_large_blocks``): a
+    heap that keeps what a whole microbatch needed before would be above every prediction."""
+    if runtime.mesh.device.type == "cpu":
+        map_large_blocks(fine=True)
+        give_back_freed_memory()
+
+
 def measure_chunks(runtime: Runtime, cost: CostModel, limits: PlanLimits, *, num_tokens: int) -> ChunkFit:
-    """Prices of chunks from sequences of ``num_tokens`` a rank. Collective; weights and gradients stay as they are."""
+    """Prices of chunks from sequences of so many tokens a rank, or fewer. Collective; weights and gradients stay as
+    they are."""
+    num_tokens = min(num_tokens, _MOST_TOKENS)
+    map_chunk_blocks(runtime)
     with sharded_step(runtime.model, runtime.sharding, lambda: run_empty_microbatch(runtime)):
         local = MeasuredShape(AttentionKind.LOCAL, 1)
         empty_bytes = _probe(runtime, local, 0, 0).peak_bytes

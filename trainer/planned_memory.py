@@ -35,7 +35,7 @@ from planner.policy_words import policy_name
 from planner.simulate import price_microbatch, step_lengths
 from planner.units import format_bytes, format_seconds
 from trainer.calibration import MeasuredShape
-from trainer.chunk_prices import chunks_may_pay, measure_chunks
+from trainer.chunk_prices import chunks_may_pay, map_chunk_blocks, measure_chunks
 from trainer.config import TrainConfig
 from trainer.layer_profile import LayerProfile, profile_layer
 from trainer.plan_inputs import measures_policies, plans_chunks, plans_policies, with_policies
@@ -100,6 +100,8 @@ def plan_memory(
     cached = cache_root / "cost" / f"{key}-memory.json"
     measured = _stored_or_measured(config, runtime, cost, limits, layer, tier_name, capacity_bytes, key, cached)
     cost = _with_prices(cost, measured, layer.alone.num_tokens, tier_name)
+    if cost.chunks is not None:
+        map_chunk_blocks(runtime)
     if runtime.mesh.rank == 0:
         _write(cached, {"key": key, "measured": to_plain(measured)})
         own = {"key": key, "measured": to_plain(measured), "cost": to_plain(cost)}  # the cost: for longhaul report
@@ -118,7 +120,7 @@ def _with_prices(cost: CostModel, measured: _Measured, num_tokens: int, tier_nam
         return cost
     notes = [f"activations: measured on layers of {num_tokens} tokens a rank and copies to the {tier_name} tier"]
     if measured.chunks is not None:
-        notes.append(f"chunks: measured on microbatches of {num_tokens} tokens a rank")
+        notes.append("chunks: measured on whole microbatches in chunks of two sizes")
     provenance = dataclasses.replace(cost.provenance, notes=(*cost.provenance.notes, *notes))
     return dataclasses.replace(cost, activation=measured.activation, chunks=measured.chunks, provenance=provenance)
 
