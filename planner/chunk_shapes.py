@@ -54,8 +54,8 @@ def chunked_shape(
     fit, token_bytes = cost.chunks, cost.token_bytes()
     assert fit is not None
     share = fit.kept_bytes_per_token(shape.kind, shape.degree) / token_bytes
-    spare_bytes = limits.device_budget_bytes - cost.memory.fixed_bytes
-    spare_bytes -= fit.chunk_bytes(shape.kind, shape.degree, chunk_tokens)
+    chunk_bytes = fit.chunk_bytes(shape.kind, shape.degree, chunk_tokens)
+    spare_bytes = limits.device_budget_bytes - cost.memory.fixed_bytes - chunk_bytes
     rank_tokens = int(spare_bytes / token_bytes) - 1  # the fullest rank of a group may hold one more than its share
     if share > MOST_SHARE or rank_tokens < 1:
         return None
