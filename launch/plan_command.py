@@ -78,8 +78,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--tensor-parallel", metavar="N", help="devices that share every layer of a data rank (default 1)")
     add("--pipeline-parallel", metavar="N", help="pipeline stages of every data rank (default 1)")
     add("--memory", default="keep", metavar="POLICY",
-        help="keep (default, what training runs), swap, recompute, or auto: what pays, by microbatch; "
-        "adaptive uses them all, hdp and hdp-floor swap")
+        help="keep (default), swap, recompute, chunk (SeCO, exact), or auto: what pays, by microbatch; adaptive uses "
+        "them all, hdp and hdp-floor swap")
     add("--batch-sequences", metavar="N", help="sequences a step (default 512)")
     add("--batch-tokens", metavar="N", help="or: at most this many tokens a step, e.g. 512K")
     add("--max-length", metavar="N", help="drop longer sequences, e.g. 192K (= 196,608 tokens)")
@@ -154,7 +154,7 @@ def _refusal(refusals: list[SpecError | InfeasibleError], job: Job) -> SpecError
 def _could_swap(job: Job) -> bool:
     """Whether --memory auto is allowed, not asked for yet, and has any room to work with."""
     room = job.limits.device_budget_bytes > job.cost.memory.fixed_bytes
-    return room and job.cost.activation is not None and set(job.limits.policies) <= {MemoryAction.KEEP}
+    return room and job.cost.prices_policies and set(job.limits.policies) <= {MemoryAction.KEEP}
 
 
 def _write_files(result: plan_output.Result, flags: argparse.Namespace) -> None:

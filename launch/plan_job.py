@@ -26,6 +26,7 @@ POLICIES = {
     "keep": (MemoryAction.KEEP,),
     "swap": (MemoryAction.KEEP, MemoryAction.SWAP),
     "recompute": (MemoryAction.KEEP, MemoryAction.RECOMPUTE),
+    "chunk": (MemoryAction.KEEP, MemoryAction.CHUNK),
     "auto": tuple(MemoryAction),
 }
 _MAX_DRAWN = 10_000_000
@@ -136,7 +137,7 @@ def read_job(flags: argparse.Namespace) -> Job:
                 f"--cost {flags.cost}: priced for {cost.num_stages} pipeline stages, --pipeline-parallel is "
                 f"{grid.num_stages}: set it to match"
             )
-        if flags.memory != "keep" and cost.activation is None:
+        if not _is_priced(limits, cost):
             raise SpecError(f"--memory {flags.memory}: {flags.cost} has no prices for it; leave --memory or --cost out")
     return Job(
         cluster=cluster, grid=grid, model=model, cost=cost, is_measured=flags.cost is not None, limits=limits,
@@ -144,6 +145,15 @@ def read_job(flags: argparse.Namespace) -> Job:
         lengths_name=flags.lengths, remarks=(*grid.remarks(cluster), *remarks, *([remark] if remark else [])),
         sources=(*sources(cluster, model), *_length_source(flags.lengths)),
     )
+
+
+def _is_priced(limits: PlanLimits, cost: CostModel) -> bool:
+    """Whether one of the policies that may be used is."""
+    others = set(limits.policies) - {MemoryAction.KEEP}
+    priced = {MemoryAction.CHUNK} if cost.chunks is not None else set()
+    if cost.activation is not None:
+        priced |= {MemoryAction.SWAP, MemoryAction.RECOMPUTE}
+    return not others or bool(others & priced)
 
 
 def count(text: str | None, flag: str) -> int | None:

@@ -99,26 +99,30 @@ def plan_adaptive(
     """
     space = search_space(lengths, num_ranks, cost, limits)
     max_builds = min(max(ROWS_AND_RANKS // (len(lengths) + num_ranks), MIN_BUILDS), MAX_BUILDS)
-    max_builds = max(max_builds // len(space.choices), MIN_BUILDS)
-    searches = []
-    for shapes in space.choices:
-        shop = _workshop(lengths, shapes, num_ranks, limits)
-        searches.append(_Search(shop, space.bound_s, deadline_s, max_builds))
+    num_whole = sum(not choice.in_chunks for choice in space.choices)
+    max_builds = max(max_builds // max(num_whole, 1), MIN_BUILDS)
+    searches: dict[bool, list[_Search]] = {False: [], True: []}
+    for choice in space.choices:
+        like = searches[choice.in_chunks]
+        if like and like[-1].within(CLOSE_ENOUGH):
+            continue
+        shop = _workshop(lengths, choice.shapes, num_ranks, limits)
+        like.append(_Search(shop, choice.aim_s, deadline_s, max_builds))
         if cost.sharding is Sharding.ZERO3:
-            _search_rounds(searches[-1])
+            _search_rounds(like[-1])
         else:
-            _search(searches[-1])
-        if searches[-1].within(CLOSE_ENOUGH):
-            break
-    best = min(searches, key=lambda search: search.best_s)
-    groups = _choices(best, lengths, cost, limits)
+            _search(like[-1])
+    found = [min(like, key=lambda search: search.best_s) for like in searches.values() if like]
+    drafts = [(_choices(each, lengths, cost, limits), each.best_s) for each in found]
+    if space.has_policies or not cost.runs_free:  # policies milder than the shapes' may have made it faster
+        drafts = [(groups, makespan_s(groups, lengths, num_ranks, cost)) for groups, _ in drafts]
+    groups, beat_s = min(drafts, key=lambda draft: draft[1])
     match = Match(
-        lengths=lengths, num_ranks=num_ranks, cost=cost, limits=limits, beat_s=best.best_s, bound_s=space.bound_s,
+        lengths=lengths, num_ranks=num_ranks, cost=cost, limits=limits, beat_s=beat_s, bound_s=space.bound_s,
         deadline_s=deadline_s,
     )
-    if space.has_policies or not cost.runs_free:  # policies milder than the shapes' may have made it faster
-        match = replace(match, beat_s=makespan_s(groups, lengths, num_ranks, cost))
-    found_s, note = match.beat_s, f"adaptive, {sum(search.num_builds for search in searches)} builds"
+    num_builds = sum(search.num_builds for like in searches.values() for search in like)
+    found_s, note = match.beat_s, f"adaptive, {num_builds} builds"
     rival = best_rival(match)
     if rival is not None:
         groups, found_s, note = rival.groups, rival.makespan_s, f"{rival.name} plan, {note}"

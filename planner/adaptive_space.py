@@ -1,21 +1,24 @@
 """What ``adaptive`` searches over for one step: shapes of groups with memory policies, and the bound that they share.
 
 The bound is that of every shape with every policy. The search is over fewer: policies are left out where memory does
-not bind, which the bounds with and without them show, and so are fractions of recomputed tokens that no sequence would
-choose at the bound. Short sequences run on single ranks, all under one policy; where two are promising, both are
-searched.
+not bind, which the bounds with and without them show, and so are fractions of recomputed tokens and sizes of chunks
+that no sequence would choose at the bound. Short sequences run on single ranks, all under one policy; where two are
+promising, both are searched. Chunks come last, and only on top: where the bound shows that they may gain, what is found
+without them is searched as if there were none, so they never make a plan worse.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
 import numpy as np
 
-from planner.bounds import cheapest_columns, lockstep_bound_s, step_bound_s
+from planner.bounds import cheapest_columns, least_rounds, lockstep_bound_s, step_bound_s
+from planner.chunk_shapes import chunks_worth_it
 from planner.cost import CostModel, PlanLimits
-from planner.memory_policy import recompute_fractions, swaps, with_policy
+from planner.memory_policy import recompute_fractions, swaps, with_every_policy, with_policy
 from planner.plan import AttentionKind, Sharding
 from planner.shapes import GroupShape, allowed_shapes, group_tokens, price_table, require_fits, shapes_of_degree
 
@@ -26,28 +29,63 @@ NUM_VOTERS = 48
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """A set of shapes to search. Column 0 is local wherever local is priced, and then the only local shape. ``aim_s``:
+    a bound (makespan) of plans of such shapes, to begin at; ``in_chunks``: with shapes that run in chunks."""
+
+    shapes: tuple[GroupShape, ...]
+    aim_s: float
+    in_chunks: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SearchSpace:
-    """``bound_s`` (makespan) holds for all shapes; ``choices``: sets of shapes to search, the most promising first.
-    Column 0 of a set is local wherever local is priced, and then its only local shape."""
+    """``bound_s`` (makespan) holds for all shapes; ``choices``: the most promising first, those in chunks last."""
 
     bound_s: float
-    choices: tuple[tuple[GroupShape, ...], ...]
+    choices: tuple[Choice, ...]
     has_policies: bool
 
 
 def search_space(lengths: SequenceOf[int], num_ranks: int, cost: CostModel, limits: PlanLimits) -> SearchSpace:
     """Raises SpecError where no shape is priced, InfeasibleError where a sequence fits none."""
     kept = every_shape(num_ranks, cost, limits)
-    fractions = recompute_fractions(cost, limits)
-    if len(fractions) == 1 and not swaps(cost, limits):
-        _require_fits(lengths, kept, cost, limits)
-        return SearchSpace(bound_s=_bound_s(lengths, kept, num_ranks, cost), choices=(kept,), has_policies=False)
-    shapes = _worth_it(lengths, every_policy(num_ranks, cost, limits))
+    whole = kept
+    if len(recompute_fractions(cost, limits)) > 1 or swaps(cost, limits):
+        whole = _worth_it(lengths, every_whole_policy(num_ranks, cost, limits))
+    chunks = chunks_worth_it(lengths, kept, whole, cost, limits)
+    shapes = _by_degree(whole + chunks) if chunks else whole
     _require_fits(lengths, shapes, cost, limits)
-    bound_s = _bound_s(lengths, shapes, num_ranks, cost)
+    num_rounds = _num_rounds(lengths, shapes, num_ranks, cost, limits)
+    bound_s = _bound_s(lengths, shapes, num_ranks, cost, num_rounds)
+    choices: tuple[Choice, ...] = ()
+    has_policies = False
+    if not chunks or not _misfits(lengths, whole):
+        aim_s = _bound_s(lengths, whole, num_ranks, cost, num_rounds) if chunks else bound_s
+        choices, has_policies = _whole_choices(lengths, kept, whole, aim_s, num_ranks, cost)
+        if not chunks or aim_s <= bound_s * (1 + MEMORY_BINDS):
+            return SearchSpace(bound_s=bound_s, choices=choices, has_policies=has_policies)
+    lockstep = cost.sharding is Sharding.ZERO3  # chunks share no round with what is swapped or recomputed
+    mixed = _choices(lengths, _by_degree(kept + chunks), bound_s) if lockstep else _choices(lengths, shapes, bound_s)
+    choices += tuple(
+        Choice(shapes=each, aim_s=bound_s, in_chunks=True) for each in mixed
+        if any(shape.chunk_tokens for shape in each) and not _misfits(lengths, each)
+    )
+    if not choices:  # some sequences fit in chunks only, others only swapped
+        _require_fits(lengths, _by_degree(kept + chunks), cost, limits)
+    return SearchSpace(bound_s=bound_s, choices=choices, has_policies=True)
+
+
+def _whole_choices(
+    lengths: SequenceOf[int], kept: tuple[GroupShape, ...], whole: tuple[GroupShape, ...], bound_s: float,
+    num_ranks: int, cost: CostModel,
+) -> tuple[tuple[Choice, ...], bool]:
+    """What is searched without chunks, under the bound of that, and whether anything but keeping is among it."""
+    if whole is kept:
+        return (Choice(shapes=kept, aim_s=bound_s),), False
     if not _misfits(lengths, kept) and _bound_s(lengths, kept, num_ranks, cost) <= bound_s * (1 + MEMORY_BINDS):
-        return SearchSpace(bound_s=bound_s, choices=(kept,), has_policies=False)
-    return SearchSpace(bound_s=bound_s, choices=_choices(lengths, shapes, bound_s), has_policies=True)
+        return (Choice(shapes=kept, aim_s=bound_s),), False
+    return tuple(Choice(shapes=each, aim_s=bound_s) for each in _choices(lengths, whole, bound_s)), True
 
 
 def every_shape(num_ranks: int, cost: CostModel, limits: PlanLimits) -> tuple[GroupShape, ...]:
@@ -62,10 +100,18 @@ def every_shape(num_ranks: int, cost: CostModel, limits: PlanLimits) -> tuple[Gr
 
 def every_policy(num_ranks: int, cost: CostModel, limits: PlanLimits) -> tuple[GroupShape, ...]:
     """``every_shape`` with every memory policy that is searched, degrees ascending."""
+    return _by_degree(with_every_policy(every_shape(num_ranks, cost, limits), cost, limits))
+
+
+def every_whole_policy(num_ranks: int, cost: CostModel, limits: PlanLimits) -> tuple[GroupShape, ...]:
+    """``every_policy`` without chunks."""
     kept = every_shape(num_ranks, cost, limits)
-    shapes = [
+    return _by_degree(
         shape for fraction in recompute_fractions(cost, limits) for shape in with_policy(kept, fraction, cost, limits)
-    ]
+    )
+
+
+def _by_degree(shapes: Iterable[GroupShape]) -> tuple[GroupShape, ...]:
     return tuple(sorted(shapes, key=lambda shape: shape.degree))
 
 
@@ -103,15 +149,32 @@ def _misfits(lengths: SequenceOf[int], shapes: tuple[GroupShape, ...]) -> bool:
     return bool(longer) and not price_table(longer, shapes).fits.any(axis=1).all()
 
 
-def _bound_s(lengths: SequenceOf[int], shapes: tuple[GroupShape, ...], num_ranks: int, cost: CostModel) -> float:
-    bound = lockstep_bound_s if cost.sharding is Sharding.ZERO3 else step_bound_s
-    return bound(lengths, shapes, num_ranks)
+def _num_rounds(
+    lengths: SequenceOf[int], shapes: tuple[GroupShape, ...], num_ranks: int, cost: CostModel, limits: PlanLimits
+) -> int | None:
+    """The least rounds of any plan in lockstep, None where there are none: shapes that cost more than they save are
+    left out of ``shapes``, and yet one round less may be theirs."""
+    if cost.sharding is not Sharding.ZERO3:
+        return None
+    num_rounds = least_rounds(lengths, shapes, num_ranks)
+    if num_rounds == 1 or not cost.prices_policies:
+        return num_rounds
+    return least_rounds(lengths, every_policy(num_ranks, cost, limits), num_ranks)
+
+
+def _bound_s(
+    lengths: SequenceOf[int], shapes: tuple[GroupShape, ...], num_ranks: int, cost: CostModel,
+    num_rounds: int | None = None,
+) -> float:
+    if cost.sharding is Sharding.ZERO3:
+        return lockstep_bound_s(lengths, shapes, num_ranks, num_rounds)
+    return step_bound_s(lengths, shapes, num_ranks)
 
 
 def _choices(
     lengths: SequenceOf[int], shapes: tuple[GroupShape, ...], bound_s: float
 ) -> tuple[tuple[GroupShape, ...], ...]:
-    """The shapes with fractions that are the cheapest choice of some sequence (of the longest, and of a sample of the
+    """The shapes with policies that are the cheapest choice of some sequence (of the longest, and of a sample of the
     others), and one local shape for each that is, those that would get the most tokens first."""
     ordered = np.sort(np.asarray(lengths, dtype=np.int64))
     sample = np.unique(np.concatenate((ordered[:: -(-len(ordered) // NUM_VOTERS)], ordered[-NUM_VOTERS:])))
@@ -121,8 +184,8 @@ def _choices(
     for weight in (0.0, 1.0):
         for target in TARGETS:
             np.add.at(chosen, cheapest_columns(table, target * bound_s, weight), tokens)
-    fractions = {0.0} | {shape.recompute_fraction for shape, votes in zip(shapes, chosen, strict=True) if votes > 0}
-    shared = tuple(shape for shape in shapes if shape.degree > 1 and shape.recompute_fraction in fractions)
+    policies = {(0.0, 0)} | {shape.policy for shape, votes in zip(shapes, chosen, strict=True) if votes > 0}
+    shared = tuple(shape for shape in shapes if shape.degree > 1 and shape.policy in policies)
     local = [place for place, shape in enumerate(shapes) if shape.kind is AttentionKind.LOCAL]
     if not local:
         return (shared,)

@@ -52,7 +52,16 @@ from math import ceil
 import numpy as np
 
 from planner.plan import AttentionKind
-from planner.shapes import BoolArray, FloatArray, GroupShape, IntArray, PriceTable, group_tokens, price_table
+from planner.shapes import (
+    BoolArray,
+    FloatArray,
+    GroupShape,
+    HeldShare,
+    IntArray,
+    PriceTable,
+    group_tokens,
+    price_table,
+)
 
 MEMORY_WEIGHTS = (1.0, 0.0, 0.5, 0.75, 0.25)
 MAX_EVALUATIONS = 60
@@ -103,14 +112,18 @@ def bound_parts(
     return tuple(parts)
 
 
-def lockstep_bound_s(lengths: SequenceOf[int] | IntArray, shapes: SequenceOf[GroupShape], num_ranks: int) -> float:
-    """``step_bound_s`` where all ranks wait for each other after each round (``zero3``): never less."""
+def lockstep_bound_s(
+    lengths: SequenceOf[int] | IntArray, shapes: SequenceOf[GroupShape], num_ranks: int, num_rounds: int | None = None
+) -> float:
+    """``step_bound_s`` where all ranks wait for each other after each round (``zero3``): never less. ``num_rounds``:
+    the least of any plan, where plans may use shapes that are left out here because they are dearer (None: they do
+    not)."""
     parts = bound_parts(lengths, shapes, num_ranks)
     if not parts:
         return 0.0
     works = [_Work.of(part) for part in parts]
     fixed_s = min(shape.fit.fixed_s for shape in shapes)
-    num_rounds = _least_rounds(np.asarray(lengths, dtype=np.int64), shapes, num_ranks)
+    num_rounds = least_rounds(lengths, shapes, num_ranks) if num_rounds is None else num_rounds
     others_s = (num_rounds - 1) * fixed_s
     longest_s = max(float(work.alone_s.min(axis=1).max()) for work in works)
     # The shapes that a settled part leaves out are dearer, but might be quicker: there all that are left are allowed.
@@ -125,12 +138,15 @@ def lockstep_bound_s(lengths: SequenceOf[int] | IntArray, shapes: SequenceOf[Gro
     return _raised(needed_s, low_s)
 
 
-def _least_rounds(lengths: IntArray, shapes: SequenceOf[GroupShape], num_ranks: int) -> int:
+def least_rounds(lengths: SequenceOf[int] | IntArray, shapes: SequenceOf[GroupShape], num_ranks: int) -> int:
     """Rounds that take all sequences' least memory; a shape's ranks hold ``group_tokens`` together."""
-    tokens = lengths.astype(np.float64)
-    least = np.full(len(lengths), np.inf)
-    for held in dict.fromkeys(shape.held for shape in shapes):
-        share = min(shape.degree / max(group_tokens(shape), 1) for shape in shapes if shape.held == held)
+    tokens = np.asarray(lengths, dtype=np.int64).astype(np.float64)
+    shares: dict[HeldShare, float] = {}
+    for shape in shapes:
+        share = shape.degree / max(group_tokens(shape), 1)
+        shares[shape.held] = min(share, shares.get(shape.held, share))
+    least = np.full(len(tokens), np.inf)
+    for held, share in shares.items():
         held_tokens = tokens * np.maximum(held.least, held.at_zero - held.per_token * tokens)
         least = np.minimum(least, share * held_tokens)
     return max(1, ceil(float(least.sum()) / num_ranks * (1 - 1e-9)))

@@ -16,6 +16,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from planner.chunk_fit import ChunkFit
 from planner.codec import LATER
 from planner.errors import PlanError, SpecError
 from planner.plan import AttentionKind, MemoryAction, MemoryPolicy, Sharding, digest_of
@@ -145,13 +146,13 @@ class Provenance:
 class CostModel:
     """All a planner knows about speed and memory. ``step_fixed_s``: parameter gather, gradient reduction and
     optimizer, once a step whatever the plan. ``sharding``: what fixed bytes and fixed seconds were priced for.
-    ``activation``: None where only keeping all activations is priced. ``remap``: None where tokens cannot be moved for
-    the token-wise layers. Raises SpecError where activations free more than a token takes, or a token's work outside
-    attention takes longer than all of it.
+    ``activation``: None where swapping and recomputing activations are not priced, ``chunks``: where running chunk by
+    chunk is not. ``remap``: None where tokens cannot be moved for the token-wise layers. Raises SpecError where
+    activations free more than a token takes, or a token's work outside attention takes longer than all of it.
 
     ``num_stages``: pipeline stages that all of this was priced for, evenly: seconds and bytes are those of one of them,
     and its peak counts as many microbatches between forward and backward as there are stages. Raises SpecError for
-    stages together with zero3 or with ``activation``: neither is run nor priced so."""
+    stages together with zero3, ``activation`` or ``chunks``: none of them is priced so."""
 
     times: tuple[TimeFit, ...]
     memory: MemoryFit
@@ -162,6 +163,7 @@ class CostModel:
     activation: ActivationFit | None = field(default=None, metadata=LATER)
     remap: RemapFit | None = field(default=None, metadata=LATER)
     num_stages: int = field(default=1, metadata=LATER)
+    chunks: ChunkFit | None = field(default=None, metadata=LATER)
     _digest: str = field(default="", init=False, repr=False, compare=False)
     _fits: dict[tuple[AttentionKind, int], TimeFit] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -170,8 +172,9 @@ class CostModel:
             self._fits[time.kind, time.degree] = time  # the first of equal ones counts
         if self.num_stages < 1:
             raise SpecError(f"num_stages must be at least 1, got {self.num_stages}")
-        if self.num_stages > 1 and (self.sharding is Sharding.ZERO3 or self.activation is not None):
-            what = f"sharding {self.sharding}" if self.activation is None else "swapping or recomputing activations"
+        if self.num_stages > 1 and (self.sharding is Sharding.ZERO3 or self.prices_policies):
+            what = "swapping or recomputing activations" if self.activation else f"sharding {self.sharding}"
+            what = "running in chunks" if self.chunks else what
             raise SpecError(f"num_stages {self.num_stages}: {what} is not priced with pipeline stages")
         fit = self.activation
         if fit and max(fit.swap_bytes_per_token, fit.recompute_bytes_per_token) > self.memory.bytes_per_token:
@@ -185,6 +188,11 @@ class CostModel:
     def runs_free(self) -> bool:
         """Whether a microbatch waits for nobody but its own ranks: neither lockstep nor pipeline stages."""
         return self.sharding is not Sharding.ZERO3 and self.num_stages == 1
+
+    @property
+    def prices_policies(self) -> bool:
+        """Whether anything but keeping all activations is priced."""
+        return self.activation is not None or self.chunks is not None
 
     @property
     def digest(self) -> str:
@@ -214,8 +222,15 @@ class CostModel:
             num_tokens=sum(sizes), num_tokens2=sum(size * size for size in sizes), num_sequences=len(sizes)
         )
 
+    def policy_fit(self, kind: AttentionKind, degree: int, policy: MemoryPolicy) -> TimeFit:
+        """``time_fit`` for a microbatch that may run in chunks. What swapping and recomputing take is not in it. Raises
+        PlanError where it is not priced."""
+        fit = self.time_fit(kind, degree)
+        return self._chunks(policy).time_fit(fit, policy.chunk_tokens) if policy.chunk_tokens else fit
+
     def token_bytes(self, policy: MemoryPolicy = KEEP) -> float:
-        """Bytes on the device per token it holds. Raises PlanError where the policy is not priced."""
+        """Bytes on the device per token it holds, of a microbatch that runs whole. Raises PlanError where the policy is
+        not priced."""
         if policy.is_keep:
             return self.memory.bytes_per_token
         fit = self._activation(policy)
@@ -223,9 +238,24 @@ class CostModel:
         freed += policy.recompute_fraction * fit.recompute_bytes_per_token
         return self.memory.bytes_per_token - freed
 
-    def device_bytes(self, num_local_tokens: int, policy: MemoryPolicy = KEEP) -> int:
-        """Peak bytes of a device that holds this many tokens of its largest microbatch, run under this policy."""
-        held_bytes = int(self.memory.fixed_bytes + self.token_bytes(policy) * num_local_tokens)
+    def held_bytes(
+        self, num_local_tokens: int, policy: MemoryPolicy = KEEP, kind: AttentionKind = AttentionKind.LOCAL,
+        degree: int = 1,
+    ) -> float:
+        """Most bytes of a microbatch on a device that holds this many tokens of it; ``kind`` and ``degree`` of its
+        group matter in chunks only. Raises PlanError where the policy is not priced."""
+        if not policy.chunk_tokens:
+            return self.token_bytes(policy) * num_local_tokens
+        fit, chunk_tokens = self._chunks(policy), min(policy.chunk_tokens, num_local_tokens)
+        return fit.chunk_bytes(kind, degree, chunk_tokens) + fit.kept_bytes_per_token(kind, degree) * num_local_tokens
+
+    def device_bytes(
+        self, num_local_tokens: int, policy: MemoryPolicy = KEEP, kind: AttentionKind = AttentionKind.LOCAL,
+        degree: int = 1,
+    ) -> int:
+        """Peak bytes of a device that holds this many tokens of its largest microbatch, run under this policy in such
+        a group."""
+        held_bytes = int(self.memory.fixed_bytes + self.held_bytes(num_local_tokens, policy, kind, degree))
         return max(held_bytes, self.memory.update_bytes)
 
     def host_bytes(self, num_local_tokens: int, policy: MemoryPolicy = KEEP) -> int:
@@ -250,8 +280,13 @@ class CostModel:
 
     def _activation(self, policy: MemoryPolicy) -> ActivationFit:
         if self.activation is None:
-            raise PlanError(f"cost model prices keeping all activations only, not {policy}")
+            raise PlanError(f"cost model prices neither swapping nor recomputing activations: {policy}")
         return self.activation
+
+    def _chunks(self, policy: MemoryPolicy) -> ChunkFit:
+        if self.chunks is None:
+            raise PlanError(f"cost model does not price chunks of {policy.chunk_tokens} tokens")
+        return self.chunks
 
     def max_local_tokens(self, budget_bytes: int) -> int:
         """The most tokens of one microbatch that a device with this budget can hold (0 if the fixed part is over): of

@@ -17,10 +17,19 @@ import numpy as np
 
 from planner.assemble import Found, GroupChoice, makespan_s
 from planner.bounds import cheapest_columns, makespan_bound_s
+from planner.chunk_shapes import chunk_sizes, chunked_shape
 from planner.cost import CostModel, PlanLimits
-from planner.memory_policy import choose_policies, recompute_fractions, with_policy
+from planner.memory_policy import choose_policies, recompute_fractions, with_every_policy, with_policy
 from planner.plan import SolveStatus
-from planner.shapes import FloatArray, IntArray, PriceTable, allowed_shapes, price_table, require_fits
+from planner.shapes import (
+    FloatArray,
+    GroupShape,
+    IntArray,
+    PriceTable,
+    allowed_shapes,
+    price_table,
+    require_fits,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,23 +91,40 @@ class _LaneChoice:
 
 def plan_greedy(lengths: SequenceOf[int], *, num_ranks: int, cost: CostModel, limits: PlanLimits) -> Found:
     """The greedy plan of sequences of these lengths (tokens) on FlexSP's shapes, with the bound of those shapes. Where
-    some sequence fits only if memory policies make room, all shapes are taken with the policy that frees most.
+    some sequence fits only if memory policies make room, all shapes are taken with the policy that frees most: to swap
+    and recompute all, and where that is too little, the largest chunks that do.
 
     Raises SpecError where no shape is priced, InfeasibleError where a sequence fits none.
     """
-    shapes = allowed_shapes(num_ranks, cost, limits)
-    table = price_table(lengths, shapes)
-    if not table.fits.any(axis=1).all():
-        shapes = with_policy(shapes, recompute_fractions(cost, limits)[-1], cost, limits)
-        table = price_table(lengths, shapes)
+    kept = allowed_shapes(num_ranks, cost, limits)
+    shapes, table = _roomy_shapes(lengths, kept, cost, limits)
     require_fits(table, cost, limits)
     schedule = greedy_schedule(table, num_ranks)
-    bound_s = makespan_bound_s(table, num_ranks)
+    # what is packed in a roomy way may still get a milder one
+    every = table if shapes is kept else price_table(lengths, with_every_policy(kept, cost, limits))
+    bound_s = makespan_bound_s(every, num_ranks)
     shape_of = {(shape.kind, shape.degree): shape for shape in shapes}
     groups = choose_policies(
         [(shape_of[group.kind, len(group.ranks)], group) for group in schedule.groups], lengths, cost, limits
     )
     return Found(groups=groups, status=SolveStatus.GREEDY, bound_s=bound_s, note="greedy list schedule")
+
+
+def _roomy_shapes(
+    lengths: SequenceOf[int], kept: tuple[GroupShape, ...], cost: CostModel, limits: PlanLimits
+) -> tuple[tuple[GroupShape, ...], PriceTable]:
+    """The first way to run these shapes in which every sequence fits one of them; the last one where none does."""
+    shapes, table = kept, price_table(lengths, kept)
+    if not table.fits.any(axis=1).all():
+        shapes = with_policy(kept, recompute_fractions(cost, limits)[-1], cost, limits)
+        table = price_table(lengths, shapes)
+    for size in chunk_sizes(cost, limits):
+        if table.fits.any(axis=1).all():
+            break
+        chunked = [chunk for shape in kept if (chunk := chunked_shape(shape, size, cost, limits)) is not None]
+        if chunked:
+            shapes, table = tuple(chunked), price_table(lengths, chunked)
+    return shapes, table
 
 
 def as_played(schedule: Schedule, lengths: SequenceOf[int], num_ranks: int, cost: CostModel) -> Schedule:

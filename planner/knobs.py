@@ -84,7 +84,7 @@ def usual_planner(strategy: str, num_ranks: int, num_sequences: int) -> str:
 
 def _tokens_per_s(setting: Setting, pricing: Pricing) -> float:
     cost = pricing(setting.cluster, setting.limits.device_budget_bytes, max(setting.lengths))
-    if cost.activation is None and set(setting.limits.policies) - {MemoryAction.KEEP}:
+    if not cost.prices_policies and set(setting.limits.policies) - {MemoryAction.KEEP}:
         raise SpecError("nothing but keeping activations is priced")
     plan = _plan(setting, cost)
     return plan.num_tokens / plan.predicted_s
@@ -109,8 +109,8 @@ def _changes(start: Setting) -> Iterator[Setting]:
         change=f"25 % more memory a device ({format_bytes(limits.device_budget_bytes)} -> {format_bytes(budget)})",
     )
     if set(limits.policies) <= {MemoryAction.KEEP}:
-        policies = tuple(MemoryAction)
-        yield replace(start, limits=replace(limits, policies=policies), change="--memory auto (swap and recompute)")
+        free = replace(limits, policies=tuple(MemoryAction))
+        yield replace(start, limits=free, change="--memory auto (swap, recompute, chunks)")
     nodes = 2 * cluster.num_nodes
     yield replace(start, cluster=replace(cluster, num_nodes=nodes), change=f"twice the nodes ({nodes})")
     yield replace(start, lengths=lengths * 2, change=f"twice the sequences a step ({2 * len(lengths)})")

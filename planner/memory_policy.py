@@ -15,6 +15,9 @@ sequence swaps more, and then no microbatch does.
 
 *Recompute.* Computing token-wise work again takes time in proportion to the tokens: another shape for each of a few
 fractions. What is not computed again may still be swapped.
+
+*Chunks* are shapes as well (``planner.chunk_shapes``). Which of all these a packed microbatch gets is decided last: the
+one that costs the fewest seconds among those that hold it.
 """
 
 from __future__ import annotations
@@ -25,9 +28,10 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
 
 from planner.assemble import GroupChoice, MicrobatchChoice
+from planner.chunk_shapes import chunk_sizes, chunked_shape, chunked_shapes, in_chunks
 from planner.cost import KEEP, ActivationFit, CostModel, PlanLimits
 from planner.layout import local_token_counts
-from planner.plan import MemoryAction, MemoryPolicy
+from planner.plan import MemoryAction, MemoryPolicy, Sharding
 from planner.shapes import GroupShape, HeldShare
 
 RECOMPUTE_FRACTIONS = (0.5, 1.0)
@@ -67,6 +71,15 @@ def with_policy(
     )
 
 
+def with_every_policy(
+    kept: SequenceOf[GroupShape], cost: CostModel, limits: PlanLimits
+) -> tuple[GroupShape, ...]:
+    """These shapes (of kept activations) with every policy that is searched, by policy."""
+    fractions = recompute_fractions(cost, limits)
+    whole = tuple(shape for fraction in fractions for shape in with_policy(kept, fraction, cost, limits))
+    return whole + chunked_shapes(kept, cost, limits)
+
+
 def _held(
     shape: GroupShape, fit: ActivationFit, recompute_fraction: float, cost: CostModel, limits: PlanLimits
 ) -> HeldShare:
@@ -93,8 +106,9 @@ def _held(
 def choose_policies(
     groups: Iterable[tuple[GroupShape, GroupChoice]], lengths: SequenceOf[int], cost: CostModel, limits: PlanLimits
 ) -> tuple[MicrobatchChoice, ...]:
-    """Microbatches of one group each, packed under the loads of their shapes, with the mildest policy that fits."""
-    if set(limits.policies) <= {MemoryAction.KEEP} or cost.activation is None:
+    """Microbatches of one group each, packed under the loads of their shapes, with the mildest policy that fits: to
+    keep, to swap what hides, to recompute or to run in chunks, whichever takes fewer seconds."""
+    if set(limits.policies) <= {MemoryAction.KEEP} or not cost.prices_policies:
         return tuple(choice for _, choice in groups)
     return tuple(
         replace(choice, memory=_mildest(choice, shape, [lengths[index] for index in choice.sequences], cost, limits))
@@ -105,15 +119,35 @@ def choose_policies(
 def _mildest(
     choice: GroupChoice, shape: GroupShape, sizes: list[int], cost: CostModel, limits: PlanLimits
 ) -> MemoryPolicy:
-    """Recompute the least of the fractions, then swap the least, that fits the budget with the copy hidden. The shape's
-    own fraction always fits."""
+    """The shape's own policy always fits. In lockstep a microbatch in chunks shares its round with none that swaps or
+    recomputes, so there it stays with what its shape does."""
     inner_degree = cost.time_fit(choice.kind, len(choice.ranks)).inner_degree
     tokens = max(local_token_counts(choice.kind, len(choice.ranks), sizes, inner_degree))
     if cost.device_bytes(tokens) <= limits.device_budget_bytes:
         return KEEP
-    fit = cost.activation
-    assert fit is not None
-    plain = replace(shape, fit=cost.time_fit(choice.kind, len(choice.ranks)))
+    lockstep, runs_in_chunks = cost.sharding is Sharding.ZERO3, shape.chunk_tokens > 0
+    whole = None if lockstep and runs_in_chunks else _mildest_whole(tokens, shape, sizes, cost, limits)
+    if whole is not None and whole.recompute_fraction == 0:
+        return whole  # hidden: no seconds
+    chunked = _largest_chunks(tokens, shape, cost, limits) if runs_in_chunks or not lockstep else None
+    if whole is None or chunked is None:
+        return whole or chunked or in_chunks(shape.chunk_tokens)
+    kind, degree = choice.kind, len(choice.ranks)
+    sums = {"num_tokens": sum(sizes), "num_tokens2": sum(size * size for size in sizes), "num_sequences": len(sizes)}
+    whole_s = cost.time_fit(kind, degree).group_s(**sums) + cost.recompute_s(sum(sizes) / degree, whole)
+    return chunked if cost.policy_fit(kind, degree, chunked).group_s(**sums) < whole_s else whole
+
+
+def _mildest_whole(
+    tokens: int, shape: GroupShape, sizes: list[int], cost: CostModel, limits: PlanLimits
+) -> MemoryPolicy | None:
+    """Recompute the least of the fractions, then swap the least, that fits the budget with the copy hidden, for a group
+    whose fullest rank holds so many tokens. A shape's own fraction always fits; None where that is not how it runs and
+    nothing fits."""
+    fit, owns = cost.activation, shape.chunk_tokens == 0
+    if fit is None:
+        return None
+    plain = replace(shape, fit=cost.time_fit(shape.kind, shape.degree))
     for fraction in recompute_fractions(cost, limits):
         kept = cost.token_bytes() - fraction * fit.recompute_bytes_per_token
         over_bytes = cost.memory.fixed_bytes + tokens * kept - limits.device_budget_bytes
@@ -125,9 +159,23 @@ def _mildest(
         held = _held(plain, fit, fraction, cost, limits)
         left = sum(size * held.of(size) for size in sizes) / sum(sizes)  # a share of all bytes, like ``held``
         hidden = (kept / cost.token_bytes() - left) * cost.token_bytes() / fit.swap_bytes_per_token
-        if needed <= hidden or fraction >= shape.recompute_fraction:
+        if needed <= hidden or (owns and fraction >= shape.recompute_fraction):
             return _policy(min(math.ceil(needed / SWAP_STEP) * SWAP_STEP, 1 - fraction), fraction)
-    return _policy(0.0, shape.recompute_fraction)
+    return _policy(0.0, shape.recompute_fraction) if owns else None
+
+
+def _largest_chunks(tokens: int, shape: GroupShape, cost: CostModel, limits: PlanLimits) -> MemoryPolicy | None:
+    """The largest chunks that are searched and whose shape holds a group with so many tokens on its fullest rank: what
+    a device could hold beyond that, no bound knows of."""
+    plain = replace(shape, fit=cost.time_fit(shape.kind, shape.degree))
+    for size in chunk_sizes(cost, limits):
+        chunked = chunked_shape(plain, size, cost, limits)
+        if chunked is None:
+            continue
+        rank_tokens = chunked.capacity_tokens * chunked.num_teams // chunked.degree
+        if size == shape.chunk_tokens or tokens * chunked.held.least <= rank_tokens:
+            return in_chunks(size)
+    return None
 
 
 def _policy(swap_fraction: float, recompute_fraction: float) -> MemoryPolicy:

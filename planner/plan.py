@@ -93,11 +93,13 @@ class AttentionGroup:
 
 
 class MemoryAction(StrEnum):
-    """What can happen to the saved activations of a token between its forward and its backward."""
+    """What can happen to the saved activations of a token between its forward and its backward. ``chunk``: there are
+    none, its microbatch runs chunk by chunk."""
 
     KEEP = "keep"
     SWAP = "swap"
     RECOMPUTE = "recompute"
+    CHUNK = "chunk"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

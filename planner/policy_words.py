@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 
 def policy_name(policy: MemoryPolicy) -> str:
-    """``keep``, ``swap 50%``, ``swap 25%, recompute 50%``."""
+    """``keep``, ``swap 50%``, ``swap 25%, recompute 50%``, ``chunks of 4,096``: at most so many tokens of a rank."""
+    if policy.chunk_tokens:
+        return f"chunks of {policy.chunk_tokens:,}"
     parts = [("swap", policy.swap_fraction), ("recompute", policy.recompute_fraction)]
     return ", ".join(f"{name} {_share(fraction)}" for name, fraction in parts if fraction > 0) or "keep"
 
@@ -40,6 +42,10 @@ def policy_line(steps: SequenceOf[PlannedStep], cost: CostModel, limits: PlanLim
             least, most = _share(min(used)), _share(max(used))
             span = most if least == most else f"{least} to {most}"
             actions.append(f"{len(used)} {action} {span} of their tokens' activations")
+    sizes = [microbatch.memory.chunk_tokens for microbatch, _ in changed if microbatch.memory.chunk_tokens]
+    if sizes:
+        span = f"{max(sizes):,}" if min(sizes) == max(sizes) else f"{min(sizes):,} to {max(sizes):,}"
+        actions.append(f"{len(sizes)} run in chunks of {span} tokens a rank")
     held = cost.max_local_tokens(limits.device_budget_bytes)
     spared = [_ranks_spared(microbatch, lengths, held, cost) for microbatch, lengths in changed]
     impossible = [words for num_ranks, words in spared if num_ranks is None]
@@ -59,9 +65,9 @@ def policy_line(steps: SequenceOf[PlannedStep], cost: CostModel, limits: PlanLim
 def _why_kept(cost: CostModel, limits: PlanLimits) -> str:
     if set(limits.policies) <= {MemoryAction.KEEP}:
         return ", as --memory keep says"
-    if cost.activation is None:
+    if not cost.prices_policies:
         return ", since the cost model prices nothing else"
-    return ", since swapping and recomputing would gain nothing or are not for this strategy"
+    return ", since other policies would gain nothing or are not for this strategy"
 
 
 def _ranks_spared(

@@ -13,7 +13,9 @@ What is approximated, besides the curves of ``planner.machine_model``:
 - zero3: waves are the rounds that the runtime executes (``planner.lockstep``), in which every rank takes part in every
   gather; gathers are prefetched one layer ahead, and ranks wait for each other once a wave, not once a layer;
 - the tensor-parallel peers of a rank do the same at the same time;
-- a swapped layer is copied while the layer is computed, forward and backward; the last KEPT_LAYERS are never swapped.
+- a swapped layer is copied while the layer is computed, forward and backward; the last KEPT_LAYERS are never swapped;
+- a microbatch in chunks runs forward once more before its wave; its matrix products have the size of a chunk, attention
+  and its messages are those of the whole.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from planner.replay_flows import has_closed_form
 from planner.replay_lanes import LaneEvent, LaneRecorder
 from planner.replay_layer import KEPT_LAYERS, REPLAYED_LAYERS, Layer, all_layers, layers, windows
 from planner.replay_state import Ledger, Setting
-from planner.replay_waves import Wave, WaveShape, contended, free_links, split_waves, wave_shape
+from planner.replay_waves import Wave, WaveShape, contended, first_pass, free_links, split_waves, wave_shape
 from planner.replay_work import FloatArray
 from planner.simulate import step_lengths
 
@@ -113,7 +115,8 @@ def replay_step(
         tensor_parallel=tensor_parallel, element_bytes=element_bytes,
     )
     lengths = step_lengths(plan)
-    shapes = tuple(wave_shape(each, lengths, setting) for each in split_waves(plan.microbatches))
+    waves = split_waves(plan.microbatches)
+    shapes = tuple((first_pass(each, lengths, setting), wave_shape(each, lengths, setting)) for each in waves)
     runs = {}
     recorder = LaneRecorder(plan.num_ranks) if draw else None
     for end in End:
@@ -150,7 +153,7 @@ class _Step:
 
     setting: Setting
     plan: StepPlan
-    shapes: tuple[WaveShape, ...]
+    shapes: tuple[tuple[WaveShape | None, WaveShape], ...]
     memory: MemoryFit
     splits: bool
     recorder: LaneRecorder | None
@@ -174,7 +177,9 @@ class _Step:
         gathers_once = self.plan.sharding is Sharding.GATHER_ONCE
         if gathers_once:
             self._collective("gather of the parameters", params * self.setting.element_bytes)
-        for shape in self.shapes:
+        for before, shape in self.shapes:
+            if before is not None:
+                self._first_pass(before.priced(self.setting))
             self._wave(shape.priced(self.setting))
         self._wait_for_all()
         if gathers_once:
@@ -194,6 +199,15 @@ class _Step:
         sent = np.bincount(nodes, weights=self.far_bytes * setting.tensor_parallel)
         return np.asarray(sent / (nics * setting.machine.nic_bytes_per_s * self.step_s), dtype=np.float64)
 
+    def _first_pass(self, wave: Wave) -> None:
+        """The forward of what runs in chunks, for its K/V alone: without the output head."""
+        forward = layers(wave, self.setting)[0]
+        self._count_messages(wave, backward=False)
+        free = layers(free_links(wave), self.setting, is_free=True)[0] if self.splits else None
+        pace_s = self._phase(wave, forward, free, "first forward")
+        if self.plan.sharding is Sharding.ZERO3:
+            self._gather_by_layer(pace_s, None, int(wave.num_chunks.max()))
+
     def _wave(self, wave: Wave) -> None:
         forward, backward, head_s = layers(wave, self.setting)
         if self.setting.shares_nics and wave.has_exchanges:
@@ -209,7 +223,7 @@ class _Step:
         self.total.compute_s += head_s
         back_pace_s = self._phase(wave, backward, free[1] if free else None, "backward")
         if self.plan.sharding is Sharding.ZERO3:
-            self._gather_by_layer(pace_s, back_pace_s)
+            self._gather_by_layer(pace_s, back_pace_s, int(wave.num_chunks.max()))
 
     def _phase(self, wave: Wave, layer: Layer, free: Layer | None, name: str) -> float:
         """All layers of one direction. Returns the slowest part's seconds a layer.
@@ -227,17 +241,21 @@ class _Step:
         self.total.add(spent)
         return pace_s
 
-    def _gather_by_layer(self, pace_s: float, back_pace_s: float) -> None:
-        """zero3: weights gathered for the forward and again for the backward, gradients reduced, each beside the layer
-        before; what takes longer than the layer is exposed. Everyone waits for the slowest microbatch."""
+    def _gather_by_layer(self, pace_s: float, back_pace_s: float | None, num_chunks: int) -> None:
+        """zero3: weights gathered for the forward and, unless it comes without one, again for the backward, gradients
+        reduced, each beside the layer before; what takes longer than the layer is exposed. All that once a chunk.
+        Everyone waits for the slowest microbatch."""
         setting = self.setting
         params = setting.model.num_params / setting.tensor_parallel / setting.model.num_layers
         gather_s = self._collective_s(params * setting.element_bytes)
         reduce_s = self._collective_s(params * GRADIENT_BYTES)
         self._wait_for_all()
-        over_s = max(0.0, gather_s - pace_s) + max(0.0, gather_s + reduce_s - back_pace_s)
-        exposed_s = gather_s + setting.model.num_layers * over_s
-        self._count_collective(setting.model.num_layers * params * (2 * setting.element_bytes + GRADIENT_BYTES))
+        over_s, sent_bytes = max(0.0, gather_s - pace_s / num_chunks), setting.element_bytes
+        if back_pace_s is not None:
+            over_s += max(0.0, gather_s + reduce_s - back_pace_s / num_chunks)
+            sent_bytes += setting.element_bytes + GRADIENT_BYTES
+        exposed_s = num_chunks * (gather_s + setting.model.num_layers * over_s)
+        self._count_collective(num_chunks * setting.model.num_layers * params * sent_bytes)
         self._everyone("exchange", "zero3 gathers not hidden", exposed_s)
         self.total.exposed_s += exposed_s
 
@@ -279,19 +297,26 @@ class _Step:
 
     def _account(self, wave: Wave) -> None:
         """Bytes that travel in a wave, and what it holds at its fullest: at the end of the forward."""
-        num_layers = self.setting.model.num_layers
-        for run in wave.runs:
-            for flow in (run.forward_traffic, run.backward_traffic):
-                np.add.at(self.sent_bytes, run.ranks, num_layers * (flow.far_sent + flow.near_sent))
-                np.add.at(self.received_bytes, run.ranks, num_layers * (flow.far_received + flow.near_received))
-                np.add.at(self.far_bytes, run.ranks, num_layers * flow.far_sent)
-        away = max(0, num_layers - KEPT_LAYERS) / num_layers
+        self._count_messages(wave, backward=True)
+        setting, model = self.setting, self.setting.model
+        away = max(0, model.num_layers - KEPT_LAYERS) / model.num_layers
         gone = away * (wave.swap_fraction + wave.recompute_fraction)
-        activations = self.memory.bytes_per_token * wave.rank_tokens
-        self.peak_bytes = np.maximum(self.peak_bytes, self.memory.fixed_bytes + activations * (1 - gone))
+        activations = self.memory.bytes_per_token * wave.chunk_tokens
+        keys_bytes = 2 * setting.kv_heads * model.head_dim * (setting.element_bytes + GRADIENT_BYTES)
+        stored = np.where(wave.num_chunks > 1, model.num_layers * keys_bytes * wave.rank_tokens, 0.0)
+        self.peak_bytes = np.maximum(self.peak_bytes, self.memory.fixed_bytes + activations * (1 - gone) + stored)
         self.host_bytes = np.maximum(
             self.host_bytes, self.setting.tensor_parallel * activations * away * wave.swap_fraction
         )
+
+
+    def _count_messages(self, wave: Wave, *, backward: bool) -> None:
+        num_layers = self.setting.model.num_layers
+        for run in wave.runs:
+            for flow in (run.forward_traffic, run.backward_traffic)[: 1 + backward]:
+                np.add.at(self.sent_bytes, run.ranks, num_layers * (flow.far_sent + flow.near_sent))
+                np.add.at(self.received_bytes, run.ranks, num_layers * (flow.far_received + flow.near_received))
+                np.add.at(self.far_bytes, run.ranks, num_layers * flow.far_sent)
 
 
 def _floats(values: FloatArray) -> tuple[float, ...]:

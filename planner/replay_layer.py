@@ -51,7 +51,9 @@ def layers(
     wave: Wave, setting: Setting, is_free: bool = False
 ) -> tuple[Layer, Layer, FloatArray]:
     """A layer's forward and its backward as functions of the clock, and the seconds of the output head, both ways."""
-    forward_s, backward_s, head_s = token_seconds(wave.rank_tokens, setting)
+    forward_s, backward_s, head_s = (
+        wave.num_chunks * seconds for seconds in token_seconds(wave.rank_tokens / wave.num_chunks, setting)
+    )
     backward_s = backward_s + wave.recompute_fraction * forward_s
     model, layers = setting.model, setting.model.num_layers
     layer_bytes = model.saved_bytes_per_token(setting.element_bytes) * wave.rank_tokens / setting.tensor_parallel

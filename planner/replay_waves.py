@@ -22,7 +22,8 @@ from planner.replay_work import FloatArray, IntArray, group_tokens
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wave:
     """Microbatches that share no rank. ``part``: ranks tied together by groups have the same number, others their own.
-    Fractions are of the tokens that the rank holds in this wave."""
+    Fractions are of the tokens that the rank holds in this wave; ``chunk_tokens``: of them in one chunk, all where the
+    rank's microbatch runs whole."""
 
     ranks: IntArray
     runs: tuple[GroupRun, ...]
@@ -30,6 +31,12 @@ class Wave:
     rank_tokens: FloatArray
     swap_fraction: FloatArray
     recompute_fraction: FloatArray
+    chunk_tokens: FloatArray
+
+    @property
+    def num_chunks(self) -> FloatArray:
+        """Of each rank, at least 1."""
+        return np.ceil(self.rank_tokens / np.maximum(self.chunk_tokens, 1.0)).clip(min=1.0)
 
     @property
     def has_exchanges(self) -> bool:
@@ -46,12 +53,13 @@ class WaveShape:
     rank_tokens: FloatArray
     swap_fraction: FloatArray
     recompute_fraction: FloatArray
+    chunk_tokens: FloatArray
 
     def priced(self, setting: Setting) -> Wave:
         return Wave(
             ranks=self.ranks, runs=tuple(stack.priced(setting) for stack in self.stacks), part=self.part,
             rank_tokens=self.rank_tokens, swap_fraction=self.swap_fraction,
-            recompute_fraction=self.recompute_fraction,
+            recompute_fraction=self.recompute_fraction, chunk_tokens=self.chunk_tokens,
         )
 
 
@@ -66,6 +74,7 @@ def wave_shape(microbatches: SequenceOf[Microbatch], lengths: SequenceOf[int], s
     """Work and traffic of a wave's groups."""
     tokens = np.zeros(setting.num_ranks)
     swap, recompute = np.zeros(setting.num_ranks), np.zeros(setting.num_ranks)
+    sizes = np.full(setting.num_ranks, np.inf)
     for microbatch in microbatches:
         policy: MemoryPolicy = microbatch.memory
         for fractions, value in ((swap, policy.swap_fraction), (recompute, policy.recompute_fraction)):
@@ -73,12 +82,24 @@ def wave_shape(microbatches: SequenceOf[Microbatch], lengths: SequenceOf[int], s
                 fractions[list(microbatch.ranks)] = value
         for group in microbatch.groups:
             tokens[list(group.ranks)] += group_tokens(group, lengths)
+        if policy.chunk_tokens:
+            sizes[list(microbatch.ranks)] = policy.chunk_tokens
+    chunks = np.minimum(tokens, sizes)
     found = _stacks(group for microbatch in microbatches for group in microbatch.groups)
     stacks = tuple(stack_groups(groups, lengths, setting) for groups in found)
     return WaveShape(
         ranks=np.array(sorted(rank for microbatch in microbatches for rank in microbatch.ranks)), stacks=stacks,
         part=_parts(stacks, setting.num_ranks), rank_tokens=tokens, swap_fraction=swap, recompute_fraction=recompute,
+        chunk_tokens=chunks,
     )
+
+
+def first_pass(
+    microbatches: SequenceOf[Microbatch], lengths: SequenceOf[int], setting: Setting
+) -> WaveShape | None:
+    """What runs forward once more before the wave, since it runs in chunks."""
+    chunked = [microbatch for microbatch in microbatches if microbatch.memory.chunk_tokens]
+    return wave_shape(chunked, lengths, setting) if chunked else None
 
 
 def _stacks(groups: Iterable[AttentionGroup]) -> list[list[AttentionGroup]]:

@@ -1,7 +1,8 @@
 """The groups a strategy may form, and every sequence priced on each of them: arrays, built once per step.
 
 Time and memory of a group add up over its sequences, so all search works on one row per sequence and one column per
-*shape*: an attention kind, a degree, and the fraction of the tokens that is computed again (``planner.memory_policy``).
+*shape*: an attention kind, a degree, and what becomes of activations: the fraction of the tokens that is computed again
+(``planner.memory_policy``), or the size of chunks (``planner.chunk_shapes``).
 """
 
 from __future__ import annotations
@@ -55,13 +56,20 @@ class GroupShape:
     sequence, the capacity is what one team can hold. So for local and ulysses (one team) it is the sequence's tokens
     and the whole group's capacity, for a ring (teams of one) the fullest rank's tokens and one rank's capacity. Of
     these tokens only the share ``held`` counts, rounded up. ``fit`` includes the time to compute ``recompute_fraction``
-    of the tokens again."""
+    of the tokens again, or to run in chunks of ``chunk_tokens`` a rank (0: whole); the bytes of the chunk at work are
+    not in the capacity."""
 
     fit: TimeFit
     capacity_tokens: int
     num_teams: int
     recompute_fraction: float = 0.0
     held: HeldShare = ALL_HELD
+    chunk_tokens: int = 0
+
+    @property
+    def policy(self) -> tuple[float, int]:
+        """What shapes of one kind and degree differ in."""
+        return self.recompute_fraction, self.chunk_tokens
 
     @property
     def kind(self) -> AttentionKind:
@@ -284,10 +292,11 @@ def require_fits(table: PriceTable, cost: CostModel, limits: PlanLimits) -> None
     if not len(homeless):
         return
     row = homeless[np.argmax(table.lengths[homeless])]
-    local = [_rank_tokens(int(load), shape) for load, shape in zip(table.load_tokens[row], table.shapes, strict=True)]
-    best = int(np.argmin(local))
-    shape, budget = table.shapes[best], limits.device_budget_bytes
-    needed = cost.device_bytes(local[best] * cost.num_stages)
+    bytes_of = [
+        _needed_bytes(int(load), shape, cost) for load, shape in zip(table.load_tokens[row], table.shapes, strict=True)
+    ]
+    needed = min(bytes_of)
+    shape, budget = table.shapes[bytes_of.index(needed)], limits.device_budget_bytes
     degrees = _ranges(sorted(set(table.degrees.tolist())))
     in_flight = f" with {cost.num_stages} microbatches in flight" if cost.num_stages > 1 else ""
     raise InfeasibleError(
@@ -300,8 +309,12 @@ def require_fits(table: PriceTable, cost: CostModel, limits: PlanLimits) -> None
     )
 
 
-def _rank_tokens(load: int, shape: GroupShape) -> int:
-    return -(-load * shape.num_teams // shape.degree)
+def _needed_bytes(load: int, shape: GroupShape, cost: CostModel) -> int:
+    """Of one device, for a sequence of this load."""
+    needed = cost.device_bytes(-(-load * shape.num_teams // shape.degree) * cost.num_stages)
+    if shape.chunk_tokens and cost.chunks is not None:
+        needed += int(cost.chunks.chunk_bytes(shape.kind, shape.degree, shape.chunk_tokens))
+    return needed
 
 
 def describe_shapes(shapes: Iterable[GroupShape]) -> str:

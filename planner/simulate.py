@@ -5,7 +5,7 @@ until it ends, and without zero3 or pipeline stages it waits for nobody but them
 of one microbatch runs their attention one after the other inside each layer: it takes their marginal seconds together
 and, since layers are launched once, the largest of their fixed times. Moves for the token-wise layers change who does
 them, for the time of the exchange. Recomputing and what a copy to the host exposes
-come on top. The microbatch lasts as long as its slowest rank.
+come on top; chunks have prices of their own. The microbatch lasts as long as its slowest rank.
 """
 
 from __future__ import annotations
@@ -59,17 +59,27 @@ class Simulation:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicrobatchPrice:
     """One microbatch: seconds each of its ranks works and tokens it holds, in the order of ``ranks``; ``seconds`` are
-    the slowest rank's."""
+    the slowest rank's. ``kind``, ``degree``: of its group where it runs in chunks, and only there."""
 
     seconds: float
     ranks: tuple[int, ...]
     rank_s: tuple[float, ...]
     rank_tokens: tuple[int, ...]
     memory: MemoryPolicy = KEEP
+    kind: AttentionKind = AttentionKind.LOCAL
+    degree: int = 1
 
     def peak_bytes(self, cost: CostModel) -> int:
         """Peak bytes of the fullest rank."""
-        return cost.device_bytes(max(self.rank_tokens), self.memory)
+        return self.device_bytes(max(self.rank_tokens), cost)
+
+    def held_bytes(self, num_tokens: int, cost: CostModel) -> float:
+        """Most bytes of this microbatch on a rank that holds so many of its tokens."""
+        return cost.held_bytes(num_tokens, self.memory, self.kind, self.degree)
+
+    def device_bytes(self, num_tokens: int, cost: CostModel) -> int:
+        """Peak bytes of a rank that holds so many of its tokens."""
+        return cost.device_bytes(num_tokens, self.memory, self.kind, self.degree)
 
 
 def step_lengths(plan: StepPlan) -> tuple[int, ...]:
@@ -84,8 +94,11 @@ def price_groups(
     """Price one microbatch of these ranks and groups; ``lengths[i]`` are the tokens of sequence i. With ``moves`` a
     rank does the token-wise work of the tokens it has after them, and holds the memory of the fuller of its layouts.
 
-    Raises PlanError where the cost model has no coefficients for a group's kind and degree, the policy or moves.
+    Raises PlanError where the cost model has no coefficients for a group's kind and degree, the policy or moves, or has
+    none for chunks together with moves or several groups.
     """
+    if memory.chunk_tokens:
+        return _price_in_chunks(ranks, groups, lengths, cost, memory, moves)
     if len(groups) == 1 and groups[0].ranks == ranks and not moves:  # nearly always: all ranks are busy equally long
         work_s, fixed, share, counts = _group_price(groups[0], lengths, cost)
         seconds = _policy_s(work_s + fixed, share, memory, cost)
@@ -109,13 +122,30 @@ def price_groups(
     )
 
 
+def _price_in_chunks(
+    ranks: tuple[int, ...], groups: SequenceOf[AttentionGroup], lengths: SequenceOf[int], cost: CostModel,
+    memory: MemoryPolicy, moves: SequenceOf[Move],
+) -> MicrobatchPrice:
+    if len(groups) != 1 or groups[0].ranks != ranks or moves:
+        what = "moved tokens" if moves else f"{len(groups)} groups"
+        raise PlanError(f"chunks are priced for microbatches of one group on all its ranks, not with {what}")
+    group = groups[0]
+    fit = cost.policy_fit(group.kind, group.degree, memory)
+    work_s, fixed_s, _, counts = _group_price(group, lengths, cost, fit)
+    seconds = work_s + fixed_s
+    return MicrobatchPrice(
+        seconds=seconds, ranks=ranks, rank_s=(seconds,) * len(ranks), rank_tokens=counts, memory=memory,
+        kind=group.kind, degree=group.degree,
+    )
+
+
 def _group_price(
-    group: AttentionGroup, lengths: SequenceOf[int], cost: CostModel
+    group: AttentionGroup, lengths: SequenceOf[int], cost: CostModel, fit: TimeFit | None = None
 ) -> tuple[float, float, float, tuple[int, ...]]:
     """Marginal and fixed seconds, tokens per rank (a group's ranks are timed alike, whatever the remainders), and the
-    tokens that each of them really holds."""
+    tokens that each of them really holds. ``fit``: where the group does not run whole."""
     sizes = [lengths[index] for index in group.sequences]
-    fit, num_tokens = cost.time_fit(group.kind, group.degree), sum(sizes)
+    fit, num_tokens = fit or cost.time_fit(group.kind, group.degree), sum(sizes)
     work_s = _marginal_s(fit, sizes)
     counts = local_token_counts(group.kind, group.degree, sizes, group.inner_degree)
     return work_s, fit.fixed_s, num_tokens / group.degree, counts
@@ -174,13 +204,15 @@ def run_schedule(prices: Iterable[MicrobatchPrice], *, num_ranks: int, cost: Cos
     work = [StageWork(ranks=price.ranks, seconds=price.seconds) for price in played]
     for each in play(work, sharding=cost.sharding, num_stages=cost.num_stages):
         price, start_s, stop_s = played[each.microbatch], each.start_s, each.stop_s
-        token_bytes = cost.token_bytes(price.memory)
+        in_chunks = price.memory.chunk_tokens > 0
+        token_bytes = 0.0 if in_chunks else cost.token_bytes(price.memory)
         for rank, tokens in zip(price.ranks, price.rank_tokens, strict=True):
+            own_bytes = price.held_bytes(tokens, cost) if in_chunks else token_bytes * tokens
             busy_s[rank] += stop_s - start_s if cost.num_stages > 1 else price.seconds
             finish_s[rank] = stop_s
-            held = held_bytes[rank] + (token_bytes * tokens if each.holds else 0.0)
+            held = held_bytes[rank] + (own_bytes if each.holds else 0.0)
             peak_bytes[rank] = max(peak_bytes[rank], held)
-            held_bytes[rank] = held - (token_bytes * tokens if each.frees else 0.0)
+            held_bytes[rank] = held - (own_bytes if each.frees else 0.0)
             events.append(Event(microbatch=each.microbatch, rank=rank, start_s=start_s, stop_s=stop_s))
     last_s = max(finish_s)
     if cost.sharding is Sharding.ZERO3:

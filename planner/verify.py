@@ -14,6 +14,7 @@ from collections.abc import Sequence as SequenceOf
 from planner.cost import CostModel, PlanLimits
 from planner.errors import PlanError
 from planner.layout import head_degree, local_token_counts
+from planner.lockstep import lockstep_rounds
 from planner.plan import (
     PLAN_SCHEMA,
     AttentionGroup,
@@ -21,6 +22,7 @@ from planner.plan import (
     MemoryAction,
     MemoryPolicy,
     Microbatch,
+    Sharding,
     SolveStatus,
     StepPlan,
 )
@@ -42,6 +44,7 @@ def verify_plan(
     for index, microbatch in enumerate(plan.microbatches):
         _verify_microbatch(microbatch, f"microbatch {index}", len(lengths), num_ranks, cost, limits)
     _verify_coverage(plan)
+    _verify_rounds(plan)
     _verify_prices(plan, lengths, cost, limits)
 
 
@@ -90,6 +93,8 @@ def _verify_microbatch(
         if rank not in working:
             raise PlanError(f"{place}: rank {rank} is in none of its groups")
     _verify_policy(microbatch.memory, place, cost, limits)
+    if microbatch.memory.chunk_tokens:
+        _verify_chunks(microbatch, place, cost, limits)
     _verify_moves(microbatch, place, cost)
 
 
@@ -136,15 +141,46 @@ def _verify_policy(memory: MemoryPolicy, place: str, cost: CostModel, limits: Pl
     for action, fraction in fractions.items():
         if not 0 <= fraction <= 1:  # NaN is refused too
             raise PlanError(f"{place}: {action}_fraction must be in 0 .. 1, got {fraction}")
-        if fraction > 0 and not limits.allows(action):
-            allowed = ", ".join(dict.fromkeys((MemoryAction.KEEP, *limits.policies)))
-            raise PlanError(f"{place}: memory policy {action} is not allowed here (allowed: {allowed}), got {memory}")
+        if fraction > 0:
+            _verify_allowed(action, memory, place, limits)
     if not math.isclose(sum(fractions.values()), 1.0, rel_tol=RELATIVE_TOLERANCE):
         raise PlanError(f"{place}: the memory fractions must add up to 1, got {memory}")
-    if memory.chunk_tokens:  # the runtime runs such plans, no planner makes them yet
+    if memory.keep_fraction < 1 and cost.activation is None:
+        raise PlanError(f"{place}: the cost model prices neither swapping nor recomputing activations, got {memory}")
+
+
+def _verify_allowed(action: MemoryAction, memory: MemoryPolicy, place: str, limits: PlanLimits) -> None:
+    if not limits.allows(action):
+        allowed = ", ".join(dict.fromkeys((MemoryAction.KEEP, *limits.policies)))
+        raise PlanError(f"{place}: memory policy {action} is not allowed here (allowed: {allowed}), got {memory}")
+
+
+def _verify_chunks(microbatch: Microbatch, place: str, cost: CostModel, limits: PlanLimits) -> None:
+    memory = microbatch.memory
+    if memory.chunk_tokens < 0:
+        raise PlanError(f"{place}: chunk_tokens must be 0 (whole) or more, got {memory.chunk_tokens}")
+    _verify_allowed(MemoryAction.CHUNK, memory, place, limits)
+    if memory.keep_fraction < 1:
+        raise PlanError(f"{place}: chunks together with swapped or recomputed activations cannot be run, got {memory}")
+    if cost.chunks is None:
         raise PlanError(f"{place}: the cost model does not price chunks of {memory.chunk_tokens} tokens")
-    if not memory.is_keep and cost.activation is None:
-        raise PlanError(f"{place}: the cost model prices keeping all activations only, got {memory}")
+    if len(microbatch.groups) > 1 or microbatch.groups[0].ranks != microbatch.ranks or microbatch.moves:
+        what = "moved tokens" if microbatch.moves else f"{len(microbatch.groups)} groups"
+        raise PlanError(f"{place}: chunks are priced for one group on all of a microbatch's ranks, not with {what}")
+
+
+def _verify_rounds(plan: StepPlan) -> None:
+    """In lockstep a round in which something runs in chunks goes group by group, in which nothing is put away."""
+    if plan.sharding is not Sharding.ZERO3 or not any(each.memory.chunk_tokens for each in plan.microbatches):
+        return
+    for members in lockstep_rounds(each.ranks for each in plan.microbatches):
+        chunked = [index for index in members if plan.microbatches[index].memory.chunk_tokens]
+        others = [index for index in members if plan.microbatches[index].memory.keep_fraction < 1]
+        if chunked and others:
+            raise PlanError(
+                f"microbatch {others[0]} swaps or recomputes beside microbatch {chunked[0]}, which runs in chunks, in "
+                "one round of zero3: that cannot be run"
+            )
 
 
 def _verify_group(
@@ -239,11 +275,11 @@ def _verify_in_flight(simulation: Simulation, cost: CostModel, limits: PlanLimit
 
 def _verify_memory(price: MicrobatchPrice, place: str, cost: CostModel, limits: PlanLimits) -> None:
     fullest = max(price.rank_tokens)
-    within_device = cost.device_bytes(fullest, price.memory) <= limits.device_budget_bytes
+    within_device = price.device_bytes(fullest, cost) <= limits.device_budget_bytes
     if within_device and cost.host_bytes(fullest, price.memory) <= limits.host_budget_bytes:
         return
     for rank, num_tokens in zip(price.ranks, price.rank_tokens, strict=True):
-        needed = cost.device_bytes(num_tokens, price.memory)
+        needed = price.device_bytes(num_tokens, cost)
         if needed > limits.device_budget_bytes:
             raise PlanError(
                 f"{place}: rank {rank} holds {num_tokens} tokens and needs {format_bytes(needed)}, over the budget of "

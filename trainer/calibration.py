@@ -50,7 +50,7 @@ _MOST_SWEEPS = 5
 _BUDGET_S = 18.0
 """For all timed sweeps together; at least two are made."""
 _EMPTY_STEPS = 5
-_MARGIN = 1.035
+PEAK_MARGIN = 1.035
 """On predicted peaks. Without one, two runs of ``benchmarks.memory --part predict`` came out 2.8 % below to 0.8 % above
 what was measured (a resident set is never the same twice); with it predictions lie in the middle of 0 to 5 % above."""
 
@@ -157,8 +157,8 @@ def fit_memory(
 
     base, slope = min(lines, key=lambda line: (height(line), line[1]))
     return MemoryFit(
-        fixed_bytes=int(_MARGIN * (base + state_bytes)), bytes_per_token=max(1.0, _MARGIN * slope),
-        update_bytes=int(_MARGIN * update_bytes),
+        fixed_bytes=int(PEAK_MARGIN * (base + state_bytes)), bytes_per_token=max(1.0, PEAK_MARGIN * slope),
+        update_bytes=int(PEAK_MARGIN * update_bytes),
     )
 
 
@@ -201,6 +201,18 @@ def _peak_bytes(runtime: Runtime, case: _Case) -> int:
     _reset_peak(runtime)
     _run_case(runtime, case.work(runtime, keep_busy=False))
     return _highest(runtime, runtime.peak.read_bytes())
+
+
+def run_probe(runtime: Runtime, shape: MeasuredShape, lengths: tuple[int, ...]) -> tuple[float, int]:
+    """Seconds and peak bytes, each the most of any rank, of a microbatch of these lengths (tokens; none: an empty one)
+    in as many groups of this shape as there is room for. Collective; belongs inside ``sharded_step``."""
+    _reset_peak(runtime)
+    if lengths:
+        seconds = _run_case(runtime, _Case(shape, lengths, None).work(runtime, keep_busy=False))
+    else:
+        seconds = 0.0
+        run_empty_microbatch(runtime)
+    return seconds, _highest(runtime, runtime.peak.read_bytes())
 
 
 def _timed_sweeps(runtime: Runtime, cases: SequenceOf[_Case]) -> list[GroupSample]:

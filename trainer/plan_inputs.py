@@ -41,16 +41,20 @@ def plans_policies(config: TrainConfig) -> bool:
     return config.memory.policy == "auto" and config.plan.strategy in POLICY_STRATEGIES
 
 
+def plans_chunks(config: TrainConfig) -> bool:
+    """Whether this run's plans may also run microbatches in chunks."""
+    return plans_policies(config) and config.plan.strategy == "adaptive"
+
+
 def measures_policies(cost: CostModel) -> bool:
-    """Whether what the cost model does not say of swapping and recomputing may be measured in this run and added: only
-    where its bytes and seconds are a machine's own."""
+    """Whether what the cost model does not say of swapping, recomputing and chunks may be measured in this run and
+    added: only where its bytes and seconds are a machine's own."""
     return cost.activation is None and cost.num_stages == 1 and cost.provenance.source == "measured"
 
 
 def with_policies(limits: PlanLimits, *, host_budget_bytes: int) -> PlanLimits:
     """These limits with every memory policy allowed."""
-    policies = (MemoryAction.KEEP, MemoryAction.SWAP, MemoryAction.RECOMPUTE)
-    return replace(limits, policies=policies, host_budget_bytes=host_budget_bytes)
+    return replace(limits, policies=tuple(MemoryAction), host_budget_bytes=host_budget_bytes)
 
 
 def load_run_cost(config: TrainConfig) -> CostModel:

@@ -9,6 +9,8 @@ layer is run under a tape and the link to the tier is timed, once for a machine 
     copy rate                  out of the device; where the way back is less than half as fast, twice that: a backward
                                takes twice a forward
     hidden share               the forwards of the layers that are put away, as a share of a microbatch's seconds
+    chunks                     (only for ``adaptive``) where they keep less of a token than recomputing does: see
+                               ``trainer.chunk_prices``
 
 What one device may swap follows from the tier's room. Plans depend on all of these, so a resumed run takes those it
 began with (``RUN_DIR/memory.json``).
@@ -24,6 +26,7 @@ from pathlib import Path
 from memory.activations import ActivationMemory
 from memory.policy import RECOMPUTE_ALL, RECOMPUTE_KEEPS_LAYERS, SWAP_KEEPS_LAYERS
 from parallel import comm
+from planner.chunk_fit import ChunkFit
 from planner.codec import from_plain, to_plain
 from planner.cost import KEEP, ActivationFit, CostModel, PlanLimits
 from planner.memory_policy import swaps
@@ -32,9 +35,10 @@ from planner.policy_words import policy_name
 from planner.simulate import price_microbatch, step_lengths
 from planner.units import format_bytes, format_seconds
 from trainer.calibration import MeasuredShape
+from trainer.chunk_prices import chunks_may_pay, map_chunk_blocks, measure_chunks
 from trainer.config import TrainConfig
 from trainer.layer_profile import LayerProfile, profile_layer
-from trainer.plan_inputs import measures_policies, plans_policies, with_policies
+from trainer.plan_inputs import measures_policies, plans_chunks, plans_policies, with_policies
 from trainer.step import Runtime
 from trainer.swap_setup import (
     POLICY_FILE,
@@ -47,7 +51,7 @@ from trainer.swap_setup import (
     tier_name_of,
 )
 
-_VERSION = 1
+_VERSION = 2
 """Goes up with every change of what is measured: older stored results are then measured again."""
 _ROOM_TO_SPARE = 1.02
 """A tier's room over what plans may put there: places of unequal size do not fill it without gaps."""
@@ -59,6 +63,7 @@ class _Measured:
 
     activation: ActivationFit
     host_budget_bytes: int
+    chunks: ChunkFit | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,12 +98,10 @@ def plan_memory(
     capacity_bytes = _capacity_bytes(config, runtime, layer, tier_name, local_world_size)
     key = _key(config, cost, layer.alone, tier_name)
     cached = cache_root / "cost" / f"{key}-memory.json"
-    measured = _stored_or_measured(config, runtime, cost, layer, tier_name, capacity_bytes, key, cached)
-    if cost.activation is None:
-        num_tokens = layer.alone.num_tokens
-        how = f"activations: measured on layers of {num_tokens} tokens a rank and copies to the {tier_name} tier"
-        provenance = dataclasses.replace(cost.provenance, notes=(*cost.provenance.notes, how))
-        cost = dataclasses.replace(cost, activation=measured.activation, provenance=provenance)
+    measured = _stored_or_measured(config, runtime, cost, limits, layer, tier_name, capacity_bytes, key, cached)
+    cost = _with_prices(cost, measured, layer.alone.num_tokens, tier_name)
+    if cost.chunks is not None:
+        map_chunk_blocks(runtime)
     if runtime.mesh.rank == 0:
         _write(cached, {"key": key, "measured": to_plain(measured)})
         own = {"key": key, "measured": to_plain(measured), "cost": to_plain(cost)}  # the cost: for longhaul report
@@ -110,6 +113,16 @@ def plan_memory(
         tier, ledger = make_tier(config, runtime, tier_name, room)
         memory = dataclasses.replace(memory, tier=tier, ledger=ledger)
     return memory, cost, limits
+
+
+def _with_prices(cost: CostModel, measured: _Measured, num_tokens: int, tier_name: str) -> CostModel:
+    if cost.activation is not None:
+        return cost
+    notes = [f"activations: measured on layers of {num_tokens} tokens a rank and copies to the {tier_name} tier"]
+    if measured.chunks is not None:
+        notes.append("chunks: measured on whole microbatches in chunks of two sizes")
+    provenance = dataclasses.replace(cost.provenance, notes=(*cost.provenance.notes, *notes))
+    return dataclasses.replace(cost, activation=measured.activation, chunks=measured.chunks, provenance=provenance)
 
 
 def policy_note(plan: StepPlan, cost: CostModel, limits: PlanLimits) -> str:
@@ -130,8 +143,14 @@ def policy_note(plan: StepPlan, cost: CostModel, limits: PlanLimits) -> str:
         f"the longest sequence ({plan.num_tokens:,}) on {len(microbatch.ranks)} of {plan.num_ranks} ranks: {chosen}; "
         f"a token swapped frees {format_bytes(fit.swap_bytes_per_token)} (room for {format_bytes(host)}, "
         f"{format_bytes(fit.copy_bytes_per_s)}/s), recomputed {format_bytes(fit.recompute_bytes_per_token)} "
-        f"for {format_seconds(fit.recompute_s_per_token)}"
+        f"for {format_seconds(fit.recompute_s_per_token)}{_chunk_note(cost)}"
     )
+
+
+def _chunk_note(cost: CostModel) -> str:
+    if cost.chunks is None:
+        return ""
+    return f", in chunks all but {format_bytes(cost.chunks.resident_bytes_per_token)} of it for another forward"
 
 
 def _why_keep(config: TrainConfig, runtime: Runtime, cost: CostModel, limits: PlanLimits) -> str:
@@ -188,8 +207,8 @@ def _capacity_bytes(
 
 
 def _stored_or_measured(
-    config: TrainConfig, runtime: Runtime, cost: CostModel, layer: _Layer, tier_name: str, capacity_bytes: int,
-    key: str, cached: Path,
+    config: TrainConfig, runtime: Runtime, cost: CostModel, limits: PlanLimits, layer: _Layer, tier_name: str,
+    capacity_bytes: int, key: str, cached: Path,
 ) -> _Measured:
     """Rank 0's numbers: those the run began with if it is resumed, else the cached fit and what the tier holds now."""
     host_budget = max(0, int((capacity_bytes - padding_bytes(runtime)) / layer.tier_bytes_per_byte))
@@ -200,8 +219,12 @@ def _stored_or_measured(
         found = began or (dataclasses.replace(fit, host_budget_bytes=host_budget) if fit else None)
     found = _shared(runtime, found)
     if found is None:
-        activation = cost.activation or _measure(config, runtime, cost, layer, tier_name)
-        found = _shared(runtime, _Measured(activation=activation, host_budget_bytes=host_budget))
+        activation, chunks = cost.activation, None
+        if activation is None:
+            activation = _measure(config, runtime, cost, layer, tier_name)
+            if plans_chunks(config) and chunks_may_pay(runtime, cost, activation):
+                chunks = measure_chunks(runtime, cost, limits, num_tokens=layer.alone.num_tokens)
+        found = _shared(runtime, _Measured(activation=activation, host_budget_bytes=host_budget, chunks=chunks))
         assert found is not None
     return found
 
@@ -210,7 +233,7 @@ def _key(config: TrainConfig, cost: CostModel, profile: LayerProfile, tier_name:
     """Of all that the measurement depends on."""
     conditions = {
         "cost": cost.digest, "memory": to_plain(config.memory), "tier": tier_name, "tokens": profile.num_tokens,
-        "disk": _disk_of(Path(config.run.dir)), "version": _VERSION,
+        "disk": _disk_of(Path(config.run.dir)), "version": _VERSION, "chunks": plans_chunks(config),
     }
     return digest_of(conditions)[:24]
 

@@ -12,7 +12,7 @@ import yaml
 from launch.plan_command import run
 from planner.analytic import derive_cost
 from planner.codec import to_plain
-from planner.errors import SpecError
+from planner.errors import InfeasibleError, SpecError
 from planner.specs import load_cluster, load_model
 
 CLUSTER = ["--model", "gpt-7b", "--cluster", "a100-40g-64", "--batch-sequences", "138"]
@@ -46,11 +46,27 @@ def test_the_policy_is_told(lengths: str, capsys: pytest.CaptureFixture[str]) ->
     assert "memory policy: all activations kept, as --memory keep says\n" in capsys.readouterr().out
 
 
+def test_chunks_hold_what_nothing_else_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "long.txt"
+    path.write_text("2000000\n20000\n20000\n")
+    flags = ["--model", "llama-3-8b", "--cluster", "h200-8", "--lengths", str(path), "--batch-sequences", "3"]
+    with pytest.raises(InfeasibleError, match=r"2000000 tokens\) fits in no group"):
+        run([*flags, "--memory", "recompute"])
+    trace, page = tmp_path / "plan.json", tmp_path / "plan.html"
+    assert run([*flags, "--memory", "chunk", "--trace", str(trace), "--html", str(page)]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    size = re.search(r"memory policy: 1 of 1 microbatches do not keep all, 1 run in chunks of ([\d,]+) tokens a rank: "
+                     r"1 since no number of ranks could keep all \(2M tokens on 8\)", text)
+    assert size and f"chunks of {size.group(1)}" in text.split("microbatch", 1)[1]  # in the table of groups
+    assert json.loads(trace.read_text())["traceEvents"] and page.read_text()
+
+
 def test_unknown_policies_and_costs_without_prices_are_refused(lengths: str, tmp_path: Path) -> None:
-    with pytest.raises(SpecError, match="--memory: 'some' is none of keep, swap, recompute, auto"):
+    with pytest.raises(SpecError, match="--memory: 'some' is none of keep, swap, recompute, chunk, auto"):
         run([*CLUSTER, "--lengths", lengths, "--memory", "some"])
     cost = to_plain(derive_cost(load_cluster("a100-40g-64"), load_model("gpt-7b"), num_ranks=64))
     cost["activation"] = None
+    del cost["chunks"]
     path = tmp_path / "cost.yaml"
     path.write_text(yaml.safe_dump(cost))
     with pytest.raises(SpecError, match="--memory swap: .* has no prices for it"):

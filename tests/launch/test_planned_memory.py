@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from planner.chunk_fit import ChunkFit
 from planner.codec import to_plain
 from planner.cost import ActivationFit, PlanLimits
 from planner.errors import InfeasibleError
@@ -68,6 +69,36 @@ def test_a_run_in_little_memory_chooses_says_so_and_repeats_its_plans(work: Path
     runs = [[{**plan, "solver": None} for plan in each] for each in (plans, records(work, "again", "plans.jsonl"))]
     assert runs[0] == runs[1]
     assert [each["loss"] for each in records(work, "again", "metrics.jsonl")] == [each["loss"] for each in metrics]
+
+
+@pytest.fixture
+def lean(work: Path) -> Path:
+    """Prices under which only chunks make room: little can be swapped or recomputed, a fifth of a token is K/V."""
+    cost = load_cost(str(work / "cost.json"))
+    assert cost.activation is not None
+    little = replace(cost.activation, swap_bytes_per_token=0.1, recompute_bytes_per_token=0.1)
+    chunks = ChunkFit(
+        resident_bytes_per_token=0.2, num_kv_heads=2, fixed_bytes=0, bytes_per_token=1.0, shared_bytes_per_token=0.0,
+        again_attention=0.3, again_linear=0.3, s_per_chunk=1e-5,
+    )
+    (work / "cost.json").write_text(json.dumps(to_plain(replace(cost, activation=little, chunks=chunks))))
+    return work
+
+
+def test_a_run_that_only_chunks_fit_trains_as_if_all_were_kept(lean: Path) -> None:
+    scarce = ("--steps", "3", "--plan.device-budget", "20 B", "--attention", "ring")
+    done = train(lean, "run", *scarce)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "the longest sequence (64) on 2 of 2 ranks: chunks of 10, 16 B a device instead of 32 B" in " ".join(
+        done.stdout.split()
+    )
+    plans, metrics = records(lean, "run", "plans.jsonl"), records(lean, "run", "metrics.jsonl")
+    assert any(each["memory"].get("chunk_tokens") for plan in plans for each in plan["microbatches"])
+    assert all(record["predicted_peak_bytes"] <= 20 and record["gradients"] == "exact" for record in metrics)
+    kept = train(lean, "kept", "--steps", "3", "--memory", "keep", "--plan.device-budget", "64 B")
+    assert kept.returncode == 0, kept.stdout + kept.stderr
+    losses = [[record["loss"] for record in found] for found in (metrics, records(lean, "kept", "metrics.jsonl"))]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_too_little_for_any_policy_is_one_line_and_94(work: Path) -> None:

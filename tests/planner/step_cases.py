@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
+from planner.chunk_fit import ChunkFit
 from planner.cost import ActivationFit, CostModel, MemoryFit, PlanLimits, Provenance, TimeFit
 from planner.plan import AttentionKind, MemoryAction
 
@@ -48,6 +49,14 @@ def with_activation(cost: CostModel) -> CostModel:
     return replace(cost, activation=ActivationFit(
         swap_bytes_per_token=18_000.0, recompute_bytes_per_token=14_000.0, recompute_s_per_token=2e-5,
         copy_bytes_per_s=1.35e8, hidden_share=2 / 7,
+    ))
+
+
+def with_chunks(cost: CostModel, *, s_per_chunk: float = 1e-3, num_kv_heads: int = 2) -> CostModel:
+    """``make_cost`` in which 3 of a token's 20 kB are K/V and their gradients, and a chunk's token takes 21 kB."""
+    return replace(cost, chunks=ChunkFit(
+        resident_bytes_per_token=3000.0, num_kv_heads=num_kv_heads, fixed_bytes=0, bytes_per_token=21_000.0,
+        shared_bytes_per_token=500.0, again_attention=2 / 7, again_linear=1 / 3, s_per_chunk=s_per_chunk,
     ))
 
 

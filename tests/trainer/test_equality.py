@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from planner.chunk_fit import ChunkFit
 from planner.cost import ActivationFit, PlanLimits
 from planner.model_spec import ModelSpec
 from planner.plan import AttentionKind, MemoryPolicy
@@ -64,9 +65,10 @@ def train_rank(
     num_ranks = parallel.data_ranks(world_size)
     options = dict(cost_options or {})
     activation, keeps = options.pop("activation", None), options.pop("keeps", False)
+    chunks = options.pop("chunks", None)
     cost = dataclasses.replace(
         cost_model(num_ranks, **options), sharding=runtime.sharding, num_stages=runtime.mesh.num_stages,
-        activation=activation,
+        activation=activation, chunks=chunks,
     )
     limits = PlanLimits(
         device_budget_bytes=budget_tokens, kinds=kinds,
@@ -87,6 +89,7 @@ def train_rank(
         shapes |= {(MOVED, len(m.ranks)) for m in plan.microbatches if m.moves}
         shapes |= {("swap", len(m.ranks)) for m in plan.microbatches if m.memory.swap_fraction > 0}
         shapes |= {("recompute", len(m.ranks)) for m in plan.microbatches if m.memory.recompute_fraction > 0}
+        shapes |= {("chunks", len(m.ranks)) for m in plan.microbatches if m.memory.chunk_tokens}
         if keeps:
             kept = tuple(dataclasses.replace(each, memory=MemoryPolicy()) for each in plan.microbatches)
             plan = dataclasses.replace(plan, microbatches=kept)
@@ -200,6 +203,16 @@ PLANNED_RUNS = {  # 30 tokens a rank: 150 on four ranks do not fit if all is kep
     "adaptive, slow copies": (DATA, "adaptive", None, RING, 30, ON_DISK, {("recompute", 4)}),
 }
 SLOW_COPIES = dataclasses.replace(ACTIVATION, copy_bytes_per_s=1.0)
+CHUNKS = ChunkFit(
+    resident_bytes_per_token=0.3, num_kv_heads=2, fixed_bytes=0, bytes_per_token=1.0, shared_bytes_per_token=0.0,
+    again_attention=0.3, again_linear=0.3, s_per_chunk=1e-7,
+)
+PLANNED_CHUNK_RUNS = {  # nothing swapped hides and recomputing frees little: 150 tokens fit in chunks only
+    "adaptive": (DATA, RING, 24, {("chunks", 4)}),
+    "adaptive, ulysses": (DATA, ULYSSES, 34, {("chunks", 4)}),
+    "adaptive, zero3": (ZERO3, RING, 24, {("chunks", 4)}),
+    "adaptive, tensor 2": (TENSOR_2, RING, 48, {("chunks", 2)}),
+}
 CHEAP_PLANNED_RUNS = ("adaptive", "hdp with its offload ratio", "adaptive, slow copies")
 
 
@@ -312,6 +325,17 @@ class TestEquality:
         kept_losses, _, kept, _ = pool.run(train_rank, *arguments, DEEP, memory, tmp_path, options)[0]
         assert losses == pytest.approx(kept_losses, rel=1e-6)
         assert max(np.abs(final[name] - weight).max() for name, weight in kept.items()) < 1e-6
+
+    @pytest.mark.parametrize("name", some_nightly(PLANNED_CHUNK_RUNS, ("adaptive",)))
+    def test_chunks_chosen_by_the_plan_equal_the_dense_model(self, pool, oracle, tmp_path, name):
+        parallel, kinds, budget, wanted = PLANNED_CHUNK_RUNS[name]
+        no_help = dataclasses.replace(SLOW_COPIES, swap_bytes_per_token=0.1, recompute_bytes_per_token=0.05)
+        options = {"activation": no_help, "chunks": CHUNKS}
+        losses, _, final, used = pool.run(
+            train_rank, parallel, "adaptive", None, kinds, budget, SPEC, ON_HOST, tmp_path, options
+        )[0]
+        assert wanted <= used, used
+        self.compare(oracle, losses, final)
 
     @pytest.mark.nightly
     @pytest.mark.parametrize("memory", ["half", "recompute", "seco"])
