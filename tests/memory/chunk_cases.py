@@ -11,6 +11,7 @@ import weakref
 import numpy as np
 import torch
 
+from memory.activations import ActivationMemory
 from parallel import comm
 from parallel.engine import AttentionEngine
 from parallel.kernel import CpuFlashKernel
@@ -79,7 +80,7 @@ def chunked_gradients(model, groups, lengths, policy, read, *, num_ranks, step=0
         runtime = types.SimpleNamespace(
             model=local, chunking=policy, mesh=types.SimpleNamespace(device=CPU, tensor_size=1),
             engine=AttentionEngine(CpuFlashKernel(), fabric.wire(rank), CPU),
-            memory=types.SimpleNamespace(tier=tiers[rank] if tiers else None),
+            memory=ActivationMemory(tier=tiers[rank] if tiers else None),
         )
         loss = torch.zeros((), dtype=torch.float64)
         for microbatch in compile_rank_program(plan, rank).microbatches:

@@ -11,6 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from memory.activations import ActivationMemory
 from memory.chunked import cut_chunks, place_rows, schedule_chunks
 from memory.chunked_kv import ChunkStore
 from memory.sparse_chunks import ChunkSampler, Sampling
@@ -216,7 +217,7 @@ class TestMemory:
         local = copy.deepcopy(model, {id(model.tensor.group): model.tensor.group})
         runtime = types.SimpleNamespace(
             model=local, chunking=policy, mesh=types.SimpleNamespace(device=CPU, tensor_size=1),
-            engine=AttentionEngine(CpuFlashKernel(), ThreadFabric(1).wire(0), CPU),
+            engine=AttentionEngine(CpuFlashKernel(), ThreadFabric(1).wire(0), CPU), memory=ActivationMemory(),
         )
         (microbatch,) = compile_rank_program(verified_plan([[group]], [1024], 1), 0).microbatches
         counted = SavedBytes(local.parameters(), lambda: sum(store.num_bytes for store in stores))
