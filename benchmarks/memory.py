@@ -36,7 +36,7 @@ from benchmarks.memory_run import (
     measure,
     predict,
 )
-from memory.timeline import Interval
+from planner.memory_lanes import Interval
 from planner.units import MIB, format_bytes, format_seconds
 
 OURS = ("keep", "recompute", "swap 0", "swap 0.5", "swap 1", "swap measured", "seco")

@@ -8,12 +8,13 @@ from collections.abc import Sequence as SequenceOf
 from typing import Any
 
 from benchmarks.memory_run import Course
-from memory.timeline import LANES
+from planner.memory_lanes import BACK, LANES, LAYERS, OUT, WAIT
 from planner.units import MIB, MICROSECONDS_PER_S
 
 _COLOURS = ("#4c566a", "#bf616a", "#2e7d32", "#1565c0", "#ef6c00")
-_LANE_COLOURS = {"forward": "#90caf9", "backward": "#5c8fd6", "wait": "#e57373", "store": "#81c784", "load": "#ffb74d"}
-_LANE_NAMES = {"compute": "layers", "wait": "waiting", "store": "to disk", "load": "from disk"}
+_LANE_COLOURS = {"forward": "#90caf9", "backward": "#5c8fd6", "recompute": "#b39ddb"}
+_COPY_COLOURS = {WAIT: "#e57373", OUT: "#81c784", BACK: "#ffb74d"}
+_LANE_NAMES = {LAYERS: "layers", WAIT: "waiting", OUT: "to disk", BACK: "from disk"}
 _WIDTH, _LEFT, _RIGHT, _TOP, _PLOT, _LANE = 860, 78, 20, 46, 240, 24
 _MOST_POINTS = 300
 
@@ -92,7 +93,7 @@ def _lanes(course: Course, top: float) -> Iterator[str]:
         for each in course.intervals:
             if each.lane == lane and each.stop_s > each.start_s:
                 x, width = _x(each.start_s, most_s), _x(each.stop_s, most_s) - _x(each.start_s, most_s)
-                colour = _LANE_COLOURS[each.name.split()[0] if lane == "compute" else lane]
+                colour = _LANE_COLOURS[each.name.split()[0]] if lane == LAYERS else _COPY_COLOURS[lane]
                 yield (f'<rect x="{x:.2f}" y="{y}" width="{max(width, 0.3):.2f}" height="{_LANE - 4}" fill="{colour}" '
                        'stroke="#fff" stroke-width="0.3"/>')
     yield from _seconds_axis(most_s, top + len(LANES) * _LANE)

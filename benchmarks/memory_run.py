@@ -20,9 +20,9 @@ import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from memory.peak import give_back_freed_memory, map_large_blocks
-from memory.timeline import Interval, Timeline
 from parallel import comm
 from parallel.program import compile_rank_program
+from planner.memory_lanes import Interval, copy_seconds
 from planner.plan import AttentionKind
 from planner.specs import load_model
 from planner.units import KIB
@@ -319,9 +319,8 @@ def course(way: str, length: int, settings: Settings) -> Course:
     """Run one step (after a first one) and sample the resident set every few milliseconds."""
     with bench(way, length, settings) as made:
         made.step(length)
-        tier, timeline = made.runtime.memory.tier, Timeline()
-        if tier is not None:
-            tier.timeline = timeline
+        memory = made.runtime.memory
+        memory.record(True)
         give_back_freed_memory()
         samples: list[tuple[float, int]] = []
         done = threading.Event()
@@ -334,15 +333,16 @@ def course(way: str, length: int, settings: Settings) -> Course:
         thread = threading.Thread(target=sample)
         thread.start()
         made.step(length)
-        timeline.end()
         done.set()
         thread.join()
+        ahead_s = memory.timeline.zero_s - began_s
         intervals = tuple(
-            replace(each, start_s=each.start_s - began_s, stop_s=each.stop_s - began_s) for each in timeline.intervals
+            replace(each, start_s=each.start_s + ahead_s, stop_s=each.stop_s + ahead_s)
+            for each in memory.timeline.read()
         )
-        return Course(
-            way=way, length=length, samples=tuple(samples), intervals=intervals, hidden_share=timeline.hidden_share()
-        )
+        copy_s, hidden_s = copy_seconds(intervals)
+        hidden_share = hidden_s / copy_s if copy_s else 1.0
+        return Course(way=way, length=length, samples=tuple(samples), intervals=intervals, hidden_share=hidden_share)
 
 
 def _resident_bytes() -> int:

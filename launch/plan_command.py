@@ -16,7 +16,7 @@ from planner.codec import suggest
 from planner.errors import EXIT_OK, InfeasibleError, SpecError
 from planner.explain import Candidate, PlannedStep, best_candidate
 from planner.length_generators import length_names
-from planner.plan import MemoryAction
+from planner.policy_reasons import what_helps
 from planner.schedule import attention_names
 from planner.simulate import simulate
 from planner.specs import cluster_names, model_names
@@ -124,7 +124,7 @@ def _candidates(job: Job, flags: argparse.Namespace) -> tuple[Candidate, ...]:
                 found.append(Candidate(strategy=name, refusal=f"step {len(steps)}: {error}"))
                 refusals.append(error)
     if len(refusals) == len(found):
-        raise _refusal(refusals, job)
+        raise _refusal(refusals, job, names)
     return tuple(found)
 
 
@@ -139,22 +139,18 @@ def _planned(job: Job, strategy: str, degree: int | None) -> Iterator[PlannedSte
         yield PlannedStep(plan=plan, simulation=simulate(plan, job.cost))
 
 
-def _refusal(refusals: list[SpecError | InfeasibleError], job: Job) -> SpecError | InfeasibleError:
+def _refusal(
+    refusals: list[SpecError | InfeasibleError], job: Job, strategies: tuple[str, ...]
+) -> SpecError | InfeasibleError:
     """What to end with where no strategy plans every batch: does not fit, if that is one of the reasons."""
     for error in refusals:
         if isinstance(error, InfeasibleError):
-            hint = "; or try --memory auto" if _could_swap(job) else ""
+            hint = what_helps(strategies, job.cost, job.limits)
             return InfeasibleError(
                 f"DOES NOT FIT: {job.model.name} on {job.cluster.name}: {error}{hint}", binding=error.binding,
                 needed_bytes=error.needed_bytes, available_bytes=error.available_bytes,
             )
     return refusals[0]
-
-
-def _could_swap(job: Job) -> bool:
-    """Whether --memory auto is allowed, not asked for yet, and has any room to work with."""
-    room = job.limits.device_budget_bytes > job.cost.memory.fixed_bytes
-    return room and job.cost.prices_policies and set(job.limits.policies) <= {MemoryAction.KEEP}
 
 
 def _write_files(result: plan_output.Result, flags: argparse.Namespace) -> None:

@@ -31,6 +31,7 @@ from planner.explain import (
     time_line,
     verdict,
 )
+from planner.policy_reasons import choosers
 from planner.policy_words import policy_line
 
 if TYPE_CHECKING:
@@ -240,7 +241,10 @@ def _show_comparison(console: Console, result: Result) -> None:
 def _comparison_lines(result: Result) -> list[str]:
     ranking = ranking_line(result.candidates)
     refusals = [f"{found.strategy} refuses {found.refusal}" for found in result.candidates if found.refusal]
-    return [*([ranking] if ranking else []), *refusals]
+    policies = []
+    if len(result.candidates) > 1 and len(result.job.limits.policies) > 1:
+        policies = [f"only some strategies choose memory policies ({choosers()}); the others keep all activations"]
+    return [*([ranking] if ranking else []), *policies, *refusals]
 
 
 def _show_table(console: Console, title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:

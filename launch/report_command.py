@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from planner.drift import Executed
+    from planner.memory_lanes import CopySummary
     from planner.run_report import RunReport
     from trainer.run_records import RunRecords
 
@@ -53,7 +54,7 @@ def run(arguments: list[str]) -> int:
     report = make_run_report(
         records.metrics, records.executed, cost=records.cost,
         factor=float(factor) if isinstance(factor, int | float) else DEFAULT_FACTOR,
-        num_planned=num_planned if isinstance(num_planned, int) else None,
+        num_planned=num_planned if isinstance(num_planned, int) else None, lanes=records.lanes,
     )
     _write_files(records, report, flags)
     if flags.json == "-":
@@ -71,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("run_dir", nargs="?", metavar="RUN_DIR", help="folder of the run (longhaul train --run-dir)")
     add("--html", metavar="FILE", help="write one page: predicted against measured, ranks, one step (needs plotly)")
-    add("--trace", metavar="FILE", help="write one step, predicted and measured lanes, for ui.perfetto.dev")
+    add("--trace", metavar="FILE", help="write one step, predicted and measured lanes and copies, for ui.perfetto.dev")
     add("--step", metavar="N", help="the step of --trace and --html, counted from 0 (default: the last recorded one)")
     add("--refit", metavar="FILE", help="write the cost model refitted to the run, for --plan.cost of the next one")
     add("--json", metavar="-|FILE", help="write the report as JSON; - prints it and nothing else")
@@ -112,7 +113,8 @@ def _wanted_step(text: str | None) -> int | None:
 
 def _shown(records: RunRecords, step: int | None) -> Executed | None:
     if step is None:
-        return records.executed[-1] if records.executed else None
+        with_lanes = [executed for executed in records.executed if executed[0].step in records.lanes]
+        return (with_lanes or records.executed or (None,))[-1]
     return next((executed for executed in records.executed if executed[0].step == step), None)
 
 
@@ -122,13 +124,13 @@ def _trace(records: RunRecords, shown: Executed | None, step: int | None) -> dic
     from trainer.run_records import read_plans
 
     if shown is not None:
-        return step_trace(*shown)
+        return step_trace(*shown, records.lanes.get(shown[0].step), records.cost)
     number = int(records.metrics[-1]["step"]) if step is None else step
     plan = read_plans(records.folder, [number]).get(number)
     if plan is None:
         last = records.metrics[-1]["step"]
         raise SpecError(f"--trace: step {number} has no plan in {records.folder}; steps 0 to {last} were run")
-    return step_trace(plan, None)
+    return step_trace(plan, None, cost=records.cost)
 
 
 def _not_recorded(records: RunRecords) -> str:
@@ -166,8 +168,26 @@ def report_lines(records: RunRecords, report: RunReport) -> list[str]:
         lines.append(f"a step: {parts} (means)")
     peaks = f"predicted {format_bytes(predicted_bytes)}, measured {format_bytes(peak_bytes)}"
     lines.append(f"peak memory: {peaks}; plans: {statuses}")
+    if report.copies is not None:
+        lines.append(_copies_line(report.copies))
     lines.append("drift: " + ("too few steps for a verdict" if report.drift is None else report.drift.sentence()))
     return [*lines, _refit_line(records, report)]
+
+
+def _copies_line(copies: CopySummary) -> str:
+    where = f"means of {copies.num_ranks} ranks, {copies.num_steps} steps"
+    if copies.copy_s == 0:
+        return f"copies of activations: none ({where})"
+    parts = [
+        f"{format_bytes(size)} {way} at {format_bytes(size / seconds)}/s"
+        for way, size, seconds in (
+            ("out", copies.out_bytes, copies.out_s), ("back", copies.back_bytes, copies.back_s)
+        ) if seconds > 0
+    ]
+    return (
+        f"copies of activations: {format_seconds(copies.copy_s)} a step, {copies.hidden_share:.1%} of it hidden behind "
+        f"layers, {format_seconds(copies.wait_s)} waited for copies; {', '.join(parts)} ({where})"
+    )
 
 
 def _refit_line(records: RunRecords, report: RunReport) -> str:

@@ -8,6 +8,7 @@ from memory.arena import AddressArena
 from memory.ledger import MemoryLedger
 from memory.policy import KEEP_ALL, ActivationPolicy
 from memory.tiers import Tier
+from memory.timeline import Timeline
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -15,7 +16,8 @@ class ActivationMemory:
     """``policy`` holds for every microbatch whose plan does not say otherwise; ``tier_bytes_per_token``: what it puts
     into the tier for a token that a rank holds. ``kept_layers``: last layers of the model that stay whole in
     microbatches whose plan swaps or recomputes (None: as few as possible). ``ledger``: where the tier reserves.
-    ``note``: one line for the log. ``arena``: planned addresses (None: torch's own allocator).
+    ``note``: one line for the log. ``arena``: planned addresses (None: torch's own allocator). ``timeline``: where
+    layers and copies note their times while ``record`` says so.
     """
 
     policy: ActivationPolicy = KEEP_ALL
@@ -25,6 +27,18 @@ class ActivationMemory:
     ledger: MemoryLedger = field(default_factory=lambda: MemoryLedger({}))
     note: str = ""
     arena: AddressArena | None = None
+    timeline: Timeline = field(default_factory=Timeline)
+
+    def record(self, on: bool) -> None:
+        """From now on, or no longer, layers and copies note their times."""
+        self.timeline.is_on = on
+        if self.tier is not None:
+            self.tier.timeline = self.timeline if on else None
+
+    @property
+    def recorder(self) -> Timeline | None:
+        """Where to note times now; None: nowhere."""
+        return self.timeline if self.timeline.is_on else None
 
     def restart_peak(self) -> None:
         """Count the tier's peak anew."""

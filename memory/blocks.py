@@ -7,13 +7,12 @@ whole: they go to the tier or stay.
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 
 import torch
 
 from memory.tiers import Stored, Tier, Transfer
-from memory.timeline import WAIT
+from memory.timeline import waiting
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,10 +87,8 @@ class Block:
         self.start_load(tier)
         if self._loading is not None and self._stored is not None:
             assert tier is not None
-            began_s = time.perf_counter()
-            self._loading.wait()
-            if tier.timeline is not None:
-                tier.timeline.add(WAIT, "for a copy back", began_s)
+            with waiting(tier.timeline, "for a copy back"):
+                self._loading.wait()
             tier.release(self._stored)
             self._stored, self._loading = None, None
         if self._kept is not None:

@@ -19,6 +19,7 @@ import torch
 from memory.chunked import Rows, StoredRows
 from memory.ledger import MemoryFullError
 from memory.tiers import Stored, Tier, Transfer
+from memory.timeline import waiting
 from planner.units import format_bytes
 
 NUM_KV_BUFFERS = 2
@@ -44,8 +45,8 @@ class _TieredRows:
     """One kind of rows of all layers. ``pieces``: row ranges that are written and read whole. A piece that was never
     written reads as zeros."""
 
-    def __init__(self, tier: Tier, pieces: Iterable[Rows], *, num_buffers: int) -> None:
-        self._tier, self.pieces, self._num_buffers = tier, tuple(pieces), num_buffers
+    def __init__(self, tier: Tier, pieces: Iterable[Rows], *, num_buffers: int, what: str) -> None:
+        self._tier, self.pieces, self._num_buffers, self._what = tier, tuple(pieces), num_buffers, what
         self.num_rows = max((stop for _, stop in self.pieces), default=0)
         self._stored: dict[tuple[int, int], Stored] = {}  # by layer and first row
         self._buffers: list[_Buffer] = []  # the least recently wanted first
@@ -54,6 +55,7 @@ class _TieredRows:
         """Start writing the piece ``rows``; ``source`` stays as it is until that is done."""
         key = (layer, rows[0])
         old = self._stored.get(key)
+        self._name_copies(layer)
         self._stored[key] = self._tier.store(source) if old is None else self._tier.overwrite(old, source)
         return self._stored[key].transfer
 
@@ -63,7 +65,7 @@ class _TieredRows:
         if buffer is not None and buffer.rows[0] <= rows[0] and rows[1] <= buffer.rows[1]:
             self._buffers.remove(buffer)
             self._buffers.append(buffer)
-            _wait(buffer.stores)  # what is being written must not change
+            self._wait(buffer.stores)  # what is being written must not change
             return
         if buffer is not None:
             self._buffers.remove(buffer)
@@ -73,21 +75,22 @@ class _TieredRows:
             buffer = self._buffers.pop(0)
         self._buffers.append(buffer)
         self._write_back(buffer)
-        _wait(buffer.stores)
-        _wait(buffer.loads)
+        self._wait(buffer.stores)
+        self._wait(buffer.loads)
         buffer.layer, buffer.rows = layer, rows
+        self._name_copies(layer)
         for start, stop in self._inside(rows):
             stored = self._stored.get((layer, start))
             if stored is None:
                 buffer.tensor[start:stop].zero_()
                 continue
-            stored.transfer.wait()  # on CUDA the stream that reads is not the one that writes
+            self._wait([stored.transfer])  # on CUDA the stream that reads is not the one that writes
             buffer.loads.append(self._tier.load(stored, buffer.tensor[start:stop]))
 
     def ready(self, layer: int) -> torch.Tensor:
         """The buffer ``[S or G, 2, K, H]`` of a layer; only rows that were wanted mean anything."""
         buffer = self._buffer_of(layer)
-        _wait(buffer.loads)
+        self._wait(buffer.loads)
         return buffer.tensor
 
     def mark(self, layer: int, rows: Rows) -> None:
@@ -103,11 +106,11 @@ class _TieredRows:
     def close(self) -> None:
         """Wait for all copies and free the places; what was not written back is lost."""
         for buffer in self._buffers:
-            _wait(buffer.loads)
-            _wait(buffer.stores)
+            self._wait(buffer.loads)
+            self._wait(buffer.stores)
         self._buffers.clear()
+        self._wait([stored.transfer for stored in self._stored.values()])
         for stored in self._stored.values():
-            stored.transfer.wait()
             self._tier.release(stored)
         self._stored.clear()
 
@@ -128,6 +131,18 @@ class _TieredRows:
                 buffer.stores.append(self.put(buffer.layer, (start, stop), buffer.tensor[start:stop]))
         buffer.dirty.clear()
 
+    def _wait(self, transfers: list[Transfer]) -> None:
+        """Until these copies are done; the list is empty then."""
+        if transfers:
+            with waiting(self._tier.timeline, f"for {self._what}"):
+                for transfer in transfers:
+                    transfer.wait()
+            transfers.clear()
+
+    def _name_copies(self, layer: int) -> None:
+        if self._tier.timeline is not None:
+            self._tier.timeline.subject = f"{self._what} of layer {layer}"
+
 
 class TieredChunkStore:
     """The stores of one group's run on one rank, by the row places of ``memory.chunked.place_rows``.
@@ -139,8 +154,8 @@ class TieredChunkStore:
         self._tier, self._num_layers = tier, num_layers
         tails = (place.tail for place in places if place.tail[0] < place.tail[1])
         carried = (place.carried for place in places if place.carried is not None)
-        self._kv = _TieredRows(tier, tails, num_buffers=NUM_KV_BUFFERS)
-        self._dkv = _TieredRows(tier, carried, num_buffers=NUM_DKV_BUFFERS)
+        self._kv = _TieredRows(tier, tails, num_buffers=NUM_KV_BUFFERS, what="K/V")
+        self._dkv = _TieredRows(tier, carried, num_buffers=NUM_DKV_BUFFERS, what="dK/dV")
         self._outgoing: deque[tuple[Transfer, torch.Tensor]] = deque()
         self._kv_row: torch.Tensor | None = None
         self._dkv_row: torch.Tensor | None = None
@@ -158,8 +173,7 @@ class TieredChunkStore:
         """Store the K/V of these rows."""
         if self._kv_row is None:
             self._begin(k_TKH)
-        while len(self._outgoing) > _STORES_IN_FLIGHT:
-            self._outgoing.popleft()[0].wait()
+        self._settle(_STORES_IN_FLIGHT)
         both_T2KH = torch.stack((k_TKH, v_TKH), dim=1)
         self._outgoing.append((self._kv.put(layer, rows, both_T2KH), both_T2KH))
 
@@ -182,8 +196,7 @@ class TieredChunkStore:
 
     def close(self) -> None:
         """Wait for what is under way and free the tier's places. The store is at its end."""
-        while self._outgoing:
-            self._outgoing.popleft()[0].wait()
+        self._settle(0)
         self._kv.close()
         self._dkv.close()
 
@@ -191,6 +204,12 @@ class TieredChunkStore:
     def num_bytes(self) -> int:
         """Bytes on the device: the buffers, and K/V on their way out."""
         return self._kv.num_bytes + self._dkv.num_bytes + sum(source.nbytes for _, source in self._outgoing)
+
+    def _settle(self, most_in_flight: int) -> None:
+        """Wait for the oldest K/V on their way out."""
+        while len(self._outgoing) > most_in_flight:
+            with waiting(self._tier.timeline, "for copies out"):
+                self._outgoing.popleft()[0].wait()
 
     def _begin(self, k_TKH: torch.Tensor) -> None:
         wide = torch.promote_types(k_TKH.dtype, torch.float32)
@@ -207,9 +226,3 @@ class TieredChunkStore:
                 "samples",
                 account=self._tier.name, needed_bytes=needed, available_bytes=available,
             )
-
-
-def _wait(transfers: list[Transfer]) -> None:
-    for transfer in transfers:
-        transfer.wait()
-    transfers.clear()

@@ -14,7 +14,6 @@ import errno
 import fcntl
 import mmap
 import os
-import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -26,7 +25,8 @@ import torch
 
 from memory.ledger import MemoryFullError, MemoryLedger
 from memory.tiers import Places, Stored, TierError, Transfer, flat_bytes
-from memory.timeline import LOAD, STORE, Timeline
+from memory.timeline import Timeline
+from planner.memory_lanes import BACK, OUT
 from planner.units import MIB, format_bytes
 
 DISK = "disk"
@@ -95,11 +95,7 @@ class DiskTier:
         self._places.check(stored, data.numel())
         self.read_bytes += data.numel()
 
-        def read(bytes_: np.ndarray, offset: int) -> None:
-            stored.transfer.wait()  # another thread writes: never read what is not there yet
-            self._read(bytes_, offset)
-
-        return self._start(self._reader, read, data, stored.offset)
+        return self._start(self._reader, BACK, self._read, data, stored.offset, stored.transfer)
 
     def release(self, stored: Stored) -> None:
         self._places.give(stored)
@@ -111,16 +107,26 @@ class DiskTier:
 
     def _put_behind(self, data: torch.Tensor, offset: int) -> Transfer:
         self.written_bytes += data.numel()
-        return self._start(self._writer, self._write, data, offset)
+        return self._start(self._writer, OUT, self._write, data, offset)
 
     def _start(
-        self, worker: ThreadPoolExecutor, work: Callable[[np.ndarray, int], None], data: torch.Tensor, offset: int
+        self, worker: ThreadPoolExecutor, lane: str, work: Callable[[np.ndarray, int], None], data: torch.Tensor,
+        offset: int, after: Transfer | None = None,
     ) -> Transfer:
-        # the array keeps the tensor's memory alive until the worker is done with it
-        return _FileCopy(worker.submit(work, data.numpy(), offset))
+        timeline, array = self.timeline, data.numpy()  # which keeps the tensor's memory alive until the worker is done
+        subject = timeline.subject if timeline is not None else ""
+
+        def copy() -> None:
+            if after is not None:
+                after.wait()  # another thread writes: never read what is not there yet
+            start = timeline.stamp() if timeline is not None else None
+            work(array, offset)
+            if timeline is not None:
+                timeline.add(lane, subject, start, array.size)
+
+        return _FileCopy(worker.submit(copy))
 
     def _write(self, data: np.ndarray, offset: int) -> None:
-        began_s = time.perf_counter()
         if self.is_direct:
             buffer = np.frombuffer(self._out, dtype=np.uint8)
             for start in range(0, data.size, _PIECE_BYTES):
@@ -132,11 +138,8 @@ class DiskTier:
             self._dirty_bytes += data.size
             if self._dirty_bytes >= _GIVE_BACK_BYTES:
                 self._give_back()
-        if self.timeline is not None:
-            self.timeline.add(STORE, DISK, began_s, data.size)
 
     def _read(self, data: np.ndarray, offset: int) -> None:
-        began_s = time.perf_counter()
         if self.is_direct:
             buffer = np.frombuffer(self._in, dtype=np.uint8)
             for start in range(0, data.size, _PIECE_BYTES):
@@ -146,8 +149,6 @@ class DiskTier:
         else:
             self._get(data.data, offset, data.size)
             os.posix_fadvise(self._descriptor, offset, data.size, os.POSIX_FADV_DONTNEED)
-        if self.timeline is not None:
-            self.timeline.add(LOAD, DISK, began_s, data.size)
 
     def _put(self, view: memoryview, offset: int) -> None:
         """Write all of ``view``. What the system left over is written again, from a whole unit on."""

@@ -20,7 +20,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from memory.blocks import Block, View, row_base, whole_base
 from memory.policy import ActivationPolicy
 from memory.tiers import Tier, Transfer
+from memory.timeline import Timeline
 from planner.errors import LonghaulError
+from planner.memory_lanes import LAYERS
 
 PAIR = "pair"
 """Name under which the bytes of layer input and attention's saved tensors are counted."""
@@ -74,11 +76,13 @@ class LayerTape:
     read when the first step runs, for ``zero3`` gathers them when the layer begins. One forward, one backward."""
 
     def __init__(
-        self, policy: ActivationPolicy, tier: Tier | None, constants: Iterable[torch.Tensor], num_rows: int
+        self, policy: ActivationPolicy, tier: Tier | None, constants: Iterable[torch.Tensor], num_rows: int,
+        timeline: Timeline | None = None,
     ) -> None:
         self._policy = policy
         self._tier = tier
         self._num_rows = num_rows
+        self._timeline = timeline
         self._parameters: Iterable[torch.Tensor] = constants
         self._constants: set[int] = set()
         self._blocks: dict[int, Block] = {}  # by address of the storage, during the forward only
@@ -223,8 +227,11 @@ class LayerTape:
         def keep(tensor: torch.Tensor) -> None:
             packed.append(tensor.detach())
 
+        start = None if self._timeline is None else self._timeline.stamp()
         with torch.enable_grad(), saved_tensors_hooks(keep, _never):
             outputs = step.function(*inputs)
+        if self._timeline is not None:
+            self._timeline.add(LAYERS, f"recompute {step.name}", start)
         made = outputs if isinstance(outputs, tuple) else (outputs,)
         self.recomputed_rows += num_rows
         for source, blocks in ((packed, step.packed), (made, step.outputs)):

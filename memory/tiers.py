@@ -8,15 +8,15 @@ beside the computation (a worker thread, or a CUDA stream of its own) and ``Tran
 from __future__ import annotations
 
 import itertools
-import time
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 
 from memory.ledger import MemoryFullError, MemoryLedger, Regions
-from memory.timeline import LOAD, STORE, Timeline
+from memory.timeline import Timeline, waiting
 from planner.errors import LonghaulError
+from planner.memory_lanes import BACK, OUT
 from planner.units import format_bytes
 
 HOST = "host"
@@ -187,7 +187,7 @@ class HostTier:
         self._places.check(stored)
         place = self._buffer[stored.offset : stored.offset + stored.num_bytes]
         self.read_bytes += stored.num_bytes
-        return self._copy(LOAD, flat_bytes(into), place, self._prefetch)
+        return self._copy(BACK, flat_bytes(into), place, self._prefetch)
 
     def release(self, stored: Stored) -> None:
         # On CUDA the next store into this place runs on the offload stream, after the computing stream's event, which
@@ -201,22 +201,27 @@ class HostTier:
 
     def _put(self, data: torch.Tensor, offset: int) -> Transfer:
         self.written_bytes += data.numel()
-        return self._copy(STORE, self._buffer[offset : offset + data.numel()], data, self._offload)
+        return self._copy(OUT, self._buffer[offset : offset + data.numel()], data, self._offload)
 
     def _copy(
         self, lane: str, target: torch.Tensor, source: torch.Tensor, stream: torch.cuda.Stream | None
     ) -> Transfer:
+        timeline = self.timeline
         if stream is None:
-            began_s = time.perf_counter()
-            target.copy_(source)
-            if self.timeline is not None:
-                self.timeline.add(lane, HOST, began_s, source.numel())
+            with waiting(timeline, "for a copy to host memory"):  # what computes does it itself
+                start = timeline.stamp() if timeline is not None else None
+                target.copy_(source)
+                if timeline is not None:
+                    timeline.add(lane, timeline.subject, start, source.numel())
             return _Done()
         stream.wait_stream(torch.cuda.current_stream(self._device))  # the source is made there, the target freed there
+        start = timeline.stamp(stream) if timeline is not None else None
         with torch.cuda.stream(stream):
             target.copy_(source, non_blocking=True)
             event = torch.cuda.Event()
             event.record(stream)
+        if timeline is not None:
+            timeline.add(lane, timeline.subject, start, source.numel(), timeline.stamp(stream))
         return _StreamCopy(event, self._device)
 
 

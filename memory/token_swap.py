@@ -7,7 +7,6 @@ i computes. These are MEMO's two rounding buffers as a bound on live blocks; fix
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Iterable
 
@@ -16,7 +15,7 @@ import torch
 from memory.policy import ActivationPolicy
 from memory.tape import LayerTape, PlainTape, Tape
 from memory.tiers import Tier, Transfer
-from memory.timeline import WAIT
+from memory.timeline import Timeline, waiting
 
 _LAYERS_IN_FLIGHT = 1
 """Beside the layer that computes."""
@@ -26,11 +25,13 @@ class MicrobatchMemory:
     """Hands out a tape for each layer of one microbatch: one forward through ``num_layers`` layers, one backward.
 
     ``keeps_last``: the last layers' backward follows their forward at once, so they stay on the device (on a pipeline
-    stage with stages behind it, it does not). Raises ValueError where the policy swaps and there is no tier.
+    stage with stages behind it, it does not). ``timeline``: where its layers note their times, None: nowhere. Raises
+    ValueError where the policy swaps and there is no tier.
     """
 
     def __init__(
-        self, policy: ActivationPolicy, tier: Tier | None, *, num_layers: int, num_rows: int, keeps_last: bool = True
+        self, policy: ActivationPolicy, tier: Tier | None, *, num_layers: int, num_rows: int, keeps_last: bool = True,
+        timeline: Timeline | None = None,
     ) -> None:
         if policy.swaps and tier is None:
             raise ValueError("a policy that swaps needs a tier")
@@ -39,7 +40,7 @@ class MicrobatchMemory:
         self._num_rows = num_rows
         last_kept = policy.num_kept_layers if keeps_last else 0
         self._num_put_away = 0 if policy.keeps_all or not num_rows else max(0, num_layers - last_kept)
-        self._timeline = tier.timeline if tier is not None and num_rows else None
+        self._timeline = timeline if self._num_put_away else None
         self._tapes: list[LayerTape] = []
         self._in_flight: deque[tuple[tuple[Transfer, torch.Tensor], ...]] = deque()
 
@@ -49,7 +50,7 @@ class MicrobatchMemory:
             self._timeline.begin(f"forward {place}")
         if place >= self._num_put_away:
             return PlainTape()
-        tape = LayerTape(self._policy, self._tier, constants, self._num_rows)
+        tape = LayerTape(self._policy, self._tier, constants, self._num_rows, self._timeline)
         self._tapes.append(tape)
         return tape
 
@@ -59,6 +60,7 @@ class MicrobatchMemory:
             return
         if self._timeline is not None:
             self._timeline.end()
+            self._timeline.subject = f"layer {place}"
         self._in_flight.append(self._tapes[place].finish() if place < self._num_put_away else ())
         self._settle(_LAYERS_IN_FLIGHT)
         if output.requires_grad:
@@ -79,12 +81,11 @@ class MicrobatchMemory:
 
     def _settle(self, most_in_flight: int) -> None:
         """Wait for the oldest copies out; their memory is free afterwards."""
-        began_s = time.perf_counter()
         while len(self._in_flight) > most_in_flight:
-            for transfer, _ in self._in_flight.popleft():
-                transfer.wait()
-        if self._timeline is not None:
-            self._timeline.add(WAIT, "for copies out", began_s)
+            copies = self._in_flight.popleft()
+            with waiting(self._timeline if copies else None, "for copies out"):
+                for transfer, _ in copies:
+                    transfer.wait()
 
     def _before_backward(self, place: int) -> None:
         if self._timeline is not None:
@@ -92,4 +93,6 @@ class MicrobatchMemory:
         self._settle(0)
         for layer in (place, place - 1):
             if 0 <= layer < self._num_put_away:
+                if self._timeline is not None:
+                    self._timeline.subject = f"layer {layer}"
                 self._tapes[layer].start_loads()

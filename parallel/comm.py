@@ -184,3 +184,17 @@ def all_gather_bytes(payload: bytes, group: Group) -> list[bytes]:
     with _collective("gather", group):
         dist.all_gather(parts, mine, group=group)
     return [part.numpy().tobytes() for part in parts]
+
+
+def gather_bytes(payload: bytes, *, destination: int, group: Group) -> list[bytes]:
+    """Everyone's payload of any length, by group rank, on global rank ``destination`` of a CPU-capable group; an empty
+    list elsewhere. A maximum, then a gather of as many bytes from everyone."""
+    size = all_reduce_max(torch.tensor([len(payload)], dtype=torch.int64), group)
+    framed = bytearray(len(payload).to_bytes(8, "little") + payload.ljust(int(size.item()), b"\0"))
+    mine = torch.frombuffer(framed, dtype=torch.uint8)
+    is_destination = dist.get_rank() == destination
+    parts = [torch.empty_like(mine) for _ in range(group.size())] if is_destination else None
+    with _collective(f"gather on rank {destination}", group):
+        dist.gather(mine, parts, dst=destination, group=group)
+    found = [part.numpy().tobytes() for part in parts or ()]
+    return [data[8 : 8 + int.from_bytes(data[:8], "little")] for data in found]

@@ -65,6 +65,12 @@ class StepClock:
         """The parameters are here: the zero of all times of the step."""
         self._gathered = self._stamp()
 
+    @property
+    def zero(self) -> Stamp:
+        """The stamp of gathered parameters, for what else is timed in this step. On CUDA an event that the next step
+        uses again."""
+        return self._gathered
+
     def begin(self, microbatch: int) -> None:
         self._open = _Lap(microbatch, self._stamp())
 

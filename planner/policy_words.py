@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from planner.cost import CostModel, PlanLimits
 from planner.layout import local_token_counts
 from planner.plan import AttentionGroup, MemoryAction, MemoryPolicy, Microbatch
+from planner.policy_reasons import why_kept
 from planner.simulate import step_lengths
 from planner.units import format_count
 
@@ -33,7 +34,7 @@ def policy_line(steps: SequenceOf[PlannedStep], cost: CostModel, limits: PlanLim
     found = [(microbatch, step_lengths(step.plan)) for step in steps for microbatch in step.plan.microbatches]
     changed = [(microbatch, lengths) for microbatch, lengths in found if not microbatch.memory.is_keep]
     if not changed:
-        return f"memory policy: all activations kept{_why_kept(cost, limits)}"
+        return f"memory policy: all activations kept{why_kept(steps[0].plan.strategy, cost, limits)}"
     actions = []
     for action in (MemoryAction.SWAP, MemoryAction.RECOMPUTE):
         fractions = [getattr(microbatch.memory, f"{action}_fraction") for microbatch, _ in changed]
@@ -60,14 +61,6 @@ def policy_line(steps: SequenceOf[PlannedStep], cost: CostModel, limits: PlanLim
         f"memory policy: {len(changed)} of {len(found)} microbatches do not keep all, {' and '.join(actions)}: "
         f"{', '.join(why)}"
     )
-
-
-def _why_kept(cost: CostModel, limits: PlanLimits) -> str:
-    if set(limits.policies) <= {MemoryAction.KEEP}:
-        return ", as --memory keep says"
-    if not cost.prices_policies:
-        return ", since the cost model prices nothing else"
-    return ", since other policies would gain nothing or are not for this strategy"
 
 
 def _ranks_spared(

@@ -6,7 +6,7 @@ import statistics
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from planner.cost import CostModel
@@ -22,6 +22,7 @@ from planner.drift import (
     refit_cost,
 )
 from planner.explain import shape_name
+from planner.memory_lanes import CopySummary, StepLanes, summarize_copies
 from planner.plan import StepPlan
 
 RUN_JSON_SCHEMA = 1
@@ -82,7 +83,8 @@ class ShapeLine:
 class RunReport:
     """``judged``: the steps that means and errors are over, the first ones left out where there are enough.
 
-    ``parts_s``: mean seconds of each of PARTS, those that the run recorded.
+    ``parts_s``: mean seconds of each of PARTS, those that the run recorded. ``copies``: of activations, None where none
+    were recorded.
     """
 
     steps: tuple[StepLine, ...]
@@ -95,6 +97,7 @@ class RunReport:
     num_recorded: int
     drift: Drift | None
     refit: Refit | None
+    copies: CopySummary | None
 
     @property
     def absolute_error(self) -> float:
@@ -124,9 +127,10 @@ class RunReport:
 
 def make_run_report(
     metrics: SequenceOf[Mapping[str, Any]], executed: SequenceOf[Executed], *, cost: CostModel | None,
-    factor: float = DEFAULT_FACTOR, num_planned: int | None = None,
+    factor: float = DEFAULT_FACTOR, num_planned: int | None = None, lanes: Mapping[int, StepLanes] | None = None,
 ) -> RunReport:
-    """``metrics``: records of ``metrics.jsonl``, at least one. ``executed``: recorded steps with their plans."""
+    """``metrics``: records of ``metrics.jsonl``, at least one. ``executed``: recorded steps with their plans;
+    ``lanes``: layers and copies, by step."""
     steps = tuple(_step_line(record) for record in metrics)
     first = WARM_UP_STEPS if len(steps) >= WARM_UP_STEPS + LEAST_STEPS else 0
     timed = [record for record in metrics if all(isinstance(record.get(key), int | float) for key in PARTS)][first:]
@@ -140,6 +144,7 @@ def make_run_report(
         parts_s={key: statistics.fmean(float(record[key]) for record in timed) for key in PARTS} if timed else {},
         ranks=_rank_lines(settled), shapes=_shape_lines(settled), num_recorded=len(executed),
         drift=_drift(metrics, settled, factor), refit=None if cost is None else refit_cost(cost, executed),
+        copies=summarize_copies([found for step, found in sorted((lanes or {}).items()) if step >= first]),
     )
 
 
@@ -241,6 +246,9 @@ def as_json(report: RunReport) -> dict[str, Any]:
         "refit": None if refit is None else {
             "num_microbatches": refit.num_samples, "error_before": refit.error_before,
             "error_after": refit.error_after,
+        },
+        "copies": None if report.copies is None else {
+            **asdict(report.copies), "hidden_share": report.copies.hidden_share,
         },
         "num_recorded": report.num_recorded,
         "ranks": [

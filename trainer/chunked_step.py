@@ -11,7 +11,8 @@ only meet keys of their own or an earlier chunk, and every rank should have work
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -162,7 +163,8 @@ class GroupRun:
             loss = kept.pop(index) if index in kept else self._forward(self._chunks[index], stores=False)
             weight = self._weights[index].loss_weight
             total += loss.detach() * weight
-            (loss * (weight / self._num_tokens)).backward()
+            with self._noting(index, "backward"):
+                (loss * (weight / self._num_tokens)).backward()
         self.close()
         return total
 
@@ -189,7 +191,8 @@ class GroupRun:
     def backward(self, index: int) -> torch.Tensor:
         """The second pass of one chunk. Returns the (weighted) sum of own tokens' losses."""
         loss, weight = self._forward(self._chunks[index], stores=False), self._weights[index].loss_weight
-        (loss * (weight / self._num_tokens)).backward()
+        with self._noting(index, "backward"):
+            (loss * (weight / self._num_tokens)).backward()
         return loss.detach() * weight
 
     def num_rows(self, index: int) -> int:
@@ -247,7 +250,8 @@ class GroupRun:
         """Sum of the chunk's own losses, with its graph. ``stores``: its K/V are stored if later chunks read them."""
         rows = self._read(chunk.members[self._group.group_index])
         attention = self._attention(chunk, stores=stores, keys_only=False)
-        loss: torch.Tensor = self._runtime.model(rows.tokens_T, rows.positions_T, rows.labels_T, attention)
+        with self._noting(chunk.index, "forward"):
+            loss: torch.Tensor = self._runtime.model(rows.tokens_T, rows.positions_T, rows.labels_T, attention)
         return loss
 
     @torch.no_grad()
@@ -256,7 +260,18 @@ class GroupRun:
         tail = chunk.tail()
         rows = self._read(tail.members[self._group.group_index])
         attention = self._attention(tail, stores=True, keys_only=True)
-        self._runtime.model(rows.tokens_T, rows.positions_T, None, attention)
+        with self._noting(chunk.index, "K/V"):
+            self._runtime.model(rows.tokens_T, rows.positions_T, None, attention)
+
+    @contextmanager
+    def _noting(self, index: int, what: str) -> Iterator[None]:
+        """This pass of a chunk in the run's timeline, where one is recorded."""
+        timeline = self._runtime.memory.recorder
+        if timeline is not None:
+            timeline.begin(f"chunk {index} {what}")
+        yield
+        if timeline is not None:
+            timeline.end()
 
     def _attention(self, chunk: Chunk, *, stores: bool, keys_only: bool) -> ChunkAttention:
         runtime, placed = self._runtime, self._places[chunk.index]

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 BUILT_POLICIES = ("auto", "keep", "recompute", "swap", "seco", "spaco")
 CHUNKED_POLICIES = ("seco", "spaco")
+KEPT_LAYERS = {"swap": 2, "recompute": 1}
+"""Last layers that keep their activations whatever the policy (``memory.policy``, which loads torch)."""
 TIERS = ("host", "disk")
 
 _Range = tuple[str, Callable[[Any], bool], str]
@@ -133,6 +135,14 @@ def _wrong_memory(config: TrainConfig) -> Iterator[str]:
         )
     if memory.policy not in ("swap", "auto", *CHUNKED_POLICIES) and memory.tier is not None:
         yield f"memory.tier is for memory.policy swap, seco, spaco and auto only, not {memory.policy}: leave it out"
+    elif memory.policy == "auto" and (memory.tier is not None or memory.tier_budget != "auto"):
+        yield from _tier_for_no_plan(config)
+    has_tier = memory.policy in ("swap", "auto") or (memory.policy in CHUNKED_POLICIES and memory.tier is not None)
+    if memory.tier_budget != "auto" and not has_tier:
+        yield (
+            f"memory.tier_budget is for runs that use a tier, not memory.policy {memory.policy} without one: leave it "
+            "out"
+        )
     if memory.static_plan and config.run.device == "cpu":
         yield "memory.static_plan is for run.device cuda: the CPU's allocator is not ours to replace; leave it out"
     if memory.static_plan and config.parallel.pipeline_parallel > 1:
@@ -142,6 +152,17 @@ def _wrong_memory(config: TrainConfig) -> Iterator[str]:
         )
     if memory.tier == "disk" and config.run.device == "cuda":
         yield "memory.tier disk is not built yet for run.device cuda; available: host"
+
+
+def _tier_for_no_plan(config: TrainConfig) -> Iterator[str]:
+    from planner.policy_reasons import POLICY_STRATEGIES, chooses_none  # loads the cost model, seldom needed here
+
+    name = "memory.tier" if config.memory.tier is not None else "memory.tier_budget"
+    if config.plan.strategy not in POLICY_STRATEGIES:
+        yield (
+            f"{name}: nothing would go there, for {chooses_none(config.plan.strategy)}: leave it out, or add --memory "
+            "swap"
+        )
 
 
 def _wrong_paths(config: TrainConfig) -> Iterator[str]:
@@ -217,6 +238,12 @@ def _wrong_model(config: TrainConfig) -> Iterator[str]:
     if spec.num_experts > 1 or spec.learned_positions or not spec.gated_mlp:
         yield f"model.preset ({spec.name}) is a shape to plan with: training builds dense gated decoders with RoPE"
     num_stages = config.parallel.pipeline_parallel
+    kept = KEPT_LAYERS.get(config.memory.policy, 0)
+    if num_stages == 1 and 1 <= spec.num_layers <= kept:
+        yield (
+            f"memory.policy {config.memory.policy} needs at least {kept + 1} layers, for the last "
+            f"{'one stays' if kept == 1 else f'{kept} stay'} anyway; {spec.name} has {spec.num_layers}"
+        )
     if config.parallel.gradient_dtype == "bf16" and config.run.dtype != "bf16":
         yield f"parallel.gradient_dtype bf16 needs run.dtype bf16: with {config.run.dtype} all gradients are fp32"
     if num_stages > 1 and config.parallel.sharding == "zero3":

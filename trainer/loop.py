@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from parallel import comm
 from parallel.agree import agree_on_plan
@@ -17,6 +18,7 @@ from planner.cost import CostModel, PlanLimits
 from planner.drift import DriftWatch, planned_span_s, refit_cost
 from planner.errors import EXIT_OK, EXIT_PREEMPTED, InfeasibleError
 from planner.measured import MeasuredStep, measured_to_plain, microbatch_places
+from planner.memory_lanes import lanes_to_plain
 from planner.plan import StepPlan, plan_to_json
 from planner.verify import verify_plan
 from trainer.batch import SpanReader
@@ -26,7 +28,7 @@ from trainer.checkpoint_files import CHECKPOINTS, check_same_run, run_identity
 from trainer.config import TrainConfig
 from trainer.cost_source import make_limits, obtain_cost
 from trainer.ledger import LedgerPosition
-from trainer.metrics import METRICS, PLANS, REFIT, SPANS, MetricsLog, json_line, keep_steps_before, read_metrics
+from trainer.metrics import LANES, METRICS, PLANS, REFIT, SPANS, MetricsLog, json_line, keep_steps_before, read_metrics
 from trainer.optimizer import learning_rate
 from trainer.plan_feed import PlanFeed, PlanTaken
 from trainer.plan_inputs import require_longest_fits
@@ -35,7 +37,7 @@ from trainer.progress import Progress
 from trainer.rank_env import RankEnv
 from trainer.report import make_report, predicted_host_bytes
 from trainer.run_records import read_executed
-from trainer.spans import is_recorded, spans_interval
+from trainer.spans import gather_lanes, is_recorded, lanes_interval, spans_interval
 from trainer.step import Runtime, StepOutcome, compile_stage_program, train_step
 from trainer.stop_flag import StopFlag
 from trainer.training_data import TrainingData, open_training_data
@@ -162,8 +164,10 @@ class _Display:
     metrics: MetricsLog
     drift: DriftWatch
 
-    def step(self, plan: StepPlan, outcome: StepOutcome, taken: PlanTaken, lr: float) -> None:
-        """Everything that is kept of one step."""
+    def step(
+        self, plan: StepPlan, outcome: StepOutcome, taken: PlanTaken, lr: float, lanes: list[dict[str, Any]]
+    ) -> None:
+        """Everything that is kept of one step. ``lanes``: of ``gather_lanes``."""
         session, folder = self.session, self.session.folder
         drift = self.drift.add(predicted_s=planned_span_s(plan), measured_s=max(outcome.span_s))
         report = make_report(
@@ -182,6 +186,9 @@ class _Display:
             )
             with (folder / SPANS).open("a", encoding="utf-8") as file:
                 file.write(json_line(measured_to_plain(measured)))
+        if lanes:
+            with (folder / LANES).open("a", encoding="utf-8") as file:
+                file.write(json_line(lanes_to_plain(plan.step, lanes)))
         self.progress.step(report)
         if drift is not None and self.drift.is_news(drift):
             self.progress.note(f"drift: {drift.sentence()}; see longhaul report {folder}")
@@ -194,7 +201,7 @@ def _display(session: _Session, notes: list[str]) -> Iterator[_Display | None]:
         return
     folder = session.folder
     folder.mkdir(parents=True, exist_ok=True)
-    for name in (PLANS, SPANS):
+    for name in (PLANS, SPANS, LANES):
         keep_steps_before(folder / name, session.first_step)
     progress = Progress(session.config.run.steps, session.first_step)
     for line in notes:
@@ -212,6 +219,11 @@ def _train(session: _Session, stop: StopFlag, feed: PlanFeed | None, display: _D
     spans_every = spans_interval(
         config.metrics.spans_every, num_steps=num_steps, num_ranks=runtime.mesh.data_size
     )
+    lanes_every = 0
+    if _may_have_lanes(session):
+        lanes_every = lanes_interval(
+            config.metrics.spans_every, num_steps=num_steps, num_ranks=runtime.mesh.data_size
+        )
     saved_step, stopped = session.first_step, False
     for step in range(session.first_step, num_steps):
         sample_ids, lengths = session.data.batch(step)
@@ -222,12 +234,15 @@ def _train(session: _Session, stop: StopFlag, feed: PlanFeed | None, display: _D
         reader = SpanReader(session.data, sample_ids, runtime.mesh.device)
         recorded = is_recorded(step, every=spans_every, num_steps=num_steps) and runtime.mesh.num_stages == 1
         places = microbatch_places(plan) if recorded else ()
+        notes_lanes = recorded and is_recorded(step, every=lanes_every, num_steps=num_steps)
+        runtime.memory.record(notes_lanes)
         outcome = train_step(
             runtime, program, reader, num_tokens=plan.num_tokens, lr=lr, stop=stop.requested, places=places
         )
         stopped = outcome.stop_requested
+        lanes = gather_lanes(runtime.memory, runtime.mesh) if notes_lanes else []
         if display is not None and isinstance(taken, PlanTaken):
-            display.step(plan, outcome, taken, lr)
+            display.step(plan, outcome, taken, lr, lanes)
         if stopped or step + 1 == num_steps or (every and (step + 1) % every == 0):
             _save(session, step + 1)
             saved_step = step + 1
@@ -235,6 +250,12 @@ def _train(session: _Session, stop: StopFlag, feed: PlanFeed | None, display: _D
             break
     _finish(session, display, saved_step)
     return EXIT_PREEMPTED if stopped and saved_step < num_steps else EXIT_OK
+
+
+def _may_have_lanes(session: _Session) -> bool:
+    """Whether activations may do anything but stay: the same on every rank."""
+    memory = session.runtime.memory
+    return memory.tier is not None or not memory.policy.keeps_all or len(session.limits.policies) > 1
 
 
 def _take_plan(

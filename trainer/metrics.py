@@ -15,6 +15,8 @@ PLANS = "plans.jsonl"
 """Name of the file with every executed plan, one canonical JSON a line."""
 SPANS = "spans.jsonl"
 """Name of the file with the microbatch times of recorded steps, one step a line, see ``planner.measured``."""
+LANES = "lanes.jsonl"
+"""Name of the file with layers and copies of activations over time, of a few steps, see ``planner.memory_lanes``."""
 REFIT = "cost-refit.json"
 """Name of the cost model refitted to the run's own steps, written when it ends: for the next run's ``--plan.cost``."""
 

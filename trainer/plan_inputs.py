@@ -7,17 +7,16 @@ import math
 from dataclasses import replace
 
 from planner.cost import CostModel, PlanLimits
-from planner.errors import SpecError
+from planner.errors import InfeasibleError, SpecError
 from planner.model_spec import ModelSpec
 from planner.plan import AttentionKind, MemoryAction, Sharding, StepPlan
+from planner.policy_reasons import POLICY_STRATEGIES, chooses_none
 from planner.schedule import attention_kinds
 from planner.specs import load_cost
 from planner.step_planner import plan_step
 from trainer.config import TrainConfig
+from trainer.config_check import CHUNKED_POLICIES
 from trainer.training_data import TrainingData
-
-POLICY_STRATEGIES = ("adaptive", "hdp", "hdp-floor")
-"""Those that choose memory policies; the others keep everything."""
 
 
 def plan_limits(
@@ -90,8 +89,35 @@ def require_longest_fits(
     config: TrainConfig, data: TrainingData, num_ranks: int, cost: CostModel, limits: PlanLimits
 ) -> StepPlan:
     """The plan of the corpus's longest sequence alone. Raises InfeasibleError where it fits no group of ``num_ranks``
-    data ranks at all, SpecError where the cost model does not price what the settings ask for."""
-    return plan_step(
-        [int(data.samples.num_tokens.max())], step=0, num_ranks=num_ranks, cost=cost, limits=limits,
-        strategy=config.plan.strategy, degree=config.plan.degree,
-    )
+    data ranks at all, with what would help, SpecError where the cost model does not price what the settings ask for."""
+    try:
+        return plan_step(
+            [int(data.samples.num_tokens.max())], step=0, num_ranks=num_ranks, cost=cost, limits=limits,
+            strategy=config.plan.strategy, degree=config.plan.degree,
+        )
+    except InfeasibleError as error:
+        raise InfeasibleError(
+            f"{error}{_what_helps(config, cost)}", binding=error.binding, needed_bytes=error.needed_bytes,
+            available_bytes=error.available_bytes,
+        ) from error
+
+
+def _what_helps(config: TrainConfig, cost: CostModel) -> str:
+    """Memory policies that this run could have and has not, as the end of a sentence. A cost model from a file holds
+    for the policy it was made with, so there only what the plan chooses can help."""
+    policy, strategy = config.memory.policy, config.plan.strategy
+    chooses = strategy in POLICY_STRATEGIES
+    can_choose = cost.num_stages == 1 and (cost.activation is not None or measures_policies(cost))
+    tries, why = [], ""
+    if can_choose and not (policy == "auto" and chooses):
+        flags = [*([] if chooses else ["--strategy adaptive"]), *([] if policy == "auto" else ["--memory auto"])]
+        tries.append(" ".join(flags))
+        why = "" if chooses else f" ({chooses_none(strategy)})"
+    if config.plan.cost == "auto":
+        if policy in CHUNKED_POLICIES:
+            return ", or use a smaller --chunk-tokens"
+        if policy != "recompute" and not (policy == "auto" and chooses and can_choose):
+            tries.append("--memory recompute")
+        tries.append("--memory seco --chunk-tokens N")
+    return f", or use {' or '.join(tries)}{why}" if tries else ""
+

@@ -31,6 +31,7 @@ from planner.codec import from_plain, to_plain
 from planner.cost import KEEP, ActivationFit, CostModel, PlanLimits
 from planner.memory_policy import swaps
 from planner.plan import AttentionKind, StepPlan, digest_of
+from planner.policy_reasons import chooses_none
 from planner.policy_words import policy_name
 from planner.simulate import price_microbatch, step_lengths
 from planner.units import format_bytes, format_seconds
@@ -88,11 +89,10 @@ def plan_memory(
     """The run's memory, cost model and limits, with policies where plans may gain by them. Collective; all ranks get
     the same. Raises the errors of tiers that have no room."""
     if not plans_policies(config):
-        return runtime.memory, cost, limits
+        return _with_note(runtime.memory, _why_none_planned(config)), cost, limits
     reason = _why_keep(config, runtime, cost, limits)
     if reason:
-        note = f"memory: all activations kept: {reason}"
-        return dataclasses.replace(runtime.memory, note=note), cost, limits
+        return _with_note(runtime.memory, reason), cost, limits
     layer = _profile(config, runtime, cost, limits)
     tier_name = tier_name_of(config, runtime.mesh.device)
     capacity_bytes = _capacity_bytes(config, runtime, layer, tier_name, local_world_size)
@@ -151,6 +151,18 @@ def _chunk_note(cost: CostModel) -> str:
     if cost.chunks is None:
         return ""
     return f", in chunks all but {format_bytes(cost.chunks.resident_bytes_per_token)} of it for another forward"
+
+
+def _with_note(memory: ActivationMemory, reason: str) -> ActivationMemory:
+    """With one line for the log where ``reason`` says why everything is kept."""
+    return dataclasses.replace(memory, note=f"memory: all activations kept: {reason}") if reason else memory
+
+
+def _why_none_planned(config: TrainConfig) -> str:
+    """Why no plan of this run chooses policies, where they keep everything for it."""
+    if config.memory.policy == "auto":
+        return f"{chooses_none(config.plan.strategy)}; --memory recompute, swap or seco hold for a whole run"
+    return "as --memory keep says" if config.memory.policy == "keep" else ""
 
 
 def _why_keep(config: TrainConfig, runtime: Runtime, cost: CostModel, limits: PlanLimits) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Iterator
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,10 @@ from planner.cost import CostModel
 from planner.drift import Executed
 from planner.errors import PlanError, SpecError
 from planner.measured import MeasuredStep, measured_from_plain
+from planner.memory_lanes import StepLanes, lanes_from_plain
 from planner.plan import StepPlan, plan_from_json
 from planner.units import MIB
-from trainer.metrics import METRICS, PLANS, SPANS, read_metrics
+from trainer.metrics import LANES, METRICS, PLANS, SPANS, read_metrics
 
 MOST_STEPS = 500
 """Recorded steps compared in detail: the last ones. Enough for any figure, and a long run still answers at once."""
@@ -35,11 +37,13 @@ _COST_OF_PLAN = re.compile(r'"cost_digest": ?"([0-9a-f]+)"')
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunRecords:
     """``metrics``: one record a step. ``executed``: plan and measured times of the recorded steps, ascending.
+    ``lanes``: layers and copies of those steps that have any, by step.
     ``cost``: what the plans were made with, None where it is not in the folder any more. ``settings``: config.yaml."""
 
     folder: Path
     metrics: tuple[dict[str, Any], ...]
     executed: tuple[Executed, ...]
+    lanes: dict[int, StepLanes]
     cost: CostModel | None
     settings: dict[str, Any]
 
@@ -62,7 +66,8 @@ def read_run(folder: Path) -> RunRecords:
     settings = _settings(folder / "config.yaml")
     digest = executed[-1][0].cost_digest if executed else _last_digest(folder / PLANS)
     return RunRecords(
-        folder=folder, metrics=metrics, executed=executed, cost=_cost(folder, settings, digest), settings=settings
+        folder=folder, metrics=metrics, executed=executed, lanes=read_lanes(folder, executed),
+        cost=_cost(folder, settings, digest), settings=settings,
     )
 
 
@@ -72,6 +77,20 @@ def read_executed(folder: Path) -> tuple[Executed, ...]:
     wanted = sorted(measured)[-MOST_STEPS:]
     plans = _plans(_lines(folder / PLANS, last_bytes=_LAST_BYTES), set(wanted))
     return tuple((plans[step], measured[step]) for step in wanted if _fit(plans.get(step), measured[step]))
+
+
+def read_lanes(folder: Path, executed: SequenceOf[Executed]) -> dict[int, StepLanes]:
+    """Layers and copies of these steps, by step, as far as they are on disk and can be of their plans."""
+    num_ranks = {plan.step: plan.num_ranks for plan, _ in executed}
+    found = {}
+    for line in _lines(folder / LANES, last_bytes=_LAST_BYTES):
+        try:
+            lanes = lanes_from_plain(json.loads(line))
+        except ValueError:
+            continue
+        if all(rank.rank < num_ranks.get(lanes.step, 0) for rank in lanes.ranks):
+            found[lanes.step] = lanes
+    return found
 
 
 def read_plans(folder: Path, steps: Collection[int]) -> dict[int, StepPlan]:

@@ -3,20 +3,34 @@
 They ride on the one small sum that every step makes anyway: the plan tells every rank the same list of (microbatch,
 rank) pairs, each rank fills in its own rows and leaves the others zero. No extra collective, no file for each rank (a
 shared file system would have to create thousands), and steps that are not recorded send nothing more than before.
+
+Where activations are swapped or recomputed, the times of layers and copies go to ``RUN_DIR/lanes.jsonl``: hundreds for
+a rank and step, so of fewer steps, in a gathering of their own after the step.
 """
 
 from __future__ import annotations
 
+import json
+import zlib
 from collections.abc import Sequence as SequenceOf
+from typing import Any
 
 import torch
 
+from memory.activations import ActivationMemory
+from parallel import comm
+from parallel.mesh import RankMesh
 from planner.measured import MicrobatchTime, RankStep
+from planner.memory_lanes import RankLanes, rank_to_plain
 
 NUM_TIMES = 5
 _RANK_STEPS = 50_000
 """Ranks times recorded steps of a whole run where no interval is asked for: about 50 bytes for each microbatch of each,
 so some 20 MB with eight microbatches a rank."""
+_LANE_RANK_STEPS = 400
+"""The same for lanes: at most ``memory.timeline.MOST_INTERVALS`` of some 25 bytes for each, so 40 MB."""
+MOST_LANE_RANKS = 64
+"""Ranks whose lanes are kept: the first ones."""
 
 
 def spans_interval(spans_every: int | None, *, num_steps: int, num_ranks: int) -> int:
@@ -24,6 +38,16 @@ def spans_interval(spans_every: int | None, *, num_steps: int, num_ranks: int) -
     if spans_every is not None:
         return spans_every
     return max(1, -(-num_steps * num_ranks // _RANK_STEPS))
+
+
+def lanes_interval(spans_every: int | None, *, num_steps: int, num_ranks: int) -> int:
+    """Steps between those whose lanes are recorded, a multiple of ``spans_interval``; the same where that is asked
+    for."""
+    every = spans_interval(spans_every, num_steps=num_steps, num_ranks=num_ranks)
+    if spans_every is not None:
+        return every
+    num_recorded = -(-num_steps // every)
+    return every * max(1, -(-num_recorded * min(num_ranks, MOST_LANE_RANKS) // _LANE_RANK_STEPS))
 
 
 def is_recorded(step: int, *, every: int, num_steps: int) -> bool:
@@ -61,3 +85,16 @@ def unpack_times(
         RankStep(gather_s=gathered, reduce_s=reduced, microbatches=tuple(found))
         for gathered, reduced, found in zip(gather_s, reduce_s, by_rank, strict=True)
     )
+
+
+def gather_lanes(memory: ActivationMemory, mesh: RankMesh) -> list[dict[str, Any]]:
+    """What the step's timelines hold, of each recorded data rank its ``rank_to_plain``, on rank 0; empty elsewhere.
+    Collective."""
+    mine = b""
+    if mesh.tensor_rank == 0 and mesh.data_rank < MOST_LANE_RANKS:  # tensor ranks do the same
+        lanes = RankLanes(
+            rank=mesh.data_rank, intervals=memory.timeline.read(), num_left_out=memory.timeline.num_left_out
+        )
+        mine = zlib.compress(json.dumps(rank_to_plain(lanes)).encode())
+    found = comm.gather_bytes(mine, destination=0, group=mesh.control_group)
+    return [json.loads(zlib.decompress(payload)) for payload in found if payload]

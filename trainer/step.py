@@ -129,6 +129,8 @@ def accumulate_gradients(
     runner = StageRunner(runtime, program, read_spans, num_tokens)
     with sharded_step(runtime.model, runtime.sharding, lambda: run_empty_microbatch(runtime)):
         clock.gathered()
+        if runtime.memory.recorder is not None:
+            runtime.memory.recorder.restart(runtime.mesh.device, clock.zero)
         for action in program.actions:
             if runner.in_lockstep(action):
                 if not action.backward:
@@ -214,6 +216,8 @@ class StageRunner:
             assert hidden_TD.grad is not None
             link.send_gradient(microbatch.index, hidden_TD.grad)
         del hidden_TD, output
+        if self._runtime.memory.recorder is not None:
+            self._runtime.memory.recorder.end()
         self._end_plan()
         self._runtime.clock.end()
 
@@ -305,7 +309,8 @@ def bind_memory(runtime: Runtime, policy: ActivationPolicy, num_rows: int) -> Mi
         raise PlanError("the plan swaps activations, but the run has no tier to swap to")
     stage = runtime.model.stage
     return MicrobatchMemory(
-        policy, runtime.memory.tier, num_layers=len(runtime.model.layers), num_rows=num_rows, keeps_last=stage.is_last
+        policy, runtime.memory.tier, num_layers=len(runtime.model.layers), num_rows=num_rows, keeps_last=stage.is_last,
+        timeline=runtime.memory.recorder,
     )
 
 

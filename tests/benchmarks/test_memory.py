@@ -10,7 +10,7 @@ import pytest
 from benchmarks.memory import longest_table, predict_table, ways_table
 from benchmarks.memory_picture import picture, trace
 from benchmarks.memory_run import Course, Measured, Predicted
-from memory.timeline import COMPUTE, LOAD, STORE, WAIT, Interval, Timeline
+from planner.memory_lanes import LAYERS, OUT, Interval
 from planner.units import MIB
 
 
@@ -59,7 +59,7 @@ def interval(lane, start_s, stop_s, name="forward 0"):
 
 
 def made_up():
-    intervals = (interval(COMPUTE, 0, 1), interval(STORE, 0.5, 1.5, "disk"), interval(COMPUTE, 1, 2, "backward 0"))
+    intervals = (interval(LAYERS, 0, 1), interval(OUT, 0.5, 1.5, "layer 0"), interval(LAYERS, 1, 2, "backward 0"))
     return [
         Course(way="keep", length=64, samples=((0.1, 3 * MIB), (1.9, 2 * MIB))),
         Course(way="swap 0", length=64, samples=((0.1, MIB), (2.0, 0)), intervals=intervals, hidden_share=0.75),
@@ -78,15 +78,8 @@ def test_the_trace_has_a_thread_per_lane_and_microseconds():
     value = json.loads(json.dumps(trace(made_up()[1])))
     slices = [event for event in value["traceEvents"] if event["ph"] == "X"]
     assert [(event["name"], event["tid"], event["ts"], event["dur"]) for event in slices] == [
-        ("forward 0", 0, 0, 1e6), ("disk", 2, 5e5, 1e6), ("backward 0", 0, 1e6, 1e6)
+        ("forward 0", 0, 0, 1e6), ("layer 0", 1, 5e5, 1e6), ("backward 0", 0, 1e6, 1e6)
     ]
     assert {event["args"]["name"] for event in value["traceEvents"] if event["name"] == "thread_name"} == {
         "layers", "waiting", "to disk", "from disk"
     }
-
-
-def test_hidden_are_the_seconds_of_copies_in_which_nobody_waited():
-    copies = [interval(STORE, 0, 2), interval(STORE, 1, 3), interval(LOAD, 5, 6)]
-    waits = [interval(WAIT, 2.5, 4), interval(WAIT, 5, 5.5)]
-    assert Timeline([*copies, *waits]).hidden_share() == pytest.approx(0.75)
-    assert Timeline([]).hidden_share() == 1.0

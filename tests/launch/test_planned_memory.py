@@ -8,9 +8,12 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from launch import cli
+from memory.activations import ActivationMemory
 from planner.chunk_fit import ChunkFit
 from planner.codec import to_plain
 from planner.cost import ActivationFit, PlanLimits
@@ -19,7 +22,9 @@ from planner.specs import load_cost
 from planner.step_planner import greedy_step
 from tests.launch.tiny_run import train_arguments, write_corpus, write_cost
 from trainer.checkpoint_files import list_checkpoints
+from trainer.config import resolve_config
 from trainer.plan_inputs import with_policies
+from trainer.planned_memory import plan_memory
 
 ROOT = Path(__file__).resolve().parents[2]
 SCARCE = ("--model.num-layers", "4", "--plan.device-budget", "24 B", "--world-size", "2", "--plan.wait-budget-s", "60")
@@ -106,6 +111,38 @@ def test_too_little_for_any_policy_is_one_line_and_94(work: Path) -> None:
     assert done.returncode == 94
     (line,) = done.stderr.splitlines()
     assert "(64 tokens) fits in no group" in line and "needs" in line and "the budget is 8 B" in line
+
+
+@pytest.mark.parametrize(
+    ("flags", "advice"),
+    [
+        (("--strategy", "flexsp"), ", or use --strategy adaptive (flexsp chooses no memory policies (adaptive: "),
+        (("--memory", "keep"), ", or use --memory auto"),
+        (("--memory", "keep", "--strategy", "zeppelin"), ", or use --strategy adaptive --memory auto (zeppelin"),
+    ],
+)
+def test_a_run_that_could_fit_is_told_how(
+    work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], advice: str
+) -> None:
+    """Before a rank is started. What is advised starts, as the first test of this file shows."""
+    monkeypatch.setenv("LONGHAUL_CACHE", str(work / "cache"))
+    assert cli.main(train_arguments(work, work / "run", *SCARCE, "--steps", "2", *flags)) == 94
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "(64 tokens) fits in no group" in line and advice in line
+
+
+@pytest.mark.parametrize(
+    ("flags", "note"),
+    [
+        (("--strategy", "flexsp"), "memory: all activations kept: flexsp chooses no memory policies (adaptive: swap"),
+        (("--memory", "keep"), "memory: all activations kept: as --memory keep says"),
+        (("--memory", "recompute"), "memory: of the run"),
+    ],
+)
+def test_a_run_whose_plans_choose_nothing_says_why(flags: tuple[str, ...], note: str) -> None:
+    runtime = SimpleNamespace(memory=ActivationMemory(note="memory: of the run" if "recompute" in flags else ""))
+    memory, _, _ = plan_memory(resolve_config([*flags]), runtime, None, None, Path(), 1)
+    assert memory.note.startswith(note)
 
 
 def test_a_late_step_gets_a_plan_whose_policies_make_it_fit(work: Path) -> None:

@@ -11,6 +11,7 @@ import weakref
 import numpy as np
 import torch
 
+from memory.activations import ActivationMemory
 from parallel import comm
 from parallel.engine import AttentionEngine
 from parallel.kernel import CpuFlashKernel
@@ -69,8 +70,13 @@ def group_of(kind, degree, num_sequences):
 
 
 def chunked_gradients(model, groups, lengths, policy, read, *, num_ranks, step=0, tiers=None):
+    """The same as ``plan_gradients`` for one microbatch of these groups."""
+    return plan_gradients(model, verified_plan([groups], lengths, num_ranks), policy, read, step=step, tiers=tiers)
+
+
+def plan_gradients(model, plan, policy, read, *, step=0, tiers=None):
     """(loss, gradients by name), summed over ranks, each with its own copy of the model and its own of ``tiers``."""
-    plan = verified_plan([groups], lengths, num_ranks)
+    num_ranks = plan.num_ranks
     fabric = ThreadFabric(num_ranks)
 
     def rank_main(rank):
@@ -79,11 +85,11 @@ def chunked_gradients(model, groups, lengths, policy, read, *, num_ranks, step=0
         runtime = types.SimpleNamespace(
             model=local, chunking=policy, mesh=types.SimpleNamespace(device=CPU, tensor_size=1),
             engine=AttentionEngine(CpuFlashKernel(), fabric.wire(rank), CPU),
-            memory=types.SimpleNamespace(tier=tiers[rank] if tiers else None),
+            memory=ActivationMemory(tier=tiers[rank] if tiers else None),
         )
         loss = torch.zeros((), dtype=torch.float64)
         for microbatch in compile_rank_program(plan, rank).microbatches:
-            loss += run_chunked(runtime, microbatch, read, step=step, num_tokens=sum(lengths))
+            loss += run_chunked(runtime, microbatch, read, step=step, num_tokens=plan.num_tokens)
         return loss, {name: weight.grad for name, weight in local.named_parameters()}
 
     results = run_threads(num_ranks, rank_main)

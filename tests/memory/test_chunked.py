@@ -11,6 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from memory.activations import ActivationMemory
 from memory.chunked import cut_chunks, place_rows, schedule_chunks
 from memory.chunked_kv import ChunkStore
 from memory.sparse_chunks import ChunkSampler, Sampling
@@ -18,7 +19,9 @@ from parallel import chunk_attention
 from parallel.engine import AttentionEngine
 from parallel.kernel import CpuFlashKernel, Pairs, choose_kernel
 from parallel.program import compile_rank_program
+from planner.cost import PlanLimits
 from planner.plan import AttentionKind, Span
+from planner.step_planner import STRATEGIES, plan_step
 from tests.memory.chunk_cases import (
     CPU,
     KINDS,
@@ -28,11 +31,12 @@ from tests.memory.chunk_cases import (
     dense_gradients,
     group_of,
     make_model,
+    plan_gradients,
     random_documents,
     reader,
     worst_error,
 )
-from tests.plans import verified_plan
+from tests.plans import cost_model, verified_plan
 from tests.ranks import ThreadFabric
 from trainer.chunked_step import ChunkPolicy, run_chunked
 
@@ -140,6 +144,26 @@ class TestExactness:
         assert loss == pytest.approx(wanted_loss, rel=TOLERANCE)
         assert worst_error(got, wanted) < TOLERANCE
 
+    @pytest.mark.parametrize("strategy", STRATEGIES)
+    @settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(
+        lengths=st.lists(st.integers(1, 60), min_size=4, max_size=8), num_ranks=st.integers(2, 4),
+        chunk_tokens=st.integers(3, 20), keep_rows=st.sampled_from([0, 10]),
+    )
+    def test_plans_of_every_strategy_in_float64(self, model, strategy, lengths, num_ranks, chunk_tokens, keep_rows):
+        """Several microbatches on overlapping ranks, groups of every kind that the strategy uses; in chunks all of it
+        equals the dense model to rounding."""
+        lengths, documents = [*lengths, 80], random_documents([*lengths, 80])
+        limits = PlanLimits(device_budget_bytes=80 // num_ranks + 30, max_ulysses_degree=4, kinds=KINDS)
+        plan = plan_step(lengths, step=0, num_ranks=num_ranks, cost=cost_model(num_ranks), limits=limits,
+                         strategy=strategy)
+        assert any(group.degree > 1 for microbatch in plan.microbatches for group in microbatch.groups)
+        policy = ChunkPolicy(chunk_tokens=chunk_tokens, keep_rows=keep_rows)
+        loss, got = plan_gradients(model, plan, policy, reader(documents))
+        wanted_loss, wanted = dense_gradients(model, documents)
+        assert loss == pytest.approx(wanted_loss, rel=TOLERANCE)
+        assert worst_error(got, wanted) < TOLERANCE
+
     @pytest.mark.parametrize("chunk_tokens", [2, 7, 40])
     @pytest.mark.parametrize("heads", [(4, 4), (4, 1), (6, 2)])
     def test_head_counts(self, lone_rank, heads, chunk_tokens):
@@ -216,7 +240,7 @@ class TestMemory:
         local = copy.deepcopy(model, {id(model.tensor.group): model.tensor.group})
         runtime = types.SimpleNamespace(
             model=local, chunking=policy, mesh=types.SimpleNamespace(device=CPU, tensor_size=1),
-            engine=AttentionEngine(CpuFlashKernel(), ThreadFabric(1).wire(0), CPU),
+            engine=AttentionEngine(CpuFlashKernel(), ThreadFabric(1).wire(0), CPU), memory=ActivationMemory(),
         )
         (microbatch,) = compile_rank_program(verified_plan([[group]], [1024], 1), 0).microbatches
         counted = SavedBytes(local.parameters(), lambda: sum(store.num_bytes for store in stores))

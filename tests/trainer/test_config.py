@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from memory.policy import RECOMPUTE_ALL, ActivationPolicy
 from planner.analytic import derive_cost
 from planner.codec import to_plain
 from planner.errors import SpecError
@@ -25,6 +26,7 @@ from trainer.config import (
     recipe_names,
     resolve_config,
 )
+from trainer.config_check import KEPT_LAYERS
 from trainer.plan_inputs import load_run_cost
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -186,6 +188,18 @@ BAD_FLAGS = [
     (["--memory", "swap", "--memory.tier-budget", "0"], "memory.tier_budget must be above 0 bytes, got '0'"),
     (["--memory", "swap", "--memory.tier-budget", "many"], "memory.tier_budget"),
     (["--memory", "swap", "--tier", "disk", "--run.device", "cuda"], "memory.tier disk is not built yet"),
+    (["--memory", "swap", "--swap-fraction", "2"], "memory.swap_fraction must be in [0, 1], got 2.0"),
+    (["--memory", "swap", "--model.num-layers", "2"],
+     "memory.policy swap needs at least 3 layers, for the last 2 stay anyway; tiny has 2"),
+    (["--memory", "recompute", "--model.num-layers", "1"],
+     "memory.policy recompute needs at least 2 layers, for the last one stays anyway; tiny has 1"),
+    (["--memory", "recompute", "--memory.tier-budget", "1 GiB"],
+     "memory.tier_budget is for runs that use a tier, not memory.policy recompute without one: leave it out"),
+    (["--memory", "seco", "--chunk-tokens", "8", "--memory.tier-budget", "1 GiB"],
+     "memory.tier_budget is for runs that use a tier, not memory.policy seco without one: leave it out"),
+    (["--tier", "disk", "--strategy", "flexsp"],
+     "memory.tier: nothing would go there, for flexsp chooses no memory policies (adaptive: "),
+    (["--memory.tier-budget", "1 GiB", "--strategy", "zeppelin"], "memory.tier_budget: nothing would go there"),
     (["--memory", "seco"], "memory.policy seco needs memory.chunk_tokens (--chunk-tokens N)"),
     (["--memory", "spaco", "--chunk-tokens", "64"], "memory.policy spaco needs memory.sample_fraction"),
     (["--memory", "spaco", "--chunk-tokens", "64", "--sample-fraction", "0"], "sample_fraction must be in (0, 1]"),
@@ -320,3 +334,10 @@ def test_torch_is_not_needed_for_settings() -> None:
         "from trainer.config import resolve_config; resolve_config([]); assert 'numpy' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_layers_that_stay_are_those_of_the_executor() -> None:
+    assert {
+        "swap": ActivationPolicy(swap_fraction=0.5, keep_fraction=0.0).num_kept_layers,
+        "recompute": RECOMPUTE_ALL.num_kept_layers,
+    } == KEPT_LAYERS

@@ -6,15 +6,26 @@ import time
 
 import pytest
 
+from memory.activations import ActivationMemory
 from parallel.program import compile_rank_program
 from planner.errors import SpecError
 from planner.measured import microbatch_places
+from planner.memory_lanes import OUT, lanes_from_plain, lanes_to_plain
 from planner.plan import AttentionGroup, AttentionKind
 from tests.planner.executed import cost_here, executed_on, make_plan
 from tests.ranks import RankPool
 from tests.trainer.test_step import NUM_RANKS, documents_of, plan_of, random_plan, reader, start
 from trainer.config import resolve_config
-from trainer.spans import NUM_TIMES, is_recorded, pack_times, spans_interval, unpack_times
+from trainer.spans import (
+    MOST_LANE_RANKS,
+    NUM_TIMES,
+    gather_lanes,
+    is_recorded,
+    lanes_interval,
+    pack_times,
+    spans_interval,
+    unpack_times,
+)
 from trainer.step import train_step
 
 SLEEP_S = 0.4
@@ -54,6 +65,16 @@ def one_rank_late(rank, world_size, init_method):
         )
     silent = train_step(runtime, program, read, num_tokens=plan.num_tokens, lr=0.0)
     return outcome, silent
+
+
+def lanes_of_all(rank, world_size, init_method):
+    """Every rank notes another number of copies, rank 1 none."""
+    runtime = start(rank, world_size, init_method)
+    memory = ActivationMemory()
+    memory.timeline.restart(runtime.mesh.device)
+    for number in range(0 if rank == 1 else 200 * rank + 1):
+        memory.timeline.add(OUT, f"layer {number}", memory.timeline.stamp(), num_bytes=rank)
+    return gather_lanes(memory, runtime.mesh)
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +117,16 @@ def test_a_late_peer_shows_as_waiting_of_the_others(pool):
     assert silent.ranks == () and silent.span_s[0] > 0
 
 
+def test_rank_0_gets_the_lanes_of_all(pool):
+    found, *others = pool.run(lanes_of_all)
+    assert others == [[]] * (NUM_RANKS - 1)
+    lanes = lanes_from_plain(lanes_to_plain(3, found))
+    assert [rank.rank for rank in lanes.ranks] == list(range(NUM_RANKS))
+    for rank in lanes.ranks:
+        assert len(rank.intervals) == (0 if rank.rank == 1 else 200 * rank.rank + 1)
+        assert {each.num_bytes for each in rank.intervals} <= {rank.rank}
+
+
 def test_packed_rows_of_all_ranks_sum_to_the_step():
     plan, measured = executed_on(make_plan(3, cost_here()), cost_here())
     places = microbatch_places(plan)
@@ -116,6 +147,20 @@ def test_the_interval_keeps_the_file_small(asked, num_steps, num_ranks, every):
     if every:
         assert recorded[-1] == num_steps - 1 and recorded[0] == min(every, num_steps) - 1
         assert asked is not None or len(recorded) * num_ranks <= 50_000 + num_ranks
+
+
+@pytest.mark.parametrize(
+    ("asked", "num_steps", "num_ranks", "every"),
+    [(None, 100, 4, 1), (None, 120, 4, 2), (None, 10_000, 64, 1612), (7, 120, 4, 7), (0, 120, 4, 0)],
+)
+def test_lanes_are_recorded_with_spans_and_more_seldom(asked, num_steps, num_ranks, every):
+    assert lanes_interval(asked, num_steps=num_steps, num_ranks=num_ranks) == every
+    spans_every = spans_interval(asked, num_steps=num_steps, num_ranks=num_ranks)
+    lanes = {step for step in range(num_steps) if is_recorded(step, every=every, num_steps=num_steps)}
+    assert lanes <= {step for step in range(num_steps) if is_recorded(step, every=spans_every, num_steps=num_steps)}
+    assert (num_steps - 1 in lanes) == (every > 0)
+    if asked is None:
+        assert len(lanes) * min(num_ranks, MOST_LANE_RANKS) <= 400 + num_ranks
 
 
 @pytest.mark.parametrize(

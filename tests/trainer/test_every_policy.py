@@ -1,0 +1,61 @@
+"""Every memory policy with every strategy on every grid of four ranks gives the dense model's losses and weights, in
+fp32 to 1e-5; what does not go together is refused by one line."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from planner.policy_reasons import POLICY_STRATEGIES
+from planner.step_planner import STRATEGIES
+from tests.ranks import RankPool
+from tests.trainer import test_equality as equality
+from trainer.config import MemoryConfig
+
+NUM_RANKS, NUM_STEPS, LONGEST = 4, 2, 150
+"""Both steps hold one sequence of 150 tokens, which no rank alone has room for, and six shorter ones."""
+GRIDS = {
+    "gather_once": equality.DATA, "zero3": equality.ZERO3, "tensor 2": equality.TENSOR_2, "stages 2": equality.STAGES_2,
+}
+POLICIES = {
+    "keep": None, "half swapped, half recomputed": equality.HALF, "recompute": MemoryConfig(policy="recompute"),
+    "seco": equality.SECO_16, "auto": equality.ON_DISK,
+}
+BY_DAY = {("megatron", "gather_once", "seco"), ("zeppelin", "zero3", "recompute"), ("hdp-pp", "stages 2", "seco")}
+
+
+CASES = [
+    pytest.param(*case, marks=() if case in BY_DAY else pytest.mark.nightly)
+    for case in itertools.product(STRATEGIES, GRIDS, POLICIES)
+]
+
+
+@pytest.fixture(scope="module")
+def pool():
+    pool = RankPool(NUM_RANKS)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="module")
+def oracle(pool):
+    return equality.dense_run(pool, equality.DEEP, NUM_STEPS)
+
+
+@pytest.mark.parametrize(("strategy", "grid", "policy"), CASES)
+def test_every_policy_with_every_strategy_on_every_grid(pool, oracle, tmp_path, strategy, grid, policy):
+    parallel, memory, options = GRIDS[grid], POLICIES[policy], {}
+    data_ranks = parallel.data_ranks(NUM_RANKS)
+    budget = parallel.pipeline_parallel * (2 * LONGEST // data_ranks + 30)
+    if policy == "auto" and parallel is not equality.STAGES_2:
+        options["activation"] = equality.ACTIVATION
+        if strategy in POLICY_STRATEGIES:  # kept, the longest would need more ranks than there are
+            budget = LONGEST // data_ranks - 8
+    plans = (parallel, strategy, None, (*equality.ULYSSES, *equality.RING), budget)
+    run = pool.run(equality.train_rank, *plans, equality.DEEP, memory, tmp_path, options, NUM_STEPS)
+    losses, _, final, used = run[0]
+    equality.TestEquality.compare(oracle, losses, final)
+    if policy == "auto":
+        chosen = any(action in ("swap", "recompute") for action, _ in used)
+        assert chosen == ("activation" in options and strategy in POLICY_STRATEGIES), used
