@@ -19,7 +19,7 @@ from planner.bounds import cheapest_columns, least_rounds, lockstep_bound_s, ste
 from planner.chunk_shapes import chunks_worth_it
 from planner.cost import CostModel, PlanLimits
 from planner.memory_policy import recompute_fractions, swaps, with_every_policy, with_policy
-from planner.plan import AttentionKind, Sharding
+from planner.plan import AttentionKind, MemoryAction, Sharding
 from planner.shapes import GroupShape, allowed_shapes, group_tokens, price_table, require_fits, shapes_of_degree
 
 MEMORY_BINDS = 5e-3  # of the bound: what policies must promise to be searched
@@ -157,7 +157,7 @@ def _num_rounds(
     if cost.sharding is not Sharding.ZERO3:
         return None
     num_rounds = least_rounds(lengths, shapes, num_ranks)
-    if num_rounds == 1 or not cost.prices_policies:
+    if num_rounds == 1 or not cost.prices_policies or set(limits.policies) <= {MemoryAction.KEEP}:
         return num_rounds
     return least_rounds(lengths, every_policy(num_ranks, cost, limits), num_ranks)
 

@@ -56,7 +56,6 @@ from planner.shapes import (
     BoolArray,
     FloatArray,
     GroupShape,
-    HeldShare,
     IntArray,
     PriceTable,
     group_tokens,
@@ -141,13 +140,15 @@ def lockstep_bound_s(
 def least_rounds(lengths: SequenceOf[int] | IntArray, shapes: SequenceOf[GroupShape], num_ranks: int) -> int:
     """Rounds that take all sequences' least memory; a shape's ranks hold ``group_tokens`` together."""
     tokens = np.asarray(lengths, dtype=np.int64).astype(np.float64)
-    shares: dict[HeldShare, float] = {}
+    shares: dict[tuple[float, float, float], float] = {}
     for shape in shapes:
+        held = shape.held.least, shape.held.at_zero, shape.held.per_token
         share = shape.degree / max(group_tokens(shape), 1)
-        shares[shape.held] = min(share, shares.get(shape.held, share))
+        if share < shares.get(held, np.inf):
+            shares[held] = share
     least = np.full(len(tokens), np.inf)
-    for held, share in shares.items():
-        held_tokens = tokens * np.maximum(held.least, held.at_zero - held.per_token * tokens)
+    for (lowest, at_zero, per_token), share in shares.items():
+        held_tokens = tokens * np.maximum(lowest, at_zero - per_token * tokens)
         least = np.minimum(least, share * held_tokens)
     return max(1, ceil(float(least.sum()) / num_ranks * (1 - 1e-9)))
 

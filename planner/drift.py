@@ -110,12 +110,14 @@ def microbatch_pairs(steps: SequenceOf[Executed]) -> list[tuple[float, float]]:
 
 
 def group_samples(steps: SequenceOf[Executed]) -> list[GroupSample]:
-    """Microbatches of one group each: those alone say what one (kind, degree) costs."""
+    """Microbatches of one group each in which nothing is computed twice: those alone say what one (kind, degree)
+    costs."""
     found = []
     for plan, measured in steps:
         for index, seconds in measured.microbatch_s().items():
-            groups = plan.microbatches[index].groups
-            if len(groups) == 1 and seconds > 0:
+            groups, memory = plan.microbatches[index].groups, plan.microbatches[index].memory
+            again = memory.recompute_fraction > 0 or memory.chunk_tokens > 0
+            if len(groups) == 1 and seconds > 0 and not again:
                 lengths = tuple(plan.sequences[sequence].num_tokens for sequence in groups[0].sequences)
                 found.append(
                     GroupSample(kind=groups[0].kind, degree=groups[0].degree, lengths=lengths, seconds=seconds)

@@ -23,6 +23,7 @@ from planner.drift import (
     planned_span_s,
     refit_cost,
 )
+from planner.plan import MemoryPolicy
 from planner.simulate import simulate
 from tests.planner.executed import cost_here, executed_on, make_plan, slower
 from trainer.plan_inputs import load_cost
@@ -116,6 +117,16 @@ def test_steps_planned_with_another_model_do_not_count():
     foreign = [executed_on(make_plan(step, other), slower(cost, 2.5)) for step in range(40)]
     assert refit_cost(cost, [*foreign, *steps]) == refit_cost(cost, steps)
     assert refit_cost(cost, foreign) is None
+
+
+@pytest.mark.parametrize("memory", [
+    MemoryPolicy(chunk_tokens=64), MemoryPolicy(keep_fraction=0.5, recompute_fraction=0.5),
+], ids=["chunks", "recompute"])
+def test_what_computes_something_twice_is_no_sample_of_its_shape(memory):
+    ((plan, measured),) = steps_on(cost_here(), num_steps=1)
+    first = dataclasses.replace(plan.microbatches[0], memory=memory)
+    other = dataclasses.replace(plan, microbatches=(first, *plan.microbatches[1:]))
+    assert len(group_samples([(other, measured)])) == len(group_samples([(plan, measured)])) - 1
 
 
 def test_too_little_is_no_refit():
