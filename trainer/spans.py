@@ -28,7 +28,7 @@ _RANK_STEPS = 50_000
 """Ranks times recorded steps of a whole run where no interval is asked for: about 50 bytes for each microbatch of each,
 so some 20 MB with eight microbatches a rank."""
 _LANE_RANK_STEPS = 400
-"""The same for lanes: at most ``memory.timeline.MOST_INTERVALS`` of some 25 bytes for each, so 40 MB."""
+"""The same for lanes: at most ``memory.timeline.MOST_INTERVALS`` of some 40 bytes for each, so 65 MB."""
 MOST_LANE_RANKS = 64
 """Ranks whose lanes are kept: the first ones."""
 

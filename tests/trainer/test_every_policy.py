@@ -1,5 +1,6 @@
 """Every memory policy with every strategy on every grid of four ranks gives the dense model's losses and weights, in
-fp32 to 1e-5; what does not go together is refused by one line."""
+fp32 to 1e-5. Where plans choose no policy, a run with ``auto`` keeps everything and says why. (What settings refuse is
+in ``test_config``.)"""
 
 from __future__ import annotations
 
@@ -57,5 +58,10 @@ def test_every_policy_with_every_strategy_on_every_grid(pool, oracle, tmp_path, 
     losses, _, final, used = run[0]
     equality.TestEquality.compare(oracle, losses, final)
     if policy == "auto":
+        note = next(words for name, words in used if name == "note")
         chosen = any(action in ("swap", "recompute") for action, _ in used)
         assert chosen == ("activation" in options and strategy in POLICY_STRATEGIES), used
+        if strategy not in POLICY_STRATEGIES:
+            assert note.startswith(f"memory: all activations kept: {strategy} chooses no memory policies (")
+        elif not chosen:
+            assert note == "memory: all activations kept: policies are not planned with pipeline stages"
