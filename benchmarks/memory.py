@@ -40,8 +40,8 @@ from memory.timeline import Interval
 from planner.units import MIB, format_bytes, format_seconds
 
 OURS = (
-    "keep", "keep + MLP", "recompute", "recompute + MLP", "swap 0", "swap 0.5", "swap 1", "swap measured", "swap 1 + MLP",
-    "seco",
+    "keep", "keep + MLP", "recompute", "recompute + MLP", "swap 0", "swap 0.5", "swap 1", "swap measured",
+    "swap 1 + MLP", "seco",
 )
 TORCH = ("checkpoint", "selective", "save_on_cpu", "hooks to disk")
 WAYS = (*OURS, *TORCH)

@@ -46,8 +46,8 @@ _PADDING_BYTES = 16 * 4 * KIB
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """``dim``: hidden size; heads of 64, MLP of three times that. ``chunk_tokens``: of seco; ``mlp_chunk_tokens``: of the
-    ways with MLP."""
+    """``dim``: hidden size; heads of 64, MLP of three times that. ``chunk_tokens``: of seco; ``mlp_chunk_tokens``: of
+    the ways with MLP."""
 
     num_layers: int = 8
     dim: int = 256
@@ -293,11 +293,10 @@ def predict(way: str, lengths: tuple[int, ...], settings: Settings) -> list[Pred
         made.whole_step(min(lengths))  # the first step has no optimizer state until it ends
         for length in lengths:
             measured_bytes = made.whole_step(length)
-            is_full = tier is not None and length == max(lengths)  # the tier's own peak is that of all steps so far
             found.append(Predicted(
                 way=way, length=length, predicted_bytes=cost.device_bytes(length), measured_bytes=measured_bytes,
-                tier_predicted_bytes=_tier_bytes(made.runtime, length) if is_full else 0,
-                tier_measured_bytes=tier.peak_bytes if tier is not None and is_full else 0,
+                tier_predicted_bytes=0 if tier is None else _tier_bytes(made.runtime, length),
+                tier_measured_bytes=made.runtime.memory.peak_tier_bytes,
             ))
     return found
 

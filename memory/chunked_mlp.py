@@ -25,8 +25,9 @@ def chunked_mlp(
 
     ``inner``: token-wise, ``[C, D]`` to ``[C, F]``, reaches exactly ``inner_parameters``, which all need gradients.
     ``outer``: ``x @ outer_weight^T`` without bias, summed over the tensor ranks if there are several; the gradient of
-    the result is the same on all of them. Parameter gradients are summed over pieces in fp32 or wider. Zero rows run as one piece of none, so tensor
-    ranks, whose rows are equal, meet in the same collectives whatever the number of rows.
+    the result is the same on all of them. Parameter gradients are summed over pieces in fp32 or wider. Zero rows run as
+    one piece of none: every parameter has a gradient, and tensor ranks, whose rows are equal, meet in the same
+    collectives.
     """
     result: torch.Tensor = _ChunkedMLP.apply(rows_TD, inner, outer, chunk_tokens, outer_weight_DF, *inner_parameters)
     return result

@@ -161,7 +161,8 @@ class TestOnATape:
         got = run_layers(layers, num_rows, memory)
         for layer in layers:
             layer.mlp.chunk_tokens = 0
-        wanted = run_layers(layers, num_rows, MicrobatchMemory(KEEP_ALL, None, num_layers=num_layers, num_rows=num_rows))
+        plain = MicrobatchMemory(KEEP_ALL, None, num_layers=num_layers, num_rows=num_rows)
+        wanted = run_layers(layers, num_rows, plain)
         for a, b in zip(wanted, got, strict=True):
             torch.testing.assert_close(b, a, rtol=1e-10, atol=1e-12)
         assert ledger.used_bytes("host") == 0 and memory.unsplit_bytes == 0
