@@ -39,7 +39,10 @@ from benchmarks.memory_run import (
 from planner.memory_lanes import Interval
 from planner.units import MIB, format_bytes, format_seconds
 
-OURS = ("keep", "recompute", "swap 0", "swap 0.5", "swap 1", "swap measured", "seco")
+OURS = (
+    "keep", "keep + MLP", "recompute", "recompute + MLP", "swap 0", "swap 0.5", "swap 1", "swap measured",
+    "swap 1 + MLP", "seco",
+)
 TORCH = ("checkpoint", "selective", "save_on_cpu", "hooks to disk")
 WAYS = (*OURS, *TORCH)
 _PREDICTED = ("keep", "recompute", "swap 0.25", "seco")
@@ -241,7 +244,8 @@ def _work(told: dict[str, Any]) -> None:
 
 def _settings(options: argparse.Namespace) -> Settings:
     return Settings(
-        num_layers=options.layers, dim=options.dim, repeats=options.repeats, chunk_tokens=options.chunk_tokens
+        num_layers=options.layers, dim=options.dim, repeats=options.repeats, chunk_tokens=options.chunk_tokens,
+        mlp_chunk_tokens=options.mlp_chunk_tokens,
     )
 
 
@@ -253,6 +257,7 @@ def main(arguments: SequenceOf[str] | None = None) -> int:
     parser.add_argument("--layers", type=int)
     parser.add_argument("--dim", type=int, help="hidden size, a multiple of 64")
     parser.add_argument("--chunk-tokens", type=int, default=Settings().chunk_tokens, help="of seco")
+    parser.add_argument("--mlp-chunk-tokens", type=int, default=Settings().mlp_chunk_tokens, help="of ways with MLP")
     parser.add_argument("--repeats", type=int, default=Settings().repeats, help="steps in a process")
     parser.add_argument("--rounds", type=int, default=1, help="processes for each way")
     parser.add_argument("--budget-mib", type=float, default=128, help="of longest")

@@ -35,6 +35,8 @@ from trainer.rank_env import RankEnv
 from trainer.step import Runtime, accumulate_gradients, train_step
 
 VOCABULARY = 512
+MLP_IN_PIECES = " + MLP"
+"""Ending of a way whose MLP runs in pieces."""
 _WARM_UP_TOKENS = 64
 _ALONE = MeasuredShape(AttentionKind.LOCAL, 1)
 _SAMPLE_S = 0.004
@@ -44,12 +46,14 @@ _PADDING_BYTES = 16 * 4 * KIB
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """``dim``: hidden size; heads of 64, MLP of three times that. ``chunk_tokens``: of seco."""
+    """``dim``: hidden size; heads of 64, MLP of three times that. ``chunk_tokens``: of seco; ``mlp_chunk_tokens``: of
+    the ways with MLP."""
 
     num_layers: int = 8
     dim: int = 256
     repeats: int = 2
     chunk_tokens: int = 256
+    mlp_chunk_tokens: int = 256
     seed: int = 11
 
 
@@ -144,6 +148,9 @@ def bench(way: str, length: int, settings: Settings) -> Iterator[Bench]:
 
 
 def _memory(way: str, settings: Settings) -> MemoryConfig:
+    plain = way.removesuffix(MLP_IN_PIECES)
+    if plain != way:
+        return replace(_memory(plain, settings), mlp_chunk_tokens=settings.mlp_chunk_tokens)
     policy, _, fraction = way.partition(" ")
     if policy == "swap":
         swap_fraction = None if fraction == "measured" else float(fraction)
@@ -286,11 +293,10 @@ def predict(way: str, lengths: tuple[int, ...], settings: Settings) -> list[Pred
         made.whole_step(min(lengths))  # the first step has no optimizer state until it ends
         for length in lengths:
             measured_bytes = made.whole_step(length)
-            is_full = tier is not None and length == max(lengths)  # the tier's own peak is that of all steps so far
             found.append(Predicted(
                 way=way, length=length, predicted_bytes=cost.device_bytes(length), measured_bytes=measured_bytes,
-                tier_predicted_bytes=_tier_bytes(made.runtime, length) if is_full else 0,
-                tier_measured_bytes=tier.peak_bytes if tier is not None and is_full else 0,
+                tier_predicted_bytes=0 if tier is None else _tier_bytes(made.runtime, length),
+                tier_measured_bytes=made.runtime.memory.peak_tier_bytes,
             ))
     return found
 

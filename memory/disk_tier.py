@@ -16,7 +16,7 @@ import mmap
 import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 
@@ -24,8 +24,7 @@ import numpy as np
 import torch
 
 from memory.ledger import MemoryFullError, MemoryLedger
-from memory.tiers import Places, Stored, TierError, Transfer, flat_bytes
-from memory.timeline import Timeline
+from memory.tiers import Stored, Tier, TierError, Transfer
 from planner.memory_lanes import BACK, OUT
 from planner.units import MIB, format_bytes
 
@@ -46,7 +45,7 @@ class _FileCopy:
         self.future.result()
 
 
-class DiskTier:
+class DiskTier(Tier):
     """``capacity_bytes`` of disk in ``path``, reserved when made. CPU tensors only. ``direct``: bypass the page cache
     where the file system can.
 
@@ -57,8 +56,8 @@ class DiskTier:
     name = DISK
 
     def __init__(self, path: Path, capacity_bytes: int, ledger: MemoryLedger, *, direct: bool = True) -> None:
+        super().__init__(capacity_bytes, ledger, alignment_bytes=_ALIGNMENT_BYTES)
         self._path = path
-        self._places = Places(DISK, capacity_bytes, ledger, alignment_bytes=_ALIGNMENT_BYTES)
         self._file = _open_reserved(path, capacity_bytes)
         self._descriptor = self._file.fileno()
         self.is_direct = direct and capacity_bytes >= _ALIGNMENT_BYTES and _make_direct(self._descriptor)
@@ -68,46 +67,17 @@ class DiskTier:
         num_bytes = _PIECE_BYTES if self.is_direct else mmap.PAGESIZE
         self._out, self._in = mmap.mmap(-1, num_bytes), mmap.mmap(-1, num_bytes)  # aligned to pages
         self._dirty_bytes = 0  # of the writing thread
-        self.written_bytes = 0
-        self.read_bytes = 0
-        self.timeline: Timeline | None = None
-
-    @property
-    def capacity_bytes(self) -> int:
-        return self._places.capacity_bytes
-
-    @property
-    def peak_bytes(self) -> int:
-        return self._places.peak_bytes
-
-    def store(self, source: torch.Tensor) -> Stored:
-        data = flat_bytes(source)
-        offset, generation = self._places.take(data.numel())
-        return Stored(offset, data.numel(), generation, self._put_behind(data, offset))
-
-    def overwrite(self, stored: Stored, source: torch.Tensor) -> Stored:
-        data = flat_bytes(source)
-        self._places.check(stored, data.numel())
-        return replace(stored, transfer=self._put_behind(data, stored.offset))
-
-    def load(self, stored: Stored, into: torch.Tensor) -> Transfer:
-        data = flat_bytes(into)
-        self._places.check(stored, data.numel())
-        self.read_bytes += data.numel()
-
-        return self._start(self._reader, BACK, self._read, data, stored.offset, stored.transfer)
-
-    def release(self, stored: Stored) -> None:
-        self._places.give(stored)
 
     def close(self) -> None:
         self._writer.shutdown(wait=True)
         self._reader.shutdown(wait=True)
         self._file.close()
 
-    def _put_behind(self, data: torch.Tensor, offset: int) -> Transfer:
-        self.written_bytes += data.numel()
+    def _write_behind(self, data: torch.Tensor, offset: int) -> Transfer:
         return self._start(self._writer, OUT, self._write, data, offset)
+
+    def _read_ahead(self, stored: Stored, data: torch.Tensor) -> Transfer:
+        return self._start(self._reader, BACK, self._read, data, stored.offset, stored.transfer)
 
     def _start(
         self, worker: ThreadPoolExecutor, lane: str, work: Callable[[np.ndarray, int], None], data: torch.Tensor,

@@ -8,6 +8,7 @@ beside the computation (a worker thread, or a CUDA stream of its own) and ``Tran
 from __future__ import annotations
 
 import itertools
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -48,45 +49,10 @@ class Stored:
     transfer: Transfer
 
 
-class Tier(Protocol):
-    """One level below the device. Tensors are contiguous, of any dtype and shape with at least one element."""
-
-    name: str
-    written_bytes: int
-    read_bytes: int
-    timeline: Timeline | None
-
-    @property
-    def capacity_bytes(self) -> int:
-        """Most bytes it can hold."""
-
-    @property
-    def peak_bytes(self) -> int:
-        """Most bytes it ever held at once, padding included."""
-
-    def store(self, source: torch.Tensor) -> Stored:
-        """Start copying ``source`` out. Raises MemoryFullError, before any copy, where it does not fit."""
-
-    def overwrite(self, stored: Stored, source: torch.Tensor) -> Stored:
-        """Start copying as many bytes into the same place, no copy in or out of which is under way. ``stored`` must not
-        be used any more. Raises TierError where it was released before."""
-
-    def load(self, stored: Stored, into: torch.Tensor) -> Transfer:
-        """Start copying back into ``into`` (as many bytes as were stored). Raises TierError where ``stored`` was
-        released before: its place may hold something else by now."""
-
-    def release(self, stored: Stored) -> None:
-        """Free the place. The transfers in and out of it have been waited for."""
-
-    def close(self) -> None:
-        """Give everything back. Waits for copies under way, swallows their errors: nobody needs the data any more."""
-
-
 class Places:
-    """The bookkeeping that tiers share: the ledger decides whether bytes fit, regions decide where."""
+    """A tier's bookkeeping: the ledger decides whether bytes fit, regions decide where."""
 
     def __init__(self, account: str, capacity_bytes: int, ledger: MemoryLedger, *, alignment_bytes: int) -> None:
-        self.capacity_bytes = capacity_bytes
         self._account = account
         self._ledger = ledger
         self._regions = Regions(capacity_bytes, alignment_bytes=alignment_bytes)
@@ -109,10 +75,6 @@ class Places:
         self._live[offset] = next(self._generations)
         return offset, self._live[offset]
 
-    @property
-    def peak_bytes(self) -> int:
-        return self._ledger.peak_bytes(self._account)
-
     def check(self, stored: Stored, num_bytes: int | None = None) -> None:
         """Raises TierError unless ``stored`` still owns its place: a place that was used again would come back as other
         numbers of the right shape, a wrong gradient without an error. ValueError where it has not ``num_bytes``."""
@@ -126,6 +88,59 @@ class Places:
         del self._live[stored.offset]
         self._regions.give(stored.offset, stored.num_bytes)
         self._ledger.release(self._account, self._regions.size_bytes(stored.num_bytes))
+
+
+class Tier(ABC):
+    """One level below the device: ``capacity_bytes`` that ``name``'s account of the ledger has. Tensors are contiguous,
+    of any dtype and shape with at least one element. ``timeline``: where copies note their time, if it is set."""
+
+    name: str
+
+    def __init__(self, capacity_bytes: int, ledger: MemoryLedger, *, alignment_bytes: int) -> None:
+        self.capacity_bytes = capacity_bytes
+        self.written_bytes = 0
+        self.read_bytes = 0
+        self.timeline: Timeline | None = None
+        self._places = Places(self.name, capacity_bytes, ledger, alignment_bytes=alignment_bytes)
+
+    def store(self, source: torch.Tensor) -> Stored:
+        """Start copying ``source`` out. Raises MemoryFullError, before any copy, where it does not fit."""
+        data = flat_bytes(source)
+        offset, generation = self._places.take(data.numel())
+        self.written_bytes += data.numel()
+        return Stored(offset, data.numel(), generation, self._write_behind(data, offset))
+
+    def overwrite(self, stored: Stored, source: torch.Tensor) -> Stored:
+        """Start copying as many bytes into the same place, no copy in or out of which is under way. ``stored`` must not
+        be used any more. Raises TierError where it was released before."""
+        data = flat_bytes(source)
+        self._places.check(stored, data.numel())
+        self.written_bytes += data.numel()
+        return replace(stored, transfer=self._write_behind(data, stored.offset))
+
+    def load(self, stored: Stored, into: torch.Tensor) -> Transfer:
+        """Start copying back into ``into`` (as many bytes as were stored). Raises TierError where ``stored`` was
+        released before: its place may hold something else by now."""
+        data = flat_bytes(into)
+        self._places.check(stored, data.numel())
+        self.read_bytes += data.numel()
+        return self._read_ahead(stored, data)
+
+    def release(self, stored: Stored) -> None:
+        """Free the place. The transfers in and out of it have been waited for."""
+        self._places.give(stored)
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give everything back. Waits for copies under way, swallows their errors: nobody needs the data any more."""
+
+    @abstractmethod
+    def _write_behind(self, data: torch.Tensor, offset: int) -> Transfer:
+        """Start copying these bytes to ``offset``."""
+
+    @abstractmethod
+    def _read_ahead(self, stored: Stored, data: torch.Tensor) -> Transfer:
+        """Start copying what is stored into ``data``, as many bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,63 +160,36 @@ class _StreamCopy:
         torch.cuda.current_stream(self.device).wait_event(self.event)
 
 
-class HostTier:
+class HostTier(Tier):
     """One pinned buffer, allocated once, with separate CUDA streams for the way out and the way back.
 
     The source's memory may be freed after ``transfer.wait()``: the caching allocator hands it out again in the order of
-    the computing stream, which by then waits for the copy. On CPU the buffer is plain memory and copies are immediate.
+    the computing stream, which by then waits for the copy. A place that was released may be written to again at once:
+    the store runs on the offload stream, after the computing stream's event, which is after the wait for the place's
+    load. On CPU the buffer is plain memory and copies are immediate.
     """
 
     name = HOST
 
     def __init__(self, capacity_bytes: int, ledger: MemoryLedger, device: torch.device) -> None:
+        super().__init__(capacity_bytes, ledger, alignment_bytes=_HOST_ALIGNMENT_BYTES)
         self._device = device
-        self._places = Places(HOST, capacity_bytes, ledger, alignment_bytes=_HOST_ALIGNMENT_BYTES)
         on_cuda = device.type == "cuda"
         self._buffer = torch.empty(capacity_bytes, dtype=torch.uint8, pin_memory=on_cuda)
         self._offload = torch.cuda.Stream(device) if on_cuda else None
         self._prefetch = torch.cuda.Stream(device) if on_cuda else None
-        self.written_bytes = 0
-        self.read_bytes = 0
-        self.timeline: Timeline | None = None
-
-    @property
-    def capacity_bytes(self) -> int:
-        return self._places.capacity_bytes
-
-    @property
-    def peak_bytes(self) -> int:
-        return self._places.peak_bytes
-
-    def store(self, source: torch.Tensor) -> Stored:
-        data = flat_bytes(source)
-        offset, generation = self._places.take(data.numel())
-        return Stored(offset, data.numel(), generation, self._put(data, offset))
-
-    def overwrite(self, stored: Stored, source: torch.Tensor) -> Stored:
-        data = flat_bytes(source)
-        self._places.check(stored, data.numel())
-        return replace(stored, transfer=self._put(data, stored.offset))
-
-    def load(self, stored: Stored, into: torch.Tensor) -> Transfer:
-        self._places.check(stored)
-        place = self._buffer[stored.offset : stored.offset + stored.num_bytes]
-        self.read_bytes += stored.num_bytes
-        return self._copy(BACK, flat_bytes(into), place, self._prefetch)
-
-    def release(self, stored: Stored) -> None:
-        # On CUDA the next store into this place runs on the offload stream, after the computing stream's event, which
-        # is after the wait for this place's load: the order holds without a host synchronisation.
-        self._places.give(stored)
 
     def close(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
-    def _put(self, data: torch.Tensor, offset: int) -> Transfer:
-        self.written_bytes += data.numel()
+    def _write_behind(self, data: torch.Tensor, offset: int) -> Transfer:
         return self._copy(OUT, self._buffer[offset : offset + data.numel()], data, self._offload)
+
+    def _read_ahead(self, stored: Stored, data: torch.Tensor) -> Transfer:
+        place = self._buffer[stored.offset : stored.offset + stored.num_bytes]
+        return self._copy(BACK, data, place, self._prefetch)
 
     def _copy(
         self, lane: str, target: torch.Tensor, source: torch.Tensor, stream: torch.cuda.Stream | None

@@ -60,7 +60,7 @@ def build_runtime(
     device = pick_device(config, env)
     if device.type == "cpu":
         # before the first weight: resident memory then is what tensors take; where it is to be small, small ones too
-        map_large_blocks(fine=config.memory.policy not in ("auto", "keep"))
+        map_large_blocks(fine=config.memory.policy not in ("auto", "keep") or config.memory.mlp_chunk_tokens > 0)
     dtype = DTYPES[config.run.dtype]
     kernel = choose_kernel(device, dtype)
     timeout_s = config.run.collective_timeout_s
@@ -76,7 +76,7 @@ def build_runtime(
     sharding = Sharding(parallel.sharding)
     model = build_model(
         spec, mesh, seed=config.run.seed, compute_dtype=dtype, gradient_dtype=DTYPES[parallel.gradient_dtype],
-        sharding=sharding,
+        sharding=sharding, mlp_chunk_tokens=config.memory.mlp_chunk_tokens,
     )
     clock = StepClock(device)
     wire = TimedExchange(GroupExchange(mesh.exchange_group), clock)
@@ -106,14 +106,14 @@ def build_runtime(
 
 def build_model(
     spec: ModelSpec, mesh: RankMesh, *, seed: int, compute_dtype: torch.dtype, gradient_dtype: torch.dtype,
-    sharding: Sharding,
+    sharding: Sharding, mlp_chunk_tokens: int = 0,
 ) -> Decoder:
     """A sharded model with its initial weights on the mesh's device. Collective over the data axis."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # megatron-core names every optional package it does not find
         model = Decoder(
             spec, TensorShard(mesh.tensor_rank, mesh.tensor_size, mesh.tensor_group),
-            StageShard(mesh.stage, mesh.num_stages),
+            StageShard(mesh.stage, mesh.num_stages), mlp_chunk_tokens=mlp_chunk_tokens,
         )
     initialize_weights(model, seed=seed)
     model.to(mesh.device)

@@ -72,7 +72,10 @@ def chunk_policy(config: TrainConfig, spec: ModelSpec) -> ChunkPolicy | None:
             kind=Sampling(memory.sampling), fraction=memory.sample_fraction, seed=config.run.seed
         )
     element_bytes = 2 if config.run.dtype == "bf16" else 4
-    row_bytes = spec.num_layers * spec.saved_bytes_per_token(element_bytes) // config.parallel.tensor_parallel
+    saved_bytes = spec.saved_bytes_per_token(element_bytes)
+    if memory.mlp_chunk_tokens:  # of the MLP its input is saved: not the norm's output, gate, up and what they make
+        saved_bytes -= (spec.hidden_dim + 4 * spec.ffn_dim) * element_bytes
+    row_bytes = spec.num_layers * saved_bytes // config.parallel.tensor_parallel
     budget_bytes = parse_bytes(memory.chunk_budget, what="memory.chunk_budget")
     return ChunkPolicy(
         chunk_tokens=memory.chunk_tokens, keep_rows=budget_bytes // row_bytes, sampler=sampler,

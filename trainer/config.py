@@ -199,6 +199,9 @@ class MemoryConfig:
     chunk_budget: str = "0"
     """With seco and spaco: bytes of activations of trailing chunks that one rank keeps instead of computing them twice,
     such as '2 GiB'."""
+    mlp_chunk_tokens: int = 0
+    """Tokens that a layer's MLP works on at once, in the forward and again in the backward: of the MLP only its input
+    is saved, whatever the policy (0: all of a microbatch's tokens)."""
     static_plan: bool = False
     """On cuda: serve the blocks of microbatches whose kind was seen before from planned addresses. Replaces torch's
     caching allocator for the whole run; needs a C++ compiler. docs/static_memory.md."""

@@ -88,6 +88,7 @@ def _ranges() -> tuple[_Range, ...]:
         ("optimizer.clip_norm", lambda value: value > 0, "above 0 (inf never clips)"),
         ("memory.swap_fraction", *fraction),
         ("memory.chunk_tokens", *_at_least(1)),
+        ("memory.mlp_chunk_tokens", lambda value: value >= 0, "at least 1, or 0 for all tokens at once"),
         ("memory.sample_fraction", lambda value: 0 < value <= 1, "in (0, 1]"),
         ("metrics.spans_every", *_at_least(0)),
         ("metrics.drift_factor", lambda value: value > 1, "above 1 (inf never warns)"),

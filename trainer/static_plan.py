@@ -31,7 +31,8 @@ def make_arena(config: TrainConfig, env: RankEnv) -> AddressArena | None:
 
 
 def microbatch_kind(
-    microbatch: RankMicrobatch, policy: ActivationPolicy, *, is_first: bool, loss_chunk_tokens: int, is_whole: bool
+    microbatch: RankMicrobatch, policy: ActivationPolicy, *, is_first: bool, loss_chunk_tokens: int, is_whole: bool,
+    mlp_chunk_tokens: int = 0,
 ) -> Hashable:
     """Equal for microbatches that ask for the same blocks up to the number of rows.
 
@@ -44,7 +45,9 @@ def microbatch_kind(
         layout = tuple(tuple(len(part.calls) for part in (*g.forward, *g.backward)) for g in microbatch.groups)
         if len(microbatch.groups) > 1:  # rows of one group may grow while another's shrink
             layout = layout, tuple(group.rows for group in microbatch.groups)
-    return is_first, policy, layout, -(-microbatch.num_rows // loss_chunk_tokens)
+    rows = microbatch.num_rows
+    num_pieces = -(-rows // loss_chunk_tokens), -(-rows // mlp_chunk_tokens) if mlp_chunk_tokens else 1
+    return is_first, policy, layout, num_pieces
 
 
 def begin_microbatch(arena: AddressArena, kind: Hashable, num_rows: int, device: torch.device) -> None:

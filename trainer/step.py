@@ -267,6 +267,7 @@ class StageRunner:
             kind = microbatch_kind(
                 microbatch, memory_policy(runtime, microbatch), is_first=place == 0,
                 loss_chunk_tokens=runtime.model.loss_chunk_tokens, is_whole=chunking_of(runtime, microbatch) is None,
+                mlp_chunk_tokens=runtime.model.mlp_chunk_tokens,
             )
             begin_microbatch(arena, kind, microbatch.num_rows, runtime.mesh.device)
 

@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn import functional
 
 from memory.chunked_loss import VocabShard, chunked_token_loss
+from memory.chunked_mlp import chunked_mlp
 from memory.tape import Attention, PlainTape, Tape
 from memory.token_swap import MicrobatchMemory
 from parallel import comm
@@ -27,7 +28,8 @@ from parallel.rotary import RotaryTable, inverse_frequencies, rotary_table, rota
 from planner.model_spec import ModelSpec
 
 STEPS = ("attention_norm", "qkv", "attention_output", "mlp_norm", "gate_up", "swiglu", "down")
-"""The token-wise steps of a layer, in order; a memory policy may name them."""
+"""The token-wise steps of a layer, in order; a memory policy may name them. With an MLP in pieces, ``mlp`` stands for
+the last four."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +63,14 @@ class StageShard:
 
 class DecoderLayer(nn.Module):
     """One layer. Fused weights are laid out so that any tensor-parallel slice is a run of rows:
-    qkv as KV-head groups of (queries..., key, value), gate and up interleaved row by row."""
+    qkv as KV-head groups of (queries..., key, value), gate and up interleaved row by row.
+    ``mlp_chunk_tokens``: the MLP runs over so many rows at a time (0: over all)."""
 
-    def __init__(self, spec: ModelSpec, config: ModelParallelConfig, tensor: TensorShard) -> None:
+    def __init__(
+        self, spec: ModelSpec, config: ModelParallelConfig, tensor: TensorShard, mlp_chunk_tokens: int = 0
+    ) -> None:
         super().__init__()
+        self.mlp_chunk_tokens = mlp_chunk_tokens
         self.head_dim = spec.head_dim
         self.num_kv_heads = spec.num_kv_heads // tensor.size
         self.queries_per_kv = spec.num_query_heads // spec.num_kv_heads
@@ -101,10 +107,14 @@ class DecoderLayer(nn.Module):
     def after_attention(self, hidden_TD: torch.Tensor, context_TNH: torch.Tensor, tape: Tape) -> torch.Tensor:
         """Token-wise: output projection, residual, norm, SwiGLU, residual."""
         hidden_TD = tape.step("attention_output", self._add_attention, hidden_TD, context_TNH)
+        output_TD: torch.Tensor
+        if self.mlp_chunk_tokens:
+            output_TD = tape.step("mlp", self._add_mlp_in_pieces, hidden_TD)
+            return output_TD
         normed_TD = tape.step("mlp_norm", self.mlp_norm, hidden_TD)
         gate_up_TF2 = tape.step("gate_up", self._project_gate_up, normed_TD)
         product_TF = tape.step("swiglu", _swiglu, gate_up_TF2)
-        output_TD: torch.Tensor = tape.step("down", self._add_mlp, hidden_TD, product_TF)
+        output_TD = tape.step("down", self._add_mlp, hidden_TD, product_TF)
         return output_TD
 
     def forward(
@@ -134,6 +144,13 @@ class DecoderLayer(nn.Module):
     def _add_mlp(self, hidden_TD: torch.Tensor, product_TF: torch.Tensor) -> torch.Tensor:
         return hidden_TD + self.down(product_TF)[0]
 
+    def _add_mlp_in_pieces(self, hidden_TD: torch.Tensor) -> torch.Tensor:
+        return chunked_mlp(
+            hidden_TD, inner=lambda rows: _swiglu(self._project_gate_up(self.mlp_norm(rows))),
+            inner_parameters=(self.mlp_norm.weight, self.gate_up.weight), outer=lambda product: self.down(product)[0],
+            outer_weight_DF=self.down.weight, chunk_tokens=self.mlp_chunk_tokens,
+        )
+
 
 def _swiglu(gate_up_TF2: torch.Tensor) -> torch.Tensor:
     gate, up = gate_up_TF2.unbind(-1)
@@ -145,13 +162,15 @@ class Decoder(nn.Module):
     this rank. Parameters have the same names whatever the number of stages."""
 
     def __init__(
-        self, spec: ModelSpec, tensor: TensorShard, stage: StageShard = StageShard(), *, loss_chunk_tokens: int = 1024
+        self, spec: ModelSpec, tensor: TensorShard, stage: StageShard = StageShard(), *, loss_chunk_tokens: int = 1024,
+        mlp_chunk_tokens: int = 0,
     ) -> None:
         super().__init__()
         self.spec = spec
         self.tensor = tensor
         self.stage = stage
         self.loss_chunk_tokens = loss_chunk_tokens
+        self.mlp_chunk_tokens = mlp_chunk_tokens
         self.padded_vocab = -(-spec.vocab_size // tensor.size) * tensor.size
         config = ModelParallelConfig(
             tensor_model_parallel_size=tensor.size, use_cpu_initialization=True, perform_initialization=False,
@@ -163,7 +182,10 @@ class Decoder(nn.Module):
                 self.padded_vocab, spec.hidden_dim, init_method=None, config=config, tp_group=tensor.group
             )
         self.layers = nn.ModuleDict(
-            {str(number): DecoderLayer(spec, config, tensor) for number in stage.layers(spec.num_layers)}
+            {
+                str(number): DecoderLayer(spec, config, tensor, mlp_chunk_tokens)
+                for number in stage.layers(spec.num_layers)
+            }
         )
         self.norm = nn.RMSNorm(spec.hidden_dim, eps=spec.norm_eps) if stage.is_last else None
         self.head = None

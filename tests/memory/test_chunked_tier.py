@@ -119,9 +119,9 @@ class TestMemory:
     NUM_LAYERS = 12
 
     def run(self, monkeypatch, sampler=None):
-        """(most resident bytes of the store, tier) over one document of 256 tokens in 16 chunks."""
+        """(most resident bytes of the store, tier, its peak) over one document of 256 tokens in 16 chunks."""
         spec = dataclasses.replace(SPEC, num_layers=self.NUM_LAYERS)
-        model, (tier, _), resident = make_model(spec), make_tier(), []
+        model, (tier, ledger), resident = make_model(spec), make_tier(), []
         prepare = TieredChunkStore.prepare
 
         def watched(store, *arguments):
@@ -132,12 +132,12 @@ class TestMemory:
         policy = ChunkPolicy(chunk_tokens=16, sampler=sampler, offloads=True)
         group, read = group_of(AttentionKind.LOCAL, 1, 1), reader(random_documents([256]))
         chunked_gradients(model, [group], [256], policy, read, num_ranks=1, tiers=[tier])
-        return max(resident), tier
+        return max(resident), tier, ledger.peak_bytes("host")
 
     def test_the_tier_holds_all_layers_and_memory_five_layers_halves(self, lone_rank, monkeypatch):
-        resident, tier = self.run(monkeypatch)
+        resident, tier, peak_bytes = self.run(monkeypatch)
         rows = 256 - 16  # nothing reads the last chunk
-        assert tier.peak_bytes == 2 * self.NUM_LAYERS * rows * ROW_BYTES
+        assert peak_bytes == 2 * self.NUM_LAYERS * rows * ROW_BYTES
         assert resident <= (2 + 3) * rows * ROW_BYTES + 2 * 16 * ROW_BYTES  # and two chunks' K/V on their way
         kv_bytes = self.NUM_LAYERS * rows * ROW_BYTES
         # K/V once; dK/dV of a chunk again in the backward of every later one
@@ -145,11 +145,11 @@ class TestMemory:
 
     def test_gradients_of_chunks_that_are_not_sampled_are_never_in_the_tier(self, lone_rank, monkeypatch):
         sampler = ChunkSampler(kind=Sampling.EVEN, fraction=1 / 8, seed=0)
-        _, tier = self.run(monkeypatch, sampler)
+        _, tier, peak_bytes = self.run(monkeypatch, sampler)
         early, late = [place for place, weight in enumerate(sampler.draw([16] * 16, (0, 0, 0))) if weight.selected]
         assert early < late
         # K/V of all chunks before the later one, which leaves dK/dV for the earlier one only
-        assert tier.peak_bytes == tier.written_bytes == self.NUM_LAYERS * (late + 1) * 16 * ROW_BYTES
+        assert peak_bytes == tier.written_bytes == self.NUM_LAYERS * (late + 1) * 16 * ROW_BYTES
 
     def test_too_small_a_tier_says_need_and_have_before_it_is_written_to(self, model):
         tier, _ = make_tier(capacity_bytes=3 * 24 * ROW_BYTES)

@@ -134,6 +134,8 @@ def test_budget_becomes_rows_and_measuring_has_no_chance():
     policy = chunk_policy(configured(memory), SPEC)
     assert policy.keep_rows == 2**20 // (SPEC.num_layers * SPEC.saved_bytes_per_token(4))
     assert chunk_policy(configured(memory, "bf16"), SPEC).keep_rows > policy.keep_rows
+    pieces = dataclasses.replace(memory, mlp_chunk_tokens=8)
+    assert chunk_policy(configured(pieces), SPEC).keep_rows > policy.keep_rows, "a row's MLP saves less"
     assert policy.sampler.kind is Sampling.IMPORTANCE and policy.sampler.seed == CONFIG.run.seed
     assert policy.steady().sampler.kind is Sampling.EVEN and policy.steady().keep_rows == policy.keep_rows
     assert chunk_policy(CONFIG, SPEC) is None

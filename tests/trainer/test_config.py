@@ -207,6 +207,8 @@ BAD_FLAGS = [
     (["--chunk-tokens", "64"], "memory.chunk_tokens is for memory.policy seco and spaco, not auto"),
     (["--memory", "seco", "--chunk-tokens", "64", "--sample-fraction", "0.5"], "memory.sample_fraction is for"),
     (["--memory", "seco", "--chunk-tokens", "64", "--memory.sampling", "importance"], "memory.sampling is for"),
+    (["--memory.mlp-chunk-tokens", "-1"],
+     "memory.mlp_chunk_tokens must be at least 1, or 0 for all tokens at once, got -1"),
     (["--memory.chunk-budget", "1 GiB"], "memory.chunk_budget is for memory.policy seco and spaco, not auto"),
     (["--memory.chunk-budget", "much"], "memory.chunk_budget: expected"),
     (["--memory", "seco", "--chunk-tokens", "64", "--pipeline-parallel", "2", "--memory.chunk-budget", "1 MiB"],

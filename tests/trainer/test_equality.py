@@ -187,6 +187,18 @@ MEMORY_RUNS = {
     "recompute, zero3": (ZERO3, *FLEXSP, MemoryConfig(policy="recompute")),
     "half and half, zero3 x tensor 2": (ZERO3_TENSOR_2, "adaptive", None, RING, 90, HALF),
 }
+MLP_IN_PIECES = dataclasses.replace(HALF, mlp_chunk_tokens=12)
+MLP_RUNS = {
+    "half swapped": (DATA, *FLEXSP, MLP_IN_PIECES),
+    "zero3": (ZERO3, *FLEXSP, MLP_IN_PIECES),
+    "tensor 2": (TENSOR_2, "static", 2, ULYSSES, 2**40, MLP_IN_PIECES),
+    "pipeline 2": (STAGES_2, "flexsp", None, ULYSSES, 160, MLP_IN_PIECES),
+    "keep, zero3 x tensor 2": (
+        ZERO3_TENSOR_2, "adaptive", None, RING, 90, MemoryConfig(policy="keep", mlp_chunk_tokens=12),
+    ),
+    "seco": (DATA, "hdp", None, RING, 60, MemoryConfig(policy="seco", chunk_tokens=16, mlp_chunk_tokens=5)),
+}
+CHEAP_MLP_RUNS = ("half swapped",)
 CHEAP_RUNS = ("all swapped, ring", "half and half, tensor 2", "half and half, zero3")
 
 ACTIVATION = ActivationFit(
@@ -308,6 +320,11 @@ class TestEquality:
         assert losses == pytest.approx(kept_losses, rel=1e-6)
         assert max(np.abs(final[name] - weight).max() for name, weight in kept.items()) < 1e-6
         assert not list(tmp_path.glob("swap/*")), "the disk tier leaves no file"
+
+    @pytest.mark.parametrize("name", some_nightly(MLP_RUNS, CHEAP_MLP_RUNS))
+    def test_mlp_in_pieces_equals_dense_model(self, pool, deep_oracle, tmp_path, name):
+        losses, _, final, _ = pool.run(train_rank, *MLP_RUNS[name][:-1], DEEP, MLP_RUNS[name][-1], tmp_path)[0]
+        self.compare(deep_oracle, losses, final)
 
     def test_half_swapped_half_recomputed_equals_dense_model(self, pool, deep_oracle, tmp_path):
         losses, _, final, _ = pool.run(train_rank, *MEMORY_RUNS["half swapped, half recomputed"][:-1], DEEP, HALF,

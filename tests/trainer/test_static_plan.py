@@ -47,15 +47,18 @@ def microbatch(lengths, kind=AttentionKind.LOCAL, degree=1, num_groups=1):
     return found
 
 
-def kind_of(*arguments, policy=KEEP_ALL, is_first=False, is_whole=True, **options):
+def kind_of(*arguments, policy=KEEP_ALL, is_first=False, is_whole=True, mlp_chunk_tokens=0, **options):
     return microbatch_kind(
-        microbatch(*arguments, **options), policy, is_first=is_first, loss_chunk_tokens=1024, is_whole=is_whole
+        microbatch(*arguments, **options), policy, is_first=is_first, loss_chunk_tokens=1024, is_whole=is_whole,
+        mlp_chunk_tokens=mlp_chunk_tokens,
     )
 
 
 def test_kinds():
     assert kind_of((100, 20, 7)) == kind_of((300, 5)), "other rows, same blocks"
     assert kind_of((100,)) != kind_of((1500,)), "the loss has two chunks"
+    assert kind_of((100,), mlp_chunk_tokens=64) == kind_of((128,), mlp_chunk_tokens=64)
+    assert kind_of((100,), mlp_chunk_tokens=64) != kind_of((129,), mlp_chunk_tokens=64), "the MLP has three pieces"
     assert kind_of((100,)) != kind_of((100,), is_first=True)
     assert kind_of((100,)) != kind_of((100,), policy=RECOMPUTE_ALL)
     assert kind_of((100,)) != kind_of((101,), is_whole=False)

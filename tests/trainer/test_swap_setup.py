@@ -11,8 +11,14 @@ from memory.policy import ActivationPolicy
 from planner.codec import from_plain
 from planner.swap_lp import solve_fractions
 from tests.planner.test_swap_lp import memo_7b
+from tests.ranks import RankPool
+from tests.trainer.test_step import SMALL
+from trainer.build import build_runtime
 from trainer.config import MemoryConfig, RunConfig, TrainConfig
+from trainer.layer_profile import profile_layer
+from trainer.rank_env import RankEnv
 from trainer.swap_setup import POLICY_FILE, _stored_or_solved
+from trainer.transformer import STEPS
 
 
 def settings(folder, *, resume=False, fraction=None):
@@ -53,3 +59,25 @@ def test_other_memory_settings_are_solved_again(tmp_path):
     changed = settings(tmp_path, resume=True)
     changed = dataclasses.replace(changed, memory=dataclasses.replace(changed.memory, tier_budget="1 TiB"))
     assert policy_of(_stored_or_solved(changed, fast, 1)) != began
+
+
+def profile(rank, world_size, init_method, mlp_chunk_tokens):
+    config = TrainConfig(
+        run=RunConfig(world_size=world_size), memory=MemoryConfig(policy="keep", mlp_chunk_tokens=mlp_chunk_tokens)
+    )
+    env = RankEnv(rank=rank, world_size=world_size, local_rank=rank, local_world_size=world_size)
+    return profile_layer(build_runtime(config, env, SMALL, init_method=init_method), num_tokens=64)
+
+
+def test_the_program_is_told_what_an_mlp_in_pieces_saves():
+    pool = RankPool(1)
+    try:
+        whole, pieces = (pool.run(profile, chunk_tokens)[0] for chunk_tokens in (0, 24))
+    finally:
+        pool.close()
+    assert tuple(tensor.name for tensor in whole.tensors) == STEPS
+    assert tuple(tensor.name for tensor in pieces.tensors) == (*STEPS[:3], "mlp")
+    same = [[tensor.bytes_per_token for tensor in profile.tensors[:3]] for profile in (whole, pieces)]
+    assert same[0] == same[1]
+    assert pieces.tensors[3].bytes_per_token == 0 < sum(t.bytes_per_token for t in whole.tensors[3:])
+    assert pieces.pair_bytes_per_token == whole.pair_bytes_per_token
