@@ -9,6 +9,7 @@ Shapes: S stored rows, G rows whose gradients are carried, K KV heads of this ra
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
@@ -19,6 +20,7 @@ import torch
 from memory.chunked import Rows, StoredRows
 from memory.ledger import MemoryFullError
 from memory.tiers import Stored, Tier, Transfer
+from memory.timeline import WAIT
 from planner.units import format_bytes
 
 NUM_KV_BUFFERS = 2
@@ -63,7 +65,7 @@ class _TieredRows:
         if buffer is not None and buffer.rows[0] <= rows[0] and rows[1] <= buffer.rows[1]:
             self._buffers.remove(buffer)
             self._buffers.append(buffer)
-            _wait(buffer.stores)  # what is being written must not change
+            self._wait(buffer.stores)  # what is being written must not change
             return
         if buffer is not None:
             self._buffers.remove(buffer)
@@ -73,8 +75,8 @@ class _TieredRows:
             buffer = self._buffers.pop(0)
         self._buffers.append(buffer)
         self._write_back(buffer)
-        _wait(buffer.stores)
-        _wait(buffer.loads)
+        self._wait(buffer.stores)
+        self._wait(buffer.loads)
         buffer.layer, buffer.rows = layer, rows
         for start, stop in self._inside(rows):
             stored = self._stored.get((layer, start))
@@ -87,7 +89,7 @@ class _TieredRows:
     def ready(self, layer: int) -> torch.Tensor:
         """The buffer ``[S or G, 2, K, H]`` of a layer; only rows that were wanted mean anything."""
         buffer = self._buffer_of(layer)
-        _wait(buffer.loads)
+        self._wait(buffer.loads)
         return buffer.tensor
 
     def mark(self, layer: int, rows: Rows) -> None:
@@ -103,8 +105,8 @@ class _TieredRows:
     def close(self) -> None:
         """Wait for all copies and free the places; what was not written back is lost."""
         for buffer in self._buffers:
-            _wait(buffer.loads)
-            _wait(buffer.stores)
+            self._wait(buffer.loads)
+            self._wait(buffer.stores)
         self._buffers.clear()
         for stored in self._stored.values():
             stored.transfer.wait()
@@ -114,6 +116,10 @@ class _TieredRows:
     @property
     def num_bytes(self) -> int:
         return sum(buffer.tensor.nbytes for buffer in self._buffers)
+
+    def _wait(self, transfers: list[Transfer]) -> None:
+        _wait(self._tier, transfers)
+        transfers.clear()
 
     def _buffer_of(self, layer: int) -> _Buffer:
         return next(buffer for buffer in self._buffers if buffer.layer == layer)
@@ -159,7 +165,7 @@ class TieredChunkStore:
         if self._kv_row is None:
             self._begin(k_TKH)
         while len(self._outgoing) > _STORES_IN_FLIGHT:
-            self._outgoing.popleft()[0].wait()
+            _wait(self._tier, (self._outgoing.popleft()[0],))
         both_T2KH = torch.stack((k_TKH, v_TKH), dim=1)
         self._outgoing.append((self._kv.put(layer, rows, both_T2KH), both_T2KH))
 
@@ -183,7 +189,7 @@ class TieredChunkStore:
     def close(self) -> None:
         """Wait for what is under way and free the tier's places. The store is at its end."""
         while self._outgoing:
-            self._outgoing.popleft()[0].wait()
+            _wait(self._tier, (self._outgoing.popleft()[0],))
         self._kv.close()
         self._dkv.close()
 
@@ -209,7 +215,10 @@ class TieredChunkStore:
             )
 
 
-def _wait(transfers: list[Transfer]) -> None:
+def _wait(tier: Tier, transfers: Iterable[Transfer]) -> None:
+    """Until they are done; how long is noted where the tier has a timeline."""
+    began_s = time.perf_counter()
     for transfer in transfers:
         transfer.wait()
-    transfers.clear()
+    if tier.timeline is not None:
+        tier.timeline.add(WAIT, "for K/V and dK/dV of chunks", began_s)
