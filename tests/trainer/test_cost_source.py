@@ -7,7 +7,6 @@ import dataclasses
 import pytest
 import torch
 
-from parallel import comm
 from planner.specs import load_model
 from planner.units import MIB
 from trainer import build
@@ -18,9 +17,9 @@ from trainer.rank_env import RankEnv
 SPEC = dataclasses.replace(load_model("tiny"), num_layers=2)
 
 
-def settings(*, tokens=4096, policy="keep", budget="auto", folder="unused"):
+def settings(*, tokens=4096, policy="keep", budget="auto"):
     return TrainConfig(
-        run=RunConfig(dir=str(folder), world_size=1, device="cpu"),
+        run=RunConfig(dir="unused", world_size=1, device="cpu"),
         data=DataConfig(max_length=tokens, tokens_per_step=tokens), plan=PlanConfig(device_budget=budget),
         memory=MemoryConfig(policy=policy),
     )
@@ -44,15 +43,16 @@ def test_the_budget_is_what_was_asked_for_or_a_share_of_the_machine():
     [("keep", "100 GiB", False), ("keep", "1 MiB", True), ("auto", "100 GiB", False), ("auto", "1 MiB", True),
      ("recompute", "100 GiB", True)],
 )
-def test_blocks_are_mapped_finely_where_memory_may_bind(tmp_path, monkeypatch, policy, budget, fine):
-    asked = []
-    monkeypatch.setattr(build, "map_large_blocks", lambda *, fine: asked.append(fine))
+def test_blocks_are_mapped_finely_where_memory_may_bind(monkeypatch, policy, budget, fine):
+    def stop(*, fine):
+        raise _AskedFor(fine)
+
+    monkeypatch.setattr(build, "map_large_blocks", stop)
     env = RankEnv(rank=0, world_size=1, local_rank=0, local_world_size=1)
-    try:
-        build.build_runtime(
-            settings(tokens=64, policy=policy, budget=budget, folder=tmp_path), env, SPEC,
-            init_method=f"file://{tmp_path}/store",
-        )
-    finally:
-        comm.shutdown()
-    assert asked == [fine]
+    with pytest.raises(_AskedFor) as asked:
+        build.build_runtime(settings(tokens=64, policy=policy, budget=budget), env, SPEC)
+    assert asked.value.args == (fine,)
+
+
+class _AskedFor(Exception):
+    """What ``build_runtime`` wanted before it made anything."""
