@@ -3,13 +3,14 @@
     python -m benchmarks.chunked [--tokens N] [--chunks K] [--layers N] [--hidden N] [--repeats N] [--out FILE]
 
 One rank trains one document of ``--tokens`` tokens, each way in a process of its own: kept whole, every layer
-recomputed (``torch.utils.checkpoint``), SeCO in ``--chunks`` chunks, SeCO with the last eighth of the chunks kept,
-SpaCO with every eighth chunk. Peaks are over what the process holds just before the step (its shard of the weights,
-libraries, and what the first small step loads); on CPU they are resident memory, which no CPU program holds to the
-byte. Beside each chunked peak stands what it should be: gathered weights and gradients, K/V and dK/dV (fp32), and the
-saved activations of one chunk (of as many tokens as are kept). The second table enumerates all samples of a small
-case: how far the mean of each way of sampling is from the exact gradient, and its spread, both relative to the exact
-gradient's norm.
+recomputed (``torch.utils.checkpoint``), SeCO in ``--chunks`` chunks, SpaCO with every eighth chunk, SeCO with the last
+eighth of the chunks kept. All ways take turns, ``--repeats`` times: seconds are medians, and a ratio of two ways is the
+median of the ratios within each turn, so that what else the machine does meanwhile weighs on both. Peaks are over what
+the process holds just before the step (its shard of the weights, libraries, and what the first small step loads); on
+CPU they are resident memory, which no CPU program holds to the byte. Beside each chunked peak stands what it should be:
+gathered weights and gradients, K/V and dK/dV (fp32), and the saved activations of one chunk (of as many tokens as are
+kept). The second table enumerates all samples of a small case: how far the mean of each way of sampling is from the
+exact gradient, and its spread, both relative to the exact gradient's norm.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import functools
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -51,7 +53,7 @@ from trainer.optimizer import local_shard
 from trainer.rank_env import RankEnv
 from trainer.step import Runtime, accumulate_gradients
 
-WAYS = ("whole", "checkpoint", "seco", "seco, 1/8 kept", "spaco 1/8")
+WAYS = ("whole", "checkpoint", "seco", "spaco 1/8", "seco, 1/8 kept")
 _SHARE = 8
 _WARM_UP_CHUNKS = 3
 _MOST_OVER = 0.1
@@ -70,7 +72,6 @@ class Case:
     num_chunks: int
     num_layers: int
     hidden_dim: int
-    repeats: int
 
     @property
     def spec(self) -> ModelSpec:
@@ -114,8 +115,8 @@ class Case:
 
 
 def measure(case: Case, way: str) -> dict[str, float]:
-    """Of this process: seconds and processor seconds (best of the repeats), peak bytes over what it holds before a
-    step, and what the chunked ways' peak should be made of."""
+    """Of one step in this process: seconds, processor seconds, peak bytes over what it holds before the step, and what
+    the chunked ways' peak should be made of."""
     with _runtime(case.spec) as runtime:
         map_large_blocks(fine=case.policy(way) is not None)  # as a run of this policy does
         if way == "checkpoint":
@@ -133,18 +134,33 @@ def measure(case: Case, way: str) -> dict[str, float]:
             token_bytes = case.spec.num_layers * case.spec.saved_bytes_per_token(4)
             found["chunk_bytes"] = case.kept_tokens(way) * token_bytes
         program = _program(case.num_tokens)
-        walls, cpus, peaks = [], [], []
-        for _ in range(case.repeats):
-            began_s, began_cpu_s = time.perf_counter(), time.process_time()
-            peaks.append(_peak(chunked, program, read))
-            walls.append(time.perf_counter() - began_s)
-            cpus.append(time.process_time() - began_cpu_s)
-        return {**found, "seconds": min(walls), "cpu_s": min(cpus), "peak_bytes": max(peaks)}
+        began_s, began_cpu_s = time.perf_counter(), time.process_time()
+        found["peak_bytes"] = _peak(chunked, program, read)
+        found["seconds"] = time.perf_counter() - began_s
+        found["cpu_s"] = time.process_time() - began_cpu_s
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Rounds:
+    """What every way measured, turn by turn."""
+
+    rounds: tuple[dict[str, dict[str, float]], ...]
+
+    def typical(self, way: str) -> dict[str, float]:
+        """Medians, and the highest peak."""
+        turns = [each[way] for each in self.rounds]
+        found = {name: statistics.median(turn[name] for turn in turns) for name in turns[0]}
+        return {**found, "peak_bytes": max(turn["peak_bytes"] for turn in turns)}
+
+    def ratio(self, way: str, other: str, name: str) -> float:
+        """``way`` over ``other``: the median of the turns' ratios."""
+        return statistics.median(each[way][name] / each[other][name] for each in self.rounds)
 
 
 def spread() -> dict[str, tuple[float, float]]:
     """By way of sampling: relative error of the mean gradient, relative standard deviation. All samples enumerated."""
-    spec = Case(num_tokens=1, num_chunks=1, num_layers=3, hidden_dim=64, repeats=1).spec
+    spec = Case(num_tokens=1, num_chunks=1, num_layers=3, hidden_dim=64).spec
     num_tokens, half = _SPREAD_CHUNKS * _SPREAD_CHUNK_TOKENS, _SPREAD_CHUNKS // 2
     loss_tokens = [0] * half + [_SPREAD_CHUNK_TOKENS] * (_SPREAD_CHUNKS - half)
     with _runtime(spec) as runtime:
@@ -232,34 +248,34 @@ def _peak(runtime: Runtime, program: RankProgram, read: _Reader) -> int:
     return peak_bytes
 
 
-def report(
-    case: Case, measured: dict[str, dict[str, float]], spreads: dict[str, tuple[float, float]]
-) -> tuple[str, bool]:
+def report(case: Case, measured: Rounds, spreads: dict[str, tuple[float, float]]) -> tuple[str, bool]:
     """Markdown, and whether all goals are met."""
-    spec, whole = case.spec, measured["whole"]
+    spec, num_rounds = case.spec, len(measured.rounds)
     lines = [
         f"{case.num_tokens:,} tokens, {case.num_chunks} chunks, {spec.num_layers} layers of {spec.hidden_dim}, fp32, "
-        f"{platform.machine()}, torch {torch.__version__}, one thread", "",
-        "| way | seconds | of whole | CPU | peak over start | should be | weights, gradients | K/V, dK/dV | chunk |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+        f"{platform.machine()}, torch {torch.__version__}, one thread; medians of {num_rounds} turns, highest peak", "",
+        "| way | seconds | of whole | CPU | of whole | peak over start | should be | weights, gradients | K/V, dK/dV | "
+        "chunk |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
-    for way, found in measured.items():
+    goals = []
+    for way in measured.rounds[0]:
+        found = measured.typical(way)
         sizes = _ideal_bytes(found)
         parts = " | ".join(map(format_bytes, (sum(sizes), *sizes))) if sizes else "| | |"
         lines.append(
-            f"| {way} | {format_seconds(found['seconds'])} | {found['seconds'] / whole['seconds']:.2f} | "
-            f"{format_seconds(found['cpu_s'])} | {format_bytes(found['peak_bytes'])} | {parts} |"
+            f"| {way} | {format_seconds(found['seconds'])} | {measured.ratio(way, 'whole', 'seconds'):.2f} | "
+            f"{format_seconds(found['cpu_s'])} | {measured.ratio(way, 'whole', 'cpu_s'):.2f} | "
+            f"{format_bytes(found['peak_bytes'])} | {parts} |"
         )
-    goals = []
-    for way, found in measured.items():
         if way.startswith("seco"):  # of what SpaCO leaves out, its products outside the kernel's blocks take a part
-            over = found["peak_bytes"] / sum(_ideal_bytes(found)) - 1
+            over = found["peak_bytes"] / sum(sizes) - 1
             goals.append((f"{way}: peak at most {_MOST_OVER:.0%} over what it should be (here {over:+.1%})",
                           over <= _MOST_OVER))
-    ratio = measured["seco"]["seconds"] / measured["spaco 1/8"]["seconds"]
-    cpu_ratio = measured["seco"]["cpu_s"] / measured["spaco 1/8"]["cpu_s"]
-    goals.append((f"SpaCO at 1/8 has at least {_LEAST_RATE} times SeCO's step rate (here {ratio:.2f}; by processor "
-                  f"seconds {cpu_ratio:.2f})", ratio >= _LEAST_RATE))
+    rates = [each["seco"]["seconds"] / each["spaco 1/8"]["seconds"] for each in measured.rounds]
+    ratio, cpu_ratio = (measured.ratio("seco", "spaco 1/8", name) for name in ("seconds", "cpu_s"))
+    goals.append((f"SpaCO at 1/8 has at least {_LEAST_RATE} times SeCO's step rate (here {ratio:.2f}, of "
+                  f"{min(rates):.2f} to {max(rates):.2f}; by processor seconds {cpu_ratio:.2f})", ratio >= _LEAST_RATE))
     lines += [
         "", *(f"goal {'met' if met else 'NOT met'}: {text}" for text, met in goals), "",
         f"Samples of half of {_SPREAD_CHUNKS} chunks, loss in the last half, all samples enumerated:", "",
@@ -276,13 +292,24 @@ def _ideal_bytes(found: dict[str, float]) -> tuple[int, ...]:
     return int(found["weight_bytes"]), int(found["stored_bytes"]), int(found["chunk_bytes"])
 
 
+def _measured(arguments: Sequence[str], way: str) -> dict[str, float]:
+    """One step in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.chunked", *arguments, "--way", way]
+    # huge pages as ``longhaul train`` has them on Linux (launch.environment)
+    environ = {**os.environ, "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+    answer = subprocess.run(command, check=True, capture_output=True, text=True, env=environ).stdout
+    found: dict[str, float] = json.loads(answer.splitlines()[-1])
+    print(f"{way:<14} {found['seconds']:7.2f} s, CPU {found['cpu_s']:7.2f} s", file=sys.stderr)
+    return found
+
+
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.chunked", description=__doc__)
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--chunks", type=int, default=64)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--hidden", type=int, default=256, help="a multiple of 128")
-    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=3, help="turns of all ways")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)  # in the process of one measurement
     options = parser.parse_args(arguments)
@@ -290,19 +317,12 @@ def main(arguments: Sequence[str]) -> int:
         parser.error("--chunks must divide --tokens, and 128 must divide --hidden")
     case = Case(
         num_tokens=options.tokens, num_chunks=options.chunks, num_layers=options.layers, hidden_dim=options.hidden,
-        repeats=options.repeats,
     )
     if options.way is not None:
         torch.set_num_threads(1)
         print(json.dumps(measure(case, options.way)))
         return 0
-    measured = {}
-    for way in WAYS:
-        command = [sys.executable, "-m", "benchmarks.chunked", *arguments, "--way", way]
-        # huge pages as ``longhaul train`` has them on Linux (launch.environment)
-        environ = {**os.environ, "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
-        answer = subprocess.run(command, check=True, capture_output=True, text=True, env=environ).stdout
-        measured[way] = json.loads(answer.splitlines()[-1])
+    measured = Rounds(tuple({way: _measured(arguments, way) for way in WAYS} for _ in range(options.repeats)))
     text, met = report(case, measured, spread())
     print(text, end="")
     if options.out is not None:

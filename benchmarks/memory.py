@@ -27,6 +27,7 @@ from typing import Any
 
 from benchmarks.memory_picture import picture, trace
 from benchmarks.memory_run import (
+    AMPLE,
     Course,
     Measured,
     Predicted,
@@ -41,11 +42,11 @@ from planner.units import MIB, format_bytes, format_seconds
 
 OURS = (
     "keep", "keep + MLP", "recompute", "recompute + MLP", "swap 0", "swap 0.5", "swap 1", "swap measured",
-    "swap 1 + MLP", "seco",
+    "swap 1 + MLP", "seco", "seco disk",
 )
 TORCH = ("checkpoint", "selective", "save_on_cpu", "hooks to disk")
 WAYS = (*OURS, *TORCH)
-_PREDICTED = ("keep", "recompute", "swap 0.25", "seco")
+_PREDICTED = ("keep", "recompute", "swap 0.25", "seco", AMPLE)
 _LONGEST = ("swap 0", "recompute", "checkpoint")
 _COURSE = ("keep", "recompute", "swap 0.25", "seco")
 _TIMES_DENSE = 8
@@ -108,21 +109,24 @@ def best(several: SequenceOf[Measured]) -> Measured:
 
 
 def part_predict(options: argparse.Namespace, settings: Settings) -> Report:
-    """Whole resident sets: calibrated in one process, then steps of several lengths in it."""
+    """Whole resident sets: calibrated in one process, then steps of several lengths in it. All ways but the last as in
+    a run whose memory may bind; the last shows what it takes where nothing turns on it."""
     lengths = [options.tokens // 2, options.tokens]
     rows = []
-    for way in _PREDICTED if options.ways is None else options.ways.split(","):
-        rows += [Predicted(**row) for row in _worker(options, "predict", way=way, lengths=lengths)]
+    for _ in range(options.rounds):
+        for way in _PREDICTED if options.ways is None else options.ways.split(","):
+            rows += [Predicted(**row) for row in _worker(options, "predict", way=way, lengths=lengths)]
     return predict_table(rows)
 
 
 def predict_table(rows: SequenceOf[Predicted]) -> Report:
-    """Lines and the goal: never below, at most 5 % above."""
+    """Lines and the goal: never below, at most 5 % above, where memory may bind."""
     lines = ["| way | tokens | predicted | measured | over | tier predicted | tier measured | over |",
              "|---|--:|--:|--:|--:|--:|--:|--:|"]
-    ratios = []
+    ratios = [1.0] if all(row.way == AMPLE for row in rows) else []
     for row in rows:
-        ratios.append(row.predicted_bytes / row.measured_bytes)
+        if row.way != AMPLE:
+            ratios.append(row.predicted_bytes / row.measured_bytes)
         tier = "| | | |"
         if row.tier_measured_bytes:
             ratios.append(row.tier_predicted_bytes / row.tier_measured_bytes)
@@ -133,7 +137,7 @@ def predict_table(rows: SequenceOf[Predicted]) -> Report:
             f"| {row.predicted_bytes / row.measured_bytes - 1:+.1%} {tier}"
         )
     return lines, [Goal(
-        text="predicted peaks are 0 to 5 % above measured ones "
+        text="predicted peaks are 0 to 5 % above measured ones where memory may bind "
              f"(here {min(ratios) - 1:+.1%} to {max(ratios) - 1:+.1%})",
         met=min(ratios) >= 1.0 and max(ratios) <= _MOST_OVER,
     )]

@@ -29,7 +29,7 @@ from planner.units import KIB
 from trainer.batch import token_rows
 from trainer.build import build_runtime
 from trainer.calibration import MeasuredShape, calibrate, design_plan
-from trainer.config import DataConfig, MemoryConfig, RunConfig, TrainConfig
+from trainer.config import DataConfig, MemoryConfig, PlanConfig, RunConfig, TrainConfig
 from trainer.layer_profile import profile_layer
 from trainer.rank_env import RankEnv
 from trainer.step import Runtime, accumulate_gradients, train_step
@@ -42,6 +42,10 @@ _ALONE = MeasuredShape(AttentionKind.LOCAL, 1)
 _SAMPLE_S = 0.004
 _PADDING_BYTES = 16 * 4 * KIB
 """Of a layer's tensors in the tier: at most so many, each to the next 4 KiB."""
+AMPLE = "keep ample"
+"""Of ``predict``: as ``keep``, in a run whose steps are far below what the device may use."""
+_SCARCE_BUDGET = "1 MiB"
+"""A budget that no step is far below."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,14 +124,16 @@ class Bench:
 
 
 @contextlib.contextmanager
-def bench(way: str, length: int, settings: Settings) -> Iterator[Bench]:
-    """``length``: the longest sequence that will run."""
+def bench(way: str, length: int, settings: Settings, *, scarce: bool = False) -> Iterator[Bench]:
+    """``length``: the longest sequence that will run. ``scarce``: as in a run whose memory may not do, where blocks are
+    mapped finely whatever the policy."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix=".bench-", dir=Path.cwd()) as folder:
         env = RankEnv(rank=0, world_size=1, local_rank=0, local_world_size=1)
         config = TrainConfig(
             run=RunConfig(dir=folder, seed=settings.seed, world_size=1, device="cpu"),
             data=DataConfig(max_length=length, tokens_per_step=length), memory=_memory(way, settings),
+            plan=PlanConfig(device_budget=_SCARCE_BUDGET if scarce else "auto"),
         )
         heads = settings.dim // 64
         spec = replace(
@@ -151,12 +157,12 @@ def _memory(way: str, settings: Settings) -> MemoryConfig:
     plain = way.removesuffix(MLP_IN_PIECES)
     if plain != way:
         return replace(_memory(plain, settings), mlp_chunk_tokens=settings.mlp_chunk_tokens)
-    policy, _, fraction = way.partition(" ")
+    policy, _, detail = way.partition(" ")  # of swap the fraction, of seco the tier
     if policy == "swap":
-        swap_fraction = None if fraction == "measured" else float(fraction)
+        swap_fraction = None if detail == "measured" else float(detail)
         return MemoryConfig(policy="swap", tier="disk", swap_fraction=swap_fraction)
     if policy == "seco":
-        return MemoryConfig(policy="seco", chunk_tokens=settings.chunk_tokens)
+        return MemoryConfig(policy="seco", chunk_tokens=settings.chunk_tokens, tier=detail or None)
     return MemoryConfig(policy="recompute" if way == "recompute" else "keep")
 
 
@@ -287,7 +293,7 @@ def _trains(made: Bench, length: int) -> bool:
 def predict(way: str, lengths: tuple[int, ...], settings: Settings) -> list[Predicted]:
     """What a run's own calibration predicts for steps of these lengths, and what they take."""
     found = []
-    with bench(way, max(lengths), settings) as made:
+    with bench("keep" if way == AMPLE else way, max(lengths), settings, scarce=way != AMPLE) as made:
         cost = calibrate(made.runtime, (_ALONE,), max_length=max(lengths), machine="here").cost
         tier = made.runtime.memory.tier
         made.whole_step(min(lengths))  # the first step has no optimizer state until it ends

@@ -13,12 +13,12 @@ from planner.units import KIB, MIB
 
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # glibc's names for mallopt, man 3 mallopt
 _LARGE_BYTES = 2 * MIB  # a huge page
-_FINE_BYTES = 128 * KIB  # glibc's own first threshold, which it raises up to 32 MiB as blocks are freed
+_FINE_BYTES = 64 * KIB  # glibc begins with 128 KiB and raises that up to 32 MiB as blocks are freed
 _KEPT_TOP_BYTES = 8 * MIB
 
 
 def map_large_blocks(*, fine: bool) -> None:
-    """From now on this process maps every block of 2 MiB and more (``fine``: 128 KiB) by itself and unmaps it when it
+    """From now on this process maps every block of 2 MiB and more (``fine``: 64 KiB) by itself and unmaps it when it
     is freed (glibc; does nothing elsewhere). By default glibc carves blocks of up to 32 MiB out of its heap: aligned
     tensors of equal size often do not fit the holes they left, the resident set grows though nothing leaks, by a third
     where activations are recomputed, and no plan can predict it. The price is a page fault per page of each block; huge

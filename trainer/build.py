@@ -23,6 +23,7 @@ from planner.plan import Sharding
 from trainer.chunk_memory import chunk_memory
 from trainer.chunked_step import chunk_policy
 from trainer.config import TrainConfig
+from trainer.cost_source import memory_may_bind, own_budget_bytes
 from trainer.initialize import initialize_weights
 from trainer.optimizer import ShardedAdamW
 from trainer.rank_env import RankEnv
@@ -59,8 +60,11 @@ def build_runtime(
     arena = make_arena(config, env)  # before a device is chosen: that starts CUDA with the allocator it has
     device = pick_device(config, env)
     if device.type == "cpu":
-        # before the first weight: resident memory then is what tensors take; where it is to be small, small ones too
-        map_large_blocks(fine=config.memory.policy not in ("auto", "keep") or config.memory.mlp_chunk_tokens > 0)
+        # before the first weight: resident memory then is what tensors take; where it is to be small, or plans may turn
+        # on its size, that of small ones too
+        budget_bytes = own_budget_bytes(config, device, env.local_world_size)
+        plain = config.memory.policy in ("auto", "keep") and not config.memory.mlp_chunk_tokens
+        map_large_blocks(fine=not plain or memory_may_bind(config, spec, budget_bytes))
     dtype = DTYPES[config.run.dtype]
     kernel = choose_kernel(device, dtype)
     timeout_s = config.run.collective_timeout_s

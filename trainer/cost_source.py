@@ -12,6 +12,7 @@ from parallel import comm
 from planner.codec import from_plain, to_plain
 from planner.cost import CostModel, PlanLimits
 from planner.errors import SpecError
+from planner.model_spec import ModelSpec
 from planner.plan import AttentionKind, digest_of
 from planner.schedule import GroupLimits, attention_kinds, schedule_of
 from planner.units import KIB, parse_bytes
@@ -19,6 +20,7 @@ from trainer.calibration import CALIBRATION_VERSION, MeasuredShape, calibrate
 from trainer.config import TrainConfig
 from trainer.plan_inputs import load_run_cost, plan_limits
 from trainer.step import Runtime
+from trainer.swap_setup import most_rows
 
 RUN_COST = "cost.json"
 """A run's own cost model, in its folder."""
@@ -26,21 +28,38 @@ AUTO_MEASURED = (AttentionKind.ULYSSES, AttentionKind.RING)
 _FEW_RANKS = 8
 _USABLE_SHARE = 0.8
 """Of a device's memory: the rest is for what no plan can see (fragmentation, other processes)."""
+_AMPLE_SHARE = 0.5
+"""Of the budget: an estimate below it may be wrong by as much again."""
+_STATE_BYTES = 20
+"""Of a parameter on one rank: fp32 weight as shard and gathered, gradient, AdamW's two moments."""
 
 
 def make_limits(config: TrainConfig, runtime: Runtime, local_world_size: int) -> PlanLimits:
     """What plans of this run may use. The same on every rank of a job with equal devices."""
-    budget = config.plan.device_budget
-    if budget == "auto":
-        total_bytes = device_memory_bytes(runtime.mesh.device, local_world_size)
-        lowest = torch.tensor([-_USABLE_SHARE * total_bytes], dtype=torch.float64)
-        device_budget_bytes = -int(comm.all_reduce_max(lowest, runtime.mesh.control_group))
-    else:
-        device_budget_bytes = parse_bytes(budget, what="--plan.device-budget")
+    budget_bytes = own_budget_bytes(config, runtime.mesh.device, local_world_size)
+    if config.plan.device_budget == "auto":
+        lowest = torch.tensor([-budget_bytes], dtype=torch.float64)
+        budget_bytes = -int(comm.all_reduce_max(lowest, runtime.mesh.control_group))
     return plan_limits(
-        config, runtime.model.spec, device_budget_bytes=device_budget_bytes,
+        config, runtime.model.spec, device_budget_bytes=budget_bytes,
         devices_per_node=max(1, local_world_size // runtime.mesh.tensor_size),
     )
+
+
+def own_budget_bytes(config: TrainConfig, device: torch.device, local_world_size: int) -> int:
+    """What this rank's device may use."""
+    if config.plan.device_budget == "auto":
+        return int(_USABLE_SHARE * device_memory_bytes(device, local_world_size))
+    return parse_bytes(config.plan.device_budget, what="--plan.device-budget")
+
+
+def memory_may_bind(config: TrainConfig, spec: ModelSpec, budget_bytes: int) -> bool:
+    """Whether a step that lies on one rank, everything kept, takes more than half of the budget: by the model's sizes,
+    before anything is measured. Where it does not, no plan turns on a predicted peak."""
+    element_bytes = 2 if config.run.dtype == "bf16" else 4
+    layers, parallel = spec.num_layers, config.parallel
+    held_bytes = layers * spec.saved_bytes_per_token(element_bytes) * most_rows(config) + _STATE_BYTES * spec.num_params
+    return held_bytes / (parallel.tensor_parallel * parallel.pipeline_parallel) > _AMPLE_SHARE * budget_bytes
 
 
 def device_memory_bytes(device: torch.device, local_world_size: int) -> int:
@@ -88,7 +107,7 @@ def obtain_cost(
         return cost, f"cost model: {config.plan.cost} ({cost.provenance.source})"
     mesh = runtime.mesh
     shapes = measured_shapes(config, mesh.data_size, limits)
-    key = _cost_key(config, runtime, shapes, limits.node_size(mesh.data_size))
+    key = _cost_key(config, runtime, shapes, limits)
     own, cached = Path(config.run.dir) / RUN_COST, cache_root / "cost" / f"{key}.json"
     places = [own, cached] if config.run.resume else [cached]
     found = _shared(runtime, _first_stored(places, key) if mesh.rank == 0 else None)
@@ -140,8 +159,9 @@ def _store(path: Path, payload: bytes) -> None:
     partial.replace(path)
 
 
-def _cost_key(config: TrainConfig, runtime: Runtime, shapes: tuple[MeasuredShape, ...], node_size: int) -> str:
-    mesh = runtime.mesh
+def _cost_key(config: TrainConfig, runtime: Runtime, shapes: tuple[MeasuredShape, ...], limits: PlanLimits) -> str:
+    mesh, node_size = runtime.mesh, limits.node_size(runtime.mesh.data_size)
+    scarce = memory_may_bind(config, runtime.model.spec, limits.device_budget_bytes)  # memory is then mapped otherwise
     device = torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else platform.processor()
     conditions = {
         "calibration": CALIBRATION_VERSION, "host": platform.node(), "device": device, "torch": torch.__version__,
@@ -149,7 +169,7 @@ def _cost_key(config: TrainConfig, runtime: Runtime, shapes: tuple[MeasuredShape
         "num_stages": mesh.num_stages, "shard_size": mesh.shape.shard_size, "sharding": str(runtime.sharding),
         "dtype": config.run.dtype, "gradient_dtype": config.parallel.gradient_dtype,
         "model": to_plain(runtime.model.spec), "max_length": config.data.max_length,
-        "memory": to_plain(config.memory), "memory_policy": to_plain(runtime.memory.policy),
+        "memory": to_plain(config.memory), "scarce": scarce, "memory_policy": to_plain(runtime.memory.policy),
         "pairs": [[str(s.kind), s.degree, *([s.inner_degree] if s.inner_degree > 1 else [])] for s in shapes],
     }
     return digest_of(conditions)[:24]

@@ -18,9 +18,9 @@ def measured(way, step_s=1.0, fits=True):
     return Measured(way=way, length=800, fits=fits, peak_bytes=MIB, resident_bytes=2 * MIB, step_s=step_s, cpu_s=step_s)
 
 
-def predicted(over, tier_over=None):
+def predicted(over, tier_over=None, way="keep"):
     tier = {} if tier_over is None else {"tier_predicted_bytes": int(1000 * tier_over), "tier_measured_bytes": 1000}
-    return Predicted(way="keep", length=10, predicted_bytes=int(1000 * over), measured_bytes=1000, **tier)
+    return Predicted(way=way, length=10, predicted_bytes=int(1000 * over), measured_bytes=1000, **tier)
 
 
 @pytest.mark.parametrize(
@@ -32,6 +32,7 @@ def predicted(over, tier_over=None):
         ([predicted(1.02, 1.04)], True),
         ([predicted(1.02, 1.06)], False),
         ([predicted(1.02, 0.99)], False),
+        ([predicted(1.02), predicted(0.97, way="keep ample")], True),
     ],
 )
 def test_predictions_are_never_below_and_little_above(rows, met):

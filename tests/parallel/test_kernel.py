@@ -49,6 +49,22 @@ def test_cpu_kernel_equals_dense_softmax(name):
         torch.testing.assert_close(ours, torch.cat(parts), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("num_queries", [130, 600, 900], ids=["one block", "heads as rows", "heads apart"])
+def test_dq_alone_is_the_dq_of_the_backward(num_queries):
+    inputs = make_inputs(CPU, torch.float64, num_queries=num_queries, num_keys=150)
+    q, k, v, dout = inputs
+    pairs = Pairs(False, ((3, num_queries),), ((1, 150),), CPU)
+    out, lse = torch.zeros_like(q), torch.zeros(q.shape[:2], dtype=q.dtype)
+    out[pairs.query_index], lse[pairs.query_index] = CpuFlashKernel().forward(q, k, v, pairs, 0.25)
+    untouched = lse.clone()
+    for ratio in (1, 2):  # as many KV heads as query heads, and half as many
+        keys, values = k.repeat_interleave(2 // ratio, 1), v.repeat_interleave(2 // ratio, 1)
+        arguments = (dout, q, keys, values, out, lse, pairs, 0.25)
+        wanted = CpuFlashKernel().backward(*arguments)[0]
+        torch.testing.assert_close(CpuFlashKernel().query_gradient(*arguments), wanted, rtol=1e-12, atol=1e-12)
+    assert torch.equal(lse, untouched)
+
+
 def test_rows_that_form_one_run_are_sliced_not_copied():
     assert Pairs(False, ((3, 5), (5, 9)), ((0, 1), (2, 3)), CPU).query_index == slice(3, 9)
     assert Pairs(False, ((3, 5), (5, 9)), ((0, 1), (2, 3)), CPU).key_index.tolist() == [0, 2]
