@@ -41,6 +41,9 @@ def why_kept(strategy: str, cost: CostModel, limits: PlanLimits) -> str:
     usable = [action for action in able if action in asked]
     if not usable:
         return f": {strategy} chooses {_either(able)} only, not {_either(asked)} ({choosers()})"
+    usable = [action for action in usable if _is_priced(action, cost)]
+    if not usable:
+        return ", since the cost model prices nothing else that was asked for"
     return f", since {strategy} would gain nothing by {_either(usable)}"
 
 
@@ -55,6 +58,10 @@ def what_helps(strategies: SequenceOf[str], cost: CostModel, limits: PlanLimits)
         return ""  # it was tried
     flags = [*([] if able else ["--strategy adaptive"]), *([] if asked and not able else ["--memory auto"])]
     return f"; or try {' '.join(flags)}" + ("" if able or not asked else f": {chooses_none(strategies[0])}")
+
+
+def _is_priced(action: MemoryAction, cost: CostModel) -> bool:
+    return cost.chunks is not None if action is MemoryAction.CHUNK else cost.activation is not None
 
 
 def _either(actions: SequenceOf[MemoryAction]) -> str:

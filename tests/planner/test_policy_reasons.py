@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 
+from planner.chunk_fit import ChunkFit
 from planner.cost import ActivationFit, PlanLimits
 from planner.errors import InfeasibleError
 from planner.explain import PlannedStep
@@ -17,8 +18,12 @@ from planner.step_planner import STRATEGIES, plan_step
 from tests.plans import cost_model
 
 NUM_RANKS = 4
-ALL = (MemoryAction.KEEP, MemoryAction.SWAP, MemoryAction.RECOMPUTE)
-COST = dataclasses.replace(cost_model(NUM_RANKS), activation=ActivationFit(
+ALL = tuple(MemoryAction)
+CHUNKS = ChunkFit(
+    resident_bytes_per_token=0.2, num_kv_heads=4, fixed_bytes=0, bytes_per_token=1.0, shared_bytes_per_token=0.0,
+    again_attention=0.3, again_linear=0.3, s_per_chunk=1e-6,
+)
+COST = dataclasses.replace(cost_model(NUM_RANKS), chunks=CHUNKS, activation=ActivationFit(
     swap_bytes_per_token=0.5, recompute_bytes_per_token=0.45, recompute_s_per_token=2e-6, copy_bytes_per_s=1e6,
     hidden_share=0.3,
 ))
@@ -40,14 +45,17 @@ def step(strategy, lengths, allowed):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_the_table_of_choosers_is_what_the_strategies_do(strategy):
     """Where everything kept does not fit, those that are said to choose do, each with its actions only."""
-    for action in (MemoryAction.SWAP, MemoryAction.RECOMPUTE):
+    def does(action, policy):
+        return policy.chunk_tokens > 0 if action is MemoryAction.CHUNK else getattr(policy, f"{action}_fraction") > 0
+
+    for action in ALL[1:]:
         allowed = limits(MemoryAction.KEEP, action)
         if action not in POLICY_STRATEGIES.get(strategy, ()):
             with pytest.raises(InfeasibleError):
                 step(strategy, LONG, allowed)
             continue
         found = step(strategy, LONG, allowed)
-        assert any(getattr(each.memory, f"{action}_fraction") > 0 for each in found.plan.microbatches)
+        assert any(does(action, each.memory) for each in found.plan.microbatches)
         assert "microbatches do not keep all" in policy_line([found], COST, allowed)
 
 
@@ -57,11 +65,15 @@ def test_every_strategy_says_why_it_kept(strategy):
         return policy_line([step(strategy, SHORT, limits(*policies, budget=200))], cost, limits(*policies))
 
     assert line(MemoryAction.KEEP) == "memory policy: all activations kept, as --memory keep says"
-    unpriced = dataclasses.replace(COST, activation=None)
+    unpriced = dataclasses.replace(COST, activation=None, chunks=None)
     assert line(*ALL, cost=unpriced).endswith("kept, since the cost model prices nothing else")
+    if strategy == "hdp":
+        words = line(*ALL, cost=dataclasses.replace(unpriced, chunks=CHUNKS))
+        assert words.endswith("kept, since the cost model prices nothing else that was asked for")
     kept = line(*ALL)
     if strategy in POLICY_STRATEGIES:
-        assert kept.endswith(f", since {strategy} would gain nothing by " + " or ".join(POLICY_STRATEGIES[strategy]))
+        words = "swap, recompute or chunk" if strategy == "adaptive" else "swap"
+        assert kept.endswith(f", since {strategy} would gain nothing by " + words)
     else:
         assert kept.endswith(
             f": {strategy} chooses no memory policies (adaptive: swap, recompute or chunk; hdp, hdp-floor: swap)"
@@ -95,6 +107,6 @@ def test_what_is_advised_helps(strategies, policies, words):
 
 def test_nothing_is_advised_where_nothing_is_left():
     assert what_helps(("adaptive",), COST, limits(*ALL)) == ""
-    assert what_helps(("flexsp",), dataclasses.replace(COST, activation=None), limits(MemoryAction.KEEP)) == ""
+    assert what_helps(("flexsp",), dataclasses.replace(COST, activation=None, chunks=None), limits(MemoryAction.KEEP)) == ""
     crowded = dataclasses.replace(COST, memory=dataclasses.replace(COST.memory, fixed_bytes=31))
     assert what_helps(("adaptive",), crowded, limits(MemoryAction.KEEP)) == ""

@@ -62,6 +62,6 @@ def test_the_line_says_why_all_is_kept() -> None:
     for cost, allowed, end in (
         (make_cost(1), limits, "kept, as --memory keep says"),
         (make_cost(1), with_policies(limits), "kept, since the cost model prices nothing else"),
-        (with_activation(make_cost(1)), with_policies(limits), "would gain nothing or are not for this strategy"),
+        (with_activation(make_cost(1)), with_policies(limits), "adaptive would gain nothing by swap or recompute"),
     ):
         assert policy_line([planned([900], "adaptive", cost, allowed, 1)], cost, allowed).endswith(end)
