@@ -107,6 +107,7 @@ def test_what_is_advised_helps(strategies, policies, words):
 
 def test_nothing_is_advised_where_nothing_is_left():
     assert what_helps(("adaptive",), COST, limits(*ALL)) == ""
-    assert what_helps(("flexsp",), dataclasses.replace(COST, activation=None, chunks=None), limits(MemoryAction.KEEP)) == ""
+    unpriced = dataclasses.replace(COST, activation=None, chunks=None)
+    assert what_helps(("flexsp",), unpriced, limits(MemoryAction.KEEP)) == ""
     crowded = dataclasses.replace(COST, memory=dataclasses.replace(COST.memory, fixed_bytes=31))
     assert what_helps(("adaptive",), crowded, limits(MemoryAction.KEEP)) == ""
