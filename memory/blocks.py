@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import torch
 
-from memory.buffers import BufferArena
 from memory.tiers import Stored, Tier, Transfer
 from memory.timeline import waiting
 
@@ -75,17 +74,17 @@ class Block:
         self.base = None
         return self._stored.transfer if self._stored is not None else None
 
-    def start_load(self, tier: Tier | None, buffers: BufferArena) -> None:
+    def start_load(self, tier: Tier | None) -> None:
         """Start bringing the swapped rows back, into memory for all rows. Does nothing the second time."""
         if self._stored is None or self._loading is not None or not self.num_uses:
             return
         assert tier is not None
-        self.base = buffers.take(self.shape, self._dtype, self._device)
+        self.base = torch.empty(self.shape, dtype=self._dtype, device=self._device)
         self._loading = tier.load(self._stored, self.base[: self.num_swapped])
 
-    def finish_load(self, tier: Tier | None, buffers: BufferArena) -> None:
+    def finish_load(self, tier: Tier | None) -> None:
         """Held rows are in ``base`` afterwards; it is None where there are none."""
-        self.start_load(tier, buffers)
+        self.start_load(tier)
         if self._loading is not None and self._stored is not None:
             assert tier is not None
             with waiting(tier.timeline, "for a copy back"):
@@ -94,7 +93,7 @@ class Block:
             self._stored, self._loading = None, None
         if self._kept is not None:
             if self.base is None:
-                self.base = buffers.take(self.shape, self._dtype, self._device)
+                self.base = torch.empty(self.shape, dtype=self._dtype, device=self._device)
             self.base[self.num_swapped : self.num_held] = self._kept
             self._kept = None
 

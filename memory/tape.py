@@ -18,7 +18,6 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from memory.blocks import Block, View, row_base, whole_base
-from memory.buffers import BufferArena
 from memory.policy import ActivationPolicy
 from memory.tiers import Tier, Transfer
 from memory.timeline import Timeline
@@ -74,16 +73,14 @@ class _Step:
 
 class LayerTape:
     """A tape that puts saved tensors away. ``constants``: tensors that are saved but never put away (the parameters);
-    read when the first step runs, for ``zero3`` gathers them when the layer begins. ``buffers``: for what comes back,
-    shared by the layers of a microbatch. One forward, one backward."""
+    read when the first step runs, for ``zero3`` gathers them when the layer begins. One forward, one backward."""
 
     def __init__(
         self, policy: ActivationPolicy, tier: Tier | None, constants: Iterable[torch.Tensor], num_rows: int,
-        buffers: BufferArena | None = None, timeline: Timeline | None = None,
+        timeline: Timeline | None = None,
     ) -> None:
         self._policy = policy
         self._tier = tier
-        self._buffers = BufferArena() if buffers is None else buffers
         self._num_rows = num_rows
         self._timeline = timeline
         self._parameters: Iterable[torch.Tensor] = constants
@@ -196,7 +193,7 @@ class LayerTape:
     def start_loads(self) -> None:
         """Prefetch: start bringing back all that was swapped."""
         for block in (*self._pair, *(block for step in self._steps for block in step.blocks())):
-            block.start_load(self._tier, self._buffers)
+            block.start_load(self._tier)
 
     def _unpack(self, saved: View | torch.Tensor) -> torch.Tensor:
         return self._take(saved) if isinstance(saved, View) else saved
@@ -206,7 +203,7 @@ class LayerTape:
         block = view.block
         if not block.num_uses:
             raise TapeError("a saved activation is asked for again: swapping and recomputing allow one backward")
-        block.finish_load(self._tier, self._buffers)
+        block.finish_load(self._tier)
         step = self._maker.get(id(block))
         if step is not None and block.num_held < block.num_rows:
             self._run_again(step)
@@ -244,7 +241,7 @@ class LayerTape:
                 rows = row_base(source[place].detach(), num_rows) if place < len(source) else None
                 if rows is None or rows.shape[1] != block.shape[1]:
                     raise TapeError(f"step {step.name}: gives other tensors for {num_rows} of its rows than for all")
-                block.finish_load(self._tier, self._buffers)
+                block.finish_load(self._tier)
                 block.fill(rows)
 
 

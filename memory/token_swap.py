@@ -2,8 +2,7 @@
 
 Two layers' activations are on the device at most, besides those of the layers that stay: while layer i computes, layer
 i-1 is being written, and layer i+1 waits until that is done; in the backward the prefetch of layer i-1 runs while layer
-i computes. These are MEMO's two rounding buffers as a bound on live blocks; fixed addresses are the allocator's matter
-(on CPU ``memory.buffers`` hands the same memory from layer to layer).
+i computes. These are MEMO's two rounding buffers as a bound on live blocks; fixed addresses are the allocator's matter.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ from collections.abc import Iterable
 
 import torch
 
-from memory.buffers import BufferArena
 from memory.policy import ActivationPolicy
 from memory.tape import LayerTape, PlainTape, Tape
 from memory.tiers import Tier, Transfer
@@ -43,7 +41,6 @@ class MicrobatchMemory:
         last_kept = policy.num_kept_layers if keeps_last else 0
         self._num_put_away = 0 if policy.keeps_all or not num_rows else max(0, num_layers - last_kept)
         self._timeline = timeline if self._num_put_away else None
-        self.buffers = BufferArena()
         self._tapes: list[LayerTape] = []
         self._in_flight: deque[tuple[tuple[Transfer, torch.Tensor], ...]] = deque()
 
@@ -53,7 +50,7 @@ class MicrobatchMemory:
             self._timeline.begin(f"forward {place}")
         if place >= self._num_put_away:
             return PlainTape()
-        tape = LayerTape(self._policy, self._tier, constants, self._num_rows, self.buffers, self._timeline)
+        tape = LayerTape(self._policy, self._tier, constants, self._num_rows, self._timeline)
         self._tapes.append(tape)
         return tape
 
@@ -99,5 +96,3 @@ class MicrobatchMemory:
                 if self._timeline is not None:
                     self._timeline.subject = f"layer {layer}"
                 self._tapes[layer].start_loads()
-        if place <= 1:
-            self.buffers.close()  # the first layer's rows are on their way: nobody comes after it

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import functools
 import shutil
 import subprocess
 import sys
@@ -16,11 +17,15 @@ from hypothesis import strategies as st
 
 from memory.alloc_trace import record_allocations
 from memory.arena import AddressArena, ArenaError, ArenaLibrary, build_arena, replay
+from memory.policy import KEEP_ALL, ActivationPolicy
+from memory.token_swap import MicrobatchMemory
 from planner.allocation import GREEDY_ONLY, AddressPlan, Method, Request, plan_addresses
 from planner.allocation_levels import plan_levels
 from planner.allocation_rows import UNKNOWN, fit_rows
 from planner.errors import PlanError
+from planner.units import MIB
 from tests.memory.allocation_cases import StepCase
+from tests.memory.test_token_swap import build, host_tier, run
 from tests.planner.test_allocation import traces
 
 needs_compiler = pytest.mark.skipif(
@@ -238,6 +243,19 @@ def test_a_real_step_replays_at_both_kinds_of_addresses():
     trace = record_allocations(case.run, case.model.layers.values())
     for plan in (plan_addresses(trace.requests), plan_levels(trace.requests, trace.sections).whole):
         assert replay(trace.requests, plan) == sum(r.num_bytes for r in trace.requests)
+
+
+def test_a_swapped_microbatch_replays_too():
+    """Among its blocks are those that the memory manager makes for rows that come back."""
+    bounds = []
+    for policy in (KEEP_ALL, ActivationPolicy(swap_fraction=0.5, keep_fraction=0.25, swap_pair=True)):
+        layers, (tier, _) = build(8), host_tier(4 * MIB)
+        memory = MicrobatchMemory(policy, tier, num_layers=8, num_rows=128)
+        requests = record_allocations(functools.partial(run, layers, 128, memory)).requests
+        plan = plan_addresses(requests, GREEDY_ONLY)
+        assert replay(requests, plan) == sum(r.num_bytes for r in requests)
+        bounds.append(plan.bound_bytes)
+    assert bounds[1] < 0.7 * bounds[0], bounds
 
 
 @given(st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 10**4)), min_size=1, max_size=5), st.data())
