@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -61,7 +61,10 @@ def search_space(lengths: SequenceOf[int], num_ranks: int, cost: CostModel, limi
     choices: tuple[Choice, ...] = ()
     has_policies = False
     if not chunks or not _misfits(lengths, whole):
-        aim_s = _bound_s(lengths, whole, num_ranks, cost, num_rounds) if chunks else bound_s
+        aim_s = bound_s
+        if chunks:
+            least = _num_rounds(lengths, whole, num_ranks, cost, _without_chunks(limits))
+            aim_s = _bound_s(lengths, whole, num_ranks, cost, least)
         choices, has_policies = _whole_choices(lengths, kept, whole, aim_s, num_ranks, cost)
         if not chunks or aim_s <= bound_s * (1 + MEMORY_BINDS):
             return SearchSpace(bound_s=bound_s, choices=choices, has_policies=has_policies)
@@ -71,9 +74,13 @@ def search_space(lengths: SequenceOf[int], num_ranks: int, cost: CostModel, limi
         Choice(shapes=each, aim_s=bound_s, in_chunks=True) for each in mixed
         if any(shape.chunk_tokens for shape in each) and not _misfits(lengths, each)
     )
-    if not choices:  # some sequences fit in chunks only, others only swapped
-        _require_fits(lengths, _by_degree(kept + chunks), cost, limits)
+    if not choices:  # each fits somewhere, but not all in what is searched at once: say which one does not
+        _require_fits(lengths, mixed[-1], cost, limits)
     return SearchSpace(bound_s=bound_s, choices=choices, has_policies=True)
+
+
+def _without_chunks(limits: PlanLimits) -> PlanLimits:
+    return replace(limits, policies=tuple(action for action in limits.policies if action is not MemoryAction.CHUNK))
 
 
 def _whole_choices(

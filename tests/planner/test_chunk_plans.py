@@ -214,6 +214,18 @@ def step(strategy: str, lengths: list[int], cost: CostModel, limits: PlanLimits)
     return plan(lengths, 1, cost, limits)
 
 
+def test_what_no_single_way_holds_is_refused_by_name() -> None:
+    """On one rank all sequences run in one way. The long one hides its copies, the other is too short for that and has
+    to run in chunks, which the long one does not fit."""
+    cost = with_chunks(with_activation(make_cost(1)))
+    fit = replace(cost.activation, recompute_bytes_per_token=0.0, copy_bytes_per_s=9e7)
+    limits = with_policies(make_limits(rank_tokens=2000), SWAP, CHUNK)
+    for lengths in ([15_000], [4000]):
+        assert plan(lengths, 1, replace(cost, activation=fit), limits).microbatches
+    with pytest.raises(InfeasibleError, match=r"sequence 0 \(15000 tokens\) fits in no group"):
+        plan([15_000, 4000], 1, replace(cost, activation=fit), limits)
+
+
 def test_chunks_spare_ranks() -> None:
     """Long sequences on ranks alone, where keeping one takes five, whose messages cost more than a forward."""
     slow = make_cost(8, kinds=(RING,))
