@@ -21,6 +21,7 @@ from planner.errors import InfeasibleError, PlanError, SpecError
 from planner.layout import local_token_counts
 from planner.plan import AttentionKind, MemoryAction, MemoryPolicy, Sharding, SolveStatus, StepPlan
 from planner.policy_words import policy_line, policy_name
+from planner.replay import replay_step
 from planner.shapes import price_table
 from planner.simulate import price_groups, price_microbatch
 from planner.specs import load_cluster, load_model
@@ -367,6 +368,27 @@ def test_derived_prices_are_those_of_the_digest() -> None:
     assert fit.time_fit(local, 4096).fixed_s == pytest.approx(local.fixed_s * 7 / 3)
     assert any(note.startswith("chunks: one more forward") for note in cost.provenance.notes)
     assert derive_cost(load_cluster("h200-8"), load_model("llama-3-8b"), num_ranks=4, num_stages=2).chunks is None
+
+
+@pytest.mark.parametrize("sharding", list(Sharding))
+def test_the_replay_runs_forward_twice_and_holds_one_chunk(sharding: Sharding) -> None:
+    """Against the same plan with everything kept, which would not fit: 9/7 of attention and 4/3 of all else."""
+    cluster, model = load_cluster("h200-8"), load_model("llama-3-8b")
+    cost = derive_cost(cluster, model, num_ranks=8, sharding=sharding)
+    limits = PlanLimits(
+        device_budget_bytes=128 * 2**30, max_ulysses_degree=32, kinds=BOTH, devices_per_node=8, policies=(CHUNK,)
+    )
+    found = plan([800_000], 8, cost, limits)
+    (size,) = sizes_of(found)
+    whole = reprice(replace(found, microbatches=tuple(replace(m, memory=MemoryPolicy()) for m in found.microbatches)),
+                    cost)
+    chunked, kept = (replay_step(each, cluster, model, cost.memory) for each in (found, whole))
+    assert 1.25 < chunked.step_s / kept.step_s < 1.45
+    assert 1 / 1.25 < chunked.step_s / found.predicted_s < 1.25
+    token_bytes, tokens = cost.memory.bytes_per_token, 100_000
+    held = size * token_bytes + tokens * 3 * 128 * 1024
+    assert max(chunked.peak_bytes) == pytest.approx(cost.memory.fixed_bytes + held, rel=1e-3)
+    assert max(kept.peak_bytes) == pytest.approx(cost.memory.fixed_bytes + tokens * token_bytes, rel=1e-3)
 
 
 def test_names() -> None:
