@@ -332,6 +332,22 @@ def test_in_lockstep_chunks_share_no_round_with_what_is_recomputed() -> None:
     verify_plan(apart, [9000, 4000], num_ranks=2, cost=cost, limits=SCARCE)
 
 
+def test_in_lockstep_what_is_kept_beside_chunks_has_room_for_moving_queries() -> None:
+    """A ring that fits alone, to the token, does not beside chunks; as plans make it, it fits."""
+    cost = replace(with_chunks(make_cost(3, kinds=BOTH)), sharding=Sharding.ZERO3)
+    limits = with_policies(make_limits(kinds=BOTH, rank_tokens=2000), CHUNK)
+    lengths = [4000, 9000]
+    groups = [GroupChoice(RING, (0, 1), (0,)), GroupChoice(AttentionKind.LOCAL, (2,), (1,), in_chunks(400))]
+    found = assemble_plan(
+        step=0, strategy="test", num_ranks=3, lengths=lengths, groups=groups, cost=cost, status=SolveStatus.GREEDY,
+        bound_s=0.0, wall_s=0.0,
+    )
+    with pytest.raises(PlanError, match="microbatch 0: its ring 2 is one chunk in a round of zero3 .* needs 135 MiB"):
+        verify_plan(found, lengths, num_ranks=3, cost=cost, limits=limits)
+    assert sizes_of(plan(lengths, 3, cost, limits))  # verified by plan_step
+    assert sizes_of(greedy_step(lengths, step=0, num_ranks=3, cost=cost, limits=limits))
+
+
 @pytest.mark.parametrize(
     "change", [{"resident_bytes_per_token": -1.0}, {"again_linear": float("nan")}, {"num_kv_heads": 0}]
 )
