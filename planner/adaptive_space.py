@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from planner.bounds import cheapest_columns, least_rounds, lockstep_bound_s, step_bound_s
+from planner.chunk_fit import moves_queries
 from planner.chunk_shapes import chunks_worth_it
 from planner.cost import CostModel, PlanLimits
 from planner.memory_policy import recompute_fractions, swaps, with_every_policy, with_policy
@@ -61,19 +62,32 @@ def search_space(lengths: SequenceOf[int], num_ranks: int, cost: CostModel, limi
     choices: tuple[Choice, ...] = ()
     has_policies = False
     if not chunks or not _misfits(lengths, whole):
-        aim_s = _bound_s(lengths, whole, num_ranks, cost, num_rounds) if chunks else bound_s
+        aim_s = bound_s
+        if chunks:
+            least = _num_rounds(lengths, whole, num_ranks, cost, _without_chunks(limits))
+            aim_s = _bound_s(lengths, whole, num_ranks, cost, least)
         choices, has_policies = _whole_choices(lengths, kept, whole, aim_s, num_ranks, cost)
         if not chunks or aim_s <= bound_s * (1 + MEMORY_BINDS):
             return SearchSpace(bound_s=bound_s, choices=choices, has_policies=has_policies)
-    lockstep = cost.sharding is Sharding.ZERO3  # chunks share no round with what is swapped or recomputed
-    mixed = _choices(lengths, _by_degree(kept + chunks), bound_s) if lockstep else _choices(lengths, shapes, bound_s)
+    beside = _by_degree(_beside_chunks(kept) + chunks) if cost.sharding is Sharding.ZERO3 else shapes
+    mixed = _choices(lengths, beside, bound_s)
     choices += tuple(
         Choice(shapes=each, aim_s=bound_s, in_chunks=True) for each in mixed
         if any(shape.chunk_tokens for shape in each) and not _misfits(lengths, each)
     )
-    if not choices:  # some sequences fit in chunks only, others only swapped
-        _require_fits(lengths, _by_degree(kept + chunks), cost, limits)
+    if not choices:  # each fits somewhere, but not all in what is searched at once: say which one does not
+        _require_fits(lengths, mixed[-1], cost, limits)
     return SearchSpace(bound_s=bound_s, choices=choices, has_policies=True)
+
+
+def _beside_chunks(kept: tuple[GroupShape, ...]) -> tuple[GroupShape, ...]:
+    """In lockstep, of what runs whole in a round with chunks: no swapping or recomputing, nor groups that would take
+    the room of moving queries (a whole microbatch is then one chunk)."""
+    return tuple(shape for shape in kept if not moves_queries(shape.kind, shape.degree))
+
+
+def _without_chunks(limits: PlanLimits) -> PlanLimits:
+    return replace(limits, policies=tuple(action for action in limits.policies if action is not MemoryAction.CHUNK))
 
 
 def _whole_choices(

@@ -78,6 +78,13 @@ class ChunkFit:
 
     def chunk_bytes(self, kind: AttentionKind, degree: int, chunk_tokens: int) -> float:
         """Most bytes of the chunk at work on one device."""
-        moves_queries = degree > 1 and kind is not AttentionKind.ULYSSES
-        shared = degree * self.shared_bytes_per_token if moves_queries else 0.0
-        return self.fixed_bytes + chunk_tokens * (self.bytes_per_token + shared)
+        return self.fixed_bytes + chunk_tokens * self.bytes_per_token + self.shared_bytes(kind, degree, chunk_tokens)
+
+    def shared_bytes(self, kind: AttentionKind, degree: int, chunk_tokens: int) -> float:
+        """What of it is there since the group's queries move; none in groups that have no such."""
+        return chunk_tokens * degree * self.shared_bytes_per_token if moves_queries(kind, degree) else 0.0
+
+
+def moves_queries(kind: AttentionKind, degree: int) -> bool:
+    """Whether keys stand still and queries move where such a group runs in chunks."""
+    return degree > 1 and kind is not AttentionKind.ULYSSES

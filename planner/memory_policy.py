@@ -120,12 +120,15 @@ def _mildest(
     choice: GroupChoice, shape: GroupShape, sizes: list[int], cost: CostModel, limits: PlanLimits
 ) -> MemoryPolicy:
     """The shape's own policy always fits. In lockstep a microbatch in chunks shares its round with none that swaps or
-    recomputes, so there it stays with what its shape does."""
+    recomputes, so there it stays with what its shape does; and what is kept after all is one chunk in such a round."""
     inner_degree = cost.time_fit(choice.kind, len(choice.ranks)).inner_degree
     tokens = max(local_token_counts(choice.kind, len(choice.ranks), sizes, inner_degree))
-    if cost.device_bytes(tokens) <= limits.device_budget_bytes:
-        return KEEP
     lockstep, runs_in_chunks = cost.sharding is Sharding.ZERO3, shape.chunk_tokens > 0
+    shared_bytes = 0.0
+    if lockstep and runs_in_chunks and cost.chunks is not None:
+        shared_bytes = cost.chunks.shared_bytes(choice.kind, len(choice.ranks), tokens)
+    if cost.device_bytes(tokens) + shared_bytes <= limits.device_budget_bytes:
+        return KEEP
     whole = None if lockstep and runs_in_chunks else _mildest_whole(tokens, shape, sizes, cost, limits)
     if whole is not None and whole.recompute_fraction == 0:
         return whole  # hidden: no seconds

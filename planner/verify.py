@@ -44,7 +44,7 @@ def verify_plan(
     for index, microbatch in enumerate(plan.microbatches):
         _verify_microbatch(microbatch, f"microbatch {index}", len(lengths), num_ranks, cost, limits)
     _verify_coverage(plan)
-    _verify_rounds(plan)
+    _verify_rounds(plan, lengths, cost, limits)
     _verify_prices(plan, lengths, cost, limits)
 
 
@@ -169,17 +169,36 @@ def _verify_chunks(microbatch: Microbatch, place: str, cost: CostModel, limits: 
         raise PlanError(f"{place}: chunks are priced for one group on all of a microbatch's ranks, not with {what}")
 
 
-def _verify_rounds(plan: StepPlan) -> None:
-    """In lockstep a round in which something runs in chunks goes group by group, in which nothing is put away."""
+def _verify_rounds(plan: StepPlan, lengths: SequenceOf[int], cost: CostModel, limits: PlanLimits) -> None:
+    """In lockstep a round in which something runs in chunks goes group by group: nothing is put away in it, and what
+    runs whole is one chunk, for which queries move."""
     if plan.sharding is not Sharding.ZERO3 or not any(each.memory.chunk_tokens for each in plan.microbatches):
         return
     for members in lockstep_rounds(each.ranks for each in plan.microbatches):
         chunked = [index for index in members if plan.microbatches[index].memory.chunk_tokens]
-        others = [index for index in members if plan.microbatches[index].memory.keep_fraction < 1]
-        if chunked and others:
+        for index in members if chunked else ():
+            microbatch = plan.microbatches[index]
+            if microbatch.memory.keep_fraction < 1:
+                raise PlanError(
+                    f"microbatch {index} swaps or recomputes beside microbatch {chunked[0]}, which runs in chunks, in "
+                    "one round of zero3: that cannot be run"
+                )
+            if index not in chunked:
+                _verify_one_chunk(microbatch, f"microbatch {index}", lengths, cost, limits)
+
+
+def _verify_one_chunk(
+    microbatch: Microbatch, place: str, lengths: SequenceOf[int], cost: CostModel, limits: PlanLimits
+) -> None:
+    assert cost.chunks is not None  # another microbatch runs in chunks and was found legal
+    for group in microbatch.groups:
+        sizes = [lengths[sequence] for sequence in group.sequences]
+        tokens = max(local_token_counts(group.kind, group.degree, sizes, group.inner_degree))
+        needed = cost.device_bytes(tokens) + int(cost.chunks.shared_bytes(group.kind, group.degree, tokens))
+        if needed > limits.device_budget_bytes:
             raise PlanError(
-                f"microbatch {others[0]} swaps or recomputes beside microbatch {chunked[0]}, which runs in chunks, in "
-                "one round of zero3: that cannot be run"
+                f"{place}: its {group.kind} {group.degree} is one chunk in a round of zero3 with others in chunks and "
+                f"needs {format_bytes(needed)}, over the budget of {format_bytes(limits.device_budget_bytes)}"
             )
 
 

@@ -26,11 +26,9 @@ from trainer.step import Runtime, run_empty_microbatch
 _PARTS = (2, 8)
 """Chunks of a probe."""
 _SWEEPS = 2
-_MOST_TOKENS = 2048
-"""Of a rank in a probe."""
 _LEAST_AGAIN = 2 / 7
-"""Of attention's seconds are its forward's, of the others' a third: a fit may say more, from a few noisy seconds, but
-not less."""
+"""So much of attention's seconds is its forward's, and a third of all else's: a fit to a few noisy seconds may say
+more, but not less."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +61,8 @@ def map_chunk_blocks(runtime: Runtime) -> None:
 
 
 def measure_chunks(runtime: Runtime, cost: CostModel, limits: PlanLimits, *, num_tokens: int) -> ChunkFit:
-    """Prices of chunks from sequences of so many tokens a rank, or fewer. Collective; weights and gradients stay as
-    they are."""
-    num_tokens = min(num_tokens, _MOST_TOKENS)
+    """Prices of chunks from sequences of ``num_tokens`` a rank, which run whole as well. Collective; weights and
+    gradients stay as they are."""
     map_chunk_blocks(runtime)
     with sharded_step(runtime.model, runtime.sharding, lambda: run_empty_microbatch(runtime)):
         local = MeasuredShape(AttentionKind.LOCAL, 1)

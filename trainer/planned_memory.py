@@ -235,7 +235,8 @@ def _stored_or_measured(
         if activation is None:
             activation = _measure(config, runtime, cost, layer, tier_name)
             if plans_chunks(config) and chunks_may_pay(runtime, cost, activation):
-                chunks = measure_chunks(runtime, cost, limits, num_tokens=layer.alone.num_tokens)
+                # half of what one layer was measured with: as much as calibration has run whole on one rank
+                chunks = measure_chunks(runtime, cost, limits, num_tokens=max(1, layer.alone.num_tokens // 2))
         found = _shared(runtime, _Measured(activation=activation, host_budget_bytes=host_budget, chunks=chunks))
         assert found is not None
     return found
@@ -246,6 +247,7 @@ def _key(config: TrainConfig, cost: CostModel, profile: LayerProfile, tier_name:
     conditions = {
         "cost": cost.digest, "memory": to_plain(config.memory), "tier": tier_name, "tokens": profile.num_tokens,
         "disk": _disk_of(Path(config.run.dir)), "version": _VERSION, "chunks": plans_chunks(config),
+        "attention": config.plan.attention,
     }
     return digest_of(conditions)[:24]
 

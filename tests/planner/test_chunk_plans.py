@@ -21,6 +21,7 @@ from planner.errors import InfeasibleError, PlanError, SpecError
 from planner.layout import local_token_counts
 from planner.plan import AttentionKind, MemoryAction, MemoryPolicy, Sharding, SolveStatus, StepPlan
 from planner.policy_words import policy_line, policy_name
+from planner.replay import replay_step
 from planner.shapes import price_table
 from planner.simulate import price_groups, price_microbatch
 from planner.specs import load_cluster, load_model
@@ -214,6 +215,18 @@ def step(strategy: str, lengths: list[int], cost: CostModel, limits: PlanLimits)
     return plan(lengths, 1, cost, limits)
 
 
+def test_what_no_single_way_holds_is_refused_by_name() -> None:
+    """On one rank all sequences run in one way. The long one hides its copies, the other is too short for that and has
+    to run in chunks, which the long one does not fit."""
+    cost = with_chunks(with_activation(make_cost(1)))
+    fit = replace(cost.activation, recompute_bytes_per_token=0.0, copy_bytes_per_s=9e7)
+    limits = with_policies(make_limits(rank_tokens=2000), SWAP, CHUNK)
+    for lengths in ([15_000], [4000]):
+        assert plan(lengths, 1, replace(cost, activation=fit), limits).microbatches
+    with pytest.raises(InfeasibleError, match=r"sequence 0 \(15000 tokens\) fits in no group"):
+        plan([15_000, 4000], 1, replace(cost, activation=fit), limits)
+
+
 def test_chunks_spare_ranks() -> None:
     """Long sequences on ranks alone, where keeping one takes five, whose messages cost more than a forward."""
     slow = make_cost(8, kinds=(RING,))
@@ -319,6 +332,22 @@ def test_in_lockstep_chunks_share_no_round_with_what_is_recomputed() -> None:
     verify_plan(apart, [9000, 4000], num_ranks=2, cost=cost, limits=SCARCE)
 
 
+def test_in_lockstep_what_is_kept_beside_chunks_has_room_for_moving_queries() -> None:
+    """A ring that fits alone, to the token, does not beside chunks; as plans make it, it fits."""
+    cost = replace(with_chunks(make_cost(3, kinds=BOTH)), sharding=Sharding.ZERO3)
+    limits = with_policies(make_limits(kinds=BOTH, rank_tokens=2000), CHUNK)
+    lengths = [4000, 9000]
+    groups = [GroupChoice(RING, (0, 1), (0,)), GroupChoice(AttentionKind.LOCAL, (2,), (1,), in_chunks(400))]
+    found = assemble_plan(
+        step=0, strategy="test", num_ranks=3, lengths=lengths, groups=groups, cost=cost, status=SolveStatus.GREEDY,
+        bound_s=0.0, wall_s=0.0,
+    )
+    with pytest.raises(PlanError, match="microbatch 0: its ring 2 is one chunk in a round of zero3 .* needs 135 MiB"):
+        verify_plan(found, lengths, num_ranks=3, cost=cost, limits=limits)
+    assert sizes_of(plan(lengths, 3, cost, limits))  # verified by plan_step
+    assert sizes_of(greedy_step(lengths, step=0, num_ranks=3, cost=cost, limits=limits))
+
+
 @pytest.mark.parametrize(
     "change", [{"resident_bytes_per_token": -1.0}, {"again_linear": float("nan")}, {"num_kv_heads": 0}]
 )
@@ -355,6 +384,27 @@ def test_derived_prices_are_those_of_the_digest() -> None:
     assert fit.time_fit(local, 4096).fixed_s == pytest.approx(local.fixed_s * 7 / 3)
     assert any(note.startswith("chunks: one more forward") for note in cost.provenance.notes)
     assert derive_cost(load_cluster("h200-8"), load_model("llama-3-8b"), num_ranks=4, num_stages=2).chunks is None
+
+
+@pytest.mark.parametrize("sharding", list(Sharding))
+def test_the_replay_runs_forward_twice_and_holds_one_chunk(sharding: Sharding) -> None:
+    """Against the same plan with everything kept, which would not fit: 9/7 of attention and 4/3 of all else."""
+    cluster, model = load_cluster("h200-8"), load_model("llama-3-8b")
+    cost = derive_cost(cluster, model, num_ranks=8, sharding=sharding)
+    limits = PlanLimits(
+        device_budget_bytes=128 * 2**30, max_ulysses_degree=32, kinds=BOTH, devices_per_node=8, policies=(CHUNK,)
+    )
+    found = plan([800_000], 8, cost, limits)
+    (size,) = sizes_of(found)
+    whole = reprice(replace(found, microbatches=tuple(replace(m, memory=MemoryPolicy()) for m in found.microbatches)),
+                    cost)
+    chunked, kept = (replay_step(each, cluster, model, cost.memory) for each in (found, whole))
+    assert 1.25 < chunked.step_s / kept.step_s < 1.45
+    assert 1 / 1.25 < chunked.step_s / found.predicted_s < 1.25
+    token_bytes, tokens = cost.memory.bytes_per_token, 100_000
+    held = size * token_bytes + tokens * 3 * 128 * 1024
+    assert max(chunked.peak_bytes) == pytest.approx(cost.memory.fixed_bytes + held, rel=1e-3)
+    assert max(kept.peak_bytes) == pytest.approx(cost.memory.fixed_bytes + tokens * token_bytes, rel=1e-3)
 
 
 def test_names() -> None:
