@@ -215,8 +215,10 @@ class TieredChunkStore:
             )
 
 
-def _wait(tier: Tier, transfers: Iterable[Transfer]) -> None:
+def _wait(tier: Tier, transfers: SequenceOf[Transfer]) -> None:
     """Until they are done; how long is noted where the tier has a timeline."""
+    if not transfers:
+        return
     began_s = time.perf_counter()
     for transfer in transfers:
         transfer.wait()
