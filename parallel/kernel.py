@@ -21,8 +21,8 @@ Rows = tuple[int, int]
 _BLOCK_ROWS = 1024
 """Query and key rows of one block where a product of blocks is made outside a kernel."""
 _CPU_SCORES = 2**17
-"""Scores of one such block on CPU, all heads: two blocks stay in a core's cache beside what they are made from. (Of
-2^16 to 2^20 the quickest; a third less time than at 2^19.)"""
+"""Scores of one such block on CPU, all heads: two blocks stay in a core's cache beside what they are made from (of
+2^16 to 2^20 as quick as any)."""
 _CPU_KEY_ROWS = 64
 """Key rows of one such block on CPU, at least."""
 _CPU_LONG_QUERY = 768
@@ -127,12 +127,12 @@ def blocked_query_gradient(
             bias = -_by_kv_head(lse_TN[rows].unsqueeze(-1).to(wide), ratio)
             delta = -(dout.to(wide) * out.to(wide)).sum(-1, keepdim=True)
             dq = torch.zeros_like(q, dtype=wide)
-            # blocks are written over: fresh ones would cost a page fault a page where large blocks are mapped
-            blocks = q.new_empty((2, *q.shape[:2], min(most_keys, k1 - k0)), dtype=wide)
+            # on CPU blocks are written over: fresh ones would cost a page fault a page where large blocks are mapped
+            blocks = [q.new_empty(0, dtype=wide) for _ in range(2)]
             for first in range(k0, k1, most_keys):
                 keys = slice(first, min(first + most_keys, k1))
-                if keys.stop - first < blocks.shape[-1]:
-                    blocks = q.new_empty((*blocks.shape[:-1], keys.stop - first), dtype=wide)
+                if not q.is_cuda and blocks[0].shape[-1] != keys.stop - first:
+                    blocks = [q.new_empty((*q.shape[:2], keys.stop - first), dtype=wide) for _ in range(2)]
                 k, v = k_SKH[keys].transpose(0, 1), v_SKH[keys].transpose(0, 1)
                 weights = _scaled_product(q, k.transpose(1, 2), scale, bias, blocks[0]).exp_()
                 weights *= _scaled_product(dout, v.transpose(1, 2), 1.0, delta, blocks[1])
@@ -280,7 +280,7 @@ def _product(a: torch.Tensor, b: torch.Tensor, wide: torch.dtype) -> torch.Tenso
 def _scaled_product(
     a: torch.Tensor, b: torch.Tensor, scale: float, bias: torch.Tensor, out: torch.Tensor
 ) -> torch.Tensor:
-    """``scale * a b + bias`` in the dtype of ``out``, which may be used for it."""
+    """``scale * a b + bias`` in the dtype of ``out``, which on CPU is where it goes."""
     if a.is_cuda:
         return _product(a, b, out.dtype).mul_(scale).add_(bias)
     return torch.baddbmm(bias, a.to(out.dtype), b.to(out.dtype), alpha=scale, out=out)
