@@ -175,8 +175,8 @@ def _grid(flags: argparse.Namespace, cluster: ClusterSpec) -> Grid:
             f"--tensor-parallel {grid.tensor_parallel} x --pipeline-parallel {grid.num_stages} must divide the "
             f"{cluster.num_ranks} devices of {cluster.name}"
         )
-    if grid.num_stages > 1 and flags.memory != "keep":
-        raise SpecError(f"--memory {flags.memory}: with pipeline stages only keep is priced; leave one of them out")
+    if grid.num_stages > 1 and flags.memory == "chunk":
+        raise SpecError("--memory chunk: chunks are not priced with pipeline stages; leave one of them out")
     return grid
 
 

@@ -86,7 +86,7 @@ def derive_cost(
             source="derived", cluster=cluster.name, model=model.name, notes=_notes(setting, sharding)
         ),
         sharding=sharding,
-        activation=_activation(setting) if num_stages == 1 else None,
+        activation=_activation(setting),
         chunks=_chunks(setting, fixed_s) if num_stages == 1 else None,
         remap=_remap(setting) if num_stages == 1 else None,
         num_stages=num_stages,
@@ -226,9 +226,12 @@ def _memory(setting: _Setting, sharding: Sharding) -> MemoryFit:
 def _activation(setting: _Setting) -> ActivationFit:
     """Two layers are always in full on the device: one in use, one on its way. In the others a swapped token frees all
     it saved; a recomputed one all but the layer's input, attention's output and its log-sum-exp, for the time of the
-    matrix products before the last one of the MLP, whose output nothing needs (MEMO, arXiv 2407.12117, section 4.1)."""
+    matrix products before the last one of the MLP, whose output nothing needs (MEMO, arXiv 2407.12117, section 4.1).
+    With pipeline stages the two layers count for every microbatch in flight, and all but the last stage copy and
+    recompute them as well."""
     model, size = setting.model, setting.tensor_parallel
     num_layers = max(model.num_layers - 2, 0)
+    num_busy = num_layers if setting.num_stages == 1 else model.num_layers
     saved_bytes = model.saved_bytes_per_token(setting.element_bytes)
     elements = model.hidden_dim + model.num_query_heads * model.head_dim
     needed_bytes = elements * setting.element_bytes + 4 * model.num_query_heads
@@ -239,9 +242,10 @@ def _activation(setting: _Setting) -> ActivationFit:
     return ActivationFit(
         swap_bytes_per_token=num_layers * saved_bytes / size,
         recompute_bytes_per_token=num_layers * (saved_bytes - needed_bytes) / size,
-        recompute_s_per_token=num_layers * layer_s,
+        recompute_s_per_token=num_busy * layer_s,
         copy_bytes_per_s=setting.cluster.host.copy_bytes_per_s,
         hidden_share=HIDDEN_SHARE,
+        host_bytes_per_byte=num_busy / num_layers if num_layers else 1.0,
     )
 
 

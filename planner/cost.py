@@ -79,7 +79,9 @@ class ActivationFit:
     two in use). ``recompute_bytes_per_token``: bytes freed for a token recomputed, in ``recompute_s_per_token``;
     attention is never computed again, so layer inputs and attention outputs stay. ``copy_bytes_per_s``: one way, device
     to host. ``hidden_share``: share of a microbatch's seconds that the copy may take without being seen. It is the
-    forward's: there the copy out must end, and the backward, which brings it back, is longer. Raises SpecError.
+    forward's: there the copy out must end, and the backward, which brings it back, is longer. ``host_bytes_per_byte``:
+    on the host for a byte that is counted as freed: above 1 with pipeline stages, where all layers are copied, and the
+    two in use stand for each microbatch in flight. Raises SpecError.
     """
 
     swap_bytes_per_token: float
@@ -87,6 +89,7 @@ class ActivationFit:
     recompute_s_per_token: float
     copy_bytes_per_s: float
     hidden_share: float
+    host_bytes_per_byte: float = field(default=1.0, metadata=LATER)
 
     def __post_init__(self) -> None:
         for name in ("swap_bytes_per_token", "recompute_bytes_per_token", "recompute_s_per_token"):
@@ -96,6 +99,13 @@ class ActivationFit:
             raise SpecError(f"activations: copy_bytes_per_s must be above 0, got {self.copy_bytes_per_s}")
         if not 0 <= self.hidden_share <= 1:
             raise SpecError(f"activations: hidden_share must be in 0 .. 1, got {self.hidden_share}")
+        if not 1 <= self.host_bytes_per_byte < math.inf:
+            raise SpecError(f"activations: host_bytes_per_byte must be 1 or more, got {self.host_bytes_per_byte}")
+
+    @property
+    def copied_bytes_per_token(self) -> float:
+        """Bytes that a swapped token takes on the host, and that are copied there and back."""
+        return self.swap_bytes_per_token * self.host_bytes_per_byte
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,7 +162,7 @@ class CostModel:
 
     ``num_stages``: pipeline stages that all of this was priced for, evenly: seconds and bytes are those of one of them,
     and its peak counts as many microbatches between forward and backward as there are stages. Raises SpecError for
-    stages together with zero3, ``activation`` or ``chunks``: none of them is priced so."""
+    stages together with zero3 or ``chunks``: neither is priced so."""
 
     times: tuple[TimeFit, ...]
     memory: MemoryFit
@@ -172,9 +182,8 @@ class CostModel:
             self._fits[time.kind, time.degree] = time  # the first of equal ones counts
         if self.num_stages < 1:
             raise SpecError(f"num_stages must be at least 1, got {self.num_stages}")
-        if self.num_stages > 1 and (self.sharding is Sharding.ZERO3 or self.prices_policies):
-            what = "swapping or recomputing activations" if self.activation else f"sharding {self.sharding}"
-            what = "running in chunks" if self.chunks else what
+        if self.num_stages > 1 and (self.sharding is Sharding.ZERO3 or self.chunks is not None):
+            what = f"sharding {self.sharding}" if self.chunks is None else "running in chunks"
             raise SpecError(f"num_stages {self.num_stages}: {what} is not priced with pipeline stages")
         fit = self.activation
         if fit and max(fit.swap_bytes_per_token, fit.recompute_bytes_per_token) > self.memory.bytes_per_token:
@@ -262,7 +271,7 @@ class CostModel:
         """Bytes on the host of one device that holds this many tokens of a microbatch under this policy."""
         if policy.swap_fraction == 0:
             return 0
-        return int(policy.swap_fraction * self._activation(policy).swap_bytes_per_token * num_local_tokens)
+        return int(policy.swap_fraction * self._activation(policy).copied_bytes_per_token * num_local_tokens)
 
     def recompute_s(self, num_local_tokens: float, policy: MemoryPolicy) -> float:
         """Seconds that recomputing adds to a microbatch on a rank that holds this many tokens of it."""
@@ -275,7 +284,7 @@ class CostModel:
         if policy.swap_fraction == 0:
             return 0.0
         fit = self._activation(policy)
-        copy_s = policy.swap_fraction * fit.swap_bytes_per_token * num_local_tokens / fit.copy_bytes_per_s
+        copy_s = policy.swap_fraction * fit.copied_bytes_per_token * num_local_tokens / fit.copy_bytes_per_s
         return max(0.0, copy_s - fit.hidden_share * busy_s)
 
     def _activation(self, policy: MemoryPolicy) -> ActivationFit:

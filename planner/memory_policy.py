@@ -10,8 +10,11 @@ The copies of a microbatch hide if each of its sequences' do, and what its seque
 swapping makes no further shapes: it makes the loads of a shape smaller (``shapes.HeldShare``), at no price.
 
 *Host memory.* Of F bytes a token m can go. A device with D bytes for activations that is full with the fraction r of
-its tokens swapped has r m D / (F - r m) bytes on its host. That is within the host's H where r <= F H / (m (D + H)): no
-sequence swaps more, and then no microbatch does.
+its tokens swapped has h r m D / (F - r m) bytes on its host, h for each byte freed (1 but for pipeline stages). That is
+within the host's H where r <= F H / (m (h D + H)): no sequence swaps more, and then no microbatch does.
+
+*Pipeline stages.* The first stage holds as many microbatches at once as there are stages. Each may take that part of
+the device, so all of this holds for what is in flight together.
 
 *Recompute.* Computing token-wise work again takes time in proportion to the tokens: another shape for each of a few
 fractions. What is not computed again may still be swapped.
@@ -89,13 +92,16 @@ def _held(
     at_zero = least = kept_bytes / token_bytes
     per_token = 0.0
     if swaps(cost, limits) and swap_bytes > 0:
+        copied = fit.host_bytes_per_byte
         device_bytes = max(limits.device_budget_bytes - cost.memory.fixed_bytes, 0)
-        # One token to spare on device and host: the fullest rank of a group may hold one more than its share.
-        host_bytes = max(limits.host_budget_bytes - kept_bytes, 0)
-        by_host = kept_bytes / swap_bytes * host_bytes / max(device_bytes + host_bytes, 1) * (1 - HOST_SLACK)
-        by_device = 1 - recompute_fraction - kept_bytes / swap_bytes * token_bytes / max(device_bytes, 1)
+        # One token of each microbatch in flight to spare on device and host: the fullest rank of a group may hold one
+        # more than its share.
+        host_bytes = max(limits.host_budget_bytes - cost.num_stages * copied * kept_bytes, 0)
+        by_host = kept_bytes / swap_bytes * host_bytes / max(copied * device_bytes + host_bytes, 1) * (1 - HOST_SLACK)
+        spared = cost.num_stages * token_bytes / max(device_bytes, 1)
+        by_device = 1 - recompute_fraction - kept_bytes / swap_bytes * spared
         most = max(min(by_device, by_host - SWAP_STEP), 0.0)
-        hidden_per_s = shape.degree * fit.hidden_share * fit.copy_bytes_per_s / swap_bytes
+        hidden_per_s = shape.degree * fit.hidden_share * fit.copy_bytes_per_s / fit.copied_bytes_per_token
         freed = swap_bytes / token_bytes
         at_zero -= freed * min(most, hidden_per_s * shape.fit.s_per_token)
         per_token = freed * hidden_per_s * shape.fit.s_per_token2
@@ -127,7 +133,7 @@ def _mildest(
     shared_bytes = 0.0
     if lockstep and runs_in_chunks and cost.chunks is not None:
         shared_bytes = cost.chunks.shared_bytes(choice.kind, len(choice.ranks), tokens)
-    if cost.device_bytes(tokens) + shared_bytes <= limits.device_budget_bytes:
+    if cost.device_bytes(tokens * cost.num_stages) + shared_bytes <= limits.device_budget_bytes:
         return KEEP
     whole = None if lockstep and runs_in_chunks else _mildest_whole(tokens, shape, sizes, cost, limits)
     if whole is not None and whole.recompute_fraction == 0:
@@ -151,6 +157,7 @@ def _mildest_whole(
     if fit is None:
         return None
     plain = replace(shape, fit=cost.time_fit(shape.kind, shape.degree))
+    tokens *= cost.num_stages  # in flight at once
     for fraction in recompute_fractions(cost, limits):
         kept = cost.token_bytes() - fraction * fit.recompute_bytes_per_token
         over_bytes = cost.memory.fixed_bytes + tokens * kept - limits.device_budget_bytes

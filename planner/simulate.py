@@ -40,8 +40,9 @@ class Simulation:
     """A priced step. ``idle_fraction``: share of all rank seconds, up to the last finish, spent without work.
 
     ``step_s`` is the last finish plus the cost model's ``step_fixed_s``; the other times leave the fixed part out. In
-    lockstep all ranks finish together. With pipeline stages all but the finish is that of the first stage, which holds
-    the most; the others are busy for as long.
+    lockstep all ranks finish together. ``rank_host_bytes``: most that a rank's microbatches have on its host at once.
+    With pipeline stages all but the finish is that of the first stage, which holds the most; the others are busy for as
+    long.
     """
 
     step_s: float
@@ -49,6 +50,7 @@ class Simulation:
     rank_finish_s: tuple[float, ...]
     idle_fraction: float
     rank_peak_bytes: tuple[int, ...]
+    rank_host_bytes: tuple[int, ...]
     events: tuple[Event, ...]
 
     @property
@@ -199,6 +201,7 @@ def run_schedule(prices: Iterable[MicrobatchPrice], *, num_ranks: int, cost: Cos
     """Play priced microbatches in this order on ``num_ranks`` ranks."""
     busy_s, finish_s = [0.0] * num_ranks, [0.0] * num_ranks
     held_bytes, peak_bytes = [0.0] * num_ranks, [0.0] * num_ranks
+    swapped_bytes, host_bytes = [0] * num_ranks, [0] * num_ranks
     events: list[Event] = []
     played = list(prices)
     work = [StageWork(ranks=price.ranks, seconds=price.seconds) for price in played]
@@ -213,6 +216,11 @@ def run_schedule(prices: Iterable[MicrobatchPrice], *, num_ranks: int, cost: Cos
             held = held_bytes[rank] + (own_bytes if each.holds else 0.0)
             peak_bytes[rank] = max(peak_bytes[rank], held)
             held_bytes[rank] = held - (own_bytes if each.frees else 0.0)
+            if price.memory.swap_fraction:
+                own_host_bytes = cost.host_bytes(tokens, price.memory)
+                swapped = swapped_bytes[rank] + (own_host_bytes if each.holds else 0)
+                host_bytes[rank] = max(host_bytes[rank], swapped)
+                swapped_bytes[rank] = swapped - (own_host_bytes if each.frees else 0)
             events.append(Event(microbatch=each.microbatch, rank=rank, start_s=start_s, stop_s=stop_s))
     last_s = max(finish_s)
     if cost.sharding is Sharding.ZERO3:
@@ -225,6 +233,7 @@ def run_schedule(prices: Iterable[MicrobatchPrice], *, num_ranks: int, cost: Cos
         rank_peak_bytes=tuple(
             max(int(cost.memory.fixed_bytes + held), cost.memory.update_bytes) for held in peak_bytes
         ),
+        rank_host_bytes=tuple(host_bytes),
         events=tuple(events),
     )
 

@@ -290,6 +290,13 @@ def _verify_in_flight(simulation: Simulation, cost: CostModel, limits: PlanLimit
             f"rank {rank}: its microbatches in flight over {cost.num_stages} pipeline stages need "
             f"{format_bytes(simulation.peak_bytes)}, over the budget of {format_bytes(limits.device_budget_bytes)}"
         )
+    swapped_bytes = max(simulation.rank_host_bytes)
+    if swapped_bytes > limits.host_budget_bytes:
+        rank = simulation.rank_host_bytes.index(swapped_bytes)
+        raise PlanError(
+            f"rank {rank}: its microbatches in flight over {cost.num_stages} pipeline stages swap "
+            f"{format_bytes(swapped_bytes)} to its host, over the budget of {format_bytes(limits.host_budget_bytes)}"
+        )
 
 
 def _verify_memory(price: MicrobatchPrice, place: str, cost: CostModel, limits: PlanLimits) -> None:

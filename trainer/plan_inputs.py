@@ -48,7 +48,7 @@ def plans_chunks(config: TrainConfig) -> bool:
 def measures_policies(cost: CostModel) -> bool:
     """Whether what the cost model does not say of swapping, recomputing and chunks may be measured in this run and
     added: only where its bytes and seconds are a machine's own."""
-    return cost.activation is None and cost.num_stages == 1 and cost.provenance.source == "measured"
+    return cost.activation is None and cost.provenance.source == "measured"
 
 
 def with_policies(limits: PlanLimits, *, host_budget_bytes: int) -> PlanLimits:
@@ -107,7 +107,7 @@ def _what_helps(config: TrainConfig, cost: CostModel) -> str:
     for the policy it was made with, so there only what the plan chooses can help."""
     policy, strategy = config.memory.policy, config.plan.strategy
     chooses = strategy in POLICY_STRATEGIES
-    can_choose = cost.num_stages == 1 and (cost.activation is not None or measures_policies(cost))
+    can_choose = cost.activation is not None or measures_policies(cost)
     tries, why = [], ""
     if can_choose and not (policy == "auto" and chooses):
         flags = [*([] if chooses else ["--strategy adaptive"]), *([] if policy == "auto" else ["--memory auto"])]

@@ -51,6 +51,7 @@ from trainer.swap_setup import (
     tier_limit_bytes,
     tier_name_of,
 )
+from trainer.transformer import StageShard
 
 _VERSION = 2
 """Goes up with every change of what is measured: older stored results are then measured again."""
@@ -170,10 +171,9 @@ def _why_keep(config: TrainConfig, runtime: Runtime, cost: CostModel, limits: Pl
     most, budget = cost.device_bytes(most_rows(config) * cost.num_stages), limits.device_budget_bytes
     if most <= budget:
         return f"a whole step on one device would take {format_bytes(most)} of {format_bytes(budget)}"
-    if cost.num_stages > 1:
-        return "policies are not planned with pipeline stages"
-    if len(runtime.model.layers) <= RECOMPUTE_KEEPS_LAYERS:
-        return "the model has one layer, and the last one stays"
+    if _fewest_layers(runtime) <= RECOMPUTE_KEEPS_LAYERS:
+        where = "the model has" if cost.num_stages == 1 else "a pipeline stage has"
+        return f"{where} one layer, and the last one stays"
     if cost.activation is None and not measures_policies(cost):
         return f"{config.plan.cost} does not price swapping and recomputing"
     return ""
@@ -181,8 +181,18 @@ def _why_keep(config: TrainConfig, runtime: Runtime, cost: CostModel, limits: Pl
 
 def _kept_layers(runtime: Runtime) -> int:
     """Swapping needs one layer more that stays than recomputing; of two layers none would be left."""
-    can_swap = len(runtime.model.layers) > SWAP_KEEPS_LAYERS
+    can_swap = _fewest_layers(runtime) > SWAP_KEEPS_LAYERS
     return SWAP_KEEPS_LAYERS if can_swap else RECOMPUTE_KEEPS_LAYERS
+
+
+def _stage_layers(runtime: Runtime) -> tuple[int, ...]:
+    """Layers of each pipeline stage."""
+    num_layers, num_stages = runtime.model.spec.num_layers, runtime.mesh.num_stages
+    return tuple(len(StageShard(stage, num_stages).layers(num_layers)) for stage in range(num_stages))
+
+
+def _fewest_layers(runtime: Runtime) -> int:
+    return min(_stage_layers(runtime))
 
 
 def _profile(config: TrainConfig, runtime: Runtime, cost: CostModel, limits: PlanLimits) -> _Layer:
@@ -213,7 +223,7 @@ def _capacity_bytes(
     if _kept_layers(runtime) < SWAP_KEEPS_LAYERS:
         return 0
     limit_bytes = tier_limit_bytes(config, runtime, tier_name, local_world_size)
-    layers = len(runtime.model.layers) - SWAP_KEEPS_LAYERS
+    layers = len(runtime.model.layers) - (SWAP_KEEPS_LAYERS if runtime.model.stage.is_last else 0)
     needed = int(layers * layer.most_bytes * most_rows(config) * _ROOM_TO_SPARE) + padding_bytes(runtime)
     return min(limit_bytes, needed)
 
@@ -234,7 +244,7 @@ def _stored_or_measured(
         activation, chunks = cost.activation, None
         if activation is None:
             activation = _measure(config, runtime, cost, layer, tier_name)
-            if plans_chunks(config) and chunks_may_pay(runtime, cost, activation):
+            if plans_chunks(config) and cost.num_stages == 1 and chunks_may_pay(runtime, cost, activation):
                 # half of what one layer was measured with: as much as calibration has run whole on one rank
                 chunks = measure_chunks(runtime, cost, limits, num_tokens=max(1, layer.alone.num_tokens // 2))
         found = _shared(runtime, _Measured(activation=activation, host_budget_bytes=host_budget, chunks=chunks))
@@ -270,8 +280,11 @@ def _shared(runtime: Runtime, measured: _Measured | None) -> _Measured | None:
 def _measure(
     config: TrainConfig, runtime: Runtime, cost: CostModel, layer: _Layer, tier_name: str
 ) -> ActivationFit:
-    layers = len(runtime.model.layers) - _kept_layers(runtime)
-    profile = layer.alone
+    """What is freed for a token is the least of all stages. With several, all but the last one put every layer away:
+    then more is copied and computed again than counts as freed (the layers in use are there for each microbatch in
+    flight, as if none of the others could use their room)."""
+    layers, profile = _fewest_layers(runtime) - _kept_layers(runtime), layer.alone
+    num_busy = layers if cost.num_stages == 1 else max(_stage_layers(runtime))
     can_swap = _kept_layers(runtime) == SWAP_KEEPS_LAYERS
     store, load = link_bytes_per_s(config, runtime, tier_name) if can_swap else (1.0, 1.0)
     microbatch_s = cost.group_s(AttentionKind.LOCAL, 1, [profile.num_tokens])
@@ -279,9 +292,10 @@ def _measure(
     return ActivationFit(
         swap_bytes_per_token=min(layers * layer.least_bytes, most) if can_swap else 0.0,
         recompute_bytes_per_token=min(layers * layer.recomputable_bytes, most),
-        recompute_s_per_token=layers * sum(t.recompute_s_per_token for t in profile.tensors if t.bytes_per_token),
+        recompute_s_per_token=num_busy * sum(t.recompute_s_per_token for t in profile.tensors if t.bytes_per_token),
         copy_bytes_per_s=min(store, 2 * load),
         hidden_share=min(1.0, layers * profile.forward_s / microbatch_s) if microbatch_s > 0 else 0.0,
+        host_bytes_per_byte=num_busy / layers if can_swap else 1.0,
     )
 
 

@@ -7,7 +7,7 @@ from planner.cost import CostModel
 from planner.layout import local_token_counts
 from planner.model_spec import ModelSpec
 from planner.plan import StepPlan
-from planner.simulate import price_microbatch
+from planner.simulate import price_microbatch, simulate, step_lengths
 from trainer.metrics import StepReport
 from trainer.step import StepOutcome
 
@@ -60,16 +60,14 @@ def make_report(
 
 
 def predicted_host_bytes(plan: StepPlan, cost: CostModel, memory: ActivationMemory) -> int:
-    """Most bytes that one device of this plan has in its tier, by the plan's policies and, where it keeps, the run's;
-    with pipeline stages, of as many microbatches of that size as a stage holds at most."""
-    lengths, most = [sequence.num_tokens for sequence in plan.sequences], 0.0
-    for microbatch in plan.microbatches:
-        fullest = max(price_microbatch(microbatch, lengths, cost).rank_tokens)
-        swapped = cost.host_bytes(fullest, microbatch.memory)
-        if microbatch.memory.is_keep:
-            swapped = int(memory.tier_bytes_per_token * fullest)
-        most = max(most, swapped)
-    return int(most) * plan.num_stages
+    """Most bytes that one device of this plan has in its tier, by the plan's policies or, where it keeps all, the
+    run's: of as many microbatches of the largest size as a stage holds at most."""
+    planned = max(simulate(plan, cost).rank_host_bytes)
+    if planned or not memory.tier_bytes_per_token:
+        return planned
+    lengths = step_lengths(plan)
+    fullest = max((max(price_microbatch(each, lengths, cost).rank_tokens) for each in plan.microbatches), default=0)
+    return int(memory.tier_bytes_per_token * fullest) * plan.num_stages
 
 
 def num_executed_tokens(plan: StepPlan) -> int:

@@ -168,7 +168,7 @@ def test_an_interrupt_is_one_line_and_leaves_no_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("flags", "message"), [
     (["--pipeline-parallel", "3"], "--tensor-parallel 1 x --pipeline-parallel 3 must divide the 4 devices of laptop"),
     (["--pipeline-parallel", "x"], "--pipeline-parallel: expected a whole number of at least 1, got 'x'"),
-    (["--pipeline-parallel", "2", "--memory", "auto"], "--memory auto: with pipeline stages only keep is priced"),
+    (["--pipeline-parallel", "2", "--memory", "chunk"], "--memory chunk: chunks are not priced with pipeline stages"),
     (["--pipeline-parallel", "8", "--cluster", "h200-8"], "8 pipeline stages are more than its 4 layers"),
     (["--tensor-parallel", "8", "--cluster", "h200-8"], "--tensor-parallel 8 does not divide the 4 query heads"),
 ])

@@ -14,18 +14,27 @@ from planner.adaptive_space import every_shape
 from planner.analytic import derive_cost
 from planner.assemble import GroupChoice, assemble_plan
 from planner.bounds import step_bound_s
-from planner.cost import CostModel
+from planner.cost import CostModel, PlanLimits
 from planner.drift import planned_span_s
 from planner.errors import InfeasibleError, PlanError, SpecError
 from planner.pipeline_order import StageWork, pipeline_order
-from planner.plan import Sharding, SolveStatus, StepPlan, plan_digest, plan_from_json, plan_to_json
+from planner.plan import MemoryAction, Sharding, SolveStatus, StepPlan, plan_digest, plan_from_json, plan_to_json
 from planner.pp_balance import best_placing
 from planner.simulate import simulate
 from planner.specs import load_cluster, load_model
 from planner.step_planner import STRATEGIES, plan_step
 from planner.verify import verify_plan
 from tests.planner.random_plans import random_case, reprice
-from tests.planner.step_cases import LOCAL, RING, ULYSSES, make_cost, make_limits, skewed_lengths, with_activation
+from tests.planner.step_cases import (
+    LOCAL,
+    RING,
+    ULYSSES,
+    make_cost,
+    make_limits,
+    skewed_lengths,
+    with_activation,
+    with_chunks,
+)
 from tests.planner.test_adaptive import adaptive, others
 
 BOTH = (ULYSSES, RING)
@@ -110,6 +119,55 @@ def test_every_strategy_stays_within_memory_and_adaptive_is_ahead(
         assert bound_s <= other.predicted_s * (1 + 1e-9), name
 
 
+def with_policies(limits: PlanLimits, *, host_bytes: int) -> PlanLimits:
+    return replace(
+        limits, policies=(MemoryAction.KEEP, MemoryAction.SWAP, MemoryAction.RECOMPUTE), host_budget_bytes=host_bytes
+    )
+
+
+@given(
+    st.integers(0, 10**6), st.sampled_from([1, 2, 5]), st.integers(1, 25), st.sampled_from([2, 3, 4]),
+    st.sampled_from([0, 10**7, 10**9]), st.floats(1, 2),
+)
+@settings(max_examples=25, deadline=None)
+def test_policies_stay_within_device_and_host_in_flight(
+    seed: int, num_ranks: int, num_sequences: int, num_stages: int, host_bytes: int, copied: float
+) -> None:
+    """``plan_step`` verifies both, and the bound. What fits with everything kept is planned no worse."""
+    cost = with_activation(staged_cost(num_ranks, num_stages))
+    assert cost.activation is not None
+    cost = replace(cost, activation=replace(cost.activation, host_bytes_per_byte=copied))
+    limits = with_policies(make_limits(kinds=BOTH, max_nodes=10), host_bytes=host_bytes)
+    lengths = skewed_lengths(seed, num_sequences, num_ranks * 8192 // num_stages)
+    for strategy in ("adaptive", "hdp", "hdp-floor"):
+        kept = None
+        for allowed in (replace(limits, policies=(MemoryAction.KEEP,)), limits):
+            try:
+                plan = plan_step(lengths, step=0, num_ranks=num_ranks, cost=cost, limits=allowed, strategy=strategy)
+            except InfeasibleError:
+                assert kept is None, "policies made it impossible"
+                continue
+            if strategy == "adaptive" and kept is not None:
+                assert plan.predicted_s <= kept.predicted_s * (1 + 1e-9)
+            kept = plan
+
+
+def test_swapped_microbatches_share_the_host_with_those_in_flight() -> None:
+    cost, limits = with_activation(staged_cost(1, 2)), with_policies(make_limits(), host_bytes=10**9)
+    lengths = [3000] * 4  # 4,096 tokens fit at once, so one of two in flight
+    plan = plan_step(lengths, step=0, num_ranks=1, cost=cost, limits=limits, strategy="adaptive")
+    assert all(batch.memory.swap_fraction > 0 for batch in plan.microbatches) and len(plan.microbatches) == 4
+    (swapped,) = simulate(plan, cost).rank_host_bytes
+    assert swapped == sum(cost.host_bytes(3000, batch.memory) for batch in plan.microbatches[:2])
+    for host_bytes in (swapped, swapped - 1):
+        tight = replace(limits, host_budget_bytes=host_bytes)
+        if host_bytes == swapped:
+            verify_plan(plan, lengths, num_ranks=1, cost=cost, limits=tight)
+            continue
+        with pytest.raises(PlanError, match="in flight over 2 pipeline stages swap .* to its host"):
+            verify_plan(plan, lengths, num_ranks=1, cost=cost, limits=tight)
+
+
 def test_a_sequence_that_only_fits_without_stages_is_refused() -> None:
     limits = make_limits(kinds=BOTH)
     adaptive([4096], 1, staged_cost(1, 1), limits)
@@ -160,8 +218,8 @@ def test_plan_and_runtime_must_agree_on_the_stages() -> None:
 def test_what_is_not_priced_with_stages_is_refused() -> None:
     with pytest.raises(SpecError, match="num_stages 2: sharding zero3 is not priced with pipeline stages"):
         replace(staged_cost(2, 2), sharding=Sharding.ZERO3)
-    with pytest.raises(SpecError, match="num_stages 2: swapping or recomputing"):
-        replace(with_activation(make_cost(2)), num_stages=2)
+    with pytest.raises(SpecError, match="num_stages 2: running in chunks"):
+        replace(with_chunks(make_cost(2)), num_stages=2)
     with pytest.raises(SpecError, match="num_stages must be at least 1, got 0"):
         staged_cost(2, 0)
 
@@ -170,7 +228,13 @@ def test_a_derived_stage_is_a_part_of_the_model() -> None:
     cluster, model = load_cluster("h200-64"), load_model("llama-3-8b")
     whole = derive_cost(cluster, model, num_ranks=16)
     stage = derive_cost(cluster, model, num_ranks=16, num_stages=4)
-    assert stage.num_stages == 4 and stage.activation is None
+    assert stage.num_stages == 4 and stage.chunks is None
+    assert whole.activation is not None and stage.activation is not None
+    # 8 of 32 layers: the two in use stay for every microbatch in flight, and all are copied
+    assert stage.activation.swap_bytes_per_token == pytest.approx(6 / 30 * whole.activation.swap_bytes_per_token)
+    assert stage.activation.copied_bytes_per_token == pytest.approx(8 / 6 * stage.activation.swap_bytes_per_token)
+    assert stage.activation.recompute_s_per_token == pytest.approx(8 / 30 * whole.activation.recompute_s_per_token)
+    assert whole.activation.host_bytes_per_byte == 1
     assert stage.memory.bytes_per_token == pytest.approx(whole.memory.bytes_per_token / 4)
     assert whole.memory.fixed_bytes / 4 < stage.memory.fixed_bytes < whole.memory.fixed_bytes / 3  # embedding or head
     alone, part = whole.time_fit(LOCAL, 1), stage.time_fit(LOCAL, 1)

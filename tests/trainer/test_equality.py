@@ -174,6 +174,8 @@ RUNS = {
 SMALL_STEPS = DataConfig(max_length=150, tokens_per_step=1050)
 DEEP = dataclasses.replace(SPEC, num_layers=4)
 """The last two layers of a run that swaps stay; two more are put away."""
+DEEPER = dataclasses.replace(SPEC, num_layers=8)
+"""Enough for two pipeline stages that swap."""
 HALF = MemoryConfig(policy="swap", swap_fraction=0.5, tier="disk")
 FLEXSP = ("flexsp", None, ULYSSES, 60)
 MEMORY_RUNS = {
@@ -213,6 +215,8 @@ PLANNED_RUNS = {  # 30 tokens a rank: 150 on four ranks do not fit if all is kep
     "adaptive, zero3": (ZERO3, "adaptive", None, RING, 30, ON_DISK, {("swap", 4)}),
     "adaptive, tensor 2": (TENSOR_2, "adaptive", None, RING, 60, ON_HOST, {("swap", 2)}),
     "adaptive, slow copies": (DATA, "adaptive", None, RING, 30, ON_DISK, {("recompute", 4)}),
+    "adaptive, pipeline 2": (STAGES_2, "adaptive", None, RING, 130, ON_DISK, {("recompute", 2)}),
+    "adaptive, pipeline 2, 8 layers": (STAGES_2, "adaptive", None, RING, 130, ON_DISK, {("swap", 2)}),
 }
 SLOW_COPIES = dataclasses.replace(ACTIVATION, copy_bytes_per_s=1.0)
 CHUNKS = ChunkFit(
@@ -225,7 +229,7 @@ PLANNED_CHUNK_RUNS = {  # nothing swapped hides and recomputing frees little: 15
     "adaptive, zero3": (ZERO3, RING, 24, {("chunks", 4)}),
     "adaptive, tensor 2": (TENSOR_2, RING, 48, {("chunks", 2)}),
 }
-CHEAP_PLANNED_RUNS = ("adaptive", "hdp with its offload ratio", "adaptive, slow copies")
+CHEAP_PLANNED_RUNS = ("adaptive", "hdp with its offload ratio", "adaptive, slow copies", "adaptive, pipeline 2")
 
 
 SECO_16 = MemoryConfig(policy="seco", chunk_tokens=16)
@@ -335,11 +339,13 @@ class TestEquality:
     def test_policies_chosen_by_the_plan_equal_the_dense_model(self, pool, deep_oracle, tmp_path, name):
         *arguments, memory, wanted = PLANNED_RUNS[name]
         options = {"activation": SLOW_COPIES if "slow" in name else ACTIVATION}
-        losses, _, final, used = pool.run(train_rank, *arguments, DEEP, memory, tmp_path, options)[0]
+        spec = DEEPER if "8 layers" in name else DEEP
+        losses, _, final, used = pool.run(train_rank, *arguments, spec, memory, tmp_path, options)[0]
         assert wanted <= used, used
-        assert losses == pytest.approx(deep_oracle[0], rel=TOLERANCE)
+        dense_losses = deep_oracle[0] if spec is DEEP else dense_run(pool, spec)[0]
+        assert losses == pytest.approx(dense_losses, rel=TOLERANCE)
         options["keeps"] = True
-        kept_losses, _, kept, _ = pool.run(train_rank, *arguments, DEEP, memory, tmp_path, options)[0]
+        kept_losses, _, kept, _ = pool.run(train_rank, *arguments, spec, memory, tmp_path, options)[0]
         assert losses == pytest.approx(kept_losses, rel=1e-6)
         assert max(np.abs(final[name] - weight).max() for name, weight in kept.items()) < 1e-6
 
