@@ -2,8 +2,9 @@
 
 Direct reads and writes at offsets where the file system has them: pages never enter the page cache, so host memory
 really stays free and nothing needs flushing (several times the speed of writing through the cache and flushing it).
-They need aligned memory, so every piece passes through one small buffer per thread. Elsewhere the page cache is used
-and given back as we go. No memory map: pages of a map count as this process's memory, and an input/output error in one
+They need aligned memory, so every piece passes through one small buffer per thread (``memory.staging``); so does what
+lies on a CUDA device, whose way to the disk leads through pinned host memory. Elsewhere the page cache is used and
+given back as we go. No memory map: pages of a map count as this process's memory, and an input/output error in one
 arrives as a signal that kills the process without saying which file. The file has no name after it is opened: however
 the process ends, SIGKILL included, the space is free again and nothing is left for a restart to trip over.
 """
@@ -20,15 +21,16 @@ from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from memory.ledger import MemoryFullError, MemoryLedger
+from memory.staging import Staging
 from memory.tiers import Stored, Tier, TierError, Transfer
 from planner.memory_lanes import BACK, OUT
 from planner.units import MIB, format_bytes
 
 DISK = "disk"
+_CPU = torch.device("cpu")
 _ALIGNMENT_BYTES = 4096
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _PIECE_BYTES = 4 * MIB
@@ -46,8 +48,9 @@ class _FileCopy:
 
 
 class DiskTier(Tier):
-    """``capacity_bytes`` of disk in ``path``, reserved when made. CPU tensors only. ``direct``: bypass the page cache
-    where the file system can.
+    """``capacity_bytes`` of disk in ``path``, reserved when made, for tensors on ``device``. ``direct``: bypass the
+    page cache where the file system can. On CUDA ``Transfer.wait`` holds up the host until the copy is done: the disk
+    sets the pace there.
 
     Raises MemoryFullError where the disk has not that much room, TierError where the file cannot be made and, from
     ``Transfer.wait``, where a read or write failed. All name the file.
@@ -55,7 +58,9 @@ class DiskTier(Tier):
 
     name = DISK
 
-    def __init__(self, path: Path, capacity_bytes: int, ledger: MemoryLedger, *, direct: bool = True) -> None:
+    def __init__(
+        self, path: Path, capacity_bytes: int, ledger: MemoryLedger, *, device: torch.device = _CPU, direct: bool = True
+    ) -> None:
         super().__init__(capacity_bytes, ledger, alignment_bytes=_ALIGNMENT_BYTES)
         self._path = path
         self._file = _open_reserved(path, capacity_bytes)
@@ -64,8 +69,10 @@ class DiskTier(Tier):
         self._unit_bytes = _ALIGNMENT_BYTES if self.is_direct else 1
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="disk-tier-write")
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="disk-tier-read")
-        num_bytes = _PIECE_BYTES if self.is_direct else mmap.PAGESIZE
-        self._out, self._in = mmap.mmap(-1, num_bytes), mmap.mmap(-1, num_bytes)  # aligned to pages
+        self._is_staged = self.is_direct or device.type == "cuda"
+        self._out, self._in = (
+            Staging(_PIECE_BYTES if self._is_staged else 0, device, alignment_bytes=_ALIGNMENT_BYTES) for _ in range(2)
+        )
         self._dirty_bytes = 0  # of the writing thread
 
     def close(self) -> None:
@@ -74,51 +81,53 @@ class DiskTier(Tier):
         self._file.close()
 
     def _write_behind(self, data: torch.Tensor, offset: int) -> Transfer:
-        return self._start(self._writer, OUT, self._write, data, offset)
+        return self._start(self._writer, self._out, OUT, self._write, data, offset)
 
     def _read_ahead(self, stored: Stored, data: torch.Tensor) -> Transfer:
-        return self._start(self._reader, BACK, self._read, data, stored.offset, stored.transfer)
+        return self._start(self._reader, self._in, BACK, self._read, data, stored.offset, stored.transfer)
 
     def _start(
-        self, worker: ThreadPoolExecutor, lane: str, work: Callable[[np.ndarray, int], None], data: torch.Tensor,
-        offset: int, after: Transfer | None = None,
+        self, worker: ThreadPoolExecutor, staging: Staging, lane: str, work: Callable[[torch.Tensor, int], None],
+        data: torch.Tensor, offset: int, after: Transfer | None = None,
     ) -> Transfer:
-        timeline, array = self.timeline, data.numpy()  # which keeps the tensor's memory alive until the worker is done
+        timeline, mark = self.timeline, staging.mark()
         subject = timeline.subject if timeline is not None else ""
 
         def copy() -> None:
             if after is not None:
                 after.wait()  # another thread writes: never read what is not there yet
-            start = timeline.stamp() if timeline is not None else None
-            work(array, offset)
+            staging.wait(mark)
+            start = timeline.stamp(staging.stream) if timeline is not None else None
+            work(data, offset)
             if timeline is not None:
-                timeline.add(lane, subject, start, array.size)
+                timeline.add(lane, subject, start, data.numel(), timeline.stamp(staging.stream))
 
         return _FileCopy(worker.submit(copy))
 
-    def _write(self, data: np.ndarray, offset: int) -> None:
-        if self.is_direct:
-            buffer = np.frombuffer(self._out, dtype=np.uint8)
-            for start in range(0, data.size, _PIECE_BYTES):
+    def _write(self, data: torch.Tensor, offset: int) -> None:
+        if self._is_staged:
+            for start in range(0, data.numel(), _PIECE_BYTES):
                 piece = data[start : start + _PIECE_BYTES]
-                np.copyto(buffer[: piece.size], piece)
-                self._put(buffer[: _rounded_up(piece.size)].data, offset + start)
+                self._out.take(piece)
+                self._put(self._out.bytes[: self._rounded_up(piece.numel())], offset + start)
         else:
-            self._put(data.data, offset)
-            self._dirty_bytes += data.size
+            self._put(data.numpy().data, offset)
+        if not self.is_direct:
+            self._dirty_bytes += data.numel()
             if self._dirty_bytes >= _GIVE_BACK_BYTES:
                 self._give_back()
 
-    def _read(self, data: np.ndarray, offset: int) -> None:
-        if self.is_direct:
-            buffer = np.frombuffer(self._in, dtype=np.uint8)
-            for start in range(0, data.size, _PIECE_BYTES):
+    def _read(self, data: torch.Tensor, offset: int) -> None:
+        if self._is_staged:
+            for start in range(0, data.numel(), _PIECE_BYTES):
                 piece = data[start : start + _PIECE_BYTES]
-                self._get(buffer[: _rounded_up(piece.size)].data, offset + start, piece.size)
-                np.copyto(piece, buffer[: piece.size])
+                num_bytes = piece.numel()
+                self._get(self._in.bytes[: self._rounded_up(num_bytes)], offset + start, num_bytes)
+                self._in.give(piece)
         else:
-            self._get(data.data, offset, data.size)
-            os.posix_fadvise(self._descriptor, offset, data.size, os.POSIX_FADV_DONTNEED)
+            self._get(data.numpy().data, offset, data.numel())
+        if not self.is_direct:
+            os.posix_fadvise(self._descriptor, offset, data.numel(), os.POSIX_FADV_DONTNEED)
 
     def _put(self, view: memoryview, offset: int) -> None:
         """Write all of ``view``. What the system left over is written again, from a whole unit on."""
@@ -157,6 +166,9 @@ class DiskTier(Tier):
             raise self._failure("write", 0, error.strerror or str(error)) from error
         os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         self._dirty_bytes = 0
+
+    def _rounded_up(self, num_bytes: int) -> int:
+        return -(-num_bytes // self._unit_bytes) * self._unit_bytes
 
     def _failure(self, what: str, offset: int, why: str) -> TierError:
         return TierError(f"disk tier {self._path}: {what} at byte {offset} failed: {why}")
@@ -202,10 +214,6 @@ def _make_direct(descriptor: int) -> bool:
         fcntl.fcntl(descriptor, fcntl.F_SETFL, flags)
         return False
     return True
-
-
-def _rounded_up(num_bytes: int) -> int:
-    return -(-num_bytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
 
 
 def free_disk_bytes(path: Path) -> int:

@@ -20,8 +20,8 @@ def chunk_memory(
     config: TrainConfig, runtime: Runtime, memory: ActivationMemory, local_world_size: int
 ) -> ActivationMemory:
     """``memory`` with the tier that K/V and dK/dV of earlier chunks go to, where the settings name one for chunked
-    training. Collective. Raises SpecError for a tier this device has not, TierError or MemoryFullError where it cannot
-    be made, InfeasibleError where the longest sample cannot fit into it."""
+    training. Collective. Raises TierError or MemoryFullError where it cannot be made, InfeasibleError where the longest
+    sample cannot fit into it."""
     chunking = runtime.chunking
     if chunking is None or not chunking.offloads:
         return memory

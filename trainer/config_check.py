@@ -151,8 +151,6 @@ def _wrong_memory(config: TrainConfig) -> Iterator[str]:
             "memory.static_plan is not built yet for pipeline_parallel above 1: microbatches overlap there, and a plan "
             "holds one; available: one stage"
         )
-    if memory.tier == "disk" and config.run.device == "cuda":
-        yield "memory.tier disk is not built yet for run.device cuda; available: host"
 
 
 def _tier_for_no_plan(config: TrainConfig) -> Iterator[str]:

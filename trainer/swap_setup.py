@@ -41,7 +41,7 @@ _FRACTION_STEPS = 32
 def make_memory(config: TrainConfig, runtime: Runtime, local_world_size: int) -> ActivationMemory:
     """What happens to saved activations in this run. Collective; every rank gets the same fractions.
 
-    Raises SpecError for a tier this device has not, TierError or InfeasibleError where the tier has not enough room.
+    Raises TierError or InfeasibleError where the tier has not enough room.
     """
     policy, device = config.memory.policy, runtime.mesh.device
     row_multiple = _CUDA_ROW_MULTIPLE if device.type == "cuda" else 1
@@ -78,11 +78,8 @@ def make_memory(config: TrainConfig, runtime: Runtime, local_world_size: int) ->
 
 
 def tier_name_of(config: TrainConfig, device: torch.device) -> str:
-    """Where this run swaps to. Raises SpecError for a tier this device has not."""
-    name = config.memory.tier or (HOST if device.type == "cuda" else DISK)
-    if name == DISK and device.type != "cpu":
-        raise SpecError("--tier disk is not built yet for cuda; use --tier host")
-    return name
+    """Where this run swaps to."""
+    return config.memory.tier or (HOST if device.type == "cuda" else DISK)
 
 
 def profile_tokens(config: TrainConfig) -> int:
@@ -215,5 +212,5 @@ def make_tier(
     """A tier of this size and the ledger it reserves in. Raises TierError and MemoryFullError."""
     ledger = MemoryLedger({tier_name: capacity_bytes})
     if tier_name == DISK:
-        return DiskTier(_swap_file(config, runtime), capacity_bytes, ledger), ledger
+        return DiskTier(_swap_file(config, runtime), capacity_bytes, ledger, device=runtime.mesh.device), ledger
     return HostTier(capacity_bytes, ledger, runtime.mesh.device), ledger

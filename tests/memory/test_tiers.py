@@ -37,6 +37,33 @@ def disk(folder, capacity_bytes=MIB, direct=True):
     return DiskTier(folder / "swap" / "rank-0.swap", capacity_bytes, ledger, direct=direct), ledger
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("direct", [True, False])
+def test_a_cuda_device_s_bytes_go_to_the_disk_and_back(tmp_path, direct):
+    """In stream order: what is stored is still being made, what is loaded into was just freed by other work."""
+    cuda, rounds, rows = torch.device("cuda"), 4, 3_000_000
+    ledger = MemoryLedger({"disk": 64 * MIB})
+    tier = DiskTier(tmp_path / "rank-0.swap", 64 * MIB, ledger, device=cuda, direct=direct)
+    stored, wanted = [], []
+    for seed in range(rounds):
+        made = torch.full((rows,), float(seed), device=cuda)
+        for _ in range(20):
+            made = made * 1.5 + 1
+        stored.append(tier.store(made))
+        wanted.append(float(made[0]))
+        stored[-1].transfer.wait()
+        del made
+    for each, value in zip(stored, wanted, strict=True):
+        busy = torch.randn(2048, 2048, device=cuda)
+        del busy
+        into = torch.empty(rows, device=cuda)
+        tier.load(each, into).wait()
+        assert torch.equal(into, torch.full_like(into, value))
+        tier.release(each)
+    tier.close()
+
+
 @pytest.fixture(params=["host", "disk", "disk through the page cache"])
 def tier(request, tmp_path):
     tier, ledger = host() if request.param == "host" else disk(tmp_path, direct=request.param == "disk")

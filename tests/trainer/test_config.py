@@ -187,7 +187,6 @@ BAD_FLAGS = [
     (["--memory", "swap", "--tier", "dsk"], "memory.tier 'dsk' is unknown (did you mean 'disk'?)"),
     (["--memory", "swap", "--memory.tier-budget", "0"], "memory.tier_budget must be above 0 bytes, got '0'"),
     (["--memory", "swap", "--memory.tier-budget", "many"], "memory.tier_budget"),
-    (["--memory", "swap", "--tier", "disk", "--run.device", "cuda"], "memory.tier disk is not built yet"),
     (["--memory", "swap", "--swap-fraction", "2"], "memory.swap_fraction must be in [0, 1], got 2.0"),
     (["--memory", "swap", "--model.num-layers", "2"],
      "memory.policy swap needs at least 3 layers, for the last 2 stay anyway; tiny has 2"),
