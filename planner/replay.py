@@ -309,7 +309,6 @@ class _Step:
             self.host_bytes, self.setting.tensor_parallel * activations * away * wave.swap_fraction
         )
 
-
     def _count_messages(self, wave: Wave, *, backward: bool) -> None:
         num_layers = self.setting.model.num_layers
         for run in wave.runs:
