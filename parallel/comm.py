@@ -186,15 +186,29 @@ def all_gather_bytes(payload: bytes, group: Group) -> list[bytes]:
     return [part.numpy().tobytes() for part in parts]
 
 
-def gather_bytes(payload: bytes, *, destination: int, group: Group) -> list[bytes]:
-    """Everyone's payload of any length, by group rank, on global rank ``destination`` of a CPU-capable group; an empty
-    list elsewhere. A maximum, then a gather of as many bytes from everyone."""
-    size = all_reduce_max(torch.tensor([len(payload)], dtype=torch.int64), group)
-    framed = bytearray(len(payload).to_bytes(8, "little") + payload.ljust(int(size.item()), b"\0"))
-    mine = torch.frombuffer(framed, dtype=torch.uint8)
-    is_destination = dist.get_rank() == destination
-    parts = [torch.empty_like(mine) for _ in range(group.size())] if is_destination else None
-    with _collective(f"gather on rank {destination}", group):
-        dist.gather(mine, parts, dst=destination, group=group)
-    found = [part.numpy().tobytes() for part in parts or ()]
-    return [data[8 : 8 + int.from_bytes(data[:8], "little")] for data in found]
+def collect_bytes(
+    payload: bytes, *, sources: SequenceOf[int], destination: int, group: Group
+) -> list[bytes]:
+    """The payloads, of any length, of these global ranks, in their order, on global rank ``destination`` of a
+    CPU-capable group; an empty list elsewhere. Ranks that are neither do nothing: it stays as cheap however many there
+    are."""
+    rank = dist.get_rank()
+    if rank == destination:
+        return [payload if source == rank else _receive_bytes(source, group) for source in sources]
+    if rank in sources:
+        data = torch.frombuffer(bytearray(payload), dtype=torch.uint8) if payload else torch.empty(0, dtype=torch.uint8)
+        with _collective(f"send to rank {destination}", group):
+            dist.send(torch.tensor([len(payload)], dtype=torch.int64), dst=destination, group=group)
+            if payload:
+                dist.send(data, dst=destination, group=group)
+    return []
+
+
+def _receive_bytes(source: int, group: Group) -> bytes:
+    size = torch.empty(1, dtype=torch.int64)
+    with _collective(f"receive from rank {source}", group):
+        dist.recv(size, src=source, group=group)
+        data = torch.empty(int(size.item()), dtype=torch.uint8)
+        if data.numel():
+            dist.recv(data, src=source, group=group)
+    return data.numpy().tobytes()

@@ -88,13 +88,16 @@ def unpack_times(
 
 
 def gather_lanes(memory: ActivationMemory, mesh: RankMesh) -> list[dict[str, Any]]:
-    """What the step's timelines hold, of each recorded data rank its ``rank_to_plain``, on rank 0; empty elsewhere.
-    Collective."""
+    """What the step's timelines hold, of each recorded data rank its ``rank_to_plain``, on rank 0; empty elsewhere. For
+    all ranks to call, without pipeline stages."""
+    recorded = [  # tensor ranks do the same
+        mesh.shape.rank(stage=0, data_rank=rank, tensor_rank=0) for rank in range(min(mesh.data_size, MOST_LANE_RANKS))
+    ]
     mine = b""
-    if mesh.tensor_rank == 0 and mesh.data_rank < MOST_LANE_RANKS:  # tensor ranks do the same
+    if mesh.rank in recorded:
         lanes = RankLanes(
             rank=mesh.data_rank, intervals=memory.timeline.read(), num_left_out=memory.timeline.num_left_out
         )
         mine = zlib.compress(json.dumps(rank_to_plain(lanes)).encode())
-    found = comm.gather_bytes(mine, destination=0, group=mesh.control_group)
+    found = comm.collect_bytes(mine, sources=recorded, destination=0, group=mesh.control_group)
     return [json.loads(zlib.decompress(payload)) for payload in found if payload]
