@@ -148,11 +148,15 @@ def test_an_interrupt_is_one_line_and_leaves_no_file(tmp_path: Path) -> None:
                "llama-3-8b", "--cluster", "h100-12288", "--batch-tokens", "64M", "--strategy", "all", "--json",
                str(target)]
     program = (
-        "import os, signal, sys, threading\n"
+        "import os, signal, sys, threading, time\n"
         "from launch import cli, plan_command\n"
         "planned = plan_command._candidates\n"
+        "def press():\n"
+        "    for pause_s in (0.2, 10, 10, 10):\n"  # again, as users do: on a loaded machine one was lost once
+        "        time.sleep(pause_s)\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
         "def interrupted(*arguments):\n"
-        "    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()\n"
+        "    threading.Thread(target=press, daemon=True).start()\n"
         "    return planned(*arguments)\n"
         "plan_command._candidates = interrupted\n"
         "sys.exit(cli.main(sys.argv[1:]))\n"

@@ -16,7 +16,7 @@ from tests.plans import cost_model
 from tests.ranks import RankPool
 from tests.trainer.test_equality import CONFIG, SPEC
 from tests.trainer.test_step import reader, start
-from trainer.calibration import MeasuredShape
+from trainer.calibration import PEAK_MARGIN, MeasuredShape
 from trainer.checkpoint import weights_digest
 from trainer.chunk_prices import _fit_bytes, _fit_seconds, _Probe, chunks_may_pay, resident_bytes
 from trainer.config import DataConfig, MemoryConfig, ParallelConfig
@@ -98,7 +98,7 @@ def test_measured_chunks_are_chosen_run_and_stay_within_their_prediction(pool, t
     cost, plan, over, note, same = pool.run(chunked_run, tmp_path, parallel)[0]
     fit = cost.chunks
     assert same and fit is not None
-    assert fit.resident_bytes_per_token == pytest.approx(1.035 * 6 * 2 * 8 * (4 + 4))
+    assert fit.resident_bytes_per_token == pytest.approx(PEAK_MARGIN * 6 * 2 * 8 * (4 + 4))
     assert fit.bytes_per_token >= SAVED * (1 - 1e-9)
     assert 2 / 7 <= fit.again_attention == fit.again_linear and fit.s_per_chunk >= 0
     assert "chunks: measured on whole microbatches in chunks of two sizes" in cost.provenance.notes
