@@ -34,8 +34,9 @@ from planner.adaptive_swap import swap_rows
 from planner.assemble import Found, GroupChoice, MicrobatchChoice, makespan_s
 from planner.bounds import settled_lengths
 from planner.cost import CostModel, PlanLimits
+from planner.errors import InfeasibleError
 from planner.memory_policy import choose_policies
-from planner.plan import AttentionKind, Sharding, SolveStatus
+from planner.plan import AttentionKind, MemoryAction, Sharding, SolveStatus
 from planner.shapes import GroupShape
 
 MAX_BUILDS = 12
@@ -126,9 +127,25 @@ def plan_adaptive(
     rival = best_rival(match)
     if rival is not None:
         groups, found_s, note = rival.groups, rival.makespan_s, f"{rival.name} plan, {note}"
+    if space.has_policies and cost.num_stages > 1:  # the search knows no stages: what keeps everything may do better
+        kept = _all_kept(match)
+        if kept is not None and makespan_s(kept.groups, lengths, num_ranks, cost) < found_s:
+            groups, note = kept.groups, f"all kept, {kept.note}"
+            found_s = makespan_s(groups, lengths, num_ranks, cost)
     proven = found_s - space.bound_s <= limits.relative_gap * (found_s + cost.step_fixed_s)
     status = SolveStatus.OPTIMAL if proven else SolveStatus.FEASIBLE
     return Found(groups=groups, status=status, bound_s=space.bound_s, note=note)
+
+
+def _all_kept(match: Match) -> Found | None:
+    """The plan without memory policies; None where that does not fit."""
+    try:
+        return plan_adaptive(
+            match.lengths, num_ranks=match.num_ranks, cost=match.cost, degree=None, deadline_s=match.deadline_s,
+            limits=replace(match.limits, policies=(MemoryAction.KEEP,)),
+        )
+    except InfeasibleError:
+        return None
 
 
 def _workshop(

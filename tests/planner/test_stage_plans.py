@@ -6,7 +6,7 @@ import random
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from parallel.program import compile_rank_program
@@ -124,6 +124,7 @@ def test_every_strategy_stays_within_memory_and_adaptive_is_ahead(
     st.integers(0, 10**6), st.sampled_from([1, 2, 5]), st.integers(1, 25), st.sampled_from([2, 3, 4]),
     st.sampled_from([0, 500, 50_000]), st.floats(1, 2),
 )
+@example(seed=0, num_ranks=2, num_sequences=14, num_stages=3, host_tokens=500, copied=1.0)
 @settings(max_examples=25, deadline=None)
 def test_policies_stay_within_device_and_host_in_flight(
     seed: int, num_ranks: int, num_sequences: int, num_stages: int, host_tokens: int, copied: float
