@@ -62,9 +62,10 @@ def make_report(
 def predicted_host_bytes(plan: StepPlan, cost: CostModel, memory: ActivationMemory) -> int:
     """Most bytes that one device of this plan has in its tier, by the plan's policies or, where it keeps all, the
     run's: of as many microbatches of the largest size as a stage holds at most."""
-    planned = max(simulate(plan, cost).rank_host_bytes)
-    if planned or not memory.tier_bytes_per_token:
-        return planned
+    if any(each.memory.swap_fraction > 0 for each in plan.microbatches):
+        return max(simulate(plan, cost).rank_host_bytes)
+    if not memory.tier_bytes_per_token:
+        return 0  # nothing is priced again in every step of a run without a tier
     lengths = step_lengths(plan)
     fullest = max((max(price_microbatch(each, lengths, cost).rank_tokens) for each in plan.microbatches), default=0)
     return int(memory.tier_bytes_per_token * fullest) * plan.num_stages
