@@ -15,8 +15,11 @@ setup(
     package_data={
         **{name: ["py.typed"] for name in PACKAGES},
         "memory": ["py.typed", "native/*.cpp"],
-        "planner": ["py.typed", "curves/*.yaml", "hardware/*.yaml", "models/*.yaml", "reproduce/data/*.yaml"],
-        "trainer": ["py.typed", "recipes/*.yaml"],
+        "planner": [
+            "py.typed", "inputs/hardware/*.yaml", "inputs/models/*.yaml", "replay/curves/*.yaml",
+            "reproduce/data/*.yaml",
+        ],
+        "trainer": ["py.typed", "settings/recipes/*.yaml"],
     },
     zip_safe=False,
     install_requires=[

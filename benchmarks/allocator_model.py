@@ -17,7 +17,7 @@ import math
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
-from planner.allocation import ALIGNMENT_BYTES, Request, live_bytes, rounded_bytes
+from planner.addresses.plan import ALIGNMENT_BYTES, Request, live_bytes, rounded_bytes
 from planner.units import MIB
 
 _SMALL_BYTES = MIB

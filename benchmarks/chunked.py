@@ -41,17 +41,18 @@ from memory.peak import give_back_freed_memory, map_large_blocks
 from memory.sparse_chunks import EXACT, ChunkSampler, ChunkWeight, Sampling, moments
 from parallel import comm
 from parallel.program import RankProgram, compile_rank_program
-from planner.model_spec import ModelSpec
+from planner.inputs.model import ModelSpec
 from planner.plan import AttentionGroup, AttentionKind, Microbatch, SolveReport, SolveStatus, Span, StepPlan
 from planner.plan import Sequence as Document
 from planner.units import format_bytes, format_seconds
-from trainer.batch import TokenRows, token_rows
 from trainer.build import build_runtime
-from trainer.chunked_step import ChunkPolicy
-from trainer.config import RunConfig, TrainConfig
-from trainer.optimizer import local_shard
+from trainer.data.batch import TokenRows, token_rows
+from trainer.model.optimizer import local_shard
 from trainer.rank_env import RankEnv
-from trainer.step import Runtime, accumulate_gradients
+from trainer.settings.tree import RunConfig, TrainConfig
+from trainer.step.chunk_policy import ChunkPolicy
+from trainer.step.one_step import accumulate_gradients
+from trainer.step.runtime import Runtime
 
 WAYS = ("whole", "checkpoint", "seco", "spaco 1/8", "seco, 1/8 kept")
 _SHARE = 8

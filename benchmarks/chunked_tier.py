@@ -31,10 +31,10 @@ from benchmarks.memory_run import Bench, Measured, Settings, bench, data_bytes, 
 from memory.chunked_tier import NUM_DKV_BUFFERS, NUM_KV_BUFFERS
 from memory.peak import give_back_freed_memory
 from memory.tiers import HOST
-from planner.memory_lanes import copy_seconds
+from planner.measured.copy_times import copy_seconds
 from planner.units import MIB, format_bytes, format_seconds
-from trainer.chunked_step import layer_row_bytes
-from trainer.optimizer import local_shard
+from trainer.model.optimizer import local_shard
+from trainer.step.chunks import layer_row_bytes
 
 SIZES = ("seco", "seco disk")
 LONGEST = ("recompute", "swap 0", "seco", "seco disk")

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.peers_kernel import packed_pairs
+from benchmarks.peers.kernel import packed_pairs
 from benchmarks.step_report import this_setting
 from launch import environment
 from parallel.comm import Message

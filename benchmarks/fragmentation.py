@@ -44,15 +44,15 @@ from parallel.comm import GroupExchange
 from parallel.engine import AttentionEngine
 from parallel.kernel import AttentionKernel, CudaFlashKernel
 from parallel.program import RankMicrobatch, compile_rank_program
-from planner.allocation import DEFAULT_LIMITS, GREEDY_ONLY, live_bytes, plan_addresses
-from planner.allocation_levels import plan_levels
-from planner.model_spec import ModelSpec
+from planner.addresses.levels import plan_levels
+from planner.addresses.plan import DEFAULT_LIMITS, GREEDY_ONLY, live_bytes, plan_addresses
+from planner.inputs.files import load_model
+from planner.inputs.model import ModelSpec
 from planner.plan import AttentionKind
-from planner.specs import load_model
 from planner.units import format_bytes
-from trainer.calibration import MeasuredShape, design_plan
-from trainer.static_plan import microbatch_kind
-from trainer.transformer import Decoder, TensorShard
+from trainer.model.transformer import Decoder, TensorShard
+from trainer.prices.calibration import MeasuredShape, design_plan
+from trainer.step.static_plan import microbatch_kind
 
 META = torch.device("meta")
 WAYS = ("torch", "torch, expandable segments", "arena")

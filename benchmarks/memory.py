@@ -37,7 +37,7 @@ from benchmarks.memory_run import (
     measure,
     predict,
 )
-from planner.memory_lanes import Interval
+from planner.measured.copy_times import Interval
 from planner.units import MIB, format_bytes, format_seconds
 
 OURS = (

@@ -8,7 +8,7 @@ from collections.abc import Sequence as SequenceOf
 from typing import Any
 
 from benchmarks.memory_run import Course
-from planner.memory_lanes import BACK, LANES, LAYERS, OUT, WAIT
+from planner.measured.copy_times import BACK, LANES, LAYERS, OUT, WAIT
 from planner.units import MIB, MICROSECONDS_PER_S
 
 _COLOURS = ("#4c566a", "#bf616a", "#2e7d32", "#1565c0", "#ef6c00")

@@ -22,17 +22,18 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from memory.peak import give_back_freed_memory, map_large_blocks
 from parallel import comm
 from parallel.program import compile_rank_program
-from planner.memory_lanes import Interval, copy_seconds
+from planner.inputs.files import load_model
+from planner.measured.copy_times import Interval, copy_seconds
 from planner.plan import AttentionKind
-from planner.specs import load_model
 from planner.units import KIB
-from trainer.batch import token_rows
 from trainer.build import build_runtime
-from trainer.calibration import MeasuredShape, calibrate, design_plan
-from trainer.config import DataConfig, MemoryConfig, PlanConfig, RunConfig, TrainConfig
-from trainer.layer_profile import profile_layer
+from trainer.data.batch import token_rows
+from trainer.prices.calibration import MeasuredShape, calibrate, design_plan
+from trainer.prices.layer_profile import profile_layer
 from trainer.rank_env import RankEnv
-from trainer.step import Runtime, accumulate_gradients, train_step
+from trainer.settings.tree import DataConfig, MemoryConfig, PlanConfig, RunConfig, TrainConfig
+from trainer.step.one_step import accumulate_gradients, train_step
+from trainer.step.runtime import Runtime
 
 VOCABULARY = 512
 MLP_IN_PIECES = " + MLP"

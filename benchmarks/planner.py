@@ -4,7 +4,7 @@
         [--solver-seconds S]
 
 For each setting (cluster, model, ranks, sequences a step) and each length set it plans the same batches with every
-strategy of ``planner`` and with the peers of ``benchmarks.planner_peers`` (which says how each of those is run), and
+strategy of ``planner`` and with the peers of ``benchmarks.peers.planners`` (which says how each of those is run), and
 prints, in markdown: the best single published strategy and its mean step time over adaptive's, the least of these
 ratios in one batch against whichever published strategy was best there, adaptive's mean and worst gap to the proven
 bound, and its mean and worst planning time, verification included. Then, by setting, the mean ratio over the length
@@ -13,8 +13,8 @@ sets beside the goal, and how often planners fail at numbers of ranks that are n
 Every length set comes twice: ``tuned`` batches are among those on which adaptive's constants were chosen (seed 0; for
 zero3 seeds 11 to 16 as well), ``held out`` ones are drawn from the same corpora with another seed (``--seed``), so the
 second are the ones to quote. Step times are predicted, from cost models derived from data sheets
-(``planner.analytic``), with the barriers of those peers that have them, and for every plan those of zero3; planning
-times are this machine's. Nothing is asserted.
+(``planner.cost.data_sheet``), with the barriers of those peers that have them, and for every plan those of zero3;
+planning times are this machine's. Nothing is asserted.
 
 ``flexsp`` and ``megatron`` in the last column are our strategies of these names, stronger than what was published: the
 first falls back on a list schedule without rounds, the second packs sequences and has no barriers. On 12,288 ranks
@@ -34,16 +34,17 @@ from itertools import islice
 from pathlib import Path
 from statistics import fmean
 
+from benchmarks.peers.planners import PeerFailureError, Step, peers
 from benchmarks.planner_any_ranks import COLUMNS as ANY_RANKS_COLUMNS
 from benchmarks.planner_any_ranks import NUM_RANKS, tally
-from benchmarks.planner_peers import PeerFailureError, Step, peers
-from planner.analytic import derive_cost
-from planner.cost import CostModel, PlanLimits
+from planner.cost.data_sheet import derive_cost
+from planner.cost.limits import PlanLimits
+from planner.cost.model import CostModel
 from planner.errors import InfeasibleError, SpecError
-from planner.length_generators import generate_lengths
-from planner.lengths_file import read_lengths
+from planner.inputs.files import load_cluster, load_model
+from planner.inputs.length_generators import generate_lengths
+from planner.inputs.lengths_file import read_lengths
 from planner.plan import AttentionKind, Sharding, StepPlan
-from planner.specs import load_cluster, load_model
 from planner.step_planner import STRATEGIES, plan_step
 
 CORPORA = ("wikipedia", "prolong", "github", "byted")

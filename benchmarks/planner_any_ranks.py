@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from benchmarks.planner_peers import PeerFailureError, megatron_core_rounds
-from planner.analytic import derive_cost
-from planner.cost import PlanLimits
+from benchmarks.peers.planners import PeerFailureError, megatron_core_rounds
+from planner.cost.data_sheet import derive_cost
+from planner.cost.limits import PlanLimits
 from planner.errors import InfeasibleError, SpecError
+from planner.inputs.files import load_cluster, load_model
 from planner.plan import AttentionKind
-from planner.specs import load_cluster, load_model
 from planner.step_planner import plan_step
 
 NUM_RANKS = (6, 12, 24, 100)

@@ -20,14 +20,15 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from planner.analytic import derive_cost
-from planner.cost import CostModel, PlanLimits
-from planner.length_generators import generate_lengths
+from planner.cost.data_sheet import derive_cost
+from planner.cost.limits import PlanLimits
+from planner.cost.model import CostModel
+from planner.inputs.files import load_cluster, load_model
+from planner.inputs.length_generators import generate_lengths
 from planner.plan import AttentionKind
-from planner.simulate import simulate
-from planner.specs import load_cluster, load_model
+from planner.pricing.simulate import simulate
+from planner.pricing.verify import verify_plan
 from planner.step_planner import STRATEGIES, greedy_step, plan_step
-from planner.verify import verify_plan
 
 LENGTHS, MODEL, LONGEST = "github", "llama-3-8b", 256 * 1024
 COLUMNS = ("what", "ms", "times the greedy plan")

@@ -30,12 +30,14 @@ from parallel.comm import GroupExchange, Message
 from parallel.engine import AttentionEngine
 from parallel.kernel import Pairs
 from parallel.program import RankMicrobatch, compile_rank_program
-from planner.analytic import derive_cost
-from planner.assemble import GroupChoice, assemble_plan
-from planner.cost import CostModel, MemoryFit, PlanLimits, Provenance, TimeFit
+from planner.cost.data_sheet import derive_cost
+from planner.cost.fits import MemoryFit, Provenance, TimeFit
+from planner.cost.limits import PlanLimits
+from planner.cost.model import CostModel
+from planner.inputs.files import load_cluster, load_model
 from planner.plan import AttentionGroup, AttentionKind, SolveStatus, StepPlan
-from planner.schedule import GroupLimits, schedule_of, write_schedule
-from planner.specs import load_cluster, load_model
+from planner.pricing.assemble import GroupChoice, assemble_plan
+from planner.schedules.exchange import GroupLimits, schedule_of, write_schedule
 from planner.step_planner import plan_step
 
 KINDS = (AttentionKind.RING, AttentionKind.DOUBLE_RING, AttentionKind.ROUTED_RING)

@@ -15,8 +15,8 @@ fixed speed. The machine must be quiet: shares of a core that others take are se
 card gives each of four ranks 6 MB/s. At a rank's 5 GFLOP/s or so, for a model 128 wide, messages then take about as
 long against products as for a 7B model on the FlexSP paper's cluster (5 to 10 GB/s between nodes for each A100).
 
-``--peers deepspeed,verl,ring-flash-attn`` adds public systems to the same run; ``benchmarks.peers`` says what is
-theirs, what is shared, and how they are installed.
+``--peers deepspeed,verl,ring-flash-attn`` adds public systems to the same run; ``benchmarks.peers.systems`` says what
+is theirs, what is shared, and how they are installed.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from benchmarks.box import Box, BoxError, BoxSpec, box_problem
-from benchmarks.peers import PEERS
-from benchmarks.peers_report import goal_lines
+from benchmarks.peers.report import goal_lines
+from benchmarks.peers.systems import PEERS
 from benchmarks.step_report import markdown, this_setting
 from benchmarks.step_results import FLEXSP, StepRun, StepSettings
 from launch import environment
 from launch.worker import die_with_parent, leave
 from planner.codec import from_plain, suggest, to_plain
 from planner.errors import EXIT_OK, LonghaulError, SpecError
-from planner.specs import load_model, model_names
+from planner.inputs.files import load_model, model_names
 from planner.step_planner import check_strategy
 
 _EXIT_FAILURE = 1

@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 
 from benchmarks.box import BoxSpec
-from benchmarks.peers_report import goal_lines, peer_facts, peer_findings, peer_head, peer_rows, prediction_finding
+from benchmarks.peers.report import goal_lines, peer_facts, peer_findings, peer_head, peer_rows, prediction_finding
 from benchmarks.step_results import (
     StepRun,
     best_static,

@@ -6,7 +6,7 @@ import statistics
 from dataclasses import dataclass
 
 from benchmarks.box import BoxSpec
-from planner.cost import Provenance
+from planner.cost.fits import Provenance
 
 FLEXSP = "flexsp"
 BATCH_BEST = "static, best of each batch"
@@ -17,8 +17,8 @@ RING_ALL = "one ring of all ranks"
 class StepSettings:
     """What to run. ``capacity_tokens``: tokens of one microbatch that a rank can hold; everything else follows.
 
-    ``strategies``: compared with the static ones, and with ``peers`` (names in ``benchmarks.peers.PEERS``). ``box``:
-    run in a cluster in a box instead of on the bare machine.
+    ``strategies``: compared with the static ones, and with ``peers`` (names in ``benchmarks.peers.systems.PEERS``).
+    ``box``: run in a cluster in a box instead of on the bare machine.
     """
 
     num_ranks: int

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 from benchmarks.lengths import skewed_batches
-from benchmarks.peers_step import GRADIENT_TOLERANCE, PeerStep, PeerSystem, check_gradients, make_peers, padded_reader
+from benchmarks.peers.step import GRADIENT_TOLERANCE, PeerStep, PeerSystem, check_gradients, make_peers, padded_reader
 from benchmarks.step_results import (
     BATCH_BEST,
     RING_ALL,
@@ -31,20 +31,23 @@ from parallel import comm
 from parallel.agree import agree_on_plan
 from parallel.program import RankProgram
 from planner.codec import from_plain, to_plain
-from planner.cost import CostModel, PlanLimits
+from planner.cost.limits import PlanLimits
+from planner.cost.model import CostModel
 from planner.errors import EXIT_BAD_CONFIG, InfeasibleError, LonghaulError, NumericError
+from planner.inputs.files import load_model
 from planner.plan import AttentionKind, Span, StepPlan, digest_of
-from planner.specs import load_model
-from planner.static import possible_degrees
+from planner.pricing.verify import verify_plan
 from planner.step_planner import plan_step
-from planner.verify import verify_plan
-from trainer.batch import TokenRows, token_rows
+from planner.strategies.static import possible_degrees
 from trainer.build import build_runtime
-from trainer.config import DataConfig, PlanConfig, RunConfig, TrainConfig
-from trainer.cost_source import obtain_cost
-from trainer.plan_inputs import plan_limits
+from trainer.data.batch import TokenRows, token_rows
+from trainer.prices.cost_source import obtain_cost
+from trainer.prices.plan_inputs import plan_limits
 from trainer.rank_env import RankEnv
-from trainer.step import ReadSpans, Runtime, StepOutcome, compile_stage_program, train_step
+from trainer.settings.tree import DataConfig, PlanConfig, RunConfig, TrainConfig
+from trainer.step.one_step import compile_stage_program, train_step
+from trainer.step.runtime import ReadSpans, Runtime
+from trainer.step.shared import StepOutcome
 
 _LOSS_TOLERANCE = 1e-4
 

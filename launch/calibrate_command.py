@@ -8,8 +8,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from planner.cost.machine_profile import MACHINE_FILE
 from planner.errors import EXIT_OK, SpecError
-from planner.machine import MACHINE_FILE
 
 
 def run(arguments: list[str]) -> int:
@@ -24,7 +24,7 @@ def run(arguments: list[str]) -> int:
     )
     parser.add_argument("--out", required=True, type=Path, help="file to write, YAML")
     options, rest = parser.parse_known_args(arguments)
-    from trainer.config import resolve_config
+    from trainer.settings.resolve import resolve_config
 
     config = resolve_config(rest)
     if not options.out.parent.is_dir():

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from launch.worker import main
-from trainer.config import TrainConfig
 from trainer.rank_env import RankEnv
+from trainer.settings.tree import TrainConfig
 
 
 def _calibrate(config: TrainConfig, env: RankEnv) -> int:

@@ -8,12 +8,13 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from launch.console import error_lines
 from planner.codec import suggest
 from planner.errors import EXIT_BAD_CONFIG, EXIT_OK, LonghaulError, SpecError
 
 if TYPE_CHECKING:
-    from trainer.config import TrainConfig
     from trainer.rank_env import RankEnv
+    from trainer.settings.tree import TrainConfig
 
 _EXIT_INTERRUPTED = 130
 _EXIT_BROKEN_PIPE = 141
@@ -67,11 +68,6 @@ def _dispatch(arguments: list[str]) -> int:
     raise SpecError(f"unknown command {verb!r}{suggest(verb, _VERBS)}; see longhaul --help")
 
 
-def error_lines(error: LonghaulError) -> str:
-    """What a person reads: each problem on its own line, each marked as ours."""
-    return "\n".join(f"longhaul: error: {line}" for line in str(error).splitlines())
-
-
 def help_text() -> str:
     """What ``longhaul --help`` prints."""
     lines = ["usage: longhaul COMMAND ...", "", "commands (longhaul COMMAND --help says more):"]
@@ -117,7 +113,7 @@ def _train(arguments: list[str]) -> int:
 
 def _resolve(arguments: list[str], env: RankEnv | None) -> TrainConfig:
     """The settings of the run. Under torchrun the number of ranks is torchrun's; a flag that differs is an error."""
-    from trainer.config import resolve_config
+    from trainer.settings.resolve import resolve_config
 
     if env is None:
         return resolve_config(arguments)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NoReturn
 
+from planner.errors import LonghaulError
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -18,3 +20,8 @@ def output_console() -> Console:
             raise BrokenPipeError
 
     return OutputConsole(highlight=False, markup=False)
+
+
+def error_lines(error: LonghaulError) -> str:
+    """What a person reads: each problem on its own line, each marked as ours."""
+    return "\n".join(f"longhaul: error: {line}" for line in str(error).splitlines())

@@ -32,7 +32,7 @@ from trainer.stop_flag import HandledSignals
 if TYPE_CHECKING:
     from torch.distributed.launcher.api import LaunchConfig
 
-    from trainer.config import TrainConfig
+    from trainer.settings.tree import TrainConfig
 
 # What a script can act on. The highest wins: a rank that says "do not requeue" outweighs one that saved.
 KNOWN_CODES = frozenset(
@@ -101,7 +101,7 @@ def write_config(config: TrainConfig) -> Path:
 
     Its paths are absolute: whoever goes on with the run from that file may stand in another folder.
     """
-    from trainer.config import config_to_yaml
+    from trainer.settings.resolve import config_to_yaml
 
     path = Path(config.run.dir).absolute() / "config.yaml"
     config = _with_absolute_paths(config, run_dir=path.parent)

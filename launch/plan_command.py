@@ -14,12 +14,12 @@ from launch.plan_replay import with_replays
 from launch.result_file import check_target, write_result
 from planner.codec import suggest
 from planner.errors import EXIT_OK, InfeasibleError, SpecError
-from planner.explain import Candidate, PlannedStep, best_candidate
-from planner.length_generators import length_names
-from planner.policy_reasons import what_helps
-from planner.schedule import attention_names
-from planner.simulate import simulate
-from planner.specs import cluster_names, model_names
+from planner.inputs.files import cluster_names, model_names
+from planner.inputs.length_generators import length_names
+from planner.pages.planned_step import Candidate, PlannedStep, best_candidate
+from planner.pages.policy_reasons import what_helps
+from planner.pricing.simulate import simulate
+from planner.schedules.exchange import attention_names
 
 _ALL = "all"
 
@@ -40,7 +40,7 @@ def run(arguments: list[str]) -> int:
         target = getattr(flags, name)
         check_target(f"--{name}", None if (name, target) == ("json", "-") else target)
     if flags.html is not None:
-        from planner.page_parts import require_plotly
+        from planner.pages.html_parts import require_plotly
 
         require_plotly()
     job = read_job(flags)
@@ -155,14 +155,14 @@ def _refusal(
 
 def _write_files(result: plan_output.Result, flags: argparse.Namespace) -> None:
     if flags.trace is not None:
-        from planner.chrome_trace import chrome_trace
+        from planner.pages.chrome_trace import chrome_trace
 
         job = result.job
         nodes_of_ranks = replace(job.cluster, devices_per_node=job.grid.node_size(job.cluster))
         trace = chrome_trace(result.steps, nodes_of_ranks)
         write_result("--trace", flags.trace, json.dumps(trace, separators=(",", ":"), allow_nan=False))
     if flags.html is not None:
-        from planner.html_report import html_page
+        from planner.pages.plan_html import html_page
 
         write_result("--html", flags.html, html_page(plan_output.page(result)))
     if flags.json is not None:

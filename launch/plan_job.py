@@ -8,18 +8,20 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from planner.analytic import derive_cost, host_budget_bytes
-from planner.breakdown import free_links
-from planner.cluster import ClusterSpec
 from planner.codec import suggest
-from planner.cost import CostModel, PlanLimits
+from planner.cost.data_sheet import derive_cost, host_budget_bytes
+from planner.cost.limits import PlanLimits
+from planner.cost.machine_profile import load_cost
+from planner.cost.model import CostModel
 from planner.errors import SpecError
-from planner.length_generators import generate_lengths, length_names, length_table
-from planner.lengths_file import batches_of_sequences, batches_of_tokens, drop_longer, read_lengths
-from planner.model_spec import ModelSpec
+from planner.inputs.cluster import ClusterSpec
+from planner.inputs.files import load_cluster, load_model, sources
+from planner.inputs.length_generators import generate_lengths, length_names, length_table
+from planner.inputs.lengths_file import batches_of_sequences, batches_of_tokens, drop_longer, read_lengths
+from planner.inputs.model import ModelSpec
 from planner.plan import MemoryAction, Sharding
-from planner.schedule import attention_kinds
-from planner.specs import load_cluster, load_cost, load_model, sources
+from planner.pricing.breakdown import free_links
+from planner.schedules.exchange import attention_kinds
 from planner.units import format_bytes, parse_bytes, parse_tokens
 
 POLICIES = {

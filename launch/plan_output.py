@@ -8,16 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from launch.console import output_console
 from launch.plan_job import Job
-from planner.breakdown import MemorySplit, memory_split, time_split
-from planner.explain import (
+from planner.pages.explain import (
     COMPARISON_COLUMNS,
     GROUP_COLUMNS,
     STEP_COLUMNS,
-    Candidate,
-    PlannedStep,
-    best_candidate,
     comparison_row,
-    fastest_replayed,
     group_rows,
     knob_lines,
     memory_line,
@@ -31,13 +26,15 @@ from planner.explain import (
     time_line,
     verdict,
 )
-from planner.policy_reasons import choosers
-from planner.policy_words import policy_line
+from planner.pages.planned_step import Candidate, PlannedStep, best_candidate, fastest_replayed
+from planner.pages.policy_reasons import choosers
+from planner.pages.policy_words import policy_line
+from planner.pricing.breakdown import MemorySplit, memory_split, time_split
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from planner.html_report import Page
+    from planner.pages.plan_html import Page
 
 PLAN_JSON_SCHEMA = 1
 MAX_GROUP_ROWS = 32
@@ -185,8 +182,8 @@ def headline(result: Result) -> tuple[str, str]:
 
 
 def page(result: Result) -> Page:
-    """The same for ``planner.html_report``."""
-    from planner.html_report import Page
+    """The same for ``planner.pages.plan_html``."""
+    from planner.pages.plan_html import Page
 
     job, first = result.job, result.steps[0]
     return Page(
@@ -215,7 +212,7 @@ def knobs_of(job: Job, strategy: str, degree: int | None) -> tuple[str, ...]:
     """What would help most, in words: the first step planned again several times, with one thing changed."""
     from rich.console import Console
 
-    from planner.knobs import Setting, best_knobs, usual_planner
+    from planner.pages.knobs import Setting, best_knobs, usual_planner
 
     lengths = job.batches[0]
     start = Setting(

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from launch.plan_job import Job
 from planner.errors import SpecError
-from planner.explain import Candidate, PlannedStep, best_candidate
+from planner.pages.planned_step import Candidate, PlannedStep, best_candidate
 from planner.plan import Sharding
 from planner.units import format_seconds
 
@@ -17,8 +17,8 @@ MAX_COMPARING_S, MAX_REPLAYING_S = 2.0, 60.0
 def with_replays(job: Job, candidates: tuple[Candidate, ...], *, draw: bool) -> tuple[Job, tuple[Candidate, ...]]:
     """The candidates with what was replayed, and the job with its sources, or with a remark that says what was not
     replayed and why. A measured cost model stands for itself. ``draw``: keep lanes of the best one's for a trace."""
-    from planner.machine_model import load_curves, scale_note
-    from planner.replay import MAX_RANKS, SCHEME, ZERO3_SCHEME, estimated_s, replay_step
+    from planner.replay.operations import load_curves, scale_note
+    from planner.replay.step import MAX_RANKS, SCHEME, ZERO3_SCHEME, estimated_s, replay_step
 
     best = best_candidate(candidates)
     if job.is_measured or best is None:

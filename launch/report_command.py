@@ -18,10 +18,10 @@ from planner.units import format_bytes, format_count, format_seconds
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from planner.drift import Executed
-    from planner.memory_lanes import CopySummary
-    from planner.run_report import RunReport
-    from trainer.run_records import RunRecords
+    from planner.measured.copy_times import CopySummary
+    from planner.measured.drift import Executed
+    from planner.pages.run_report import RunReport
+    from trainer.record.run_records import RunRecords
 
 MOST_RANKS = 16
 _FILES = ("json", "html", "trace", "refit")
@@ -43,11 +43,11 @@ def run(arguments: list[str]) -> int:
         target = getattr(flags, name)
         check_target(f"--{name}", None if (name, target) == ("json", "-") else target)
     if flags.html is not None:
-        from planner.page_parts import require_plotly
+        from planner.pages.html_parts import require_plotly
 
         require_plotly()
-    from planner.run_report import DEFAULT_FACTOR, as_json, make_run_report
-    from trainer.run_records import read_run
+    from planner.pages.run_report import DEFAULT_FACTOR, as_json, make_run_report
+    from trainer.record.run_records import read_run
 
     records = read_run(Path(flags.run_dir))
     factor, num_planned = records.setting("metrics", "drift_factor"), records.setting("run", "steps")
@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _write_files(records: RunRecords, report: RunReport, flags: argparse.Namespace) -> None:
-    from planner.run_report import as_json
+    from planner.pages.run_report import as_json
 
     step = _wanted_step(flags.step)
     shown = _shown(records, step)
@@ -91,7 +91,7 @@ def _write_files(records: RunRecords, report: RunReport, flags: argparse.Namespa
     if flags.trace is not None:
         write_result("--trace", flags.trace, json.dumps(_trace(records, shown, step), allow_nan=False))
     if flags.html is not None:
-        from planner.run_page import run_page
+        from planner.pages.run_html import run_page
 
         title = f"Run {records.folder.resolve().name}: predicted against measured"
         write_result("--html", flags.html, run_page(title, report_lines(records, report), report, shown))
@@ -120,8 +120,8 @@ def _shown(records: RunRecords, step: int | None) -> Executed | None:
 
 def _trace(records: RunRecords, shown: Executed | None, step: int | None) -> dict[str, Any]:
     """A step that was not recorded still has its plan."""
-    from planner.step_trace import step_trace
-    from trainer.run_records import read_plans
+    from planner.pages.step_trace import step_trace
+    from trainer.record.run_records import read_plans
 
     if shown is not None:
         return step_trace(*shown, records.lanes.get(shown[0].step), records.cost)
@@ -191,7 +191,7 @@ def _copies_line(copies: CopySummary) -> str:
 
 
 def _refit_line(records: RunRecords, report: RunReport) -> str:
-    from trainer.metrics import REFIT
+    from trainer.record.metrics import REFIT
 
     refit, path = report.refit, records.folder / REFIT
     if refit is None:

@@ -21,10 +21,11 @@ from types import TracebackType
 from typing import NoReturn
 
 from launch import environment
-from launch.cli import error_lines
+from launch.console import error_lines
 from planner.errors import EXIT_OK, EXIT_PREEMPTED, LonghaulError
-from trainer.config import TrainConfig, load_recipe
 from trainer.rank_env import RankEnv
+from trainer.settings.resolve import load_recipe
+from trainer.settings.tree import TrainConfig
 
 Work = Callable[[TrainConfig, RankEnv], int]
 

@@ -21,8 +21,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from planner.allocation import Request, requests_from_events
-from planner.allocation_levels import Section
+from planner.addresses.levels import Section
+from planner.addresses.plan import Request, requests_from_events
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,8 +22,8 @@ from pathlib import Path
 
 import torch
 
-from planner.allocation import GREEDY_ONLY, AddressPlan, Request, plan_addresses, requests_from_events
-from planner.allocation_rows import RowLines, fit_rows
+from planner.addresses.plan import GREEDY_ONLY, AddressPlan, Request, plan_addresses, requests_from_events
+from planner.addresses.rows import RowLines, fit_rows
 from planner.errors import LonghaulError, PlanError
 from planner.units import format_bytes
 

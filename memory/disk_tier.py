@@ -26,7 +26,7 @@ import torch
 from memory.ledger import MemoryFullError, MemoryLedger
 from memory.staging import Staging
 from memory.tiers import Stored, Tier, TierError, Transfer
-from planner.memory_lanes import BACK, OUT
+from planner.measured.copy_times import BACK, OUT
 from planner.units import MIB, format_bytes
 
 DISK = "disk"

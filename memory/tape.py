@@ -22,7 +22,7 @@ from memory.policy import ActivationPolicy
 from memory.tiers import Tier, Transfer
 from memory.timeline import Timeline
 from planner.errors import LonghaulError
-from planner.memory_lanes import LAYERS
+from planner.measured.copy_times import LAYERS
 
 PAIR = "pair"
 """Name under which the bytes of layer input and attention's saved tensors are counted."""

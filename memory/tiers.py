@@ -17,7 +17,7 @@ import torch
 from memory.ledger import MemoryFullError, MemoryLedger, Regions
 from memory.timeline import Timeline, waiting
 from planner.errors import LonghaulError
-from planner.memory_lanes import BACK, OUT
+from planner.measured.copy_times import BACK, OUT
 from planner.units import format_bytes
 
 HOST = "host"

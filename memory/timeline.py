@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from planner.memory_lanes import LAYERS, WAIT, Interval
+from planner.measured.copy_times import LAYERS, WAIT, Interval
 
 MOST_INTERVALS = 4096
 """Of one rank and step; later ones are counted only."""

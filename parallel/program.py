@@ -1,7 +1,7 @@
 """StepPlan -> what one rank does, as row numbers: pure integers, no tensors, no communication.
 
 Rows are places in the rank's local tensors. A microbatch's attention rows are its groups' rows one behind the other;
-outside attention some of them may be elsewhere (``planner.linear_layout``). Inside a group they follow
+outside attention some of them may be elsewhere (``planner.schedules.linear_layout``). Inside a group they follow
 ``layout.shard_spans``; after a head exchange, ``layout.team_spans``. Held rows (received K/V) count from 0 in every
 round.
 """
@@ -13,10 +13,6 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
 from planner.errors import PlanError
-from planner.layout import local_token_counts, shard_spans, team_spans
-from planner.linear_layout import RankMoves, linear_spans, rank_moves
-from planner.lockstep import lockstep_rounds
-from planner.pipeline_order import StageWork, pipeline_order, rank_actions
 from planner.plan import (
     AttentionGroup,
     AttentionKind,
@@ -27,7 +23,11 @@ from planner.plan import (
     StepPlan,
     plan_digest,
 )
-from planner.schedule import Round, Task, Transfer, write_schedule
+from planner.pricing.lockstep import lockstep_rounds
+from planner.pricing.pipeline_order import StageWork, pipeline_order, rank_actions
+from planner.schedules.exchange import Round, Task, Transfer, write_schedule
+from planner.schedules.layout import local_token_counts, shard_spans, team_spans
+from planner.schedules.linear_layout import RankMoves, linear_spans, rank_moves
 
 Rows = tuple[int, int]
 """Half-open row range."""
@@ -71,8 +71,8 @@ class Departure:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankRound:
-    """``planner.schedule.Round`` in row numbers, its messages where they are posted. ``num_held``: rows of K/V received
-    for this round. Departures by ``wait_after``: an order that all ranks share."""
+    """``planner.schedules.exchange.Round`` in row numbers, its messages where they are posted. ``num_held``: rows of
+    K/V received for this round. Departures by ``wait_after``: an order that all ranks share."""
 
     num_held: int
     departures: tuple[Departure, ...]
@@ -107,8 +107,8 @@ class GroupProgram:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankMicrobatch:
     """One microbatch of this rank. ``index``: its place in the plan's global order. ``spans``, ``num_rows``: what it
-    holds outside attention (``planner.linear_layout``). ``moves``: how that becomes the rows of its groups; None where
-    it is them."""
+    holds outside attention (``planner.schedules.linear_layout``). ``moves``: how that becomes the rows of its groups;
+    None where it is them."""
 
     index: int
     spans: tuple[Span, ...]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from parallel.comm import Exchange, Message
-from planner.linear_layout import RankMoves
+from planner.schedules.linear_layout import RankMoves
 
 
 @dataclass(frozen=True, slots=True)

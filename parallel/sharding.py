@@ -10,7 +10,8 @@ microbatch: zero tokens through the whole model, in which FSDP reduces what has 
 one order on all ranks. A rank with nothing to do in a step runs only that one.
 
 ``zero3``: layers are gathered when they run and given back, gradients are summed and sharded in every backward: least
-memory, and all ranks go through microbatches in lockstep (``planner.lockstep``), with empty ones where they have none.
+memory, and all ranks go through microbatches in lockstep (``planner.pricing.lockstep``), with empty ones where they
+have none.
 """
 
 from __future__ import annotations

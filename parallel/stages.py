@@ -1,9 +1,9 @@
 """What a pipeline stage gets from its neighbours and gives to them: hidden states forward, their gradients backward.
 
-Receives block, sends do not; so the order of ``planner.pipeline_order`` cannot deadlock. Each direction has its own
-communicator: on NCCL a send that waits for its receiver would otherwise hold up the message that the receiver waits
-for. Sizes need no negotiation: both ends know the rows of every microbatch from the plan.
-Shapes: T rows of a microbatch on this data rank, D hidden.
+Receives block, sends do not; so the order of ``planner.pricing.pipeline_order`` cannot deadlock. Each direction has its
+own communicator: on NCCL a send that waits for its receiver would otherwise hold up the message that the receiver waits
+for. Sizes need no negotiation: both ends know the rows of every microbatch from the plan. Shapes: T rows of a
+microbatch on this data rank, D hidden.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from parallel.comm import Exchange, Message, Pending
-from planner.measured import MicrobatchTime, RankStep
+from planner.measured.step_times import MicrobatchTime, RankStep
 
 Stamp = Any
 """A float (CPU) or a recorded ``torch.cuda.Event``."""

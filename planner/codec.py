@@ -120,13 +120,18 @@ def _convert_dataclass(cls: type, data: Any, where: str) -> Any:
     for key in data:
         if key not in fields:
             raise SpecError(f"{where}: unknown key {key!r}{suggest(str(key), fields)}")
+    missing = [
+        repr(name) for name, field in fields.items()
+        if name not in data and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        keys = "key" if len(missing) == 1 else "keys"
+        raise SpecError(f"{where}: missing {keys} {', '.join(missing)} of {cls.__name__}")
     hints = typing.get_type_hints(cls)
     values = {}
-    for name, field in fields.items():
+    for name in fields:
         if name in data:
             values[name] = _convert(hints[name], data[name], f"{where}.{name}")
-        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            raise SpecError(f"{where}: missing key {name!r} of {cls.__name__}")
     try:
         return cls(**values)
     except SpecError as error:

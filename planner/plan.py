@@ -20,7 +20,7 @@ PLAN_SCHEMA = 1
 
 class AttentionKind(StrEnum):
     """How the ranks of one group share the attention of the group's sequences: the names that plans and flags know.
-    What a kind does is written in ``planner/schedules/<name>.py``, all of it."""
+    What a kind does is written in ``planner/schedules/kinds/<name>.py``, all of it."""
 
     LOCAL = "local"
     ULYSSES = "ulysses"
@@ -34,7 +34,7 @@ class AttentionKind(StrEnum):
 
 class Sharding(StrEnum):
     """When parameters are gathered. ``gather_once``: once a step, ranks may run unequal numbers of microbatches.
-    ``zero3``: layer by layer in every microbatch, so all ranks run them in lockstep (``planner.lockstep``).
+    ``zero3``: layer by layer in every microbatch, so all ranks run them in lockstep (``planner.pricing.lockstep``).
     """
 
     GATHER_ONCE = "gather_once"
@@ -125,7 +125,7 @@ class Microbatch:
     """The ranks that run one forward and backward together. Every rank of ``ranks`` is in at least one group.
 
     ``moves``: (source rank, destination rank, tokens) from where attention leaves tokens to where everything else runs
-    on them (see ``planner.linear_layout``); none where that is the same."""
+    on them (see ``planner.schedules.linear_layout``); none where that is the same."""
 
     ranks: tuple[int, ...]
     groups: tuple[AttentionGroup, ...]
@@ -162,8 +162,8 @@ class SolveReport:
 class StepPlan:
     """Everything the runtime needs to run one step. Any two ranks meet their common microbatches in this order.
 
-    ``num_stages``: with more than 1, every rank is a pipeline of so many stages (``planner.pipeline_order``), and
-    seconds and bytes of microbatches are those of one stage."""
+    ``num_stages``: with more than 1, every rank is a pipeline of so many stages (``planner.pricing.pipeline_order``),
+    and seconds and bytes of microbatches are those of one stage."""
 
     step: int
     strategy: str

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from typing import Any, TextIO
 
 from planner.codec import from_plain
-from planner.cost import CostModel, PlanLimits
+from planner.cost.limits import PlanLimits
+from planner.cost.model import CostModel
 from planner.errors import InfeasibleError, LonghaulError, SpecError
 from planner.plan import plan_to_json
 from planner.step_planner import plan_step

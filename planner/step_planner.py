@@ -6,20 +6,21 @@ import time
 from collections.abc import Sequence as SequenceOf
 from typing import Protocol
 
-from planner.adaptive import plan_adaptive
-from planner.assemble import Found, assemble_plan
 from planner.codec import suggest
-from planner.cost import CostModel, PlanLimits
+from planner.cost.limits import PlanLimits
+from planner.cost.model import CostModel
 from planner.errors import SpecError
-from planner.flexsp import plan_flexsp
-from planner.greedy import plan_greedy
-from planner.hdp import plan_hdp, plan_hdp_floor, plan_hdp_naive
-from planner.megatron_rule import plan_megatron
 from planner.plan import StepPlan
-from planner.pp_balance import plan_hdp_pp
-from planner.static import plan_static
-from planner.verify import verify_plan
-from planner.zeppelin import plan_zeppelin
+from planner.pricing.assemble import Found, assemble_plan
+from planner.pricing.verify import verify_plan
+from planner.strategies.adaptive.strategy import plan_adaptive
+from planner.strategies.flexsp.strategy import plan_flexsp
+from planner.strategies.greedy import plan_greedy
+from planner.strategies.hdp import plan_hdp, plan_hdp_floor, plan_hdp_naive
+from planner.strategies.megatron import plan_megatron
+from planner.strategies.pp_balance import plan_hdp_pp
+from planner.strategies.static import plan_static
+from planner.strategies.zeppelin import plan_zeppelin
 
 
 class Strategy(Protocol):

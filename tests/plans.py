@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from planner.assemble import GroupChoice, assemble_plan
-from planner.cost import CostModel, MemoryFit, PlanLimits, Provenance, RemapFit, TimeFit
+from planner.cost.fits import MemoryFit, Provenance, RemapFit, TimeFit
+from planner.cost.limits import PlanLimits
+from planner.cost.model import CostModel
 from planner.plan import AttentionGroup, AttentionKind, SolveStatus, StepPlan
-from planner.schedule import GroupLimits, schedule_of
-from planner.verify import verify_plan
+from planner.pricing.assemble import GroupChoice, assemble_plan
+from planner.pricing.verify import verify_plan
+from planner.schedules.exchange import GroupLimits, schedule_of
 
 MOST_HEADS = 64
 KINDS = tuple(kind for kind in AttentionKind if kind is not AttentionKind.LOCAL)

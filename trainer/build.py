@@ -18,19 +18,19 @@ from parallel.sharding import shard_model
 from parallel.stages import StageLink
 from parallel.timing import StepClock, TimedExchange
 from planner.errors import SpecError
-from planner.model_spec import ModelSpec
+from planner.inputs.model import ModelSpec
 from planner.plan import Sharding
-from trainer.chunk_memory import chunk_memory
-from trainer.chunked_step import chunk_policy
-from trainer.config import TrainConfig
-from trainer.cost_source import memory_may_bind, own_budget_bytes
-from trainer.initialize import initialize_weights
-from trainer.optimizer import ShardedAdamW
+from trainer.model.initialize import initialize_weights
+from trainer.model.optimizer import ShardedAdamW
+from trainer.model.transformer import Decoder, StageShard, TensorShard
+from trainer.prices.chunk_tier import chunk_memory
+from trainer.prices.cost_source import memory_may_bind, own_budget_bytes
+from trainer.prices.tier_setup import make_memory
 from trainer.rank_env import RankEnv
-from trainer.static_plan import make_arena
-from trainer.step import Runtime
-from trainer.swap_setup import make_memory
-from trainer.transformer import Decoder, StageShard, TensorShard
+from trainer.settings.tree import TrainConfig
+from trainer.step.chunk_policy import chunk_policy
+from trainer.step.runtime import Runtime
+from trainer.step.static_plan import make_arena
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -55,7 +55,7 @@ def build_runtime(
     """Join the process group and make mesh, model, attention engine and optimizer. Collective.
 
     Raises SpecError before any communication if this device cannot run the asked dtype, and the errors of
-    ``trainer.swap_setup`` where swapped activations have no room.
+    ``trainer.prices.tier_setup`` where swapped activations have no room.
     """
     arena = make_arena(config, env)  # before a device is chosen: that starts CUDA with the allocator it has
     device = pick_device(config, env)

@@ -9,15 +9,15 @@ import yaml
 
 from parallel import comm
 from planner.codec import to_plain
+from planner.cost.machine_profile import MACHINE_FILE, MachineProfile
 from planner.errors import EXIT_OK
-from planner.machine import MACHINE_FILE, MachineProfile
 from planner.units import format_count, format_seconds
 from trainer.build import build_runtime
-from trainer.calibration import Calibration, calibrate
-from trainer.config import TrainConfig, model_spec
-from trainer.cost_source import make_limits, measured_shapes
+from trainer.data.tokenizer import load_tokenizer
+from trainer.prices.calibration import Calibration, calibrate
+from trainer.prices.cost_source import make_limits, measured_shapes
 from trainer.rank_env import RankEnv
-from trainer.tokenizer import load_tokenizer
+from trainer.settings.tree import TrainConfig, model_spec
 
 _WORK_UNITS = {"linear": "FLOP", "attention": "FLOP", "all_to_all": "bytes", "p2p": "bytes"}
 

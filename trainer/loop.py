@@ -14,33 +14,46 @@ from parallel import comm
 from parallel.agree import agree_on_plan
 from parallel.mesh import RankMesh
 from planner.codec import from_plain, to_plain
-from planner.cost import CostModel, PlanLimits
-from planner.drift import DriftWatch, planned_span_s, refit_cost
+from planner.cost.limits import PlanLimits
+from planner.cost.model import CostModel
 from planner.errors import EXIT_OK, EXIT_PREEMPTED, InfeasibleError
-from planner.measured import MeasuredStep, measured_to_plain, microbatch_places
-from planner.memory_lanes import lanes_to_plain
+from planner.measured.copy_times import lanes_to_plain
+from planner.measured.drift import DriftWatch, planned_span_s, refit_cost
+from planner.measured.step_times import MeasuredStep, measured_to_plain, microbatch_places
 from planner.plan import StepPlan, plan_to_json
-from planner.verify import verify_plan
-from trainer.batch import SpanReader
+from planner.pricing.verify import verify_plan
 from trainer.build import build_runtime
-from trainer.checkpoint import TrainingState, choose_checkpoint, load_tensors, save_checkpoint, weights_digest
-from trainer.checkpoint_files import CHECKPOINTS, check_same_run, run_identity
-from trainer.config import TrainConfig
-from trainer.cost_source import make_limits, obtain_cost
-from trainer.ledger import LedgerPosition
-from trainer.metrics import LANES, METRICS, PLANS, REFIT, SPANS, MetricsLog, json_line, keep_steps_before, read_metrics
-from trainer.optimizer import learning_rate
+from trainer.checkpoint.manifests import CHECKPOINTS, check_same_run, run_identity
+from trainer.checkpoint.tensors import TrainingState, choose_checkpoint, load_tensors, save_checkpoint, weights_digest
+from trainer.data.batch import SpanReader
+from trainer.data.ledger import LedgerPosition
+from trainer.data.training_data import TrainingData, open_training_data
+from trainer.model.optimizer import learning_rate
 from trainer.plan_feed import PlanFeed, PlanTaken
-from trainer.plan_inputs import require_longest_fits
-from trainer.planned_memory import plan_memory, policy_note
-from trainer.progress import Progress
+from trainer.prices.cost_source import make_limits, obtain_cost
+from trainer.prices.plan_inputs import require_longest_fits
+from trainer.prices.planned_memory import plan_memory, policy_note
 from trainer.rank_env import RankEnv
-from trainer.report import make_report, predicted_host_bytes
-from trainer.run_records import read_executed
-from trainer.spans import gather_lanes, is_recorded, lanes_interval, spans_interval
-from trainer.step import Runtime, StepOutcome, compile_stage_program, train_step
+from trainer.record.metrics import (
+    LANES,
+    METRICS,
+    PLANS,
+    REFIT,
+    SPANS,
+    MetricsLog,
+    json_line,
+    keep_steps_before,
+    read_metrics,
+)
+from trainer.record.progress import Progress
+from trainer.record.run_records import read_executed
+from trainer.record.step_report import make_report, predicted_host_bytes
+from trainer.settings.tree import TrainConfig
+from trainer.step.one_step import compile_stage_program, train_step
+from trainer.step.runtime import Runtime
+from trainer.step.shared import StepOutcome
+from trainer.step.spans import gather_lanes, is_recorded, lanes_interval, spans_interval
 from trainer.stop_flag import StopFlag
-from trainer.training_data import TrainingData, open_training_data
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,7 +21,8 @@ from typing import IO
 
 import planner
 from planner.codec import to_plain
-from planner.cost import CostModel, PlanLimits
+from planner.cost.limits import PlanLimits
+from planner.cost.model import CostModel
 from planner.errors import InfeasibleError, LonghaulError, PlanError, SpecError
 from planner.plan import SolveStatus, StepPlan, plan_from_json
 from planner.service import ServiceHeader, StepRequest, error_from_plain

@@ -8,10 +8,10 @@ from pathlib import Path
 from planner.codec import from_plain
 from planner.errors import SpecError
 from planner.units import parse_bytes
-from trainer.checkpoint_files import CHECKPOINTS, check_same_run, list_checkpoints, newest_checkpoint, run_identity
-from trainer.config import RunConfig, TrainConfig
-from trainer.ledger import LedgerPosition
-from trainer.plan_inputs import (
+from trainer.checkpoint.manifests import CHECKPOINTS, check_same_run, list_checkpoints, newest_checkpoint, run_identity
+from trainer.data.ledger import LedgerPosition
+from trainer.data.training_data import TrainingData, open_training_data
+from trainer.prices.plan_inputs import (
     load_run_cost,
     measures_policies,
     plan_limits,
@@ -19,7 +19,7 @@ from trainer.plan_inputs import (
     require_longest_fits,
     with_policies,
 )
-from trainer.training_data import TrainingData, open_training_data
+from trainer.settings.tree import RunConfig, TrainConfig
 
 _NO_BUDGET_BYTES = 2**62
 

@@ -1,1 +1,1 @@
-"""Published tables rebuilt from their own inputs: one module per system, numbers with their source in ``data/``."""
+"""Published tables, rebuilt from their own inputs: one file per system."""

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
-from planner.length_generators import length_table
+from planner.inputs.length_generators import length_table
 from planner.reproduce.bytescale_step import (
     Model,
     Setting,

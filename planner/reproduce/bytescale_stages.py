@@ -1,12 +1,13 @@
-"""Microbatches of algorithm 1 placed anew by PP-Balance (``planner.pp_balance``) where every rank is a pipeline."""
+"""Microbatches of algorithm 1 placed anew by PP-Balance (``planner.strategies.pp_balance``) where every rank is a
+pipeline."""
 
 from __future__ import annotations
 
-from planner.assemble import GroupChoice, assemble_plan
-from planner.cost import CostModel
+from planner.cost.model import CostModel
 from planner.plan import SolveStatus, StepPlan
-from planner.pp_balance import best_placing
-from planner.simulate import step_lengths
+from planner.pricing.assemble import GroupChoice, assemble_plan
+from planner.pricing.simulate import step_lengths
+from planner.strategies.pp_balance import best_placing
 
 
 def pp_balance(plan: StepPlan, *, num_stages: int, cost: CostModel) -> StepPlan:

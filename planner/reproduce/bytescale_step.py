@@ -19,14 +19,16 @@ from itertools import cycle
 
 import numpy as np
 
-from planner.cost import CostModel, MemoryFit, PlanLimits, Provenance, TimeFit
-from planner.length_generators import length_table
-from planner.pipeline import PipelineWork, pipeline_makespan_s, step_makespan_s
+from planner.cost.fits import MemoryFit, Provenance, TimeFit
+from planner.cost.limits import PlanLimits
+from planner.cost.model import CostModel
+from planner.inputs.length_generators import length_table
 from planner.plan import AttentionKind, StepPlan
+from planner.pricing.verify import verify_plan
 from planner.reproduce.bytescale_stages import pp_balance
 from planner.reproduce.flexsp import pack_best_fit
+from planner.reproduce.pipeline import PipelineWork, pipeline_makespan_s, step_makespan_s
 from planner.step_planner import plan_step
-from planner.verify import verify_plan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

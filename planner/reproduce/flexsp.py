@@ -1,9 +1,9 @@
 """FlexSP's figure 4 and table 3: its released coefficients, its baselines' rules, our planner for its method.
 
 DeepSpeed: one degree, best-fit-decreasing packing to 0.9 of a group's memory. BatchAda: the best single degree of each
-batch. FlexSP: ``planner.flexsp`` alone, without the fallbacks of our strategy of that name. All three are priced as
-published: the sum over rounds of the slowest group. Only ratios are compared: the released coefficients lack
-optimizer and gradient reduction, so absolute times are too low.
+batch. FlexSP: ``planner.strategies.flexsp.strategy`` alone, without the fallbacks of our strategy of that name. All
+three are priced as published: the sum over rounds of the slowest group. Only ratios are compared: the released
+coefficients lack optimizer and gradient reduction, so absolute times are too low.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ import time
 from dataclasses import dataclass
 from itertools import islice
 
-from planner.cost import CostModel, MemoryFit, PlanLimits, Provenance, TimeFit
-from planner.flexsp import FlexspResult, flexsp_schedule
-from planner.length_generators import generate_lengths
+from planner.cost.fits import MemoryFit, Provenance, TimeFit
+from planner.cost.limits import PlanLimits
+from planner.cost.model import CostModel
+from planner.inputs.length_generators import generate_lengths
 from planner.plan import AttentionKind
 from planner.reproduce.table import Reproduction, Row, Rule, load_data
-from planner.shapes import allowed_shapes, price_table
+from planner.strategies.flexsp.strategy import FlexspResult, flexsp_schedule
+from planner.strategies.search.shapes import allowed_shapes, price_table
 from planner.units import MIB, parse_rate
 
 NUM_BATCHES = 40  # as in the paper

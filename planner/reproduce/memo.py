@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from planner.model_spec import ModelSpec
+from planner.inputs.model import ModelSpec
 from planner.reproduce.table import Reproduction, Row, Rule, load_data
 from planner.units import GIB, KIB, parse_rate
 

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from planner.codec import from_plain
 from planner.errors import SpecError
+from planner.inputs.yaml_file import read_yaml
 
 REPRODUCE_JSON_SCHEMA = 1
 
@@ -132,10 +133,8 @@ def as_json(result: Reproduction) -> dict[str, Any]:
 
 def load_data(cls: type[T], name: str) -> T:
     """``data/<name>.yaml`` as a dataclass. Raises SpecError where the file and the dataclass differ."""
-    import yaml
-
     path = Path(__file__).parent / "data" / f"{name}.yaml"
-    data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    data = read_yaml(path, f"data {name}")
     if not isinstance(data, Mapping):
         raise SpecError(f"data {name}: expected a mapping")
     return from_plain(cls, data, where=f"data {name}")

@@ -1,8 +1,8 @@
 """Zeppelin's figures 8 to 12: TE CP, routing, zones, both, and remapping, on its clusters by bytes and FLOPs alone.
 
-Zones come from ``planner.zeppelin`` on the cost model that ``longhaul plan`` would derive, the moves of the remap from
-``planner.remap``, routed transfers from ``planner.routing``; ``zeppelin_layer`` adds them up to one layer, forward and
-backward. A speed-up is TE CP's seconds of all batches over ours.
+Zones come from ``planner.strategies.zeppelin`` on the cost model that ``longhaul plan`` would derive, the moves of the
+remap from ``planner.schedules.remap``, routed transfers from ``planner.schedules.routing``; ``zeppelin_layer`` adds
+them up to one layer, forward and backward. A speed-up is TE CP's seconds of all batches over ours.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from statistics import mean
 
 import numpy as np
 
-from planner.analytic import derive_cost
-from planner.cluster import ClusterSpec
-from planner.cost import PlanLimits
-from planner.length_generators import generate_lengths
-from planner.model_spec import ModelSpec
+from planner.cost.data_sheet import derive_cost
+from planner.cost.limits import PlanLimits
+from planner.inputs.cluster import ClusterSpec
+from planner.inputs.files import load_cluster, load_model
+from planner.inputs.length_generators import generate_lengths
+from planner.inputs.model import ModelSpec
 from planner.plan import AttentionKind
 from planner.reproduce.table import Reproduction, Row, Rule, load_data
 from planner.reproduce.zeppelin_layer import Layer, ZoneGroup
-from planner.specs import load_cluster, load_model
+from planner.strategies.zeppelin import plan_zeppelin
 from planner.units import parse_rate
-from planner.zeppelin import plan_zeppelin
 
 Gains = dict[tuple[str, int, str], float]
 """Speed-up of all of Zeppelin by model, devices and lengths."""

@@ -14,12 +14,12 @@ from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
-from planner.cluster import ClusterSpec
-from planner.layout import local_token_counts
-from planner.model_spec import ModelSpec
+from planner.inputs.cluster import ClusterSpec
+from planner.inputs.model import ModelSpec
 from planner.plan import AttentionKind
-from planner.remap import Move, balanced_counts, token_moves
-from planner.routing import best_num_proxies, routed_transfer_s
+from planner.schedules.layout import local_token_counts
+from planner.schedules.remap import Move, balanced_counts, token_moves
+from planner.schedules.routing import best_num_proxies, routed_transfer_s
 
 ELEMENT_BYTES = 2
 BACKWARD_FLOP = 2.5  # of attention, over the forward's: scores are computed again

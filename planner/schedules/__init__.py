@@ -1,1 +1,1 @@
-"""One file for each kind of attention, named after it, that holds all there is to it: its ``SCHEDULE``."""
+"""What an attention group does on the wire, as data: rounds of messages and tasks, who holds what, the checker."""

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.allocator_model import CachingAllocator, simulate
-from planner.allocation import Request, live_bytes
+from planner.addresses.plan import Request, live_bytes
 from planner.units import KIB, MIB
 
 

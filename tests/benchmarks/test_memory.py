@@ -10,7 +10,7 @@ import pytest
 from benchmarks.memory import longest_table, predict_table, ways_table
 from benchmarks.memory_picture import picture, trace
 from benchmarks.memory_run import Course, Measured, Predicted
-from planner.memory_lanes import LAYERS, OUT, Interval
+from planner.measured.copy_times import LAYERS, OUT, Interval
 from planner.units import MIB
 
 

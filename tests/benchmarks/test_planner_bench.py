@@ -9,6 +9,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.peers.karmarkar_karp import karmarkar_karp
+from benchmarks.peers.planners import (
+    PeerFailureError,
+    Step,
+    barrier_step_s,
+    flexsp_published,
+    karmarkar_karp_plan,
+    megatron_core,
+    megatron_core_rounds,
+    peers,
+    priced_rounds,
+)
 from benchmarks.planner import (
     COLUMNS,
     PUBLISHED,
@@ -21,20 +33,8 @@ from benchmarks.planner import (
     read_batches,
 )
 from benchmarks.planner_any_ranks import random_batches, tally
-from benchmarks.planner_kk import karmarkar_karp
-from benchmarks.planner_peers import (
-    PeerFailureError,
-    Step,
-    barrier_step_s,
-    flexsp_published,
-    karmarkar_karp_plan,
-    megatron_core,
-    megatron_core_rounds,
-    peers,
-    priced_rounds,
-)
-from planner.assemble import GroupChoice
 from planner.plan import AttentionKind
+from planner.pricing.assemble import GroupChoice
 from planner.step_planner import STRATEGIES
 from tests.planner.step_cases import LOCAL, RING, ULYSSES, make_cost, make_limits, skewed_lengths
 

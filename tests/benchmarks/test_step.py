@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.lengths import skewed_batches
-from benchmarks.peers_report import goal_lines
+from benchmarks.peers.report import goal_lines
 from benchmarks.step import main
 from benchmarks.step_report import Setting, markdown
 from benchmarks.step_results import (
@@ -34,7 +34,7 @@ from benchmarks.step_results import (
 )
 from benchmarks.step_worker import measure_rank, turn_order
 from planner.codec import from_plain
-from planner.cost import Provenance
+from planner.cost.fits import Provenance
 from tests.ranks import RankPool
 
 SETTINGS = StepSettings(

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from launch import worker
 from planner.errors import EXIT_PREEMPTED, NumericError
-from trainer.config import TrainConfig
 from trainer.rank_env import RankEnv
+from trainer.settings.tree import TrainConfig
 
 
 def behave(config: TrainConfig, env: RankEnv) -> int:

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from planner.codec import to_plain
-from planner.cost import CostModel
-from planner.drift import Executed
-from planner.measured import measured_to_plain
+from planner.cost.model import CostModel
+from planner.measured.drift import Executed
+from planner.measured.step_times import measured_to_plain
 from planner.plan import plan_to_json
-from tests.planner.executed import cost_here, executed_on, make_plan
-from trainer.metrics import json_line
+from tests.planner.replay.executed import cost_here, executed_on, make_plan
+from trainer.record.metrics import json_line
 
 
 def record_of(executed: Executed) -> dict[str, Any]:

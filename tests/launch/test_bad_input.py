@@ -11,9 +11,9 @@ import pytest
 
 from launch import cli, local
 from tests.launch.tiny_run import train_arguments, write_corpus, write_cost
-from trainer.checkpoint_files import FORMAT, MANIFEST, run_identity, write_manifest
-from trainer.config import resolve_config
-from trainer.training_data import open_training_data
+from trainer.checkpoint.manifests import FORMAT, MANIFEST, run_identity, write_manifest
+from trainer.data.training_data import open_training_data
+from trainer.settings.resolve import resolve_config
 
 ROOT = Path(__file__).resolve().parents[2]
 

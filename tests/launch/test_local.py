@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = """
 import dataclasses, sys
 from launch import local
-from trainer.config import TrainConfig, RunConfig
+from trainer.settings.tree import TrainConfig, RunConfig
 config = TrainConfig(run=RunConfig(dir=sys.argv[1], world_size=int(sys.argv[2])))
 sys.exit(local.launch(config, worker_module="tests.launch.fake_rank"))
 """

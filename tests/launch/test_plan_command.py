@@ -13,9 +13,9 @@ import yaml
 
 from launch.plan_command import run
 from launch.plan_output import fitting_columns
-from planner.analytic import derive_cost
 from planner.codec import to_plain
-from planner.specs import load_cluster, load_model
+from planner.cost.data_sheet import derive_cost
+from planner.inputs.files import load_cluster, load_model
 from tests.launch.plan_cases import REPLAY_KEYS, STEP_KEYS, SUMMARY_KEYS, planned
 
 ROOT = Path(__file__).parents[2]

@@ -74,7 +74,7 @@ def test_a_strategy_that_cannot_is_a_line_not_the_end(
 def test_very_many_ranks_are_not_replayed(
     lengths: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from planner import replay
+    from planner.replay import step as replay
 
     monkeypatch.setattr(replay, "MAX_RANKS", 3)
     flags = ("--lengths", lengths, "--strategy", "static")

@@ -38,7 +38,7 @@ def test_the_trace_has_lanes_of_the_replay(lengths: str, tmp_path: Path) -> None
 
 
 def test_a_page_without_plotly_is_refused_before_planning(lengths: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from planner import page_parts
+    from planner.pages import html_parts as page_parts
 
     monkeypatch.setattr(page_parts, "find_spec", lambda name: None)
     with pytest.raises(SpecError, match="--html needs plotly"):

@@ -10,10 +10,10 @@ import pytest
 import yaml
 
 from launch.plan_command import run
-from planner.analytic import derive_cost
 from planner.codec import to_plain
+from planner.cost.data_sheet import derive_cost
 from planner.errors import InfeasibleError, SpecError
-from planner.specs import load_cluster, load_model
+from planner.inputs.files import load_cluster, load_model
 
 CLUSTER = ["--model", "gpt-7b", "--cluster", "a100-40g-64", "--batch-sequences", "138"]
 

@@ -11,10 +11,10 @@ import yaml
 
 from launch.cli import main
 from launch.plan_command import run
-from planner.analytic import derive_cost
 from planner.codec import to_plain
+from planner.cost.data_sheet import derive_cost
 from planner.errors import InfeasibleError, SpecError
-from planner.specs import load_cluster, load_model
+from planner.inputs.files import load_cluster, load_model
 
 ROOT = Path(__file__).parents[2]
 

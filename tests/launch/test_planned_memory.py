@@ -14,17 +14,18 @@ import pytest
 
 from launch import cli
 from memory.activations import ActivationMemory
-from planner.chunk_fit import ChunkFit
 from planner.codec import to_plain
-from planner.cost import ActivationFit, PlanLimits
+from planner.cost.chunk_fit import ChunkFit
+from planner.cost.fits import ActivationFit
+from planner.cost.limits import PlanLimits
+from planner.cost.machine_profile import load_cost
 from planner.errors import InfeasibleError
-from planner.specs import load_cost
 from planner.step_planner import greedy_step
 from tests.launch.tiny_run import train_arguments, write_corpus, write_cost
-from trainer.checkpoint_files import list_checkpoints
-from trainer.config import resolve_config
-from trainer.plan_inputs import with_policies
-from trainer.planned_memory import plan_memory
+from trainer.checkpoint.manifests import list_checkpoints
+from trainer.prices.plan_inputs import with_policies
+from trainer.prices.planned_memory import plan_memory
+from trainer.settings.resolve import resolve_config
 
 ROOT = Path(__file__).resolve().parents[2]
 SCARCE = ("--model.num-layers", "4", "--plan.device-budget", "24 B", "--world-size", "2", "--plan.wait-budget-s", "60")

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from launch import cli
-from planner.step_trace import MEASURED, PREDICTED
+from planner.pages.step_trace import MEASURED, PREDICTED
 from tests.launch.measured_run import write_run
-from tests.planner.executed import cost_here, slower
-from tests.planner.trace_rules import place_of
-from trainer.plan_inputs import load_cost
+from tests.planner.pages.trace_rules import place_of
+from tests.planner.replay.executed import cost_here, slower
+from trainer.prices.plan_inputs import load_cost
 
 ROOT = Path(__file__).resolve().parents[2]
 SLOWER = 1.5

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from launch import cli
-from planner.memory_lanes import BACK, LANES, LAYERS, OUT, WAIT
-from planner.step_trace import LANES_PER_RANK, MEASURED
+from planner.measured.copy_times import BACK, LANES, LAYERS, OUT, WAIT
+from planner.pages.step_trace import LANES_PER_RANK, MEASURED
 from planner.units import MIB
 from tests.launch.tiny_run import train_arguments, write_corpus, write_cost
-from tests.planner.trace_rules import check_trace, place_of
+from tests.planner.pages.trace_rules import check_trace, place_of
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_LAYERS, NUM_RANKS = 6, 2

@@ -17,8 +17,8 @@ import pytest
 
 from planner.plan import plan_from_json
 from tests.launch.tiny_run import train_arguments, write_corpus, write_cost
-from trainer.plan_inputs import load_cost
-from trainer.run_records import read_executed
+from trainer.prices.plan_inputs import load_cost
+from trainer.record.run_records import read_executed
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_STEPS = 16

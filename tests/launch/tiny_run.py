@@ -5,7 +5,8 @@ import random
 from pathlib import Path
 
 from planner.codec import to_plain
-from planner.cost import CostModel, MemoryFit, Provenance, TimeFit
+from planner.cost.fits import MemoryFit, Provenance, TimeFit
+from planner.cost.model import CostModel
 from planner.plan import AttentionKind
 
 MODEL = (

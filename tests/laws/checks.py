@@ -9,24 +9,19 @@ import sys
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 
-PACKAGES = ("planner", "parallel", "memory", "trainer", "launch")
+from tests.laws import rooms
+
+PACKAGES = tuple(rooms.PACKAGES)
 MAX_FILE_LINES = 420
 MAX_FUNCTION_LINES = 60
 
-MAY_IMPORT = {
-    "planner": {"planner"},
-    "parallel": {"parallel", "planner"},
-    "memory": {"memory", "planner"},
-    "trainer": {"trainer", "memory", "parallel", "planner"},
-    "launch": set(PACKAGES),
-}
 # Module prefix -> the files that may import it. The longest prefix that fits decides.
 ONE_PLACE = {
     "torch.distributed": {"parallel/comm.py", "launch/doctor.py"},  # doctor asks which backends exist, no more
     "torch.distributed.device_mesh": {"parallel/mesh.py", "parallel/sharding.py"},
     "torch.distributed.fsdp": {"parallel/sharding.py"},
-    "torch.distributed.tensor": {"parallel/sharding.py", "trainer/optimizer.py", "trainer/checkpoint.py"},
-    "torch.distributed.checkpoint": {"trainer/checkpoint.py"},
+    "torch.distributed.tensor": {"parallel/sharding.py", "trainer/model/optimizer.py", "trainer/checkpoint/tensors.py"},
+    "torch.distributed.checkpoint": {"trainer/checkpoint/tensors.py"},
     "torch.distributed.elastic": {"launch/local.py"},
     "torch.distributed.launcher": {"launch/local.py"},
     "pulp": {"planner/solver.py"},
@@ -70,7 +65,7 @@ def check_import_direction(path: str, tree: ast.AST) -> list[str]:
         top = module.split(".")[0]
         if top == "":
             found.append(f"{path}:{line}: relative import")
-        elif top in PACKAGES and top not in MAY_IMPORT[package]:
+        elif top in PACKAGES and top not in (package, *rooms.PACKAGES[package]):
             found.append(f"{path}:{line}: {package} must not import {top}")
         elif package == "planner" and top in ("torch", "megatron"):
             found.append(f"{path}:{line}: planner must not import {top}")

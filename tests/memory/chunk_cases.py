@@ -16,14 +16,14 @@ from parallel import comm
 from parallel.engine import AttentionEngine
 from parallel.kernel import CpuFlashKernel
 from parallel.program import compile_rank_program
-from planner.model_spec import ModelSpec
+from planner.inputs.model import ModelSpec
 from planner.plan import AttentionGroup, AttentionKind
 from tests.plans import verified_plan
 from tests.ranks import ThreadFabric, run_threads
 from tests.trainer import dense
-from trainer.batch import TokenRows, token_rows
-from trainer.chunked_step import run_chunked
-from trainer.transformer import Decoder, TensorShard
+from trainer.data.batch import TokenRows, token_rows
+from trainer.model.transformer import Decoder, TensorShard
+from trainer.step.chunks import run_chunked
 
 CPU = torch.device("cpu")
 SPEC = ModelSpec(

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from memory.alloc_trace import record_allocations, requests_from_snapshot
-from planner.allocation import Request, live_bytes, plan_addresses
-from planner.allocation_levels import plan_levels, section_members, section_shape
+from planner.addresses.levels import plan_levels, section_members, section_shape
+from planner.addresses.plan import Request, live_bytes, plan_addresses
 from tests.memory.allocation_cases import POLICIES, StepCase
 
 pytestmark = pytest.mark.usefixtures("lone_rank")

@@ -19,14 +19,14 @@ from memory.alloc_trace import record_allocations
 from memory.arena import AddressArena, ArenaError, ArenaLibrary, build_arena, replay
 from memory.policy import KEEP_ALL, ActivationPolicy
 from memory.token_swap import MicrobatchMemory
-from planner.allocation import GREEDY_ONLY, AddressPlan, Method, Request, plan_addresses
-from planner.allocation_levels import plan_levels
-from planner.allocation_rows import UNKNOWN, fit_rows
+from planner.addresses.levels import plan_levels
+from planner.addresses.plan import GREEDY_ONLY, AddressPlan, Method, Request, plan_addresses
+from planner.addresses.rows import UNKNOWN, fit_rows
 from planner.errors import PlanError
 from planner.units import MIB
 from tests.memory.allocation_cases import StepCase
 from tests.memory.test_token_swap import build, host_tier, run
-from tests.planner.test_allocation import traces
+from tests.planner.addresses.test_plan import traces
 
 needs_compiler = pytest.mark.skipif(
     not any(shutil.which(name) for name in ("c++", "g++", "clang++")), reason="no C++ compiler to build the arena with"

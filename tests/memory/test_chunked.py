@@ -19,7 +19,7 @@ from parallel import chunk_attention
 from parallel.engine import AttentionEngine
 from parallel.kernel import CpuFlashKernel, Pairs, choose_kernel
 from parallel.program import compile_rank_program
-from planner.cost import PlanLimits
+from planner.cost.limits import PlanLimits
 from planner.plan import AttentionKind, Span
 from planner.step_planner import STRATEGIES, plan_step
 from tests.memory.chunk_cases import (
@@ -38,7 +38,8 @@ from tests.memory.chunk_cases import (
 )
 from tests.plans import cost_model, verified_plan
 from tests.ranks import ThreadFabric
-from trainer.chunked_step import ChunkPolicy, run_chunked
+from trainer.step.chunk_policy import ChunkPolicy
+from trainer.step.chunks import run_chunked
 
 TOLERANCE = 1e-12
 LENGTHS = st.lists(st.one_of(st.integers(1, 6), st.integers(1, 40)), min_size=1, max_size=5)

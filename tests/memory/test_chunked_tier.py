@@ -29,7 +29,7 @@ from tests.memory.chunk_cases import (
     reader,
     worst_error,
 )
-from trainer.chunked_step import ChunkPolicy
+from trainer.step.chunk_policy import ChunkPolicy
 
 ROW_BYTES = 2 * SPEC.num_kv_heads * SPEC.head_dim * 8
 """Of one layer's K/V, and as much again of dK/dV: float64."""

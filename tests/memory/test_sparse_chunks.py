@@ -23,7 +23,7 @@ from tests.memory.chunk_cases import (
     random_documents,
     reader,
 )
-from trainer.chunked_step import ChunkPolicy
+from trainer.step.chunk_policy import ChunkPolicy
 
 SMALL = dataclasses.replace(SPEC, num_layers=3, ffn_dim=12)
 LENGTHS = [17, 2, 9]

@@ -14,7 +14,7 @@ from memory.policy import RECOMPUTE_ALL, ActivationPolicy
 from memory.tiers import HOST, HostTier
 from memory.timeline import Timeline
 from memory.token_swap import MicrobatchMemory
-from planner.memory_lanes import BACK, LAYERS, OUT, WAIT, copy_seconds
+from planner.measured.copy_times import BACK, LAYERS, OUT, WAIT, copy_seconds
 from planner.units import MIB
 from tests.memory.test_token_swap import WIDTH, Layer
 

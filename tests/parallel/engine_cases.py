@@ -11,11 +11,13 @@ import torch
 from parallel.engine import AttentionEngine
 from parallel.kernel import CpuFlashKernel
 from parallel.program import compile_rank_program
-from planner.assemble import GroupChoice, MicrobatchChoice, assemble_plan
-from planner.cost import CostModel, MemoryFit, PlanLimits, Provenance, RemapFit, TimeFit
+from planner.cost.fits import MemoryFit, Provenance, RemapFit, TimeFit
+from planner.cost.limits import PlanLimits
+from planner.cost.model import CostModel
 from planner.errors import PlanError
 from planner.plan import AttentionKind, SolveStatus
-from planner.verify import verify_plan
+from planner.pricing.assemble import GroupChoice, MicrobatchChoice, assemble_plan
+from planner.pricing.verify import verify_plan
 from tests.parallel.test_attention import dense_attention
 from tests.planner.random_plans import Case
 from tests.ranks import ThreadFabric, run_threads

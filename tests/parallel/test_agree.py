@@ -11,8 +11,8 @@ from parallel import comm
 from parallel.agree import agree_on_plan, compare_digests
 from planner.errors import InfeasibleError, LonghaulError, PlanMismatchError
 from planner.plan import StepPlan, plan_digest
+from planner.pricing.verify import verify_plan
 from planner.step_planner import plan_step
-from planner.verify import verify_plan
 from tests.planner.step_cases import make_cost, make_limits
 from tests.ranks import RankPool
 

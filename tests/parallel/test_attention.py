@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from parallel.engine import AttentionEngine
 from parallel.kernel import CpuFlashKernel
 from parallel.program import compile_rank_program
-from planner.layout import head_degree, shard_spans
 from planner.plan import AttentionGroup, AttentionKind
-from planner.schedule import write_schedule
-from planner.schedule_check import check_schedules
+from planner.schedules.check import check_schedules
+from planner.schedules.exchange import write_schedule
+from planner.schedules.layout import head_degree, shard_spans
 from tests.plans import KINDS, inner_degree, verified_plan
 from tests.ranks import ThreadFabric, run_threads
 

@@ -28,10 +28,10 @@ from parallel.kernel import CpuFlashKernel
 from parallel.megatron import LonghaulCoreAttention, pack_microbatch, with_longhaul_attention
 from parallel.program import compile_rank_program
 from parallel.rotary import RotaryTable
-from planner.assemble import GroupChoice
-from planner.cost import PlanLimits
+from planner.cost.limits import PlanLimits
 from planner.errors import SpecError
 from planner.plan import AttentionGroup, AttentionKind
+from planner.pricing.assemble import GroupChoice
 from planner.step_planner import plan_step
 from tests.parallel.engine_cases import SHARED_KINDS, make_case
 from tests.plans import cost_model, verified_plan

@@ -10,12 +10,14 @@ from types import ModuleType
 
 import pytest
 
-from planner.analytic import derive_cost
-from planner.cost import PlanLimits
+from planner.cost.data_sheet import derive_cost
+from planner.cost.limits import PlanLimits
 from planner.errors import PlanError
-from planner.layout import team_spans
+from planner.inputs.files import load_cluster, load_model
 from planner.plan import AttentionGroup, AttentionKind, Span
-from planner.schedule import (
+from planner.pricing.verify import verify_plan
+from planner.schedules.check import check_schedules
+from planner.schedules.exchange import (
     AttentionSchedule,
     ExchangeSchedule,
     Round,
@@ -24,11 +26,9 @@ from planner.schedule import (
     span_tasks,
     write_schedule,
 )
-from planner.schedule_check import check_schedules
-from planner.specs import load_cluster, load_model
+from planner.schedules.layout import team_spans
+from planner.schedules.wire_price import WirePrice
 from planner.step_planner import plan_step
-from planner.verify import verify_plan
-from planner.wire_price import WirePrice
 from tests.parallel.test_attention import TOLERANCE, run_case
 
 NAME = "through_first"
@@ -79,8 +79,8 @@ def write(group: AttentionGroup, lengths: list[int], group_index: int) -> Exchan
 
 @pytest.fixture
 def kind(monkeypatch: pytest.MonkeyPatch) -> Iterator[NewKind]:
-    """The one file, as if it were ``planner/schedules/through_first.py``."""
-    file = ModuleType(f"planner.schedules.{NAME}")
+    """The one file, as if it were ``planner/schedules/kinds/through_first.py``."""
+    file = ModuleType(f"planner.schedules.kinds.{NAME}")
     file.SCHEDULE = AttentionSchedule(  # type: ignore[attr-defined]
         write=write,
         inner_degree=lambda degree, limits: 1 if degree > 1 else None,
@@ -106,7 +106,7 @@ def test_a_new_kind_is_proven_and_equals_dense_attention(kind: NewKind, degree: 
 
 def test_a_new_kind_is_priced_and_chosen_by_cost(kind: NewKind, monkeypatch: pytest.MonkeyPatch) -> None:
     cluster, model = load_cluster("h200-8"), load_model("llama-3-8b")
-    monkeypatch.setattr("planner.analytic.AttentionKind", [*AttentionKind, kind])
+    monkeypatch.setattr("planner.cost.data_sheet.AttentionKind", [*AttentionKind, kind])
     cost = derive_cost(cluster, model, num_ranks=8)
     assert cost.degrees(kind) == tuple(range(2, 9))
     limits = PlanLimits(

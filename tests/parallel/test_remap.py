@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from parallel.program import compile_rank_program
 from parallel.remap import Remap
-from planner.assemble import GroupChoice
-from planner.linear_layout import rank_moves
 from planner.plan import AttentionKind
+from planner.pricing.assemble import GroupChoice
+from planner.schedules.linear_layout import rank_moves
 from tests.parallel.engine_cases import dense_results, engine_results, make_case, random_documents, worst_error
 from tests.planner.random_plans import Case, reprice, with_moves
 from tests.ranks import ThreadFabric, run_threads

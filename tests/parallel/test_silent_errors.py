@@ -22,13 +22,13 @@ from parallel.engine import AttentionEngine, MicrobatchAttention
 from parallel.heads import HeadLayout
 from parallel.kernel import CpuFlashKernel
 from parallel.program import compile_rank_program
-from planner.assemble import GroupChoice
-from planner.cost import PlanLimits
+from planner.cost.limits import PlanLimits
 from planner.errors import PlanError, SpecError
+from planner.inputs.files import load_model
 from planner.plan import AttentionKind, MemoryPolicy
-from planner.specs import load_model
+from planner.pricing.assemble import GroupChoice
+from planner.pricing.verify import verify_plan
 from planner.step_planner import STRATEGIES, plan_step
-from planner.verify import verify_plan
 from tests.parallel.engine_cases import (
     CPU,
     SHARED_KINDS,

@@ -18,11 +18,11 @@ from parallel.comm import Message
 from parallel.engine import AttentionEngine
 from parallel.kernel import CpuFlashKernel
 from parallel.program import compile_rank_program
-from planner.assemble import GroupChoice
 from planner.errors import PlanError
 from planner.plan import AttentionGroup, AttentionKind, MemoryPolicy, StepPlan
-from planner.schedule import write_schedule
-from planner.schedule_check import check_schedules
+from planner.pricing.assemble import GroupChoice
+from planner.schedules.check import check_schedules
+from planner.schedules.exchange import write_schedule
 from tests.parallel.engine_cases import (
     CPU,
     HEAD_DIM,

@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations, permutations, product
 
-from planner.layout import local_token_counts
-from planner.lockstep import lockstep_rounds
-from planner.shapes import GroupShape
-from tests.planner.test_static_greedy import partitions
+from planner.pricing.lockstep import lockstep_rounds
+from planner.schedules.layout import local_token_counts
+from planner.strategies.search.shapes import GroupShape
+from tests.planner.strategies.test_static_greedy import partitions
 
 
 @dataclass(frozen=True)

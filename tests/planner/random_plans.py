@@ -5,12 +5,14 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, replace
 
-from planner.assemble import GroupChoice, assemble_plan
-from planner.cost import CostModel, MemoryFit, PlanLimits, Provenance, TimeFit
-from planner.layout import local_token_counts
+from planner.cost.fits import MemoryFit, Provenance, TimeFit
+from planner.cost.limits import PlanLimits
+from planner.cost.model import CostModel
 from planner.plan import AttentionGroup, AttentionKind, Microbatch, SolveStatus, StepPlan
-from planner.schedule import GroupLimits, schedule_of
-from planner.simulate import price_microbatch, simulate, step_lengths
+from planner.pricing.assemble import GroupChoice, assemble_plan
+from planner.pricing.simulate import price_microbatch, simulate, step_lengths
+from planner.schedules.exchange import GroupLimits, schedule_of
+from planner.schedules.layout import local_token_counts
 
 KINDS = tuple(kind for kind in AttentionKind if kind is not AttentionKind.LOCAL)
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
-from planner.chunk_fit import ChunkFit
-from planner.cost import ActivationFit, CostModel, MemoryFit, PlanLimits, Provenance, TimeFit
+from planner.cost.chunk_fit import ChunkFit
+from planner.cost.fits import ActivationFit, MemoryFit, Provenance, TimeFit
+from planner.cost.limits import PlanLimits
+from planner.cost.model import CostModel
 from planner.plan import AttentionKind, MemoryAction
 
 LOCAL, ULYSSES, RING = AttentionKind.LOCAL, AttentionKind.ULYSSES, AttentionKind.RING

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from planner.codec import from_plain, to_plain
-from planner.cost import CostModel
+from planner.cost.model import CostModel
 from planner.errors import PlanError, SpecError
 from planner.plan import PLAN_SCHEMA, plan_digest, plan_from_json, plan_to_json
 from tests.planner.random_plans import random_case

@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 
-from planner.cost import CostModel, PlanLimits
+from planner.cost.limits import PlanLimits
+from planner.cost.model import CostModel
 from planner.errors import InfeasibleError
 from planner.plan import Sharding
+from planner.pricing.verify import verify_plan
 from planner.solver import LinearModel, SolverFailure
 from planner.step_planner import STRATEGIES, plan_step
-from planner.verify import verify_plan
 from tests.planner.step_cases import RING, ULYSSES, make_cost, make_limits, skewed_lengths
 
 ROOT = Path(__file__).parents[2]

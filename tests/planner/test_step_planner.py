@@ -14,14 +14,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planner import flexsp
 from planner.codec import to_plain
 from planner.errors import InfeasibleError, SpecError
 from planner.plan import AttentionKind, SolveStatus, plan_digest, plan_from_json
+from planner.pricing.verify import verify_plan
 from planner.service import error_from_plain
 from planner.solver import LinearModel, SolverFailure
 from planner.step_planner import greedy_step, plan_step
-from planner.verify import verify_plan
+from planner.strategies.flexsp import strategy as flexsp
 from tests.planner.step_cases import RING, ULYSSES, make_cost, make_limits, skewed_lengths
 
 BOTH = (ULYSSES, RING)

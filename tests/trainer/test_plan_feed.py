@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from planner.cost import PlanLimits
+from planner.cost.limits import PlanLimits
 from planner.errors import InfeasibleError, PlanError, SpecError
 from planner.plan import SolveStatus, plan_digest
+from planner.pricing.verify import verify_plan
 from planner.step_planner import plan_step
-from planner.verify import verify_plan
 from tests.planner.step_cases import make_cost, make_limits, skewed_lengths
 from trainer.plan_feed import PlanFeed, PlanTaken
 

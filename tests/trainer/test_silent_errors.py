@@ -25,22 +25,24 @@ from memory.chunked_loss import IGNORE
 from memory.ledger import MemoryLedger
 from parallel.agree import agree_on_plan, compare_digests
 from parallel.program import compile_rank_program
-from planner.cost import PlanLimits
+from planner.cost.limits import PlanLimits
 from planner.errors import PlanMismatchError, SpecError
 from planner.plan import AttentionGroup, AttentionKind, Span, StepPlan, plan_digest
+from planner.pricing.verify import verify_plan
 from planner.step_planner import plan_step
 from planner.units import MIB
-from planner.verify import verify_plan
 from tests.plans import cost_model, verified_plan
 from tests.ranks import RankPool
 from tests.trainer import dense
-from tests.trainer.test_equality import CONFIG, SPEC, full_weights
-from trainer.batch import TokenRows, token_rows
+from tests.trainer.step.test_equality import CONFIG, SPEC, full_weights
 from trainer.build import build_runtime
-from trainer.config import ParallelConfig, resolve_config
-from trainer.ledger import SampleLedger
+from trainer.data.batch import TokenRows, token_rows
+from trainer.data.ledger import SampleLedger
 from trainer.rank_env import RankEnv
-from trainer.step import Runtime, train_step
+from trainer.settings.resolve import resolve_config
+from trainer.settings.tree import ParallelConfig
+from trainer.step.one_step import train_step
+from trainer.step.runtime import Runtime
 
 NUM_RANKS = 4
 TOLERANCE = 1e-5

@@ -1,0 +1,1 @@
+"""What a run measured, and what that says about its cost model."""

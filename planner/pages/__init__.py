@@ -1,0 +1,1 @@
+"""What people read about plans and runs: words, tables, HTML and traces."""

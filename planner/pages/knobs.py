@@ -1,0 +1,140 @@
+"""Which setting to change next: a step planned again with one thing different, several things in turn.
+
+Both sides of a comparison come from one planner: that of the plan where a step is small, else the greedy one, whose
+gains differ. Gains are in tokens a second, because some changes alter the number of tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+from planner.cost.limits import PlanLimits
+from planner.cost.model import CostModel
+from planner.errors import InfeasibleError, SpecError
+from planner.inputs.cluster import ClusterSpec
+from planner.plan import AttentionKind, MemoryAction, StepPlan
+from planner.step_planner import greedy_step, plan_step
+from planner.units import format_bytes
+
+SMALLEST_GAIN = 0.01
+GREEDY = "greedy"
+MAX_PLANNED_WORK, MAX_WORK = 50_000, 20_000_000
+"""Ranks times sequences above which the knobs are tried with the greedy planner only, and not at all: either way they
+take a few seconds."""
+MAX_NODES = 20
+"""Branch-and-bound nodes on both sides of a comparison: a solver's last percent takes most of its time."""
+
+Pricing = Callable[[ClusterSpec, int, int], CostModel]
+"""The cost model of a cluster for a budget (bytes a device) and a longest sequence (tokens)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """All that one plan depends on, and the words for what is different in it. ``rank_devices``: of a data rank.
+    ``strategy``: one of ``STRATEGIES`` or ``GREEDY``; ``degree``: of static."""
+
+    change: str
+    cluster: ClusterSpec
+    limits: PlanLimits
+    lengths: tuple[int, ...]
+    rank_devices: int = 1
+    strategy: str = GREEDY
+    degree: int | None = None
+
+    @property
+    def num_ranks(self) -> int:
+        """Data ranks."""
+        return self.cluster.num_ranks // self.rank_devices
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Knob:
+    """A change and its gain: tokens a second after over before, less 1; the same per device."""
+
+    change: str
+    gain: float
+    gain_per_device: float
+
+
+def best_knobs(start: Setting, pricing: Pricing, *, num_knobs: int = 3) -> tuple[Knob, ...] | None:
+    """The changes that gain most, best first; None where trying them would take too long, or where the strategy finds
+    no plan to start from. See ``usual_planner``."""
+    if start.num_ranks * len(start.lengths) > MAX_WORK:
+        return None
+    try:
+        before = _tokens_per_s(start, pricing)
+    except (InfeasibleError, SpecError):
+        return None
+    found = []
+    for setting in _changes(start):
+        try:
+            gain = _tokens_per_s(setting, pricing) / before
+        except (InfeasibleError, SpecError):
+            continue  # not possible here (no room, no such group): nothing to recommend
+        per_device = gain * start.cluster.num_ranks / setting.cluster.num_ranks
+        found.append(Knob(change=setting.change, gain=gain - 1, gain_per_device=per_device - 1))
+    found.sort(key=lambda knob: -knob.gain)
+    return tuple(knob for knob in found[:num_knobs] if knob.gain >= SMALLEST_GAIN)
+
+
+def usual_planner(strategy: str, num_ranks: int, num_sequences: int) -> str:
+    """The strategy itself, or ``GREEDY`` where planning that many times with it would take too long."""
+    return strategy if num_ranks * num_sequences <= MAX_PLANNED_WORK else GREEDY
+
+
+def _tokens_per_s(setting: Setting, pricing: Pricing) -> float:
+    cost = pricing(setting.cluster, setting.limits.device_budget_bytes, max(setting.lengths))
+    if not cost.prices_policies and set(setting.limits.policies) - {MemoryAction.KEEP}:
+        raise SpecError("nothing but keeping activations is priced")
+    plan = _plan(setting, cost)
+    return plan.num_tokens / plan.predicted_s
+
+
+def _plan(setting: Setting, cost: CostModel) -> StepPlan:
+    lengths, num_ranks, limits = setting.lengths, setting.num_ranks, setting.limits
+    if setting.strategy == GREEDY:
+        return greedy_step(lengths, step=0, num_ranks=num_ranks, cost=cost, limits=limits)
+    limits = replace(limits, max_nodes=min(limits.max_nodes, MAX_NODES))
+    return plan_step(
+        lengths, step=0, num_ranks=num_ranks, cost=cost, limits=limits, strategy=setting.strategy,
+        degree=setting.degree,
+    )
+
+
+def _changes(start: Setting) -> Iterator[Setting]:
+    cluster, limits, lengths = start.cluster, start.limits, start.lengths
+    budget = limits.device_budget_bytes * 5 // 4
+    yield replace(
+        start, limits=replace(limits, device_budget_bytes=budget),
+        change=f"25 % more memory a device ({format_bytes(limits.device_budget_bytes)} -> {format_bytes(budget)})",
+    )
+    if set(limits.policies) <= {MemoryAction.KEEP}:
+        free = replace(limits, policies=tuple(MemoryAction))
+        yield replace(start, limits=free, change="--memory auto (swap, recompute, chunks)")
+    nodes = 2 * cluster.num_nodes
+    yield replace(start, cluster=replace(cluster, num_nodes=nodes), change=f"twice the nodes ({nodes})")
+    yield replace(start, lengths=lengths * 2, change=f"twice the sequences a step ({2 * len(lengths)})")
+    half = max(lengths) // 2
+    kept = tuple(length for length in lengths if length <= half)
+    if kept:
+        yield replace(
+            start, lengths=kept, change=f"--max-length {half} ({len(lengths) - len(kept)} of {len(lengths)} dropped)"
+        )
+    yield from _link_changes(start)
+    for kind in (AttentionKind.ULYSSES, AttentionKind.RING):
+        if kind not in limits.kinds:
+            yield replace(
+                start, limits=replace(limits, kinds=(*limits.kinds, kind)), change=f"{kind} attention allowed as well"
+            )
+
+
+def _link_changes(start: Setting) -> Iterator[Setting]:
+    cluster = start.cluster
+    intra, inter = cluster.intra_node, cluster.inter_node
+    if cluster.num_nodes > 1:
+        faster = replace(cluster, inter_node=replace(inter, bytes_per_s=2 * inter.bytes_per_s))
+        yield replace(start, cluster=faster, change="network between nodes twice as fast")
+    else:
+        faster = replace(cluster, intra_node=replace(intra, bytes_per_s=2 * intra.bytes_per_s))
+        yield replace(start, cluster=faster, change="links inside the node twice as fast")

@@ -1,0 +1,165 @@
+"""The layers of one wave in the replay: token-wise compute, attention, copies to the host, and how one layer's replay
+stands for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from planner.cost.data_sheet import GRADIENT_BYTES, LAYER_LAUNCH_S
+from planner.replay.lanes import LaneRecorder
+from planner.replay.state import Ledger, Recorder, Setting
+from planner.replay.waves import Wave
+from planner.replay.work import FloatArray
+
+REPLAYED_LAYERS = 2
+LAYER_PASSES, LOSS_PASSES = 6, 3
+KEPT_LAYERS = 2
+"""The last layers' activations are wanted again at once: they are neither swapped nor dropped."""
+
+Layer = Callable[[FloatArray, Ledger, Recorder | None], None]
+"""``layer(clock, ledger, record)`` moves every rank's clock over one layer."""
+
+
+def all_layers(
+    wave: Wave, layer: Layer, clock: FloatArray, num_layers: int, name: str, recorder: LaneRecorder | None
+) -> tuple[Ledger, float]:
+    """Move the clock over all layers of one direction: their seconds, and the slowest part's seconds a layer."""
+    size, ranks = len(clock), wave.ranks
+    before = drawn_from = clock.copy()
+    spent = last = Ledger.empty(size)
+    for number in range(min(num_layers, REPLAYED_LAYERS)):
+        before, last = clock.copy(), Ledger.empty(size)
+        layer(clock, last, recorder if number == 0 else None)
+        spent.add(last)
+        if number == 0:
+            drawn_from = clock.copy()
+    pace_s = np.maximum(_by_part(wave, clock) - _by_part(wave, before), _by_part(wave, last.compute_s))
+    rest = num_layers - REPLAYED_LAYERS
+    if rest > 0:
+        here = np.isin(np.arange(size), ranks)
+        _settle(last, np.where(here, pace_s - (clock - before), 0.0))
+        spent.add(last, rest)
+        clock += np.where(here, rest * pace_s, 0.0)
+    if recorder is not None and num_layers > 1:
+        recorder("compute", f"{name} of {num_layers - 1} more layers", ranks, drawn_from[ranks], clock[ranks])
+    return spent, float(pace_s[ranks].max())
+
+
+def layers(
+    wave: Wave, setting: Setting, is_free: bool = False
+) -> tuple[Layer, Layer, FloatArray]:
+    """A layer's forward and its backward as functions of the clock, and the seconds of the output head, both ways."""
+    forward_s, backward_s, head_s = (
+        wave.num_chunks * seconds for seconds in token_seconds(wave.rank_tokens / wave.num_chunks, setting)
+    )
+    backward_s = backward_s + wave.recompute_fraction * forward_s
+    model, layers = setting.model, setting.model.num_layers
+    layer_bytes = model.saved_bytes_per_token(setting.element_bytes) * wave.rank_tokens / setting.tensor_parallel
+    copy_s = wave.swap_fraction * layer_bytes / setting.machine.host_bytes_per_s * max(0, layers - KEPT_LAYERS) / layers
+    reduce_s = np.zeros_like(forward_s) if is_free else _tensor_parallel_s(wave.rank_tokens, setting)
+    weights = (model.num_query_heads + 2 * model.num_kv_heads) * model.head_dim * model.hidden_dim
+    early = weights / model.layer_active_params
+
+    def layer(is_forward: bool, clock: FloatArray, ledger: Ledger, record: Recorder | None) -> None:
+        start = clock.copy()
+        seconds, share = (forward_s, early) if is_forward else (backward_s, 1 - early)
+        _compute(wave, clock, ledger, record, "before attention", share * seconds)
+        for run in wave.runs:
+            (run.forward if is_forward else run.backward)(clock, ledger, record)
+        _compute(wave, clock, ledger, record, "after attention", (1 - share) * seconds)
+        clock += reduce_s
+        ledger.exposed_s += reduce_s
+        if wave.swap_fraction.any():
+            copied = np.where(copy_s > 0, start + copy_s, clock)
+            if record is not None:
+                record("copy", "to the host" if is_forward else "from the host", wave.ranks, start[wave.ranks],
+                       (start + copy_s)[wave.ranks])
+            ledger.swap_s += np.maximum(0.0, copied - clock)
+            np.maximum(clock, copied, out=clock)
+
+    return (
+        lambda clock, ledger, record: layer(True, clock, ledger, record),
+        lambda clock, ledger, record: layer(False, clock, ledger, record),
+        head_s,
+    )
+
+
+def token_seconds(tokens: FloatArray, setting: Setting) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Forward and backward of one layer without attention, and of the output head both ways, for this many tokens.
+
+    Moved bytes of a layer's forward: two norms (read, write) and two residuals (two reads, a write), 10 x hidden;
+    RoPE, 2 x (q + k); the gate, 3 x ffn (2 without one) for each active expert: LAYER_PASSES kernels. The backward
+    moves them twice. The loss passes over the logits three times. The launches of a layer are a floor: they run ahead
+    of the device while it is busy.
+    """
+    machine, model, element_bytes = setting.machine, setting.model, setting.element_bytes
+    split = setting.tensor_parallel
+    active, weights = model.layer_active_params / split, model.layer_linear_params / split
+    rope = 2 * (model.num_query_heads + model.num_kv_heads) * model.head_dim
+    gate = model.active_experts * (3 if model.gated_mlp else 2) * model.ffn_dim
+    moved_bytes = tokens * element_bytes * (10 * model.hidden_dim + (rope + gate) / split)
+    forward_s = machine.products_s(2 * active, tokens, element_bytes * weights)
+    forward_s += machine.move_s(moved_bytes, LAYER_PASSES)
+    grads_bytes = (element_bytes + 2 * GRADIENT_BYTES) * weights  # weights read, gradients added to those so far
+    backward_s = machine.products_s(4 * active, tokens, grads_bytes) + machine.move_s(2 * moved_bytes, LAYER_PASSES)
+    head = model.hidden_dim * model.vocab_size / split
+    head_s = machine.products_s(6 * head, tokens, (2 * element_bytes + 2 * GRADIENT_BYTES) * head)
+    head_s += machine.move_s(LOSS_PASSES * element_bytes * model.vocab_size / split * tokens, LOSS_PASSES)
+    floor_s = np.where(tokens > 0, LAYER_LAUNCH_S / 3, 0.0)
+    return np.maximum(forward_s, floor_s), np.maximum(backward_s, 2 * floor_s), head_s
+
+
+def _tensor_parallel_s(tokens: FloatArray, setting: Setting) -> FloatArray:
+    """Two all-reduces of the hidden state, each way."""
+    size, machine = setting.tensor_parallel, setting.machine
+    if size == 1:
+        return np.zeros_like(tokens)
+    near = machine.cluster.devices_per_node
+    link = machine.intra_node if size <= near else machine.inter_node
+    wire_bytes = 2 * (size - 1) / size * setting.model.hidden_dim * setting.element_bytes * tokens
+    return np.where(tokens > 0, 2 * (machine.collective_latency_s(size, near) + wire_bytes / link.bytes_per_s), 0.0)
+
+
+def _compute(
+    wave: Wave, clock: FloatArray, ledger: Ledger, record: Recorder | None, name: str, seconds: FloatArray
+) -> None:
+    if record is not None:
+        record("compute", name, wave.ranks, clock[wave.ranks], (clock + seconds)[wave.ranks])
+    clock += seconds
+    ledger.compute_s += seconds
+
+
+def windows(
+    wave: Wave, clock: FloatArray, forward: Layer, backward: Layer
+) -> list[tuple[list[FloatArray], list[FloatArray]]]:
+    """When each group of each run is under way in a layer's forward and in its backward, from where the clock is."""
+    windows = []
+    for layer, is_forward in ((forward, True), (backward, False)):
+        trial, ledger = clock.copy(), Ledger.empty(len(clock))
+        layer(trial, ledger, None)  # the second layer starts as the first one left the ranks
+        starts, stops = [], []
+        for run in wave.runs:
+            starts.append(trial[run.ranks].min(axis=1))
+            (run.forward if is_forward else run.backward)(trial, ledger, None)
+            stops.append(trial[run.ranks].max(axis=1))
+        windows.append((starts, stops))
+    return windows
+
+
+def _by_part(wave: Wave, values: FloatArray) -> FloatArray:
+    """The largest value among the ranks tied together with each rank."""
+    top = np.full(len(values), -np.inf)
+    np.maximum.at(top, wave.part, values)
+    return np.asarray(top[wave.part], dtype=np.float64)
+
+
+def _settle(ledger: Ledger, slack_s: FloatArray) -> None:
+    """Make a layer last ``slack_s`` longer: waiting takes it up, or gives it back before exposed time does."""
+    ledger.idle_s += slack_s
+    for giver, taker in ((ledger.exposed_s, ledger.idle_s), (ledger.swap_s, ledger.exposed_s)):
+        short = np.minimum(0.0, taker)
+        taker -= short
+        giver += short
+    np.maximum(ledger.swap_s, 0.0, out=ledger.swap_s)  # rounding

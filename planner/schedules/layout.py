@@ -1,0 +1,109 @@
+"""Which tokens of a group each of its ranks holds. Pure integers, exact for any length: nothing is padded.
+
+One rule for every kind. ``head_degree`` consecutive members form a *team*, which trades heads for tokens (1 where a
+kind does not). Every sequence is cut into two chunks for each team, and team t holds chunk t and its mirror image from
+the end (zigzag: under a causal mask each team then has the same work). A team's tokens, packed one sequence behind the
+other, are cut into contiguous pieces for its members that differ by at most one token. With one team (ulysses) that is
+the packed sequences cut into pieces; with teams of one (ring) it is the zigzag alone.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence as SequenceOf
+from itertools import pairwise
+
+from planner.plan import AttentionGroup, AttentionKind, Span
+from planner.schedules.exchange import schedule_of
+
+
+def head_degree(kind: AttentionKind, degree: int, inner_degree: int = 1) -> int:
+    """Ranks of a team in a group of this shape. Raises PlanError for an unknown kind."""
+    return schedule_of(kind).head_degree(degree, inner_degree)
+
+
+def team_spans(group: AttentionGroup, lengths: SequenceOf[int]) -> tuple[tuple[Span, ...], ...]:
+    """The spans of each team, in the order of its rows: what its members work on once heads are traded."""
+    num_teams = group.degree // head_degree(group.kind, group.degree, group.inner_degree)
+    sequences = [(index, lengths[index]) for index in group.sequences]
+    return tuple(_zigzag_spans(sequences, team, num_teams) for team in range(num_teams))
+
+
+def shard_spans(group: AttentionGroup, lengths: SequenceOf[int]) -> tuple[tuple[Span, ...], ...]:
+    """The spans each rank of ``group`` holds, by group index, in the order of the rank's rows.
+
+    ``lengths[i]`` is the number of tokens of the step's sequence i. Empty spans are left out.
+    """
+    teams = team_spans(group, lengths)
+    size = group.degree // len(teams)
+    if size == 1:
+        return teams
+    shards: list[tuple[Span, ...]] = []
+    for spans in teams:
+        shards += cut_spans(spans, size)
+    return tuple(shards)
+
+
+def local_token_counts(
+    kind: AttentionKind, degree: int, lengths: SequenceOf[int], inner_degree: int = 1
+) -> tuple[int, ...]:
+    """Tokens each rank of such a group would hold, by group index, for sequences of these lengths."""
+    size = head_degree(kind, degree, inner_degree)
+    teams = (sum(lengths),) if size == degree else _zigzag_counts(degree // size, lengths)
+    if size == 1:
+        return teams
+    return tuple(stop - start for total in teams for start, stop in pairwise(_even_cuts(total, size)))
+
+
+def _even_cuts(total: int, parts: int) -> list[int]:
+    return [total * index // parts for index in range(parts + 1)]
+
+
+def _zigzag_counts(degree: int, lengths: SequenceOf[int]) -> tuple[int, ...]:
+    """Tokens per team from all sequences' chunk edges at once. Only remainders make chunks differ, and there are at
+    most 2 * degree of them, so the cost does not grow with the number of sequences."""
+    chunks = 2 * degree
+    whole = sum(size // chunks for size in lengths)
+    rests = Counter(size % chunks for size in lengths)
+    edges = [sum(times * (rest * edge // chunks) for rest, times in rests.items()) for edge in range(chunks + 1)]
+    sizes = [whole + stop - start for start, stop in pairwise(edges)]
+    return tuple(sizes[index] + sizes[chunks - 1 - index] for index in range(degree))
+
+
+def cut_spans(packed: SequenceOf[Span], num_parts: int) -> tuple[tuple[Span, ...], ...]:
+    """These spans, put one behind the other, cut into contiguous parts that differ by at most one token."""
+    cuts = _even_cuts(sum(span.num_tokens for span in packed), num_parts)
+    return tuple(packed_spans(packed, start, stop) for start, stop in pairwise(cuts))
+
+
+def packed_spans(packed: SequenceOf[Span], start: int, stop: int) -> tuple[Span, ...]:
+    """Rows ``start .. stop`` of these spans put one behind the other."""
+    spans, offset = [], 0
+    for span in packed:
+        low, high = max(start - offset, 0), min(stop - offset, span.num_tokens)
+        if low < high:
+            spans.append(Span(span.sequence, span.start_token + low, span.start_token + high))
+        offset += span.num_tokens
+    return tuple(spans)
+
+
+def _zigzag_bounds(size: int, index: int, degree: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    chunks = 2 * degree
+    mirror = chunks - 1 - index
+    return (
+        (size * index // chunks, size * (index + 1) // chunks),
+        (size * mirror // chunks, size * (mirror + 1) // chunks),
+    )
+
+
+def _zigzag_spans(sequences: list[tuple[int, int]], index: int, degree: int) -> tuple[Span, ...]:
+    spans: list[Span] = []
+    for sequence, size in sequences:
+        for start, stop in _zigzag_bounds(size, index, degree):
+            if start == stop:
+                continue
+            if spans and spans[-1].sequence == sequence and spans[-1].stop_token == start:
+                spans[-1] = Span(sequence, spans[-1].start_token, stop)
+            else:
+                spans.append(Span(sequence, start, stop))
+    return tuple(spans)

@@ -1,0 +1,1 @@
+"""The ways to plan a step: each is a function of one problem."""

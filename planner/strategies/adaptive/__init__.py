@@ -1,0 +1,1 @@
+"""Longhaul's own strategy: one search over group size, kind, packing, placement, order and memory."""

@@ -1,0 +1,305 @@
+"""FlexSP (Wang et al., arXiv 2412.01523): rounds of sequence-parallel groups of different degree side by side.
+
+As published: for M = M_min .. M_min + M' - 1 rounds the blaster cuts the sorted sequences into M rounds; in each round
+lengths are bucketed and a mixed-integer program chooses groups and members for the smallest makespan; the M with the
+smallest sum of makespans wins. Degree 1 is among the choices.
+
+Where this differs, and why:
+
+- Every round first gets a packing without a solver; programs are solved only where that packing is further than the
+  relative gap from the round's proven bound, best M first, and only while the sum of the rounds' bounds could still
+  beat the best plan known. Programs larger than 64 ranks need are left alone (``round_program.MAX_VARIABLES``): on
+  1,024 ranks HiGHS ends the guard's seconds with the packing that it was given.
+- The paper's sum of makespans assumes that all ranks wait between rounds. With zero3 they do, and the smallest sum
+  wins as published. Else our runtime has no such barrier, so among the values of M the plan with the smallest
+  simulated time wins, never more than its sum.
+- M counts up past values that cannot be packed (sequences do not tile memory); the paper's code returns nothing there.
+- Sequences are dealt into their buckets' places by length, not at random: same inputs, same plan.
+
+Known limits of the method itself, kept: rounds are of equal token count although cost is quadratic in length; buckets
+price sequences too high (their longest member), so that even a program solved to the end may lose to another plan; all
+groups of a round start together, so a rank's spare time at the end of one round is not planned for.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, replace
+from itertools import accumulate, groupby
+
+import numpy as np
+
+from planner.cost.limits import PlanLimits
+from planner.cost.model import CostModel
+from planner.plan import Sharding, SolveStatus
+from planner.pricing.assemble import Found, GroupChoice, price_choice
+from planner.solver import SolverFailure, WorkLimits
+from planner.strategies.flexsp.blaster import blast_rows
+from planner.strategies.flexsp.round_packing import RoundPacking, group_s, pack_round
+from planner.strategies.flexsp.round_program import MAX_VARIABLES, RoundSolve, solve_round
+from planner.strategies.greedy import Schedule, as_played, greedy_schedule
+from planner.strategies.search.bounds import makespan_bound_s
+from planner.strategies.search.shapes import (
+    BoolArray,
+    FloatArray,
+    IntArray,
+    PriceTable,
+    allowed_shapes,
+    price_table,
+    require_fits,
+)
+from planner.strategies.static import best_layout, usual_layouts
+from planner.units import format_seconds
+
+MIN_SOLVE_S = 0.02
+WORK_PER_NODE = 1000  # max_nodes times this is the step's solver work: seconds at 64 ranks, less on small steps
+
+
+@dataclass(slots=True)
+class _Trial:
+    """One value of M: a table, a packing and a bound for each round."""
+
+    tables: list[PriceTable]
+    packings: list[RoundPacking]
+    bounds_s: list[float]
+
+    @property
+    def makespans_s(self) -> float:
+        """The published objective: the sum of the rounds' makespans."""
+        return sum(packing.makespan_s for packing in self.packings)
+
+    @property
+    def bound_s(self) -> float:
+        """No packing of these rounds has a smaller published objective."""
+        return sum(self.bounds_s)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FlexspResult:
+    """The best rounds found. ``round_sizes``: how many of the schedule's groups each round holds, in order.
+    ``hit_limit``: a solver's work limit, the size of a program or the clock ended the search before the rounds were
+    closed to the relative gap."""
+
+    schedule: Schedule
+    round_sizes: tuple[int, ...]
+    makespans_s: float
+    num_programs: int
+    hit_limit: bool
+
+    @property
+    def num_rounds(self) -> int:
+        return len(self.round_sizes)
+
+
+@dataclass(slots=True)
+class _Budget:
+    """Solver work left for the step (see ``planner.solver``), beside a wall-clock guard."""
+
+    limits: PlanLimits
+    deadline_s: float
+    max_variables: int
+    work_left: int
+    num_programs: int = 0
+    hit_limit: bool = False
+
+    def share(self, num_programs: int) -> WorkLimits | None:
+        """Limits for the next of ``num_programs`` programs still to solve, or None where nothing is left."""
+        left_s = self.deadline_s - time.perf_counter()
+        if self.work_left <= 0 or left_s < MIN_SOLVE_S:
+            self.hit_limit = True
+            return None
+        return WorkLimits(
+            max_nodes=self.limits.max_nodes, max_work=-(-self.work_left // num_programs),
+            time_limit_s=left_s / num_programs, relative_gap=self.limits.relative_gap,
+        )
+
+    def spend(self, solve: RoundSolve) -> None:
+        self.work_left -= solve.work
+        self.num_programs += solve.work > 0
+        self.hit_limit = self.hit_limit or not solve.closed
+
+
+def plan_flexsp(
+    lengths: SequenceOf[int], *, num_ranks: int, cost: CostModel, limits: PlanLimits, degree: int | None,
+    deadline_s: float,
+) -> Found:
+    """The strategy ``flexsp``: the best of greedy, best static and FlexSP's rounds, which are not searched where
+    greedy is proven good. ``degree`` is not for it: it chooses its own.
+
+    Raises SpecError where no shape is priced, InfeasibleError where a sequence fits none.
+    """
+    table = price_table(lengths, allowed_shapes(num_ranks, cost, limits))
+    require_fits(table, cost, limits)
+    layouts = usual_layouts(num_ranks, cost, limits)
+    shapes = dict.fromkeys((*table.shapes, *(shape for layout in layouts for shape in layout)))
+    bound_s = makespan_bound_s(price_table(lengths, tuple(shapes)), num_ranks)  # static's last block may be odd
+    best, winner = as_played(greedy_schedule(table, num_ranks), lengths, num_ranks, cost), "greedy"
+    notes, hit_limit = [], False
+    if not _proven(best.makespan_s, bound_s, cost, limits):
+        homogeneous = best_layout(lengths, layouts, num_ranks, cost)
+        if homogeneous is not None and homogeneous.schedule.makespan_s < best.makespan_s:
+            best, winner = homogeneous.schedule, f"static ({homogeneous.note})"
+        try:
+            result = flexsp_schedule(
+                table, num_ranks=num_ranks, max_local_tokens=cost.max_local_tokens(limits.device_budget_bytes),
+                limits=limits, incumbent_s=best.makespan_s, deadline_s=deadline_s,
+                barriers=cost.sharding is Sharding.ZERO3,
+            )
+        except SolverFailure as error:
+            result = None
+            notes.append(f"solver failed: {error}")
+        if result is not None:
+            hit_limit = result.hit_limit
+            notes.append(
+                f"flexsp {result.num_rounds} rounds, sum of makespans {format_seconds(result.makespans_s)}, "
+                f"{result.num_programs} programs"
+            )
+            rounds = result.schedule if cost.runs_free else _longest_first(result, lengths, cost)
+            rounds = as_played(rounds, lengths, num_ranks, cost)
+            if rounds.makespan_s < best.makespan_s:
+                best, winner = rounds, "flexsp"
+    status = SolveStatus.GREEDY
+    if _proven(best.makespan_s, bound_s, cost, limits):
+        status = SolveStatus.OPTIMAL
+    elif winner != "greedy":
+        status = SolveStatus.LIMIT if hit_limit else SolveStatus.FEASIBLE
+    return Found(groups=best.groups, status=status, bound_s=bound_s, note="; ".join([f"{winner} plan", *notes]))
+
+
+def _longest_first(result: FlexspResult, lengths: SequenceOf[int], cost: CostModel) -> Schedule:
+    """The rounds in this order: a group that in lockstep starts a round early, its ranks being idle there, then finds
+    a round that is no shorter."""
+    ends = list(accumulate(result.round_sizes))
+    rounds = [result.schedule.groups[end - size : end] for end, size in zip(ends, result.round_sizes, strict=True)]
+    rounds.sort(key=lambda groups: -max(price_choice(group, lengths, cost).seconds for group in groups))
+    return replace(result.schedule, groups=tuple(group for groups in rounds for group in groups))
+
+
+def _proven(makespan_s: float, bound_s: float, cost: CostModel, limits: PlanLimits) -> bool:
+    """Within the relative gap of what no plan can beat, as shares of the whole step."""
+    step_s = makespan_s + cost.step_fixed_s
+    return makespan_s - bound_s <= limits.relative_gap * step_s
+
+
+def flexsp_schedule(
+    table: PriceTable, *, num_ranks: int, max_local_tokens: int, limits: PlanLimits, incumbent_s: float,
+    deadline_s: float, barriers: bool = False, max_variables: int = MAX_VARIABLES,
+) -> FlexspResult | None:
+    """Best FlexSP plan of all rows, or None where no number of rounds could be packed.
+
+    ``max_local_tokens``: tokens of a microbatch that one rank can hold. ``incumbent_s``: makespan of the best plan
+    known so far; ``deadline_s``: when to stop, by ``time.perf_counter``. ``barriers``: all ranks wait for each other
+    between rounds, as published, so the smallest sum of makespans wins. Programs of more than ``max_variables`` are
+    not solved. Raises SolverFailure.
+    """
+    trials = _trials(table, num_ranks, max_local_tokens, limits, deadline_s)
+    if not trials:
+        return None
+    budget = _Budget(limits, deadline_s, max_variables, limits.max_nodes * WORK_PER_NODE)
+    best_s = min([incumbent_s, *(trial.makespans_s for trial in trials)])
+    for trial in sorted(trials, key=lambda each: each.makespans_s):
+        if trial.bound_s < best_s * (1 - limits.relative_gap):
+            _improve(trial, num_ranks, budget)
+            best_s = min(best_s, trial.makespans_s)
+    placed = [(place_rounds(trial.tables, trial.packings, num_ranks), trial) for trial in trials]
+    schedule, trial = min(
+        placed, key=lambda item: (item[1].makespans_s if barriers else item[0].makespan_s, len(item[1].packings))
+    )
+    return FlexspResult(
+        schedule=schedule, round_sizes=tuple(len(packing.groups) for packing in trial.packings),
+        makespans_s=trial.makespans_s, num_programs=budget.num_programs, hit_limit=budget.hit_limit,
+    )
+
+
+def _trials(
+    table: PriceTable, num_ranks: int, max_local_tokens: int, limits: PlanLimits, deadline_s: float
+) -> list[_Trial]:
+    trials: list[_Trial] = []
+    tried: set[int] = set()
+    longest = int(table.lengths.max())
+    fewest = -(-int(table.lengths.sum()) // (num_ranks * max_local_tokens))
+    for num_rounds in range(fewest, table.num_rows + 1):
+        if len(trials) == limits.num_round_trials or time.perf_counter() > deadline_s:
+            break
+        rounds = blast_rows(table.lengths, num_rounds)
+        if len(rounds) not in tried:
+            trial = _packed_rounds(table, rounds, num_ranks, deadline_s)
+            trials += [trial] if trial is not None else []
+        tried.add(len(rounds))
+        if max(int(table.lengths[rows].sum()) for rows in rounds) == longest:
+            break  # more rounds would be cut the same
+    return trials
+
+
+def _packed_rounds(
+    table: PriceTable, rounds: tuple[IntArray, ...], num_ranks: int, deadline_s: float
+) -> _Trial | None:
+    trial = _Trial([], [], [])
+    for rows in rounds:
+        part = one_kind_per_degree(table.take_rows(rows))
+        packing = pack_round(part, num_ranks, deadline_s=deadline_s)
+        if packing is None or time.perf_counter() > deadline_s:
+            return None
+        trial.tables.append(part)
+        trial.packings.append(packing)
+        trial.bounds_s.append(makespan_bound_s(part, num_ranks))
+    return trial
+
+
+def one_kind_per_degree(table: PriceTable) -> PriceTable:
+    """Keep one attention kind for each degree: of those that hold the most of these rows, the cheapest for all."""
+    best: dict[int, tuple[tuple[int, float], int]] = {}
+    for column, degree in enumerate(table.degrees.tolist()):
+        total_s = float(table.marginal_s[:, column].sum() + table.fixed_s[column])
+        key = (-int(table.fits[:, column].sum()), total_s)
+        if degree not in best or key < best[degree][0]:
+            best[degree] = (key, column)
+    return table.take_shapes([column for _, column in best.values()])
+
+
+def _improve(trial: _Trial, num_ranks: int, budget: _Budget) -> None:
+    """Solve the rounds whose packing is not proven good enough, the widest gap first."""
+    gaps_s = [packing.makespan_s - bound for packing, bound in zip(trial.packings, trial.bounds_s, strict=True)]
+    threshold = budget.limits.relative_gap
+    waiting = [i for i, gap_s in enumerate(gaps_s) if gap_s > threshold * trial.packings[i].makespan_s]
+    waiting.sort(key=lambda place: (-gaps_s[place], place))
+    for done, place in enumerate(waiting):
+        work = budget.share(len(waiting) - done)
+        if work is None:
+            return
+        solve = solve_round(
+            trial.tables[place], num_ranks, budget.limits.num_buckets, work, max_variables=budget.max_variables
+        )
+        budget.spend(solve)
+        if solve.packing is not None and solve.packing.makespan_s < trial.packings[place].makespan_s:
+            trial.packings[place] = solve.packing
+
+
+def place_rounds(tables: list[PriceTable], packings: list[RoundPacking], num_ranks: int) -> Schedule:
+    """Ranks for every group: consecutive and aligned to the degree, larger degrees first; among the blocks still free
+    in the round the one whose ranks end their earlier rounds first."""
+    free_s = np.zeros(num_ranks)
+    groups = []
+    for table, packing in zip(tables, packings, strict=True):
+        taken = np.zeros(num_ranks, dtype=np.bool_)
+        for column, same in groupby(packing.groups, key=lambda group: group.column):
+            shape, members = table.shapes[column], list(same)
+            # Groups of one shape only take blocks from each other, so they go to the free blocks in order.
+            blocks = _free_blocks(taken, free_s, shape.degree)[: len(members)]
+            for first, group in zip(blocks, members, strict=True):
+                block = slice(first, first + shape.degree)
+                taken[block] = True
+                free_s[block] = free_s[block].max() + group_s(table, group)
+                sequences = tuple(sorted(table.rows[list(group.rows)].tolist()))
+                groups.append(GroupChoice(shape.kind, tuple(range(first, first + shape.degree)), sequences))
+    return Schedule(tuple(groups), float(free_s.max()))
+
+
+def _free_blocks(taken: BoolArray, free_s: FloatArray, degree: int) -> list[int]:
+    """First ranks of the aligned blocks of which nothing is taken, those that are free first first."""
+    num_blocks = len(taken) // degree
+    ends_s = free_s[: num_blocks * degree].reshape(num_blocks, degree).max(axis=1)
+    open_blocks = np.flatnonzero(~taken[: num_blocks * degree].reshape(num_blocks, degree).any(axis=1))
+    order = np.argsort(ends_s[open_blocks], kind="stable")
+    return [int(block) * degree for block in open_blocks[order]]

@@ -1,0 +1,208 @@
+"""Hybrid data parallelism of ByteScale (Ge et al., arXiv 2502.21231): every sequence gets the ranks it needs.
+
+As published: a sequence that one rank can hold runs on one rank; a longer one runs as a ring over the smallest number
+of ranks that can hold it, any integer. Ranks may run unequal numbers of microbatches; one gradient sum ends the step.
+
+- ``hdp-naive`` (algorithm 1): short sequences are packed, best fit, into microbatches of a rank's full capacity; then
+  everything goes to the ranks with the fewest microbatches so far, whatever it costs.
+- ``hdp`` (algorithm 2, DP-Balance): the longest sequence left goes to the ranks that are furthest behind. The paper
+  draws from buckets of equal work; they are pieces of the list sorted by length and DP-Balance empties the first one
+  first, so this is longest-first list scheduling. Its slack delta, of no published value, is 0.
+- ``hdp-floor``: as ``hdp``, with the fix of the first flaw below.
+
+Where the run allows swapping, ``hdp`` and ``hdp-floor`` shrink rings by offloading (eq. 3): a sequence of s tokens that
+one rank cannot hold leaves only 1 - r(s) of its activations on its ranks, two layers aside, where r(s) is the largest
+fraction whose copy hides under the forward (``planner.strategies.search.memory_policy``). ``hdp-naive`` keeps
+everything.
+
+Flaws and gaps of the method, and what happens here:
+
+- Memory alone decides the number of ranks, so where memory is ample the longest sequence runs on too few of them and
+  sets the step time; offloading makes that worse. ``hdp-floor`` takes the smallest ring that also runs the sequence
+  within the step's proven bound.
+- Offloading has no cap by host memory in the paper. Here a sequence offloads no more than a full rank's share of its
+  host holds, and of that only what the ring it got needs: 0 where the ring is no smaller for it.
+- Full-capacity packing leaves ranks without work in a step of few tokens. So ``hdp`` packs as it balances: a short
+  sequence joins the fullest microbatch of its rank that still takes it.
+- Which ranks form a ring is not said, nor in which order ranks meet. Here: consecutive ones that can start first,
+  inside one node where a node is large enough (that is what rings are priced for), in one global order.
+- A ring's unused capacity is not filled, though the paper's figures show it now and then: no rule is given.
+- PP-Balance is another strategy, ``hdp-pp`` (``planner.strategies.pp_balance``).
+
+Rings are only as fine as the cost model: a degree it does not price is rounded up to the next one that it does.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Iterable
+from collections.abc import Sequence as SequenceOf
+from dataclasses import replace
+
+import numpy as np
+
+from planner.cost.limits import PlanLimits
+from planner.cost.model import CostModel
+from planner.plan import AttentionKind, MemoryAction, SolveStatus
+from planner.pricing.assemble import Found, GroupChoice
+from planner.strategies.greedy import Lane, fill_lanes
+from planner.strategies.search.bounds import step_bound_s
+from planner.strategies.search.memory_policy import choose_policies, with_policy
+from planner.strategies.search.shapes import (
+    FloatArray,
+    GroupShape,
+    IntArray,
+    PriceTable,
+    price_table,
+    require_fits,
+    ring_shapes,
+)
+
+
+def plan_hdp(
+    lengths: SequenceOf[int], *, num_ranks: int, cost: CostModel, limits: PlanLimits, degree: int | None,
+    deadline_s: float,
+) -> Found:
+    """The strategy ``hdp``. It chooses its own degrees and takes milliseconds, so neither ``degree`` nor the deadline
+    matters. Raises SpecError where no ring can be formed, InfeasibleError where a sequence fits on no ring."""
+    return _plan(lengths, num_ranks, cost, limits, balanced=True, floor=False)
+
+
+def plan_hdp_floor(
+    lengths: SequenceOf[int], *, num_ranks: int, cost: CostModel, limits: PlanLimits, degree: int | None,
+    deadline_s: float,
+) -> Found:
+    """The strategy ``hdp-floor``; arguments and errors as ``plan_hdp``."""
+    return _plan(lengths, num_ranks, cost, limits, balanced=True, floor=True)
+
+
+def plan_hdp_naive(
+    lengths: SequenceOf[int], *, num_ranks: int, cost: CostModel, limits: PlanLimits, degree: int | None,
+    deadline_s: float,
+) -> Found:
+    """The strategy ``hdp-naive``; arguments and errors as ``plan_hdp``."""
+    return _plan(lengths, num_ranks, cost, replace(limits, policies=(MemoryAction.KEEP,)), balanced=False, floor=False)
+
+
+def _plan(
+    lengths: SequenceOf[int], num_ranks: int, cost: CostModel, limits: PlanLimits, *, balanced: bool, floor: bool
+) -> Found:
+    shapes = hdp_shapes(num_ranks, cost, limits)
+    table = hdp_table(lengths, shapes)
+    require_fits(table, cost, limits)
+    bound_s = step_bound_s(lengths, shapes, num_ranks)
+    columns = smallest_columns(table, bound_s if floor else np.inf)
+    place = _place_by_time if balanced else _place_by_count
+    groups = place(table, columns, num_ranks, limits.node_size(num_ranks))
+    degrees = table.degrees[columns]
+    note = (
+        f"hdp {'balanced by time' if balanced else 'by microbatch count'}, degrees by memory"
+        f"{' and critical path' if floor else ''}: {int((degrees > 1).sum())} rings of up to {int(degrees.max())} ranks"
+    )
+    shape_of = {shape.degree: shape for shape in shapes}
+    choices = choose_policies([(shape_of[len(group.ranks)], group) for group in groups], lengths, cost, limits)
+    return Found(groups=choices, status=SolveStatus.GREEDY, bound_s=bound_s, note=note)
+
+
+def hdp_shapes(num_ranks: int, cost: CostModel, limits: PlanLimits) -> tuple[GroupShape, ...]:
+    """Local and rings of any degree, swapping what hides where the limits allow it. Raises SpecError."""
+    return with_policy(ring_shapes("hdp", range(2, num_ranks + 1), num_ranks, cost, limits), 0.0, cost, limits)
+
+
+def hdp_table(lengths: SequenceOf[int], shapes: SequenceOf[GroupShape]) -> PriceTable:
+    """Prices of these shapes, local first; what one rank can hold in full is packed in full."""
+    table = price_table(lengths, shapes)
+    loads = table.load_tokens.copy()
+    loads[:, 0] = np.where(table.lengths <= table.capacity_tokens[0], table.lengths, loads[:, 0])
+    return replace(table, load_tokens=loads)
+
+
+def smallest_columns(table: PriceTable, target_s: float) -> IntArray:
+    """Per row the smallest degree that holds the sequence and runs it alone within ``target_s``; where none is that
+    quick, the smallest of the quickest."""
+    alone_s = np.where(table.fits, table.marginal_s + table.fixed_s, np.inf)
+    limit_s = np.maximum(target_s * (1 + 1e-9), alone_s.min(axis=1))
+    columns: IntArray = np.argmax(table.fits & (alone_s <= limit_s[:, None]), axis=1)
+    return columns
+
+
+def _place_by_time(
+    table: PriceTable, columns: IntArray, num_ranks: int, node_size: int
+) -> tuple[GroupChoice, ...]:
+    """DP-Balance: longest first, to the ranks that are free first."""
+    order = np.lexsort((table.rows, -table.lengths))
+    is_ring = table.degrees[columns] > 1
+    busy_s = np.zeros(num_ranks)
+    alone_s = table.marginal_s + table.fixed_s
+    rings = _place_rings(table, columns, order[is_ring[order]], alone_s, busy_s, node_size)
+    lanes = [Lane(0, rank) for rank in range(num_ranks)]
+    places = np.arange(num_ranks)
+    singles = fill_lanes(table, lanes, [(row, places) for row in order[~is_ring[order]].tolist()], num_ranks, busy_s)
+    return (*rings, *singles.groups)
+
+
+def _place_by_count(
+    table: PriceTable, columns: IntArray, num_ranks: int, node_size: int
+) -> tuple[GroupChoice, ...]:
+    """Algorithm 1: rings in the step's order, then full packs, each to the ranks with the fewest microbatches."""
+    is_ring = table.degrees[columns] > 1
+    num_batches = np.zeros(num_ranks)
+    rings = _place_rings(
+        table, columns, np.flatnonzero(is_ring), np.ones_like(table.marginal_s), num_batches, node_size
+    )
+    singles = []
+    for pack in best_fit_packs(table, np.flatnonzero(~is_ring), column=0):
+        rank = int(np.argmin(num_batches))
+        num_batches[rank] += 1
+        singles.append(GroupChoice(AttentionKind.LOCAL, (rank,), tuple(sorted(table.rows[pack].tolist()))))
+    return (*rings, *singles)
+
+
+def _place_rings(
+    table: PriceTable, columns: IntArray, order: IntArray, weights: FloatArray, busy: FloatArray, node_size: int
+) -> list[GroupChoice]:
+    """Give each row of ``order`` the consecutive ranks whose last one is free first, of these the ones that wait least.
+
+    ``weights``: what a row adds to ``busy`` (one value per rank, changed in place) on each shape.
+    """
+    groups = []
+    starts_of: dict[int, IntArray] = {}
+    for row, column in zip(order.tolist(), columns[order].tolist(), strict=True):
+        degree = table.shapes[column].degree
+        if degree not in starts_of:
+            starts = np.arange(len(busy) - degree + 1)
+            starts_of[degree] = starts[starts % node_size + degree <= node_size] if degree <= node_size else starts
+        starts = starts_of[degree]
+        windows = np.lib.stride_tricks.sliding_window_view(busy, degree)[starts]
+        free = windows.max(axis=1)
+        waits = np.where(free == free.min(), -windows.sum(axis=1), np.inf)
+        best = int(np.argmin(waits))
+        first = int(starts[best])
+        busy[first : first + degree] = free[best] + weights[row, column]
+        ranks = tuple(range(first, first + degree))
+        groups.append(GroupChoice(AttentionKind.RING, ranks, (int(table.rows[row]),)))
+    return groups
+
+
+def best_fit_packs(
+    table: PriceTable, rows: Iterable[int], column: int, capacity: int | None = None
+) -> list[list[int]]:
+    """Rows, longest first, each into the fullest pack of the shape that still takes it, else into a new one.
+
+    ``capacity``: tokens of a pack (None: of the shape); every row must fit it.
+    """
+    if capacity is None:
+        capacity = int(table.capacity_tokens[column])
+    lengths, loads = table.lengths.tolist(), table.load_tokens[:, column].tolist()
+    packs: list[list[int]] = []
+    spare: list[tuple[int, int]] = []  # (tokens left, pack), ascending: the first that takes a row is the fullest
+    for row in sorted(rows, key=lambda row: (-lengths[row], row)):
+        place = bisect_left(spare, (loads[row], -1))
+        if place < len(spare):
+            left, pack = spare.pop(place)
+        else:
+            left, pack = capacity, len(packs)
+            packs.append([])
+        packs[pack].append(row)
+        insort(spare, (left - loads[row], pack))
+    return packs

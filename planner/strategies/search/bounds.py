@@ -1,0 +1,277 @@
+"""What no plan can beat: a proven lower bound on the step time under the cost model.
+
+Let C be the time of the last rank to finish, ``step_fixed_s`` aside, in any plan whose groups have the given shapes.
+
+- *Critical path.* A sequence alone on a shape takes ``marginal_s + fixed_s``; in company it takes no less. So every
+  sequence runs on a shape where that is at most C, and C is at least the longest sequence's best time.
+- *Work.* In a microbatch a rank is busy for the marginal_s of its groups and the largest of their fixed times, F, and
+  all ranks together are busy for at most num_ranks * C rank seconds. So a group may be charged degree * marginal_s, and
+  all groups of a microbatch together its ranks' F in fixed times.
+- *Fixed times by memory.* Charge every sequence degree * fixed_s times its share of its group's memory, which is
+  fixed_s times the tokens it holds over the tokens m that a rank may hold. With one group that is at most its fixed
+  times, because its shares add up to at most 1. With several that overlap: for every x >= 0, the groups with
+  fixed_s > x hold their tokens on ranks that have F > x, m on each at most. Integrated over x from 0 on, the left side
+  is what all groups are charged and the right side the sum of F over the ranks.
+- *Fixed times by the clock.* Charge it degree * fixed_s * marginal_s / (C - fixed_s). On a rank the marginal_s of all
+  its groups add up to at most C - F, and fixed_s / (C - fixed_s) is largest for fixed_s = F: at most F is charged.
+
+  Any mix of the two with weights w and 1 - w is covered as well, so for every w in 0 .. 1:
+
+      sum over sequences of min over shapes allowed at C of
+          degree * (marginal_s + fixed_s * (w * memory share + (1 - w) * marginal_s / (C - fixed_s)))  <=  num_ranks * C
+
+  This is the dual side of a linear program that lets every sequence choose fractions of shapes.
+
+A smaller C allows fewer shapes and raises every charge, so the left side falls as C grows: the smallest C that
+satisfies the inequality is bracketed by bisection and the lower end of the bracket is returned. The memory share counts
+tokens / (tokens that all ranks can hold), never more than what the zigzag layout takes of a ring; of tokens that do not
+stay on the device it counts none, and a microbatch frees no more than the shapes say. Nothing depends on rounds,
+placement or order: the bound holds for every strategy that forms these shapes, several in one microbatch included. It
+holds in lockstep (zero3), where barriers only add, and with pipeline stages, whose seconds and memory a cost model
+gives for one of them: each stage alone runs all of the microbatches, one at a time on a rank, and is busy for their
+seconds, so what is said here of the ranks holds for the ranks of that stage. All coefficients must be at least 0.
+
+*Lockstep.* Where all ranks wait after each round (``planner.pricing.lockstep``) more can be said. Let f be the least
+fixed_s of all shapes, and R the rounds of a plan. A rank runs at most one microbatch a round and holds no more than its
+memory in it, so R is at least the least memory that all sequences can take, in units of all ranks' memory, rounded up.
+A round takes at least f, whether a rank is idle in it or busy for its F >= f and the marginal_s of its groups. So
+
+    num_ranks * R * f + sum over sequences of min over allowed shapes of degree * marginal_s  <=  num_ranks * C
+
+where a shape is allowed if it runs the sequence alone in C - (R - 1) f, which is all that other rounds leave of C. More
+rounds raise the left side and allow fewer shapes, so the least R gives a bound for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+from math import ceil
+
+import numpy as np
+
+from planner.plan import AttentionKind
+from planner.strategies.search.shapes import (
+    BoolArray,
+    FloatArray,
+    GroupShape,
+    IntArray,
+    PriceTable,
+    group_tokens,
+    price_table,
+)
+
+MEMORY_WEIGHTS = (1.0, 0.0, 0.5, 0.75, 0.25)
+MAX_EVALUATIONS = 60
+RELATIVE_WIDTH = 1e-10
+
+
+@dataclass(frozen=True, slots=True)
+class BoundPart:
+    """Rows of one table, each standing for ``counts`` sequences of its length."""
+
+    table: PriceTable
+    counts: FloatArray
+
+
+def makespan_bound_s(table: PriceTable, num_ranks: int) -> float:
+    """Proven lower bound (seconds) on the time of the last rank to finish the table's sequences.
+
+    Every row must fit at least one shape.
+    """
+    if not table.num_rows:
+        return 0.0
+    _, places, counts = np.unique(table.lengths, return_index=True, return_counts=True)
+    return bound_of_parts((BoundPart(table.take_rows(places), counts.astype(np.float64)),), num_ranks)
+
+
+def step_bound_s(lengths: SequenceOf[int] | IntArray, shapes: SequenceOf[GroupShape], num_ranks: int) -> float:
+    """``makespan_bound_s`` of sequences of these lengths (tokens) on these shapes, fast for many of both."""
+    return bound_of_parts(bound_parts(lengths, shapes, num_ranks), num_ranks)
+
+
+def bound_parts(
+    lengths: SequenceOf[int] | IntArray, shapes: SequenceOf[GroupShape], num_ranks: int
+) -> tuple[BoundPart, ...]:
+    """Price each distinct length once. Lengths that local runs within a certain lower bound need only the shapes that
+    could ever charge them less than local does; the few longer ones are priced on all shapes."""
+    distinct, counts = np.unique(np.asarray(lengths, dtype=np.int64), return_counts=True)
+    weights = counts.astype(np.float64)
+    local = next((shape for shape in shapes if shape.kind is AttentionKind.LOCAL), None)
+    if local is None or not len(distinct):
+        return (BoundPart(price_table(distinct, shapes), weights),) if len(distinct) else ()
+    settled = settled_lengths(distinct, weights, shapes, local, num_ranks)
+    parts = []
+    if settled.any():
+        rivals = [shape for shape in shapes if shape is local or not _dominates(local, shape)]
+        parts.append(BoundPart(price_table(distinct[settled], rivals), weights[settled]))
+    if not settled.all():
+        parts.append(BoundPart(price_table(distinct[~settled], shapes), weights[~settled]))
+    return tuple(parts)
+
+
+def lockstep_bound_s(
+    lengths: SequenceOf[int] | IntArray, shapes: SequenceOf[GroupShape], num_ranks: int, num_rounds: int | None = None
+) -> float:
+    """``step_bound_s`` where all ranks wait for each other after each round (``zero3``): never less. ``num_rounds``:
+    the least of any plan, where plans may use shapes that are left out here because they are dearer (None: they do
+    not)."""
+    parts = bound_parts(lengths, shapes, num_ranks)
+    if not parts:
+        return 0.0
+    works = [_Work.of(part) for part in parts]
+    fixed_s = min(shape.fit.fixed_s for shape in shapes)
+    num_rounds = least_rounds(lengths, shapes, num_ranks) if num_rounds is None else num_rounds
+    others_s = (num_rounds - 1) * fixed_s
+    longest_s = max(float(work.alone_s.min(axis=1).max()) for work in works)
+    # The shapes that a settled part leaves out are dearer, but might be quicker: there all that are left are allowed.
+    whole = [len(part.table.shapes) == len(shapes) for part in parts]
+
+    def needed_s(makespan_s: float) -> float:
+        limits_s = [makespan_s - others_s if each else np.inf for each in whole]
+        least_s = sum(work.marginal_rank_s(limit_s) for work, limit_s in zip(works, limits_s, strict=True))
+        return num_rounds * fixed_s + least_s / num_ranks
+
+    low_s = max(bound_of_parts(parts, num_ranks), longest_s + others_s)
+    return _raised(needed_s, low_s)
+
+
+def least_rounds(lengths: SequenceOf[int] | IntArray, shapes: SequenceOf[GroupShape], num_ranks: int) -> int:
+    """Rounds that take all sequences' least memory; a shape's ranks hold ``group_tokens`` together."""
+    tokens = np.asarray(lengths, dtype=np.int64).astype(np.float64)
+    shares: dict[tuple[float, float, float], float] = {}
+    for shape in shapes:
+        held = shape.held.least, shape.held.at_zero, shape.held.per_token
+        share = shape.degree / max(group_tokens(shape), 1)
+        if share < shares.get(held, np.inf):
+            shares[held] = share
+    least = np.full(len(tokens), np.inf)
+    for (lowest, at_zero, per_token), share in shares.items():
+        held_tokens = tokens * np.maximum(lowest, at_zero - per_token * tokens)
+        least = np.minimum(least, share * held_tokens)
+    return max(1, ceil(float(least.sum()) / num_ranks * (1 - 1e-9)))
+
+
+def settled_lengths(
+    lengths: IntArray, counts: FloatArray, shapes: SequenceOf[GroupShape], local: GroupShape, num_ranks: int
+) -> BoolArray:
+    """Which lengths surely fit ``local`` and run there alone within a simple lower bound on the makespan: the longest
+    sequence's best time, and the work at the cheapest coefficients over all shapes."""
+    tokens = lengths.astype(np.float64)
+    coefficients = np.array(
+        [(s.fit.s_per_token2, s.fit.s_per_token, s.fit.s_per_sequence, s.fit.fixed_s) for s in shapes]
+    )
+    degrees = np.array([[shape.degree] for shape in shapes], dtype=np.float64)
+    cheapest = (coefficients * degrees).min(axis=0)
+    work_s = float((cheapest[0] * tokens**2 + cheapest[1] * tokens + cheapest[2]) @ counts) / num_ranks
+    longest = price_table(lengths[[int(np.argmax(lengths))]], shapes)
+    least_s = max(work_s, float(_alone_s(longest).min()))
+    fit = local.fit
+    local_s = fit.s_per_token2 * tokens**2 + fit.s_per_token * tokens + fit.s_per_sequence + fit.fixed_s
+    fits = lengths * local.held.at_zero <= local.capacity_tokens
+    settled: BoolArray = fits & (local_s <= least_s)
+    return settled
+
+
+def _dominates(local: GroupShape, shape: GroupShape) -> bool:
+    """Local charges every sequence it may run no more rank seconds than ``shape``, whatever the weights."""
+    degree, here, there = shape.degree, local.fit, shape.fit
+    shares = here.fixed_s * local.held.at_zero, degree * there.fixed_s * shape.held.least  # most here, least there
+    return (
+        here.s_per_token2 <= degree * there.s_per_token2
+        and here.s_per_token <= degree * there.s_per_token
+        and here.s_per_sequence <= degree * there.s_per_sequence
+        and here.fixed_s <= there.fixed_s
+        and shares[0] * group_tokens(shape) <= shares[1] * local.capacity_tokens
+    )
+
+
+def bound_of_parts(parts: SequenceOf[BoundPart], num_ranks: int) -> float:
+    """The bound for all parts together (seconds, 0 without parts)."""
+    works = [_Work.of(part) for part in parts]
+    best_s = max((float(work.alone_s.min(axis=1).max()) for work in works), default=0.0)
+    for memory_weight in MEMORY_WEIGHTS if works else ():
+        best_s = _raise_bound(works, num_ranks, memory_weight, best_s)
+    return best_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Work:
+    """A part ready to be charged: arrays of row by shape, vectors by shape, ``counts`` by row."""
+
+    counts: FloatArray
+    alone_s: FloatArray
+    rank_seconds: FloatArray  # degree * marginal_s
+    memory_rank_seconds: FloatArray  # degree * fixed_s * memory share
+    fixed_s: FloatArray
+
+    @classmethod
+    def of(cls, part: BoundPart) -> _Work:
+        table = part.table
+        return cls(
+            counts=part.counts, alone_s=_alone_s(table), rank_seconds=table.degrees * table.marginal_s,
+            memory_rank_seconds=table.degrees * table.fixed_s * table.memory_shares, fixed_s=table.fixed_s,
+        )
+
+    def charge_s(self, makespan_s: float, memory_weight: float) -> float:
+        """Least rank seconds of all rows in a step that takes ``makespan_s``."""
+        spare_s = makespan_s - self.fixed_s  # negative only where no row is allowed
+        clock_weight = np.where(spare_s > 0, (1 - memory_weight) * self.fixed_s / np.maximum(spare_s, 1e-300), 0.0)
+        charges = self.rank_seconds * (1 + clock_weight) + memory_weight * self.memory_rank_seconds
+        return float(np.where(self.alone_s <= makespan_s, charges, np.inf).min(axis=1) @ self.counts)
+
+    def marginal_rank_s(self, limit_s: float) -> float:
+        """Least rank seconds of all rows, fixed times left out, on shapes that run them alone within the limit."""
+        return float(np.where(self.alone_s <= limit_s, self.rank_seconds, np.inf).min(axis=1) @ self.counts)
+
+
+def _raise_bound(works: SequenceOf[_Work], num_ranks: int, memory_weight: float, low_s: float) -> float:
+    """The largest proven bound at this weight, at least ``low_s`` (proven itself, no less than the critical path)."""
+
+    def needed_s(makespan_s: float) -> float:
+        return sum(work.charge_s(makespan_s, memory_weight) for work in works) / num_ranks
+
+    return _raised(needed_s, low_s)
+
+
+def _raised(needed_s: Callable[[float], float], low_s: float) -> float:
+    """The least C with ``needed_s(C) <= C``, from below, and at least ``low_s``.
+
+    ``needed(C)`` falls with C, so C < needed(C) proves C impossible and needed(C) possible, and C >= needed(C) proves
+    C possible and everything below needed(C) impossible.
+    """
+    high_s = needed_s(low_s)
+    if high_s <= low_s:
+        return low_s
+    trial_s = high_s
+    for _ in range(MAX_EVALUATIONS):
+        need_s = needed_s(trial_s)
+        if need_s > trial_s:
+            low_s, high_s = trial_s, min(high_s, need_s)
+        else:
+            low_s, high_s = max(low_s, need_s), trial_s
+        if high_s - low_s <= RELATIVE_WIDTH * high_s:
+            break
+        trial_s = need_s if low_s < need_s < high_s else (low_s + high_s) / 2
+    return low_s
+
+
+def cheapest_columns(table: PriceTable, makespan_s: float, memory_weight: float = 1.0) -> IntArray:
+    """Per sequence the shape with the fewest rank seconds among those that run it within ``makespan_s``, its fixed time
+    shared out as in the bound. Where none does, the quickest one."""
+    alone_s = _alone_s(table)
+    limit_s = np.maximum(makespan_s * (1 + 1e-9), alone_s.min(axis=1))
+    allowed = table.fits & (alone_s <= limit_s[:, None])
+    shares = memory_weight * table.memory_shares
+    if memory_weight < 1:
+        spare_s = np.maximum(limit_s[:, None] - table.fixed_s, 1e-300)
+        shares = shares + (1 - memory_weight) * np.minimum(table.marginal_s / spare_s, 1.0)
+    charges = table.degrees * (table.marginal_s + table.fixed_s * shares)
+    columns: IntArray = np.argmin(np.where(allowed, charges, np.inf), axis=1)
+    return columns
+
+
+def _alone_s(table: PriceTable) -> FloatArray:
+    times: FloatArray = np.where(table.fits, table.marginal_s + table.fixed_s, np.inf)
+    return times

@@ -1,0 +1,1 @@
+"""Checkpoints: tensors, their hashes, and which checkpoint is whole."""

@@ -1,0 +1,51 @@
+"""The data of a run, opened: store, samples, order, and the model shape that fits the tokenizer. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from planner.inputs.model import ModelSpec
+from trainer.data.histogram import length_histogram
+from trainer.data.ledger import SampleLedger
+from trainer.data.token_store import SampleIndex, TokenStore, build_sample_index, open_store
+from trainer.settings.tree import TrainConfig, model_spec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingData:
+    """Read access to everything a step needs to know about its documents."""
+
+    store: TokenStore
+    samples: SampleIndex
+    ledger: SampleLedger
+    spec: ModelSpec
+
+    def batch(self, step: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """(sample ids, their tokens) of one step: a function of (seed, step), the same at any world size."""
+        ids = self.ledger.batch(step)
+        return ids, tuple(int(self.samples.num_tokens[index]) for index in ids)
+
+    def describe(self) -> list[str]:
+        """Lines for the log: corpus, samples, length histogram, and what a model without context would reach."""
+        entropy = self.store.meta.unigram_entropy_nats
+        return [
+            *self.store.describe(),
+            *self.samples.describe(),
+            *length_histogram(self.samples.num_tokens),
+            f"corpus: unigram entropy {entropy:.3f} nats a token: the loss of a model that ignores context",
+        ]
+
+
+def open_training_data(config: TrainConfig, cache_root: Path) -> TrainingData:
+    """Tokenise (or find in the cache) and index the corpus. Raises SpecError."""
+    store = open_store(config.data, cache_root)
+    samples = build_sample_index(
+        store.lengths, max_length=config.data.max_length, over_length=config.data.over_length
+    )
+    ledger = SampleLedger(
+        samples.num_tokens, seed=config.run.seed, tokens_per_step=config.data.tokens_per_step
+    )
+    return TrainingData(
+        store=store, samples=samples, ledger=ledger, spec=model_spec(config, vocab_size=store.vocab_size)
+    )

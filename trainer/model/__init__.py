@@ -1,0 +1,1 @@
+"""The decoder, its initial weights and its optimizer."""

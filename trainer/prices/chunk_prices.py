@@ -1,0 +1,147 @@
+"""What chunks cost in this run, for plans that may choose them: the runtime's own chunks, timed and weighed.
+
+Microbatches of one sequence, of each rank alone and of all ranks together, run whole and in chunks of a few sizes.
+From the seconds beyond the whole ones come the further forward and the seconds a chunk; from the peaks beyond an empty
+microbatch's a line over the tokens of a chunk that none of them lies above. K/V and their gradients follow from the
+model. Only what is kept for less than recomputing leaves behind is worth measuring at all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+
+from memory.peak import give_back_freed_memory, map_large_blocks
+from parallel.sharding import sharded_step
+from planner.cost.chunk_fit import ChunkFit
+from planner.cost.fits import ActivationFit
+from planner.cost.fitting import non_negative_fit
+from planner.cost.limits import PlanLimits
+from planner.cost.model import CostModel
+from planner.plan import AttentionKind
+from trainer.prices.calibration import PEAK_MARGIN, MeasuredShape, run_probe
+from trainer.step.chunk_policy import ChunkPolicy
+from trainer.step.chunks import layer_row_bytes
+from trainer.step.runtime import Runtime, run_empty_microbatch
+
+_PARTS = (2, 8)
+"""Chunks of a probe."""
+_SWEEPS = 2
+_LEAST_AGAIN = 2 / 7
+"""So much of attention's seconds is its forward's, and a third of all else's: a fit to a few noisy seconds may say
+more, but not less."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Probe:
+    """One way to run ``num_tokens`` a rank: seconds (the median) and peak bytes."""
+
+    shape: MeasuredShape
+    chunk_tokens: int
+    seconds: float
+    peak_bytes: int
+
+
+def resident_bytes(runtime: Runtime) -> float:
+    """K/V and dK/dV of a local token, all layers of this rank."""
+    num_layers, kv_bytes, dkv_bytes = layer_row_bytes(runtime)
+    return num_layers * (kv_bytes + dkv_bytes)
+
+
+def chunks_may_pay(runtime: Runtime, cost: CostModel, activation: ActivationFit) -> bool:
+    """Whether chunks keep less of a token than recomputing does, which is quicker."""
+    return resident_bytes(runtime) < cost.memory.bytes_per_token - activation.recompute_bytes_per_token
+
+
+def map_chunk_blocks(runtime: Runtime) -> None:
+    """In a run whose plans choose chunks, the resident set is to show what a chunk takes (see ``map_large_blocks``): a
+    heap that keeps what a whole microbatch needed before would be above every prediction."""
+    if runtime.mesh.device.type == "cpu":
+        map_large_blocks(fine=True)
+        give_back_freed_memory()
+
+
+def measure_chunks(runtime: Runtime, cost: CostModel, limits: PlanLimits, *, num_tokens: int) -> ChunkFit:
+    """Prices of chunks from sequences of ``num_tokens`` a rank, which run whole as well. Collective; weights and
+    gradients stay as they are."""
+    map_chunk_blocks(runtime)
+    with sharded_step(runtime.model, runtime.sharding, lambda: run_empty_microbatch(runtime)):
+        local = MeasuredShape(AttentionKind.LOCAL, 1)
+        empty_bytes = _probe(runtime, local, 0, 0).peak_bytes
+        probes = [
+            _probe(runtime, shape, num_tokens, size)
+            for shape in (local, *_shared_shapes(runtime, cost, limits))
+            for size in (0, *dict.fromkeys(max(1, num_tokens // part) for part in _PARTS))
+        ]
+    runtime.optimizer.zero_grad()
+    again, s_per_chunk = _fit_seconds(probes, cost, num_tokens)
+    fixed_bytes, bytes_per_token, shared_bytes = _fit_bytes(
+        [probe for probe in probes if probe.chunk_tokens], cost.memory.bytes_per_token / PEAK_MARGIN,
+        empty_bytes + resident_bytes(runtime) * num_tokens,
+    )
+    return ChunkFit(
+        resident_bytes_per_token=PEAK_MARGIN * resident_bytes(runtime),
+        num_kv_heads=max(1, runtime.model.spec.num_kv_heads // runtime.mesh.tensor_size),
+        fixed_bytes=int(PEAK_MARGIN * fixed_bytes), bytes_per_token=PEAK_MARGIN * bytes_per_token,
+        shared_bytes_per_token=PEAK_MARGIN * shared_bytes, again_attention=again, again_linear=again,
+        s_per_chunk=s_per_chunk,
+    )
+
+
+def _shared_shapes(runtime: Runtime, cost: CostModel, limits: PlanLimits) -> tuple[MeasuredShape, ...]:
+    """All ranks in one group, of a kind whose queries move if there is one (they need more room)."""
+    degree = runtime.mesh.data_size
+    kinds = sorted(
+        (kind for kind in limits.kinds if degree > 1 and degree in cost.degrees(kind)),
+        key=lambda kind: kind is AttentionKind.ULYSSES,
+    )
+    return tuple(MeasuredShape(kind, degree, cost.time_fit(kind, degree).inner_degree) for kind in kinds[:1])
+
+
+def _probe(runtime: Runtime, shape: MeasuredShape, num_tokens: int, chunk_tokens: int) -> _Probe:
+    """``chunk_tokens`` 0: whole."""
+    if chunk_tokens:
+        runtime = dataclasses.replace(runtime, chunking=ChunkPolicy(chunk_tokens=chunk_tokens))
+    lengths = (num_tokens * shape.degree,) if num_tokens else ()
+    runs = [run_probe(runtime, shape, lengths) for _ in range(1 + _SWEEPS if num_tokens else 1)]
+    later = runs[1:] or runs  # the first one makes buffers
+    return _Probe(
+        shape, chunk_tokens, statistics.median(seconds for seconds, _ in later), max(peak for _, peak in runs)
+    )
+
+
+def _fit_seconds(probes: SequenceOf[_Probe], cost: CostModel, num_tokens: int) -> tuple[float, float]:
+    """The further forward as a share of a microbatch's own seconds, and seconds a chunk."""
+    whole_s = {probe.shape: probe.seconds for probe in probes if not probe.chunk_tokens}
+    rows, extra_s = [], []
+    for probe in probes:
+        if not probe.chunk_tokens:
+            continue
+        total = num_tokens * probe.shape.degree
+        fit = cost.time_fit(probe.shape.kind, probe.shape.degree)
+        work_s = fit.s_per_token2 * total * total + fit.s_per_token * total
+        rows.append([work_s, num_tokens / probe.chunk_tokens + 1])
+        extra_s.append(max(0.0, probe.seconds - whole_s[probe.shape] - _LEAST_AGAIN * work_s))
+    again, s_per_chunk = non_negative_fit(rows, extra_s, scales=[row[0] or 1.0 for row in rows])
+    return _LEAST_AGAIN + again, s_per_chunk
+
+
+def _fit_bytes(
+    probes: SequenceOf[_Probe], least_slope: float, resident: float
+) -> tuple[float, float, float]:
+    """Bytes of the chunk at work: fixed, per own token and per token of the whole group, the lowest upper line over the
+    ranks alone that is at least as steep as whole microbatches; the group's on top."""
+    alone = [(probe.chunk_tokens, probe.peak_bytes - resident) for probe in probes if probe.shape.degree == 1]
+    slopes = [
+        (high - low) / (size - fewer)
+        for place, (size, high) in enumerate(alone) for fewer, low in alone[place + 1 :] if size != fewer
+    ]
+    slope = max(least_slope, *slopes) if slopes else least_slope
+    fixed = max(0.0, max(peak - slope * size for size, peak in alone))
+    shared = [
+        (probe.peak_bytes - resident - fixed - slope * probe.chunk_tokens) / (probe.chunk_tokens * probe.shape.degree)
+        for probe in probes if probe.shape.degree > 1
+    ]
+    return fixed, slope, max([0.0, *shared])
