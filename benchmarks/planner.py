@@ -45,6 +45,7 @@ from planner.inputs.files import load_cluster, load_model
 from planner.inputs.length_generators import generate_lengths
 from planner.inputs.lengths_file import read_lengths
 from planner.plan import AttentionKind, Sharding, StepPlan
+from planner.pricing.problem import StepProblem
 from planner.step_planner import STRATEGIES, plan_step
 
 CORPORA = ("wikipedia", "prolong", "github", "byted")
@@ -241,7 +242,7 @@ def measure(setting: Setting, batches: str, name: str, steps: list[list[int]], *
     """Plan these steps with every strategy and peer."""
     cost, limits = model_of(setting)
     work = [
-        Step(number=number, lengths=lengths, num_ranks=setting.num_ranks, cost=cost, limits=limits)
+        Step(number, StepProblem(lengths=tuple(lengths), num_ranks=setting.num_ranks, cost=cost, limits=limits))
         for number, lengths in enumerate(steps)
     ]
     ours, plan_s = [], []
@@ -278,10 +279,7 @@ def _others(solver_s: float) -> dict[str, Callable[[Step], float]]:
 
 
 def _plan(step: Step, strategy: str) -> StepPlan:
-    return plan_step(
-        step.lengths, step=step.number, num_ranks=step.num_ranks, cost=step.cost, limits=step.limits,
-        strategy=strategy,
-    )
+    return plan_step(step.problem, step=step.number, strategy=strategy)
 
 
 def goal_lines(results: Sequence[Result]) -> list[str]:

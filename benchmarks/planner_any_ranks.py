@@ -18,6 +18,7 @@ from planner.cost.limits import PlanLimits
 from planner.errors import InfeasibleError, SpecError
 from planner.inputs.files import load_cluster, load_model
 from planner.plan import AttentionKind
+from planner.pricing.problem import StepProblem
 from planner.step_planner import plan_step
 
 NUM_RANKS = (6, 12, 24, 100)
@@ -59,7 +60,11 @@ def tally(num_ranks: int, num_batches: int, *, seed: int) -> Tally:
     our_failures, peer_failures = 0, Counter[str]()
     for number, lengths in enumerate(random_batches(num_batches, max_tokens, seed=seed)):
         try:
-            plan_step(lengths, step=number, num_ranks=num_ranks, cost=cost, limits=limits, strategy="adaptive")
+            plan_step(
+                StepProblem(lengths=lengths, num_ranks=num_ranks, cost=cost, limits=limits),
+                step=number,
+                strategy="adaptive",
+            )
         except (SpecError, InfeasibleError):
             our_failures += 1
         try:

@@ -22,10 +22,10 @@ from pathlib import Path
 
 from planner.cost.data_sheet import derive_cost
 from planner.cost.limits import PlanLimits
-from planner.cost.model import CostModel
 from planner.inputs.files import load_cluster, load_model
 from planner.inputs.length_generators import generate_lengths
 from planner.plan import AttentionKind
+from planner.pricing.problem import StepProblem
 from planner.pricing.simulate import simulate
 from planner.pricing.verify import verify_plan
 from planner.step_planner import STRATEGIES, greedy_step, plan_step
@@ -36,13 +36,10 @@ COLUMNS = ("what", "ms", "times the greedy plan")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """One step on one cluster; what ``plan_step`` takes."""
+    """One step on one cluster."""
 
     name: str
-    lengths: tuple[int, ...]
-    num_ranks: int
-    cost: CostModel
-    limits: PlanLimits
+    problem: StepProblem
 
 
 def make_case(cluster_name: str, num_sequences: int) -> Case:
@@ -56,7 +53,8 @@ def make_case(cluster_name: str, num_sequences: int) -> Case:
     lengths = tuple(islice((size for size in generate_lengths(LENGTHS) if size <= LONGEST), num_sequences))
     cost = derive_cost(cluster, model, num_ranks=cluster.num_ranks)
     name = f"{cluster_name}, {MODEL}, {cluster.num_ranks} ranks, {num_sequences} sequences of {LENGTHS}"
-    return Case(name=name, lengths=lengths, num_ranks=cluster.num_ranks, cost=cost, limits=limits)
+    problem = StepProblem(lengths=lengths, num_ranks=cluster.num_ranks, cost=cost, limits=limits)
+    return Case(name=name, problem=problem)
 
 
 def cpu_s(action: Callable[[], object], repeats: int) -> float:
@@ -72,15 +70,14 @@ def cpu_s(action: Callable[[], object], repeats: int) -> float:
 
 def measure(case: Case, repeats: int) -> dict[str, float]:
     """CPU seconds by what is done, the greedy plan first."""
-    step = {"step": 0, "num_ranks": case.num_ranks, "cost": case.cost, "limits": case.limits}
-    found = {"greedy": cpu_s(lambda: greedy_step(case.lengths, **step), repeats)}
+    found = {"greedy": cpu_s(lambda: greedy_step(case.problem, step=0), repeats)}
     for name in STRATEGIES:
-        found[name] = cpu_s(lambda name=name: plan_step(case.lengths, strategy=name, **step), repeats)
-    plan = plan_step(case.lengths, strategy="adaptive", **step)
+        found[name] = cpu_s(lambda name=name: plan_step(case.problem, step=0, strategy=name), repeats)
+    plan = plan_step(case.problem, step=0, strategy="adaptive")
     found["verify an adaptive plan"] = cpu_s(
-        lambda: verify_plan(plan, case.lengths, num_ranks=case.num_ranks, cost=case.cost, limits=case.limits), repeats
+        lambda: verify_plan(plan, case.problem), repeats
     )
-    found["simulate an adaptive plan"] = cpu_s(lambda: simulate(plan, case.cost), repeats)
+    found["simulate an adaptive plan"] = cpu_s(lambda: simulate(plan, case.problem.cost), repeats)
     return found
 
 

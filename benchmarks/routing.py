@@ -37,6 +37,7 @@ from planner.cost.model import CostModel
 from planner.inputs.files import load_cluster, load_model
 from planner.plan import AttentionGroup, AttentionKind, SolveStatus, StepPlan
 from planner.pricing.assemble import GroupChoice, assemble_plan
+from planner.pricing.problem import StepProblem
 from planner.schedules.exchange import GroupLimits, schedule_of, write_schedule
 from planner.step_planner import plan_step
 
@@ -241,7 +242,7 @@ def remap_rows() -> list[RemapRow]:
     rows = []
     for name, lengths in steps.items():
         plain, moved = (
-            plan_step(lengths, step=0, num_ranks=64, cost=each, limits=limits, strategy="zeppelin")
+            plan_step(StepProblem(lengths=lengths, num_ranks=64, cost=each, limits=limits), step=0, strategy="zeppelin")
             for each in (replace(cost, remap=None), cost)
         )
         rows.append(RemapRow(

@@ -36,6 +36,7 @@ from planner.cost.model import CostModel
 from planner.errors import EXIT_BAD_CONFIG, InfeasibleError, LonghaulError, NumericError
 from planner.inputs.files import load_model
 from planner.plan import AttentionKind, Span, StepPlan, digest_of
+from planner.pricing.problem import StepProblem
 from planner.pricing.verify import verify_plan
 from planner.step_planner import plan_step
 from planner.strategies.static import possible_degrees
@@ -135,9 +136,9 @@ def _plan_all(
     settings: StepSettings, runtime: Runtime, cost: CostModel, limits: PlanLimits, batches: tuple[tuple[int, ...], ...]
 ) -> tuple[dict[str, tuple[StepPlan, ...]], tuple[tuple[str, int], ...]]:
     """The plans of every strategy that fits all batches, by batch; and of the others, how many batches do not fit."""
-    degrees = [  # as for the peers: groups that leave no rank over
-        degree for degree in possible_degrees(settings.num_ranks, cost, limits) if settings.num_ranks % degree == 0
-    ]
+    problem = StepProblem(lengths=batches[0], num_ranks=settings.num_ranks, cost=cost, limits=limits)
+    # as for the peers: groups that leave no rank over
+    degrees = [degree for degree in possible_degrees(problem) if settings.num_ranks % degree == 0]
     choices: dict[str, tuple[str, int | None, PlanLimits]] = {}
     choices |= {name: (name, None, limits) for name in settings.strategies}
     choices[BATCH_BEST] = ("static", None, limits)
@@ -178,15 +179,19 @@ def _plan(
     if mesh.rank == 0:
         try:
             plan = plan_step(
-                lengths, step=step, num_ranks=mesh.data_size, cost=cost, limits=limits, strategy=strategy,
+                StepProblem(lengths=lengths, num_ranks=mesh.data_size, cost=cost, limits=limits),
+                step=step,
+                strategy=strategy,
                 degree=degree,
             )
         except InfeasibleError as error:
             plan = error
     return agree_on_plan(
-        plan, source=0, group=mesh.control_group,
+        plan,
+        source=0,
+        group=mesh.control_group,
         verify=lambda received: verify_plan(
-            received, lengths, num_ranks=mesh.data_size, cost=cost, limits=limits
+            received, StepProblem(lengths=lengths, num_ranks=mesh.data_size, cost=cost, limits=limits)
         ),
     )
 

@@ -18,6 +18,7 @@ from planner.inputs.files import cluster_names, model_names
 from planner.inputs.length_generators import length_names
 from planner.pages.planned_step import Candidate, PlannedStep, best_candidate
 from planner.pages.policy_reasons import what_helps
+from planner.pricing.problem import StepProblem
 from planner.pricing.simulate import simulate
 from planner.schedules.exchange import attention_names
 
@@ -132,10 +133,8 @@ def _planned(job: Job, strategy: str, degree: int | None) -> Iterator[PlannedSte
     from planner.step_planner import plan_step
 
     for index, lengths in enumerate(job.batches):
-        plan = plan_step(
-            lengths, step=index, num_ranks=job.num_ranks, cost=job.cost, limits=job.limits, strategy=strategy,
-            degree=degree,
-        )
+        problem = StepProblem(lengths=lengths, num_ranks=job.num_ranks, cost=job.cost, limits=job.limits)
+        plan = plan_step(problem, step=index, strategy=strategy, degree=degree)
         yield PlannedStep(plan=plan, simulation=simulate(plan, job.cost))
 
 

@@ -20,12 +20,13 @@ from planner.cost.limits import PlanLimits
 from planner.cost.model import CostModel
 from planner.errors import InfeasibleError, LonghaulError, SpecError
 from planner.plan import plan_to_json
+from planner.pricing.problem import StepProblem
 from planner.step_planner import plan_step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServiceHeader:
-    """What stays the same for all requests; the arguments of ``plan_step``."""
+    """What stays the same for all requests."""
 
     num_ranks: int
     cost: CostModel
@@ -67,10 +68,10 @@ def error_from_plain(plain: dict[str, Any]) -> LonghaulError:
 def answer(header: ServiceHeader, request: StepRequest) -> dict[str, Any]:
     """One request's answer line as plain values."""
     try:
-        plan = plan_step(
-            request.lengths, step=request.step, num_ranks=header.num_ranks, cost=header.cost, limits=header.limits,
-            strategy=header.strategy, degree=header.degree,
+        problem = StepProblem(
+            lengths=request.lengths, num_ranks=header.num_ranks, cost=header.cost, limits=header.limits
         )
+        plan = plan_step(problem, step=request.step, strategy=header.strategy, degree=header.degree)
     except LonghaulError as error:
         return {"step": request.step, "error": error_to_plain(error)}
     return {"step": request.step, "plan": plan_to_json(plan)}

@@ -21,6 +21,7 @@ from planner.measured.copy_times import lanes_to_plain
 from planner.measured.drift import DriftWatch, planned_span_s, refit_cost
 from planner.measured.step_times import MeasuredStep, measured_to_plain, microbatch_places
 from planner.plan import StepPlan, plan_to_json
+from planner.pricing.problem import StepProblem
 from planner.pricing.verify import verify_plan
 from trainer.build import build_runtime
 from trainer.checkpoint.manifests import CHECKPOINTS, check_same_run, run_identity
@@ -290,9 +291,10 @@ def _agree(
     session: _Session, taken: PlanTaken | InfeasibleError | None, step: int, lengths: tuple[int, ...]
 ) -> StepPlan:
     mesh = session.runtime.mesh
+    problem = StepProblem(lengths=lengths, num_ranks=mesh.data_size, cost=session.cost, limits=session.limits)
 
     def verify(plan: StepPlan) -> None:
-        verify_plan(plan, lengths, num_ranks=mesh.data_size, cost=session.cost, limits=session.limits)
+        verify_plan(plan, problem)
 
     offered = taken.plan if isinstance(taken, PlanTaken) else taken
     return agree_on_plan(offered, source=0, group=mesh.control_group, verify=verify)

@@ -25,6 +25,7 @@ from planner.cost.limits import PlanLimits
 from planner.cost.model import CostModel
 from planner.errors import InfeasibleError, LonghaulError, PlanError, SpecError
 from planner.plan import SolveStatus, StepPlan, plan_from_json
+from planner.pricing.problem import StepProblem
 from planner.service import ServiceHeader, StepRequest, error_from_plain
 from planner.step_planner import check_strategy, greedy_step
 from planner.units import format_seconds
@@ -136,7 +137,10 @@ class PlanFeed:
 
     def _late_plan(self, step: int, lengths: tuple[int, ...], reason: str) -> StepPlan:
         header = self._header
-        plan = greedy_step(lengths, step=step, num_ranks=header.num_ranks, cost=header.cost, limits=header.limits)
+        problem = StepProblem(
+            lengths=lengths, num_ranks=header.num_ranks, cost=header.cost, limits=header.limits
+        )
+        plan = greedy_step(problem, step=step)
         report = replace(plan.solver, status=SolveStatus.LATE, note=f"greedy plan: {reason}")
         return replace(plan, strategy=header.strategy, solver=report)
 

@@ -32,11 +32,11 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from benchmarks.peers.karmarkar_karp import karmarkar_karp
-from planner.cost.limits import PlanLimits
 from planner.cost.model import CostModel
 from planner.errors import LonghaulError
 from planner.plan import AttentionKind, SolveStatus, StepPlan
 from planner.pricing.assemble import GroupChoice, assemble_plan, makespan_s
+from planner.pricing.problem import StepProblem
 from planner.pricing.verify import verify_plan
 from planner.step_planner import plan_step
 from planner.strategies.flexsp.strategy import flexsp_schedule
@@ -53,15 +53,12 @@ class PeerFailureError(LonghaulError):
     """The peer has no plan for this step; says why."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Step:
-    """What is to be planned, the same for everyone. ``lengths`` in tokens."""
+    """What is to be planned, the same for everyone."""
 
     number: int
-    lengths: Sequence[int]
-    num_ranks: int
-    cost: CostModel
-    limits: PlanLimits
+    problem: StepProblem
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,11 +73,11 @@ class PeerPlan:
 def flexsp_published(step: Step, *, solver_s: float) -> PeerPlan:
     """``solver_s``: wall-clock limit of the whole search. Raises PeerFailureError."""
     started_s = time.perf_counter()
-    table = price_table(step.lengths, allowed_shapes(step.num_ranks, step.cost, step.limits))
-    require_fits(table, step.cost, step.limits)
+    table = price_table(step.problem.lengths, allowed_shapes(step.problem))
+    require_fits(table, step.problem)
     result = flexsp_schedule(
-        table, num_ranks=step.num_ranks, max_local_tokens=_rank_tokens(step),
-        limits=replace(step.limits, max_nodes=ALL_NODES, relative_gap=SMALL_GAP), incumbent_s=float("inf"),
+        table, num_ranks=step.problem.num_ranks, max_local_tokens=_rank_tokens(step),
+        limits=replace(step.problem.limits, max_nodes=ALL_NODES, relative_gap=SMALL_GAP), incumbent_s=float("inf"),
         deadline_s=started_s + solver_s, barriers=True, max_variables=ALL_VARIABLES,
     )
     if result is None:
@@ -95,7 +92,9 @@ def megatron_core(step: Step) -> PeerPlan:
     """Raises PeerFailureError where the scheduler breaks down."""
     started_s = time.perf_counter()
     rounds = []
-    for assigned in megatron_core_rounds(step.lengths, step.num_ranks, max_rank_tokens=_rank_tokens(step) - 1):
+    for assigned in megatron_core_rounds(
+        step.problem.lengths, step.problem.num_ranks, max_rank_tokens=_rank_tokens(step) - 1
+    ):
         ranks_of: dict[int, list[int]] = {}
         for rank, sequences in enumerate(assigned):
             for sequence in sequences:
@@ -135,21 +134,21 @@ class _Group:
 def karmarkar_karp_plan(step: Step) -> PeerPlan:
     """The best degree's plan. Raises PeerFailureError where no single degree fits every sequence."""
     started_s = time.perf_counter()
-    shapes = allowed_shapes(step.num_ranks, step.cost, step.limits)
-    table = price_table(step.lengths, shapes)
-    works = [VERL_LINEAR_TOKENS * size + size * size for size in step.lengths]
+    shapes = allowed_shapes(step.problem)
+    table = price_table(step.problem.lengths, shapes)
+    works = [VERL_LINEAR_TOKENS * size + size * size for size in step.problem.lengths]
     blocks_of: dict[int, list[list[int]]] = {}
     best: tuple[float, list[GroupChoice]] | None = None
     for column, shape in enumerate(shapes):
-        if step.num_ranks % shape.degree or not table.fits[:, column].all():
+        if step.problem.num_ranks % shape.degree or not table.fits[:, column].all():
             continue
         if shape.degree not in blocks_of:
-            blocks_of[shape.degree] = karmarkar_karp(works, step.num_ranks // shape.degree)
+            blocks_of[shape.degree] = karmarkar_karp(works, step.problem.num_ranks // shape.degree)
         batches = [_capped_batches(table, column, works, rows) for rows in blocks_of[shape.degree]]
         groups = _block_groups(shape, [
             sorted(block, key=lambda rows: -_seconds(table, column, rows)) for block in batches
         ])
-        step_s = makespan_s(groups, step.lengths, step.num_ranks, step.cost)
+        step_s = makespan_s(groups, step.problem)
         if best is None or step_s < best[0]:
             best = step_s, groups
     if best is None:
@@ -184,10 +183,7 @@ def _block_groups(shape: GroupShape, batches: list[list[list[int]]]) -> list[Gro
 
 def static(step: Step) -> PeerPlan:
     """Our best single degree. Raises as ``plan_step`` does."""
-    plan = plan_step(
-        step.lengths, step=step.number, num_ranks=step.num_ranks, cost=step.cost, limits=step.limits,
-        strategy="static",
-    )
+    plan = plan_step(step.problem, step=step.number, strategy="static")
     return PeerPlan(plan=plan, step_s=plan.predicted_s)
 
 
@@ -195,12 +191,12 @@ def priced_rounds(step: Step, name: str, rounds: Sequence[Round], wall_s: float)
     """Assemble, verify, and price with a barrier after each round; never below the plan's own time, which under zero3
     has a barrier after every microbatch, whatever the peer's runtime would do. ``wall_s``: what planning took."""
     plan = assemble_plan(
-        step=step.number, strategy=name, num_ranks=step.num_ranks, lengths=step.lengths,
-        groups=[group for groups in rounds for group in groups], cost=step.cost, status=SolveStatus.FEASIBLE,
+        step=step.number, strategy=name, num_ranks=step.problem.num_ranks, lengths=step.problem.lengths,
+        groups=[group for groups in rounds for group in groups], cost=step.problem.cost, status=SolveStatus.FEASIBLE,
         bound_s=0.0, wall_s=wall_s, note=f"{name}, {len(rounds)} rounds",
     )
-    verify_plan(plan, step.lengths, num_ranks=step.num_ranks, cost=step.cost, limits=step.limits)
-    step_s = max(plan.predicted_s, barrier_step_s(plan, [len(groups) for groups in rounds], step.cost))
+    verify_plan(plan, step.problem)
+    step_s = max(plan.predicted_s, barrier_step_s(plan, [len(groups) for groups in rounds], step.problem.cost))
     return PeerPlan(plan=plan, step_s=step_s)
 
 
@@ -222,7 +218,7 @@ def barrier_step_s(plan: StepPlan, round_sizes: Sequence[int], cost: CostModel) 
 
 
 def _rank_tokens(step: Step) -> int:
-    return step.cost.max_local_tokens(step.limits.device_budget_bytes)
+    return step.problem.cost.max_local_tokens(step.problem.limits.device_budget_bytes)
 
 
 def peers(*, solver_s: float) -> dict[str, Callable[[Step], PeerPlan]]:

@@ -14,6 +14,7 @@ from planner.cost.model import CostModel
 from planner.errors import InfeasibleError, SpecError
 from planner.inputs.cluster import ClusterSpec
 from planner.plan import AttentionKind, MemoryAction, StepPlan
+from planner.pricing.problem import StepProblem
 from planner.step_planner import greedy_step, plan_step
 from planner.units import format_bytes
 
@@ -92,14 +93,11 @@ def _tokens_per_s(setting: Setting, pricing: Pricing) -> float:
 
 
 def _plan(setting: Setting, cost: CostModel) -> StepPlan:
-    lengths, num_ranks, limits = setting.lengths, setting.num_ranks, setting.limits
+    limits = replace(setting.limits, max_nodes=min(setting.limits.max_nodes, MAX_NODES))
+    problem = StepProblem(lengths=setting.lengths, num_ranks=setting.num_ranks, cost=cost, limits=limits)
     if setting.strategy == GREEDY:
-        return greedy_step(lengths, step=0, num_ranks=num_ranks, cost=cost, limits=limits)
-    limits = replace(limits, max_nodes=min(limits.max_nodes, MAX_NODES))
-    return plan_step(
-        lengths, step=0, num_ranks=num_ranks, cost=cost, limits=limits, strategy=setting.strategy,
-        degree=setting.degree,
-    )
+        return greedy_step(problem, step=0)
+    return plan_step(problem, step=0, strategy=setting.strategy, degree=setting.degree)
 
 
 def _changes(start: Setting) -> Iterator[Setting]:

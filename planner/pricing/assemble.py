@@ -19,6 +19,7 @@ from planner.plan import (
     StepPlan,
 )
 from planner.pricing.pipeline_order import StageWork
+from planner.pricing.problem import StepProblem
 from planner.pricing.simulate import MicrobatchPrice, lone_group_s, price_groups, run_schedule
 from planner.pricing.timeline import play
 from planner.schedules.remap import Move
@@ -130,10 +131,9 @@ def _price(
     return price_groups(_ranks(attention), attention, lengths, cost, policies.pop(), moves)
 
 
-def makespan_s(
-    groups: Iterable[MicrobatchChoice], lengths: SequenceOf[int], num_ranks: int, cost: CostModel
-) -> float:
+def makespan_s(groups: Iterable[MicrobatchChoice], problem: StepProblem) -> float:
     """When the last rank ends, ``step_fixed_s`` not included, as ``planner.pricing.simulate`` plays it."""
+    lengths, num_ranks, cost = problem.lengths, problem.num_ranks, problem.cost
     choices = list(groups)
     if cost.num_stages > 1:
         prices = [price_choice(choice, lengths, cost) for choice in choices]

@@ -26,6 +26,7 @@ from planner.plan import (
     StepPlan,
 )
 from planner.pricing.lockstep import lockstep_rounds
+from planner.pricing.problem import StepProblem
 from planner.pricing.simulate import MicrobatchPrice, Simulation, price_microbatch, run_schedule
 from planner.schedules.layout import head_degree, local_token_counts
 from planner.units import format_bytes
@@ -33,13 +34,12 @@ from planner.units import format_bytes
 RELATIVE_TOLERANCE = 1e-9
 
 
-def verify_plan(
-    plan: StepPlan, lengths: SequenceOf[int], *, num_ranks: int, cost: CostModel, limits: PlanLimits
-) -> None:
-    """Check ``plan`` against this step's ``lengths`` (tokens of sequence i), the ranks, the cost model and the limits.
+def verify_plan(plan: StepPlan, problem: StepProblem) -> None:
+    """Check that ``plan`` is a legal answer to the problem.
 
     Raises PlanError naming the first offender: the field, sequence, rank, group or microbatch.
     """
+    lengths, num_ranks, cost, limits = problem.lengths, problem.num_ranks, problem.cost, problem.limits
     _verify_head(plan, num_ranks, cost)
     _verify_sequences(plan, lengths)
     for index, microbatch in enumerate(plan.microbatches):

@@ -24,6 +24,7 @@ from planner.cost.limits import PlanLimits
 from planner.cost.model import CostModel
 from planner.inputs.length_generators import length_table
 from planner.plan import AttentionKind, StepPlan
+from planner.pricing.problem import StepProblem
 from planner.pricing.verify import verify_plan
 from planner.reproduce.bytescale_stages import pp_balance
 from planner.reproduce.flexsp import pack_best_fit
@@ -204,14 +205,17 @@ def balance_plan(setting: Setting, lengths: SequenceOf[int], naive: StepPlan) ->
     if setting.model.stages == 1:
         return _plan(setting, lengths, "hdp")
     plan = pp_balance(naive, num_stages=setting.model.stages, cost=setting.cost)
-    verify_plan(plan, lengths, num_ranks=setting.model.num_ranks, cost=setting.cost, limits=setting.limits)
+    verify_plan(plan, _problem(setting, lengths))
     return plan
 
 
 def _plan(setting: Setting, lengths: SequenceOf[int], strategy: str) -> StepPlan:
-    return plan_step(
-        lengths, step=0, num_ranks=setting.model.num_ranks, cost=setting.cost, limits=setting.limits,
-        strategy=strategy,
+    return plan_step(_problem(setting, lengths), step=0, strategy=strategy)
+
+
+def _problem(setting: Setting, lengths: SequenceOf[int]) -> StepProblem:
+    return StepProblem(
+        lengths=tuple(lengths), num_ranks=setting.model.num_ranks, cost=setting.cost, limits=setting.limits
     )
 
 

@@ -18,6 +18,7 @@ from planner.cost.limits import PlanLimits
 from planner.cost.model import CostModel
 from planner.inputs.length_generators import generate_lengths
 from planner.plan import AttentionKind
+from planner.pricing.problem import StepProblem
 from planner.reproduce.table import Reproduction, Row, Rule, load_data
 from planner.strategies.flexsp.strategy import FlexspResult, flexsp_schedule
 from planner.strategies.search.shapes import allowed_shapes, price_table
@@ -233,8 +234,9 @@ def case_rows(data: FlexspData, case: Case) -> list[Row]:
 def flexsp_result(setting: Setting, lengths: list[int]) -> FlexspResult | None:
     """FlexSP's rounds for one batch, degrees 1 to 64, no incumbent from elsewhere."""
     num_ranks = setting.data.num_ranks
+    problem = StepProblem(lengths=tuple(lengths), num_ranks=num_ranks, cost=setting.cost, limits=setting.limits)
     return flexsp_schedule(
-        price_table(lengths, allowed_shapes(num_ranks, setting.cost, setting.limits)), num_ranks=num_ranks,
+        price_table(lengths, allowed_shapes(problem)), num_ranks=num_ranks,
         max_local_tokens=setting.rank_tokens, limits=setting.limits, incumbent_s=math.inf,
         deadline_s=time.perf_counter() + setting.limits.time_limit_s,
     )

@@ -15,10 +15,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from planner.cost.limits import PlanLimits
-from planner.cost.model import CostModel
 from planner.plan import SolveStatus
 from planner.pricing.assemble import Found, GroupChoice, makespan_s
+from planner.pricing.problem import StepProblem
 from planner.strategies.search.bounds import cheapest_columns, makespan_bound_s
 from planner.strategies.search.chunk_shapes import chunk_sizes, chunked_shape
 from planner.strategies.search.memory_policy import choose_policies, recompute_fractions, with_every_policy, with_policy
@@ -90,31 +89,33 @@ class _LaneChoice:
         return best, bool(opens[best]), float(finish_s[best])
 
 
-def plan_greedy(lengths: SequenceOf[int], *, num_ranks: int, cost: CostModel, limits: PlanLimits) -> Found:
-    """The greedy plan of sequences of these lengths (tokens) on FlexSP's shapes, with the bound of those shapes. Where
+def plan_greedy(problem: StepProblem) -> Found:
+    """The greedy plan on FlexSP's shapes, with the bound of those shapes. Where
     some sequence fits only if memory policies make room, all shapes are taken with the policy that frees most: to swap
     and recompute all, and where that is too little, the largest chunks that do.
 
     Raises SpecError where no shape is priced, InfeasibleError where a sequence fits none.
     """
-    kept = allowed_shapes(num_ranks, cost, limits)
-    shapes, table = _roomy_shapes(lengths, kept, cost, limits)
-    require_fits(table, cost, limits)
+    lengths, num_ranks = problem.lengths, problem.num_ranks
+    kept = allowed_shapes(problem)
+    shapes, table = _roomy_shapes(problem, kept)
+    require_fits(table, problem)
     schedule = greedy_schedule(table, num_ranks)
     # what is packed in a roomy way may still get a milder one
-    every = table if shapes is kept else price_table(lengths, with_every_policy(kept, cost, limits))
+    every = table if shapes is kept else price_table(lengths, with_every_policy(kept, problem.cost, problem.limits))
     bound_s = makespan_bound_s(every, num_ranks)
     shape_of = {(shape.kind, shape.degree): shape for shape in shapes}
     groups = choose_policies(
-        [(shape_of[group.kind, len(group.ranks)], group) for group in schedule.groups], lengths, cost, limits
+        [(shape_of[group.kind, len(group.ranks)], group) for group in schedule.groups], problem
     )
     return Found(groups=groups, status=SolveStatus.GREEDY, bound_s=bound_s, note="greedy list schedule")
 
 
 def _roomy_shapes(
-    lengths: SequenceOf[int], kept: tuple[GroupShape, ...], cost: CostModel, limits: PlanLimits
+    problem: StepProblem, kept: tuple[GroupShape, ...]
 ) -> tuple[tuple[GroupShape, ...], PriceTable]:
     """The first way to run these shapes in which every sequence fits one of them; the last one where none does."""
+    lengths, cost, limits = problem.lengths, problem.cost, problem.limits
     shapes, table = kept, price_table(lengths, kept)
     if not table.fits.any(axis=1).all():
         shapes = with_policy(kept, recompute_fractions(cost, limits)[-1], cost, limits)
@@ -128,11 +129,11 @@ def _roomy_shapes(
     return shapes, table
 
 
-def as_played(schedule: Schedule, lengths: SequenceOf[int], num_ranks: int, cost: CostModel) -> Schedule:
+def as_played(schedule: Schedule, problem: StepProblem) -> Schedule:
     """The schedule with the makespan that lockstep or pipeline stages give it, where the cost model has them."""
-    if cost.runs_free:
+    if problem.cost.runs_free:
         return schedule
-    return replace(schedule, makespan_s=makespan_s(schedule.groups, lengths, num_ranks, cost))
+    return replace(schedule, makespan_s=makespan_s(schedule.groups, problem))
 
 
 def greedy_schedule(table: PriceTable, num_ranks: int) -> Schedule:

@@ -41,10 +41,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from planner.cost.limits import PlanLimits
-from planner.cost.model import CostModel
-from planner.plan import AttentionKind, MemoryAction, SolveStatus
+from planner.plan import AttentionKind, SolveStatus
 from planner.pricing.assemble import Found, GroupChoice
+from planner.pricing.problem import StepProblem
 from planner.strategies.greedy import Lane, fill_lanes
 from planner.strategies.search.bounds import step_bound_s
 from planner.strategies.search.memory_policy import choose_policies, with_policy
@@ -59,54 +58,45 @@ from planner.strategies.search.shapes import (
 )
 
 
-def plan_hdp(
-    lengths: SequenceOf[int], *, num_ranks: int, cost: CostModel, limits: PlanLimits, degree: int | None,
-    deadline_s: float,
-) -> Found:
-    """The strategy ``hdp``. It chooses its own degrees and takes milliseconds, so neither ``degree`` nor the deadline
-    matters. Raises SpecError where no ring can be formed, InfeasibleError where a sequence fits on no ring."""
-    return _plan(lengths, num_ranks, cost, limits, balanced=True, floor=False)
+def plan_hdp(problem: StepProblem) -> Found:
+    """The strategy ``hdp``. Raises SpecError where no ring can be formed, InfeasibleError where a sequence fits on no
+    ring."""
+    return _plan(problem, balanced=True, floor=False)
 
 
-def plan_hdp_floor(
-    lengths: SequenceOf[int], *, num_ranks: int, cost: CostModel, limits: PlanLimits, degree: int | None,
-    deadline_s: float,
-) -> Found:
-    """The strategy ``hdp-floor``; arguments and errors as ``plan_hdp``."""
-    return _plan(lengths, num_ranks, cost, limits, balanced=True, floor=True)
+def plan_hdp_floor(problem: StepProblem) -> Found:
+    """The strategy ``hdp-floor``; errors as ``plan_hdp``."""
+    return _plan(problem, balanced=True, floor=True)
 
 
-def plan_hdp_naive(
-    lengths: SequenceOf[int], *, num_ranks: int, cost: CostModel, limits: PlanLimits, degree: int | None,
-    deadline_s: float,
-) -> Found:
-    """The strategy ``hdp-naive``; arguments and errors as ``plan_hdp``."""
-    return _plan(lengths, num_ranks, cost, replace(limits, policies=(MemoryAction.KEEP,)), balanced=False, floor=False)
+def plan_hdp_naive(problem: StepProblem) -> Found:
+    """The strategy ``hdp-naive``; errors as ``plan_hdp``."""
+    return _plan(problem.keeping_all(), balanced=False, floor=False)
 
 
-def _plan(
-    lengths: SequenceOf[int], num_ranks: int, cost: CostModel, limits: PlanLimits, *, balanced: bool, floor: bool
-) -> Found:
-    shapes = hdp_shapes(num_ranks, cost, limits)
+def _plan(problem: StepProblem, *, balanced: bool, floor: bool) -> Found:
+    lengths, num_ranks = problem.lengths, problem.num_ranks
+    shapes = hdp_shapes(problem)
     table = hdp_table(lengths, shapes)
-    require_fits(table, cost, limits)
+    require_fits(table, problem)
     bound_s = step_bound_s(lengths, shapes, num_ranks)
     columns = smallest_columns(table, bound_s if floor else np.inf)
     place = _place_by_time if balanced else _place_by_count
-    groups = place(table, columns, num_ranks, limits.node_size(num_ranks))
+    groups = place(table, columns, num_ranks, problem.node_size)
     degrees = table.degrees[columns]
     note = (
         f"hdp {'balanced by time' if balanced else 'by microbatch count'}, degrees by memory"
         f"{' and critical path' if floor else ''}: {int((degrees > 1).sum())} rings of up to {int(degrees.max())} ranks"
     )
     shape_of = {shape.degree: shape for shape in shapes}
-    choices = choose_policies([(shape_of[len(group.ranks)], group) for group in groups], lengths, cost, limits)
+    choices = choose_policies([(shape_of[len(group.ranks)], group) for group in groups], problem)
     return Found(groups=choices, status=SolveStatus.GREEDY, bound_s=bound_s, note=note)
 
 
-def hdp_shapes(num_ranks: int, cost: CostModel, limits: PlanLimits) -> tuple[GroupShape, ...]:
+def hdp_shapes(problem: StepProblem) -> tuple[GroupShape, ...]:
     """Local and rings of any degree, swapping what hides where the limits allow it. Raises SpecError."""
-    return with_policy(ring_shapes("hdp", range(2, num_ranks + 1), num_ranks, cost, limits), 0.0, cost, limits)
+    rings = ring_shapes("hdp", range(2, problem.num_ranks + 1), problem)
+    return with_policy(rings, 0.0, problem.cost, problem.limits)
 
 
 def hdp_table(lengths: SequenceOf[int], shapes: SequenceOf[GroupShape]) -> PriceTable:

@@ -26,15 +26,13 @@ Where the original fails or wastes, this differs:
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from planner.cost.limits import PlanLimits
-from planner.cost.model import CostModel
 from planner.plan import SolveStatus
 from planner.pricing.assemble import Found, GroupChoice
+from planner.pricing.problem import StepProblem
 from planner.strategies.hdp import best_fit_packs, smallest_columns
 from planner.strategies.search.bounds import step_bound_s
 from planner.strategies.search.shapes import PriceTable, flexsp_degrees, price_table, require_fits, ring_shapes
@@ -43,16 +41,13 @@ BUCKET_SLACK = 1.1
 ROUND_SPREAD = 0.05
 
 
-def plan_megatron(
-    lengths: SequenceOf[int], *, num_ranks: int, cost: CostModel, limits: PlanLimits, degree: int | None,
-    deadline_s: float,
-) -> Found:
-    """The strategy ``megatron``. It chooses its own degrees and takes milliseconds, so neither ``degree`` nor the
-    deadline matters. Raises SpecError where no ring can be formed, InfeasibleError where a sequence fits on none."""
-    shapes = ring_shapes("megatron", flexsp_degrees(num_ranks), num_ranks, cost, limits)
-    table = price_table(lengths, shapes)
-    require_fits(table, cost, limits)
-    rounds = megatron_rounds(table, num_ranks)
+def plan_megatron(problem: StepProblem) -> Found:
+    """The strategy ``megatron``. Raises SpecError where no ring can be formed,
+    InfeasibleError where a sequence fits on none."""
+    shapes = ring_shapes("megatron", flexsp_degrees(problem.num_ranks), problem)
+    table = price_table(problem.lengths, shapes)
+    require_fits(table, problem)
+    rounds = megatron_rounds(table, problem.num_ranks)
     column_of = {degree: column for column, degree in enumerate(table.degrees.tolist())}
     groups = []
     for teams in rounds:
@@ -62,8 +57,9 @@ def plan_megatron(
             for pack in best_fit_packs(table, team.rows, column):
                 sequences = tuple(sorted(table.rows[pack].tolist()))
                 groups.append(GroupChoice(table.shapes[column].kind, ranks, sequences))
+    bound_s = step_bound_s(problem.lengths, shapes, problem.num_ranks)
     return Found(
-        groups=tuple(groups), status=SolveStatus.GREEDY, bound_s=step_bound_s(lengths, shapes, num_ranks),
+        groups=tuple(groups), status=SolveStatus.GREEDY, bound_s=bound_s,
         note=f"megatron hybrid context parallelism, {len(rounds)} rounds",
     )
 

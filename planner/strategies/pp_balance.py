@@ -25,14 +25,13 @@ Kept flaw: memory alone decides degrees, as in ``hdp``. Without stages this is l
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
-from planner.cost.limits import PlanLimits
-from planner.cost.model import CostModel
-from planner.plan import AttentionKind, MemoryAction, SolveStatus
+from planner.plan import AttentionKind, SolveStatus
 from planner.pricing.assemble import Found, GroupChoice
+from planner.pricing.problem import StepProblem
 from planner.strategies.hdp import best_fit_packs, hdp_shapes, hdp_table, smallest_columns
 from planner.strategies.search.bounds import step_bound_s
 from planner.strategies.search.shapes import IntArray, PriceTable, require_fits
@@ -48,45 +47,40 @@ class Placing:
     finish_s: float
 
 
-def plan_hdp_pp(
-    lengths: SequenceOf[int], *, num_ranks: int, cost: CostModel, limits: PlanLimits, degree: int | None,
-    deadline_s: float,
-) -> Found:
-    """The strategy ``hdp-pp``. It chooses its own degrees and takes milliseconds, so neither ``degree`` nor the
-    deadline matters. Raises SpecError where no ring can be formed, InfeasibleError where a sequence fits on no ring."""
-    return plan_packs(lengths, num_ranks=num_ranks, cost=cost, limits=limits, pack_share=None)
+def plan_hdp_pp(problem: StepProblem) -> Found:
+    """The strategy ``hdp-pp``. Raises SpecError where no ring can be formed,
+    InfeasibleError where a sequence fits on no ring."""
+    return plan_packs(problem, pack_share=None)
 
 
-def plan_packs(
-    lengths: SequenceOf[int], *, num_ranks: int, cost: CostModel, limits: PlanLimits, pack_share: float | None,
-    floor: bool = False,
-) -> Found:
+def plan_packs(problem: StepProblem, *, pack_share: float | None, floor: bool = False) -> Found:
     """``plan_hdp_pp`` with packs of this share of a rank's capacity (None: by the rule above), or of one sequence that
     takes more. ``floor``: a sequence gets the smallest ring that also runs it through all stages within the bound."""
-    keep = replace(limits, policies=(MemoryAction.KEEP,))
-    shapes = hdp_shapes(num_ranks, cost, keep)
-    table = hdp_table(lengths, shapes)
-    require_fits(table, cost, keep)
-    bound_s = step_bound_s(lengths, shapes, num_ranks)
-    columns = smallest_columns(table, bound_s / cost.num_stages if floor else np.inf)
+    problem = problem.keeping_all()
+    num_ranks, num_stages = problem.num_ranks, problem.cost.num_stages
+    shapes = hdp_shapes(problem)
+    table = hdp_table(problem.lengths, shapes)
+    require_fits(table, problem)
+    bound_s = step_bound_s(problem.lengths, shapes, num_ranks)
+    columns = smallest_columns(table, bound_s / num_stages if floor else np.inf)
     capacity = int(table.capacity_tokens[0])
     if pack_share is None:
         packed_tokens = int(table.lengths[table.degrees[columns] == 1].sum())
-        capacity = min(capacity, -(-packed_tokens // (num_ranks * cost.num_stages)))
+        capacity = min(capacity, -(-packed_tokens // (num_ranks * num_stages)))
     else:
         capacity = max(int(pack_share * capacity), 1)
     work = _microbatches(table, columns, capacity)
     stage_s = [seconds for seconds, _, _ in work]
     placing = best_placing(
         stage_s, [table.shapes[column].degree for _, column, _ in work], num_ranks=num_ranks,
-        num_stages=cost.num_stages, node_size=limits.node_size(num_ranks),
+        num_stages=num_stages, node_size=problem.node_size,
     )
     groups = []
     for first, (_, column, rows) in zip(placing.first_ranks, work, strict=True):
         degree = table.shapes[column].degree
         kind = AttentionKind.LOCAL if degree == 1 else AttentionKind.RING
         groups.append(GroupChoice(kind, tuple(range(first, first + degree)), tuple(sorted(table.rows[rows].tolist()))))
-    note = f"hdp placed by PP-Balance over {cost.num_stages} stages: {len(work)} microbatches"
+    note = f"hdp placed by PP-Balance over {num_stages} stages: {len(work)} microbatches"
     return Found(groups=tuple(groups), status=SolveStatus.GREEDY, bound_s=bound_s, note=note)
 
 

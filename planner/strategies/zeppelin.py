@@ -30,17 +30,15 @@ charged the largest of their fixed times (``planner.pricing.simulate``).
 from __future__ import annotations
 
 from collections.abc import Callable
-from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TypeVar
 
 import numpy as np
 
-from planner.cost.limits import PlanLimits
-from planner.cost.model import CostModel
 from planner.plan import AttentionKind, SolveStatus
 from planner.pricing.assemble import Found, GroupChoice
+from planner.pricing.problem import StepProblem
 from planner.pricing.simulate import MicrobatchPrice, run_schedule
 from planner.schedules.remap import Move
 from planner.strategies.search.linear_balance import attention_shapes, price_with_moves, remap_bound_s
@@ -65,42 +63,39 @@ _NO_MOVES: tuple[Move, ...] = ()
 _Members = dict[tuple[int, ...], list[int]]  # rows of the table by the ranks that share them, in order of first use
 
 
-def plan_zeppelin(
-    lengths: SequenceOf[int], *, num_ranks: int, cost: CostModel, limits: PlanLimits, degree: int | None,
-    deadline_s: float,
-) -> Found:
-    """The strategy ``zeppelin``. It chooses its own degrees and takes milliseconds, so neither ``degree`` nor the
-    deadline matters. Raises SpecError where no ring can be formed, InfeasibleError where a sequence fits on none."""
-    nodes = _Nodes(num_ranks, limits.node_size(num_ranks))
-    shapes = _shapes(nodes, cost, limits)
-    table = price_table(lengths, shapes)
-    require_fits(table, cost, limits)
+def plan_zeppelin(problem: StepProblem) -> Found:
+    """The strategy ``zeppelin``. Raises SpecError where no ring can be formed,
+    InfeasibleError where a sequence fits on none."""
+    nodes = _Nodes(problem.num_ranks, problem.node_size)
+    shapes = _shapes(nodes, problem)
+    table = price_table(problem.lengths, shapes)
+    require_fits(table, problem)
     tables = [table]
-    if attention := attention_shapes(shapes, cost):  # with moves to come, attention alone has to be even
-        tables.append(price_table(lengths, attention))
+    if attention := attention_shapes(shapes, problem.cost):  # with moves to come, attention alone has to be even
+        tables.append(price_table(problem.lengths, attention))
     plans = [
-        _priced(_microbatches(each, nodes, slack), table, num_ranks, cost) for each in tables for slack in NODE_SLACKS
+        _priced(_microbatches(each, nodes, slack), table, problem) for each in tables for slack in NODE_SLACKS
     ]
     best = min(plans, key=lambda plan: plan.seconds)
     counts = [sum(len(rows) for members in best.parts for ranks, rows in members.items() if low < len(ranks) <= high)
-              for low, high in ((0, 1), (1, nodes.size), (nodes.size, num_ranks))]
+              for low, high in ((0, 1), (1, nodes.size), (nodes.size, nodes.num_ranks))]
     note = f"zeppelin zones: {counts[0]} local, {counts[1]} node, {counts[2]} cluster sequences"
     num_moved = sum(tokens for moves in best.moves for _, _, tokens in moves)
     if num_moved:
         note += f"; {num_moved} tokens moved for the token-wise layers"
     return Found(
-        groups=best.groups, status=SolveStatus.GREEDY, bound_s=remap_bound_s(lengths, shapes, num_ranks, cost),
+        groups=best.groups, status=SolveStatus.GREEDY, bound_s=remap_bound_s(problem, shapes),
         note=note, moves=best.moves,
     )
 
 
-def _shapes(nodes: _Nodes, cost: CostModel, limits: PlanLimits) -> tuple[GroupShape, ...]:
+def _shapes(nodes: _Nodes, problem: StepProblem) -> tuple[GroupShape, ...]:
     """Local and rings; over several nodes, of each degree the allowed kind that takes the fewest seconds a token."""
-    shapes = list(ring_shapes("zeppelin", nodes.ring_degrees(), nodes.num_ranks, cost, limits))
+    shapes = list(ring_shapes("zeppelin", nodes.ring_degrees(), problem))
     for place, ring in enumerate(shapes):
         if ring.degree <= nodes.size:
             continue
-        rivals = (shape_of(kind, ring.degree, cost, limits) for kind in CLUSTER_KINDS)
+        rivals = (shape_of(kind, ring.degree, problem.cost, problem.limits) for kind in CLUSTER_KINDS)
         shapes[place] = min(
             (ring, *(shape for shape in rivals if shape is not None)),
             key=lambda shape: (shape.fit.s_per_token, shape.fit.fixed_s),
@@ -118,14 +113,13 @@ class _Priced:
     seconds: float
 
 
-def _priced(parts: list[_Members], table: PriceTable, num_ranks: int, cost: CostModel) -> _Priced:
+def _priced(parts: list[_Members], table: PriceTable, problem: StepProblem) -> _Priced:
     groups = tuple(_choices(table, members) for members in parts)
-    lengths: list[int] = table.lengths.tolist()
-    if cost.remap is None:
+    if problem.cost.remap is None:
         found = [(_table_price(table, members), _NO_MOVES) for members in parts]
     else:
-        found = [price_with_moves(choice, lengths, num_ranks, cost) for choice in groups]
-    simulation = run_schedule([price for price, _ in found], num_ranks=num_ranks, cost=cost)
+        found = [price_with_moves(choice, problem) for choice in groups]
+    simulation = run_schedule([price for price, _ in found], num_ranks=problem.num_ranks, cost=problem.cost)
     return _Priced(parts=parts, groups=groups, moves=tuple(moves for _, moves in found), seconds=simulation.step_s)
 
 

@@ -37,16 +37,16 @@ from planner.plan import AttentionKind
 from planner.pricing.assemble import GroupChoice
 from planner.step_planner import STRATEGIES
 from tests.planner.step_cases import LOCAL, RING, ULYSSES, make_cost, make_limits, skewed_lengths
+from tests.plans import step_problem
 
 weights = st.lists(st.integers(1, 10**6), min_size=1, max_size=40)
 
 
 def step_of(lengths: list[int], num_ranks: int, *, rank_tokens: int = 4096, fixed_s: float = 2e-3) -> Step:
     kinds = (ULYSSES, RING)
-    return Step(
-        number=0, lengths=lengths, num_ranks=num_ranks, cost=make_cost(num_ranks, kinds=kinds, fixed_s=fixed_s),
-        limits=make_limits(rank_tokens=rank_tokens, kinds=kinds, time_limit_s=60.0),
-    )
+    cost = make_cost(num_ranks, kinds=kinds, fixed_s=fixed_s)
+    limits = make_limits(rank_tokens=rank_tokens, kinds=kinds, time_limit_s=60.0)
+    return Step(0, step_problem(lengths, num_ranks, cost, limits))
 
 
 @given(weights, st.integers(1, 12))
@@ -90,21 +90,21 @@ def test_a_barrier_waits_for_the_slowest_group_of_each_round() -> None:
         [GroupChoice(LOCAL, (0,), (2,)), GroupChoice(LOCAL, (1,), (3,))],
     ]
     found = priced_rounds(step, "hand-made", rounds, 0.0)
-    long_s, short_s = (step.cost.group_s(LOCAL, 1, [size]) for size in (4000, 1000))
-    assert found.step_s == pytest.approx(step.cost.step_fixed_s + 2 * long_s)
-    assert found.plan.predicted_s == pytest.approx(step.cost.step_fixed_s + long_s + short_s)
+    long_s, short_s = (step.problem.cost.group_s(LOCAL, 1, [size]) for size in (4000, 1000))
+    assert found.step_s == pytest.approx(step.problem.cost.step_fixed_s + 2 * long_s)
+    assert found.plan.predicted_s == pytest.approx(step.problem.cost.step_fixed_s + long_s + short_s)
     together = priced_rounds(step, "hand-made", [[group for groups in rounds for group in groups]], 0.0)
     assert together.step_s == pytest.approx(together.plan.predicted_s)
     with pytest.raises(ValueError, match="rounds of 2 microbatches in a plan of 4"):
-        barrier_step_s(found.plan, [2], step.cost)
+        barrier_step_s(found.plan, [2], step.problem.cost)
 
 
 def test_published_flexsp_pays_the_sum_of_its_rounds() -> None:
     # Memory allows one sequence of 4096 a rank: two rounds, each of them four times the same local group.
     step = step_of([4096] * 8, 4)
     found = flexsp_published(step, solver_s=5.0)
-    alone_s = step.cost.group_s(LOCAL, 1, [4096])
-    assert found.step_s == pytest.approx(step.cost.step_fixed_s + 2 * alone_s)
+    alone_s = step.problem.cost.group_s(LOCAL, 1, [4096])
+    assert found.step_s == pytest.approx(step.problem.cost.step_fixed_s + 2 * alone_s)
 
 
 def test_published_flexsp_without_time_has_no_plan() -> None:
@@ -142,7 +142,7 @@ def test_megatron_core_fails_beyond_the_largest_power_of_two() -> None:
 def test_karmarkar_karp_keeps_the_token_cap_and_refuses_what_fits_no_single_degree() -> None:
     step = step_of([4000, 3000, 2000, 1000, 900, 800], 2)
     for batch in karmarkar_karp_plan(step).plan.microbatches:
-        assert sum(step.lengths[index] for index in batch.groups[0].sequences) <= 4096 * len(batch.ranks)
+        assert sum(step.problem.lengths[index] for index in batch.groups[0].sequences) <= 4096 * len(batch.ranks)
     with pytest.raises(PeerFailureError, match="no single degree"):
         karmarkar_karp_plan(step_of([9000], 2))
 

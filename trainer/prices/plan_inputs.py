@@ -13,6 +13,7 @@ from planner.errors import InfeasibleError, SpecError
 from planner.inputs.model import ModelSpec
 from planner.pages.policy_reasons import POLICY_STRATEGIES, chooses_none
 from planner.plan import AttentionKind, MemoryAction, Sharding, StepPlan
+from planner.pricing.problem import StepProblem
 from planner.schedules.exchange import attention_kinds
 from planner.step_planner import plan_step
 from trainer.data.training_data import TrainingData
@@ -91,11 +92,10 @@ def require_longest_fits(
 ) -> StepPlan:
     """The plan of the corpus's longest sequence alone. Raises InfeasibleError where it fits no group of ``num_ranks``
     data ranks at all, with what would help, SpecError where the cost model does not price what the settings ask for."""
+    longest = int(data.samples.num_tokens.max())
+    problem = StepProblem(lengths=(longest,), num_ranks=num_ranks, cost=cost, limits=limits)
     try:
-        return plan_step(
-            [int(data.samples.num_tokens.max())], step=0, num_ranks=num_ranks, cost=cost, limits=limits,
-            strategy=config.plan.strategy, degree=config.plan.degree,
-        )
+        return plan_step(problem, step=0, strategy=config.plan.strategy, degree=config.plan.degree)
     except InfeasibleError as error:
         raise InfeasibleError(
             f"{error}{_what_helps(config, cost)}", binding=error.binding, needed_bytes=error.needed_bytes,

@@ -13,17 +13,17 @@ gap says how far behind it can be: no plan of theirs is better by more than adap
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from planner.cost.limits import PlanLimits
-from planner.cost.model import CostModel
 from planner.errors import InfeasibleError, SpecError
-from planner.plan import MemoryAction, Sharding, SolveStatus
+from planner.plan import Sharding, SolveStatus
 from planner.pricing.assemble import Found, MicrobatchChoice, makespan_s
+from planner.pricing.problem import StepProblem
 from planner.strategies.flexsp.round_packing import pack_round
 from planner.strategies.flexsp.strategy import one_kind_per_degree, place_rounds, plan_flexsp
 from planner.strategies.greedy import plan_greedy
@@ -53,19 +53,17 @@ class Rival:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Match:
-    """The step, and what is to be beaten: ``beat_s`` (makespan) with ``bound_s`` proven."""
+    """What is to be beaten: ``beat_s`` (makespan) with ``bound_s`` proven. ``deadline_s``: when the strategy that asks
+    has to end, by ``time.perf_counter``."""
 
-    lengths: SequenceOf[int]
-    num_ranks: int
-    cost: CostModel
-    limits: PlanLimits
+    problem: StepProblem
     beat_s: float
     bound_s: float
     deadline_s: float
 
     @property
     def size(self) -> int:
-        return len(self.lengths) * self.num_ranks
+        return len(self.problem.lengths) * self.problem.num_ranks
 
     @property
     def small(self) -> bool:
@@ -74,8 +72,13 @@ class Match:
     @property
     def open(self) -> bool:
         """The gap is above the one asked for."""
-        gap_s = self.limits.relative_gap * (self.beat_s + self.cost.step_fixed_s)
-        return self.beat_s - self.bound_s > gap_s
+        return not self.problem.is_proven(self.beat_s, self.bound_s)
+
+    def in_time(self) -> StepProblem:
+        """The problem with the time that is left."""
+        limits = self.problem.limits
+        left_s = max(self.deadline_s - time.perf_counter(), 0.0)
+        return replace(self.problem, limits=replace(limits, time_limit_s=left_s))
 
 
 def best_rival(match: Match) -> Rival | None:
@@ -86,7 +89,7 @@ def best_rival(match: Match) -> Rival | None:
             found = run()
         except (SpecError, InfeasibleError):  # not possible with these kinds, degrees or lengths
             continue
-        found_s = makespan_s(found.groups, match.lengths, match.num_ranks, match.cost)
+        found_s = makespan_s(found.groups, match.problem)
         if found_s < (match.beat_s if best is None else best.makespan_s):
             best = Rival(name=name, groups=found.groups, makespan_s=found_s)
     return best
@@ -98,42 +101,34 @@ def _candidates(match: Match) -> list[tuple[str, Callable[[], Found]]]:
     if not match.small and match.beat_s <= match.bound_s * (1 + CLOSE_TO_BOUND):
         return []
 
-    def run(strategy: Callable[..., Found]) -> Callable[[], Found]:
-        return lambda: strategy(
-            match.lengths, num_ranks=match.num_ranks, cost=match.cost, limits=match.limits, degree=None,
-            deadline_s=match.deadline_s,
-        )
+    problem = match.problem
 
-    def greedy() -> Found:
-        return plan_greedy(match.lengths, num_ranks=match.num_ranks, cost=match.cost, limits=match.limits)
+    def run(strategy: Callable[[StepProblem], Found]) -> Callable[[], Found]:
+        return lambda: strategy(match.in_time())
 
-    in_lockstep = match.cost.sharding is Sharding.ZERO3
-    runs = [] if in_lockstep and not match.small else [("greedy", greedy), ("hdp-floor", run(plan_hdp_floor))]
+    in_lockstep = problem.cost.sharding is Sharding.ZERO3
+    runs = [] if in_lockstep and not match.small else [("greedy", run(plan_greedy)), ("hdp-floor", run(plan_hdp_floor))]
     hopeless = in_lockstep and match.beat_s <= match.bound_s * (1 + LOCKSTEP_GAP)
     if match.small or (match.open and not hopeless):
         runs.append(("static", lambda: _static(match)))
     if not match.small and match.size <= MIDDLING_STEP and not in_lockstep:
         runs.append(("flexsp round", lambda: _flexsp_round(match)))
     if match.size <= MIDDLING_STEP and (match.small or not in_lockstep):
-        keep = replace(match.limits, policies=(MemoryAction.KEEP,))
-        runs += [("hdp", run(plan_hdp))] if _hdp_may_win(match, match.limits) else []
-        runs += [("hdp-naive", run(plan_hdp_naive))] if _hdp_may_win(match, keep) else []
+        runs += [("hdp", run(plan_hdp))] if _hdp_may_win(match, problem) else []
+        runs += [("hdp-naive", run(plan_hdp_naive))] if _hdp_may_win(match, problem.keeping_all()) else []
     if match.small:
         runs += [("zeppelin", run(plan_zeppelin)), ("megatron", run(plan_megatron))]
         runs.append(("hdp-pp", run(plan_hdp_pp)))
     if match.small and match.open:
         runs.append(("flexsp", run(plan_flexsp)))
-    return runs + (_staged(match) if match.cost.num_stages > 1 else [])
+    return runs + (_staged(match) if problem.cost.num_stages > 1 else [])
 
 
 def _staged(match: Match) -> list[tuple[str, Callable[[], Found]]]:
     """PP-Balance with smaller and smaller microbatches: full ones may be too few to fill the pipelines."""
 
     def packs(share: float, floor: bool) -> Callable[[], Found]:
-        return lambda: plan_packs(
-            match.lengths, num_ranks=match.num_ranks, cost=match.cost, limits=match.limits, pack_share=share,
-            floor=floor,
-        )
+        return lambda: plan_packs(match.problem, pack_share=share, floor=floor)
 
     return [
         (f"hdp-pp, packs of {share:g} of the capacity", packs(share, floor))
@@ -141,26 +136,26 @@ def _staged(match: Match) -> list[tuple[str, Callable[[], Found]]]:
     ]
 
 
-def _hdp_may_win(match: Match, limits: PlanLimits) -> bool:
+def _hdp_may_win(match: Match, problem: StepProblem) -> bool:
     """Its degrees follow from memory, so the longest sequence's time is known."""
     try:
-        shapes = hdp_shapes(match.num_ranks, match.cost, limits)
+        shapes = hdp_shapes(problem)
     except SpecError:
         return False
-    longest = hdp_table([max(match.lengths)], shapes)
+    longest = hdp_table([max(problem.lengths)], shapes)
     column = int(smallest_columns(longest, np.inf)[0])
     return float(longest.marginal_s[0, column] + longest.fixed_s[column]) < match.beat_s
 
 
 def _static(match: Match) -> Found:
     """The best layout of any degree, of those that their work and the longest sequence do not rule out."""
-    layouts = every_layout(match.num_ranks, match.cost, match.limits)
+    layouts = every_layout(match.problem)
     bounds_s = [_layout_bound_s(layout, match) for layout in layouts]
     hopeful = [place for place, bound_s in enumerate(bounds_s) if bound_s < match.beat_s]
     if not match.small:
         hopeful = sorted(hopeful, key=lambda place: (bounds_s[place], place))[:MAX_LAYOUTS]
     layouts = [layouts[place] for place in hopeful]
-    result = best_layout(match.lengths, layouts, match.num_ranks, match.cost) if layouts else None
+    result = best_layout(match.problem, layouts) if layouts else None
     if result is None:
         raise SpecError("no layout may win")
     return Found(
@@ -171,22 +166,22 @@ def _static(match: Match) -> Found:
 def _flexsp_round(match: Match) -> Found:
     """FlexSP's plan without a program where one round may hold the step. With several, every round loses time of its
     own, and each took 2 % and more over adaptive's plan."""
-    max_local_tokens = match.cost.max_local_tokens(match.limits.device_budget_bytes)
-    if sum(match.lengths) > match.num_ranks * max_local_tokens:
+    problem = match.problem
+    if sum(problem.lengths) > problem.num_ranks * problem.max_rank_tokens:
         raise SpecError("one round cannot hold the step")
-    table = price_table(match.lengths, allowed_shapes(match.num_ranks, match.cost, match.limits))
-    require_fits(table, match.cost, match.limits)
+    table = price_table(problem.lengths, allowed_shapes(problem))
+    require_fits(table, problem)
     table = one_kind_per_degree(table)
-    packing = pack_round(table, match.num_ranks, deadline_s=match.deadline_s, within_s=match.beat_s)
+    packing = pack_round(table, problem.num_ranks, deadline_s=match.deadline_s, within_s=match.beat_s)
     if packing is None:
         raise SpecError("no better round was found")
-    schedule = place_rounds([table], [packing], match.num_ranks)
+    schedule = place_rounds([table], [packing], problem.num_ranks)
     return Found(groups=schedule.groups, status=SolveStatus.FEASIBLE, bound_s=0.0, note="")
 
 
 def _layout_bound_s(layout: SequenceOf[GroupShape], match: Match) -> float:
     """Work at the cheapest coefficients of the layout's shapes, memory's share of fixed times, the longest's time."""
-    sizes = np.asarray(match.lengths, dtype=np.float64)
+    sizes = np.asarray(match.problem.lengths, dtype=np.float64)
     tokens, squares, longest = float(sizes.sum()), float(sizes @ sizes), int(sizes.max())
     shapes = tuple(dict.fromkeys(layout))
     work_s = min(s.degree * s.fit.s_per_token2 for s in shapes) * squares
@@ -196,4 +191,4 @@ def _layout_bound_s(layout: SequenceOf[GroupShape], match: Match) -> float:
     alone_s = min(
         s.fit.group_s(num_tokens=longest, num_tokens2=longest * longest, num_sequences=1) for s in shapes
     )
-    return max(work_s / match.num_ranks, alone_s)
+    return max(work_s / match.problem.num_ranks, alone_s)

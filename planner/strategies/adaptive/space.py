@@ -11,14 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
 from planner.cost.chunk_fit import moves_queries
-from planner.cost.limits import PlanLimits
-from planner.cost.model import CostModel
-from planner.plan import AttentionKind, MemoryAction, Sharding
+from planner.plan import AttentionKind, Sharding
+from planner.pricing.problem import StepProblem
 from planner.strategies.search.bounds import cheapest_columns, least_rounds, lockstep_bound_s, step_bound_s
 from planner.strategies.search.chunk_shapes import chunks_worth_it
 from planner.strategies.search.memory_policy import recompute_fractions, swaps, with_every_policy, with_policy
@@ -56,25 +55,25 @@ class SearchSpace:
     has_policies: bool
 
 
-def search_space(lengths: SequenceOf[int], num_ranks: int, cost: CostModel, limits: PlanLimits) -> SearchSpace:
+def search_space(problem: StepProblem) -> SearchSpace:
     """Raises SpecError where no shape is priced, InfeasibleError where a sequence fits none."""
-    kept = every_shape(num_ranks, cost, limits)
+    lengths, cost, limits = problem.lengths, problem.cost, problem.limits
+    kept = every_shape(problem)
     whole = kept
     if len(recompute_fractions(cost, limits)) > 1 or swaps(cost, limits):
-        whole = _worth_it(lengths, every_whole_policy(num_ranks, cost, limits))
+        whole = _worth_it(lengths, every_whole_policy(problem))
     chunks = chunks_worth_it(lengths, kept, whole, cost, limits)
     shapes = _by_degree(whole + chunks) if chunks else whole
-    _require_fits(lengths, shapes, cost, limits)
-    num_rounds = _num_rounds(lengths, shapes, num_ranks, cost, limits)
-    bound_s = _bound_s(lengths, shapes, num_ranks, cost, num_rounds)
+    _require_fits(shapes, problem)
+    num_rounds = _num_rounds(shapes, problem)
+    bound_s = _bound_s(shapes, problem, num_rounds)
     choices: tuple[Choice, ...] = ()
     has_policies = False
     if not chunks or not _misfits(lengths, whole):
         aim_s = bound_s
         if chunks:
-            least = _num_rounds(lengths, whole, num_ranks, cost, _without_chunks(limits))
-            aim_s = _bound_s(lengths, whole, num_ranks, cost, least)
-        choices, has_policies = _whole_choices(lengths, kept, whole, aim_s, num_ranks, cost)
+            aim_s = _bound_s(whole, problem, _num_rounds(whole, problem.without_chunks()))
+        choices, has_policies = _whole_choices(kept, whole, aim_s, problem)
         if not chunks or aim_s <= bound_s * (1 + MEMORY_BINDS):
             return SearchSpace(bound_s=bound_s, choices=choices, has_policies=has_policies)
     beside = _by_degree(_beside_chunks(kept) + chunks) if cost.sharding is Sharding.ZERO3 else shapes
@@ -84,7 +83,7 @@ def search_space(lengths: SequenceOf[int], num_ranks: int, cost: CostModel, limi
         if any(shape.chunk_tokens for shape in each) and not _misfits(lengths, each)
     )
     if not choices:  # each fits somewhere, but not all in what is searched at once: say which one does not
-        _require_fits(lengths, mixed[-1], cost, limits)
+        _require_fits(mixed[-1], problem)
     return SearchSpace(bound_s=bound_s, choices=choices, has_policies=True)
 
 
@@ -94,40 +93,36 @@ def _beside_chunks(kept: tuple[GroupShape, ...]) -> tuple[GroupShape, ...]:
     return tuple(shape for shape in kept if not moves_queries(shape.kind, shape.degree))
 
 
-def _without_chunks(limits: PlanLimits) -> PlanLimits:
-    return replace(limits, policies=tuple(action for action in limits.policies if action is not MemoryAction.CHUNK))
-
-
 def _whole_choices(
-    lengths: SequenceOf[int], kept: tuple[GroupShape, ...], whole: tuple[GroupShape, ...], bound_s: float,
-    num_ranks: int, cost: CostModel,
+    kept: tuple[GroupShape, ...], whole: tuple[GroupShape, ...], bound_s: float, problem: StepProblem
 ) -> tuple[tuple[Choice, ...], bool]:
     """What is searched without chunks, under the bound of that, and whether anything but keeping is among it."""
     if whole is kept:
         return (Choice(shapes=kept, aim_s=bound_s),), False
-    if not _misfits(lengths, kept) and _bound_s(lengths, kept, num_ranks, cost) <= bound_s * (1 + MEMORY_BINDS):
+    if not _misfits(problem.lengths, kept) and _bound_s(kept, problem) <= bound_s * (1 + MEMORY_BINDS):
         return (Choice(shapes=kept, aim_s=bound_s),), False
-    return tuple(Choice(shapes=each, aim_s=bound_s) for each in _choices(lengths, whole, bound_s)), True
+    return tuple(Choice(shapes=each, aim_s=bound_s) for each in _choices(problem.lengths, whole, bound_s)), True
 
 
-def every_shape(num_ranks: int, cost: CostModel, limits: PlanLimits) -> tuple[GroupShape, ...]:
+def every_shape(problem: StepProblem) -> tuple[GroupShape, ...]:
     """All shapes that the cost model prices and the limits allow on so many ranks, degrees ascending, activations kept.
 
     Raises SpecError where there are none.
     """
-    degrees = sorted({fit.degree for fit in cost.times if fit.degree <= num_ranks})
+    cost, limits = problem.cost, problem.limits
+    degrees = sorted({fit.degree for fit in cost.times if fit.degree <= problem.num_ranks})
     shapes = tuple(shape for degree in degrees for shape in shapes_of_degree(degree, cost, limits))
-    return shapes or allowed_shapes(num_ranks, cost, limits)
+    return shapes or allowed_shapes(problem)
 
 
-def every_policy(num_ranks: int, cost: CostModel, limits: PlanLimits) -> tuple[GroupShape, ...]:
+def every_policy(problem: StepProblem) -> tuple[GroupShape, ...]:
     """``every_shape`` with every memory policy that is searched, degrees ascending."""
-    return _by_degree(with_every_policy(every_shape(num_ranks, cost, limits), cost, limits))
+    return _by_degree(with_every_policy(every_shape(problem), problem.cost, problem.limits))
 
 
-def every_whole_policy(num_ranks: int, cost: CostModel, limits: PlanLimits) -> tuple[GroupShape, ...]:
+def every_whole_policy(problem: StepProblem) -> tuple[GroupShape, ...]:
     """``every_policy`` without chunks."""
-    kept = every_shape(num_ranks, cost, limits)
+    kept, cost, limits = every_shape(problem), problem.cost, problem.limits
     return _by_degree(
         shape for fraction in recompute_fractions(cost, limits) for shape in with_policy(kept, fraction, cost, limits)
     )
@@ -158,11 +153,9 @@ def _worth_it(lengths: SequenceOf[int], shapes: tuple[GroupShape, ...]) -> tuple
     return tuple(shape for shape in shapes if shape.recompute_fraction == 0 or pays(shape))
 
 
-def _require_fits(
-    lengths: SequenceOf[int], shapes: tuple[GroupShape, ...], cost: CostModel, limits: PlanLimits
-) -> None:
-    if _misfits(lengths, shapes):
-        require_fits(price_table(lengths, shapes), cost, limits)  # raises: the message names the sequence's index
+def _require_fits(shapes: tuple[GroupShape, ...], problem: StepProblem) -> None:
+    if _misfits(problem.lengths, shapes):
+        require_fits(price_table(problem.lengths, shapes), problem)  # raises: the message names the sequence's index
 
 
 def _misfits(lengths: SequenceOf[int], shapes: tuple[GroupShape, ...]) -> bool:
@@ -171,26 +164,21 @@ def _misfits(lengths: SequenceOf[int], shapes: tuple[GroupShape, ...]) -> bool:
     return bool(longer) and not price_table(longer, shapes).fits.any(axis=1).all()
 
 
-def _num_rounds(
-    lengths: SequenceOf[int], shapes: tuple[GroupShape, ...], num_ranks: int, cost: CostModel, limits: PlanLimits
-) -> int | None:
+def _num_rounds(shapes: tuple[GroupShape, ...], problem: StepProblem) -> int | None:
     """The least rounds of any plan in lockstep, None where there are none: shapes that cost more than they save are
     left out of ``shapes``, and yet one round less may be theirs."""
-    if cost.sharding is not Sharding.ZERO3:
+    if problem.cost.sharding is not Sharding.ZERO3:
         return None
-    num_rounds = least_rounds(lengths, shapes, num_ranks)
-    if num_rounds == 1 or not cost.prices_policies or set(limits.policies) <= {MemoryAction.KEEP}:
+    num_rounds = least_rounds(problem.lengths, shapes, problem.num_ranks)
+    if num_rounds == 1 or problem.keeps_all:
         return num_rounds
-    return least_rounds(lengths, every_policy(num_ranks, cost, limits), num_ranks)
+    return least_rounds(problem.lengths, every_policy(problem), problem.num_ranks)
 
 
-def _bound_s(
-    lengths: SequenceOf[int], shapes: tuple[GroupShape, ...], num_ranks: int, cost: CostModel,
-    num_rounds: int | None = None,
-) -> float:
-    if cost.sharding is Sharding.ZERO3:
-        return lockstep_bound_s(lengths, shapes, num_ranks, num_rounds)
-    return step_bound_s(lengths, shapes, num_ranks)
+def _bound_s(shapes: tuple[GroupShape, ...], problem: StepProblem, num_rounds: int | None = None) -> float:
+    if problem.cost.sharding is Sharding.ZERO3:
+        return lockstep_bound_s(problem.lengths, shapes, problem.num_ranks, num_rounds)
+    return step_bound_s(problem.lengths, shapes, problem.num_ranks)
 
 
 def _choices(

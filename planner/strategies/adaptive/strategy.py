@@ -24,11 +24,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from planner.cost.limits import PlanLimits
-from planner.cost.model import CostModel
 from planner.errors import InfeasibleError
-from planner.plan import AttentionKind, MemoryAction, Sharding, SolveStatus
+from planner.plan import AttentionKind, Sharding, SolveStatus
 from planner.pricing.assemble import Found, GroupChoice, MicrobatchChoice, makespan_s
+from planner.pricing.problem import StepProblem
 from planner.strategies.adaptive.build import Draft, Target, build_draft
 from planner.strategies.adaptive.pour import WAYS, Pour, Pourer
 from planner.strategies.adaptive.rivals import Match, best_rival
@@ -90,16 +89,15 @@ class _Search:
         return self.best is not None and self.best.makespan_s <= self.bound_s * (1 + gap)
 
 
-def plan_adaptive(
-    lengths: SequenceOf[int], *, num_ranks: int, cost: CostModel, limits: PlanLimits, degree: int | None,
-    deadline_s: float,
-) -> Found:
-    """The strategy ``adaptive``. ``degree`` is not for it: it chooses its own. ``bound_s`` holds for every plan of all
+def plan_adaptive(problem: StepProblem) -> Found:
+    """The strategy ``adaptive``. ``bound_s`` holds for every plan of all
     shapes that the cost model prices and the limits allow here.
 
     Raises SpecError where no shape is priced, InfeasibleError where a sequence fits none.
     """
-    space = search_space(lengths, num_ranks, cost, limits)
+    lengths, num_ranks, cost, limits = problem.lengths, problem.num_ranks, problem.cost, problem.limits
+    deadline_s = time.perf_counter() + limits.time_limit_s
+    space = search_space(problem)
     max_builds = min(max(ROWS_AND_RANKS // (len(lengths) + num_ranks), MIN_BUILDS), MAX_BUILDS)
     num_whole = sum(not choice.in_chunks for choice in space.choices)
     max_builds = max(max_builds // max(num_whole, 1), MIN_BUILDS)
@@ -108,21 +106,18 @@ def plan_adaptive(
         like = searches[choice.in_chunks]
         if like and like[-1].within(CLOSE_ENOUGH):
             continue
-        shop = _workshop(lengths, choice.shapes, num_ranks, limits)
+        shop = _workshop(choice.shapes, problem)
         like.append(_Search(shop, choice.aim_s, deadline_s, max_builds))
         if cost.sharding is Sharding.ZERO3:
             _search_rounds(like[-1])
         else:
             _search(like[-1])
     found = [min(like, key=lambda search: search.best_s) for like in searches.values() if like]
-    drafts = [(_choices(each, lengths, cost, limits), each.best_s) for each in found]
+    drafts = [(_choices(each, problem), each.best_s) for each in found]
     if space.has_policies or not cost.runs_free:  # policies milder than the shapes' may have made it faster
-        drafts = [(groups, makespan_s(groups, lengths, num_ranks, cost)) for groups, _ in drafts]
+        drafts = [(groups, makespan_s(groups, problem)) for groups, _ in drafts]
     groups, beat_s = min(drafts, key=lambda draft: draft[1])
-    match = Match(
-        lengths=lengths, num_ranks=num_ranks, cost=cost, limits=limits, beat_s=beat_s, bound_s=space.bound_s,
-        deadline_s=deadline_s,
-    )
+    match = Match(problem=problem, beat_s=beat_s, bound_s=space.bound_s, deadline_s=deadline_s)
     num_builds = sum(search.num_builds for like in searches.values() for search in like)
     found_s, note = match.beat_s, f"adaptive, {num_builds} builds"
     rival = best_rival(match)
@@ -130,33 +125,27 @@ def plan_adaptive(
         groups, found_s, note = rival.groups, rival.makespan_s, f"{rival.name} plan, {note}"
     if space.has_policies and cost.num_stages > 1:  # the search knows no stages: what keeps everything may do better
         kept = _all_kept(match)
-        if kept is not None and makespan_s(kept.groups, lengths, num_ranks, cost) < found_s:
+        if kept is not None and makespan_s(kept.groups, problem) < found_s:
             groups, note = kept.groups, f"all kept, {kept.note}"
-            found_s = makespan_s(groups, lengths, num_ranks, cost)
-    proven = found_s - space.bound_s <= limits.relative_gap * (found_s + cost.step_fixed_s)
-    status = SolveStatus.OPTIMAL if proven else SolveStatus.FEASIBLE
+            found_s = makespan_s(groups, problem)
+    status = SolveStatus.OPTIMAL if problem.is_proven(found_s, space.bound_s) else SolveStatus.FEASIBLE
     return Found(groups=groups, status=status, bound_s=space.bound_s, note=note)
 
 
 def _all_kept(match: Match) -> Found | None:
     """The plan without memory policies; None where that does not fit."""
     try:
-        return plan_adaptive(
-            match.lengths, num_ranks=match.num_ranks, cost=match.cost, degree=None, deadline_s=match.deadline_s,
-            limits=replace(match.limits, policies=(MemoryAction.KEEP,)),
-        )
+        return plan_adaptive(match.in_time().keeping_all())
     except InfeasibleError:
         return None
 
 
-def _workshop(
-    lengths: SequenceOf[int], shapes: tuple[GroupShape, ...], num_ranks: int, limits: PlanLimits
-) -> Workshop:
-    sizes = np.asarray(lengths, dtype=np.int64)
+def _workshop(shapes: tuple[GroupShape, ...], problem: StepProblem) -> Workshop:
+    num_ranks, sizes = problem.num_ranks, np.asarray(problem.lengths, dtype=np.int64)
     settled = np.zeros(len(sizes), dtype=np.bool_)
     if shapes[0].kind is AttentionKind.LOCAL:
         settled = settled_lengths(sizes, np.ones(len(sizes)), shapes, shapes[0], num_ranks)
-    return Workshop(lengths, shapes, settled.tolist(), num_ranks=num_ranks, node_size=limits.node_size(num_ranks))
+    return Workshop(problem.lengths, shapes, settled.tolist(), num_ranks=num_ranks, node_size=problem.node_size)
 
 
 def _search(search: _Search) -> None:
@@ -250,13 +239,11 @@ def _bisect(search: _Search, way: Target, reached_s: float, num_builds: int) -> 
             low_s, high_s = target_s, min(high_s, draft.makespan_s)
 
 
-def _choices(
-    search: _Search, lengths: SequenceOf[int], cost: CostModel, limits: PlanLimits
-) -> tuple[MicrobatchChoice, ...]:
+def _choices(search: _Search, problem: StepProblem) -> tuple[MicrobatchChoice, ...]:
     assert search.best is not None
     groups = []
     for batch in search.best.batches:
         shape = search.shop.shapes[batch.column]
         ranks = tuple(range(batch.first_rank, batch.first_rank + batch.degree))
         groups.append((shape, GroupChoice(shape.kind, ranks, tuple(sorted(batch.rows)))))
-    return choose_policies(groups, lengths, cost, limits)
+    return choose_policies(groups, problem)

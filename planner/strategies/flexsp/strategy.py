@@ -24,16 +24,15 @@ groups of a round start together, so a rank's spare time at the end of one round
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
 from itertools import accumulate, groupby
 
 import numpy as np
 
 from planner.cost.limits import PlanLimits
-from planner.cost.model import CostModel
 from planner.plan import Sharding, SolveStatus
 from planner.pricing.assemble import Found, GroupChoice, price_choice
+from planner.pricing.problem import StepProblem
 from planner.solver import SolverFailure, WorkLimits
 from planner.strategies.flexsp.blaster import blast_rows
 from planner.strategies.flexsp.round_packing import RoundPacking, group_s, pack_round
@@ -120,29 +119,28 @@ class _Budget:
         self.hit_limit = self.hit_limit or not solve.closed
 
 
-def plan_flexsp(
-    lengths: SequenceOf[int], *, num_ranks: int, cost: CostModel, limits: PlanLimits, degree: int | None,
-    deadline_s: float,
-) -> Found:
+def plan_flexsp(problem: StepProblem) -> Found:
     """The strategy ``flexsp``: the best of greedy, best static and FlexSP's rounds, which are not searched where
-    greedy is proven good. ``degree`` is not for it: it chooses its own.
+    greedy is proven good.
 
     Raises SpecError where no shape is priced, InfeasibleError where a sequence fits none.
     """
-    table = price_table(lengths, allowed_shapes(num_ranks, cost, limits))
-    require_fits(table, cost, limits)
-    layouts = usual_layouts(num_ranks, cost, limits)
+    lengths, num_ranks, cost, limits = problem.lengths, problem.num_ranks, problem.cost, problem.limits
+    deadline_s = time.perf_counter() + limits.time_limit_s
+    table = price_table(lengths, allowed_shapes(problem))
+    require_fits(table, problem)
+    layouts = usual_layouts(problem)
     shapes = dict.fromkeys((*table.shapes, *(shape for layout in layouts for shape in layout)))
     bound_s = makespan_bound_s(price_table(lengths, tuple(shapes)), num_ranks)  # static's last block may be odd
-    best, winner = as_played(greedy_schedule(table, num_ranks), lengths, num_ranks, cost), "greedy"
+    best, winner = as_played(greedy_schedule(table, num_ranks), problem), "greedy"
     notes, hit_limit = [], False
-    if not _proven(best.makespan_s, bound_s, cost, limits):
-        homogeneous = best_layout(lengths, layouts, num_ranks, cost)
+    if not problem.is_proven(best.makespan_s, bound_s):
+        homogeneous = best_layout(problem, layouts)
         if homogeneous is not None and homogeneous.schedule.makespan_s < best.makespan_s:
             best, winner = homogeneous.schedule, f"static ({homogeneous.note})"
         try:
             result = flexsp_schedule(
-                table, num_ranks=num_ranks, max_local_tokens=cost.max_local_tokens(limits.device_budget_bytes),
+                table, num_ranks=num_ranks, max_local_tokens=problem.max_rank_tokens,
                 limits=limits, incumbent_s=best.makespan_s, deadline_s=deadline_s,
                 barriers=cost.sharding is Sharding.ZERO3,
             )
@@ -155,31 +153,25 @@ def plan_flexsp(
                 f"flexsp {result.num_rounds} rounds, sum of makespans {format_seconds(result.makespans_s)}, "
                 f"{result.num_programs} programs"
             )
-            rounds = result.schedule if cost.runs_free else _longest_first(result, lengths, cost)
-            rounds = as_played(rounds, lengths, num_ranks, cost)
+            rounds = result.schedule if cost.runs_free else _longest_first(result, problem)
+            rounds = as_played(rounds, problem)
             if rounds.makespan_s < best.makespan_s:
                 best, winner = rounds, "flexsp"
     status = SolveStatus.GREEDY
-    if _proven(best.makespan_s, bound_s, cost, limits):
+    if problem.is_proven(best.makespan_s, bound_s):
         status = SolveStatus.OPTIMAL
     elif winner != "greedy":
         status = SolveStatus.LIMIT if hit_limit else SolveStatus.FEASIBLE
     return Found(groups=best.groups, status=status, bound_s=bound_s, note="; ".join([f"{winner} plan", *notes]))
 
 
-def _longest_first(result: FlexspResult, lengths: SequenceOf[int], cost: CostModel) -> Schedule:
+def _longest_first(result: FlexspResult, problem: StepProblem) -> Schedule:
     """The rounds in this order: a group that in lockstep starts a round early, its ranks being idle there, then finds
     a round that is no shorter."""
     ends = list(accumulate(result.round_sizes))
     rounds = [result.schedule.groups[end - size : end] for end, size in zip(ends, result.round_sizes, strict=True)]
-    rounds.sort(key=lambda groups: -max(price_choice(group, lengths, cost).seconds for group in groups))
+    rounds.sort(key=lambda groups: -max(price_choice(group, problem.lengths, problem.cost).seconds for group in groups))
     return replace(result.schedule, groups=tuple(group for groups in rounds for group in groups))
-
-
-def _proven(makespan_s: float, bound_s: float, cost: CostModel, limits: PlanLimits) -> bool:
-    """Within the relative gap of what no plan can beat, as shares of the whole step."""
-    step_s = makespan_s + cost.step_fixed_s
-    return makespan_s - bound_s <= limits.relative_gap * step_s
 
 
 def flexsp_schedule(

@@ -9,6 +9,7 @@ import numpy as np
 
 from planner.cost.model import CostModel
 from planner.pricing.assemble import MicrobatchChoice, price_choice
+from planner.pricing.problem import StepProblem
 from planner.pricing.simulate import MicrobatchPrice
 from planner.schedules.remap import Move, balanced_counts, token_moves
 from planner.strategies.search.bounds import step_bound_s
@@ -27,15 +28,14 @@ def balanced_moves(price: MicrobatchPrice, num_ranks: int, node_size: int) -> tu
     return token_moves(current, target, node_size)
 
 
-def price_with_moves(
-    choice: MicrobatchChoice, lengths: SequenceOf[int], num_ranks: int, cost: CostModel
-) -> tuple[MicrobatchPrice, tuple[Move, ...]]:
+def price_with_moves(choice: MicrobatchChoice, problem: StepProblem) -> tuple[MicrobatchPrice, tuple[Move, ...]]:
     """The microbatch with balanced moves where they lower its price, else without. Raises PlanError where the cost
     model cannot price it."""
+    lengths, cost = problem.lengths, problem.cost
     plain = price_choice(choice, lengths, cost)
     if cost.remap is None or cost.remap.linear_s_per_token == 0:
         return plain, ()
-    moves = balanced_moves(plain, num_ranks, cost.remap.node_size)
+    moves = balanced_moves(plain, problem.num_ranks, cost.remap.node_size)
     if not moves:
         return plain, ()
     moved = price_choice(choice, lengths, cost, moves)
@@ -53,9 +53,7 @@ def attention_shapes(shapes: SequenceOf[GroupShape], cost: CostModel) -> tuple[G
     )
 
 
-def remap_bound_s(
-    lengths: SequenceOf[int], shapes: SequenceOf[GroupShape], num_ranks: int, cost: CostModel
-) -> float:
+def remap_bound_s(problem: StepProblem, shapes: SequenceOf[GroupShape]) -> float:
     """``bounds.step_bound_s`` for plans that may move tokens for the token-wise layers, where the cost model prices it.
 
     Then a rank may be rid of its token-wise work, so that no sequence's time on a group bounds the step. But its
@@ -63,7 +61,8 @@ def remap_bound_s(
     alone, and all work, at the shapes that take the fewest rank seconds, over all ranks. In the latter a sequence's
     share of the fixed times is that by memory: moves change no group's tokens.
     """
-    attention = attention_shapes(shapes, cost)
+    lengths, num_ranks = problem.lengths, problem.num_ranks
+    attention = attention_shapes(shapes, problem.cost)
     if not attention:
         return step_bound_s(lengths, shapes, num_ranks)
     table = price_table(lengths, shapes)

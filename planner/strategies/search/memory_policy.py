@@ -35,6 +35,7 @@ from planner.cost.limits import PlanLimits
 from planner.cost.model import KEEP, CostModel
 from planner.plan import MemoryAction, MemoryPolicy, Sharding
 from planner.pricing.assemble import GroupChoice, MicrobatchChoice
+from planner.pricing.problem import StepProblem
 from planner.schedules.layout import local_token_counts
 from planner.strategies.search.chunk_shapes import chunk_sizes, chunked_shape, chunked_shapes, in_chunks
 from planner.strategies.search.shapes import GroupShape, HeldShare
@@ -112,12 +113,13 @@ def _held(
 
 
 def choose_policies(
-    groups: Iterable[tuple[GroupShape, GroupChoice]], lengths: SequenceOf[int], cost: CostModel, limits: PlanLimits
+    groups: Iterable[tuple[GroupShape, GroupChoice]], problem: StepProblem
 ) -> tuple[MicrobatchChoice, ...]:
     """Microbatches of one group each, packed under the loads of their shapes, with the mildest policy that fits: to
     keep, to swap what hides, to recompute or to run in chunks, whichever takes fewer seconds."""
-    if set(limits.policies) <= {MemoryAction.KEEP} or not cost.prices_policies:
+    if problem.keeps_all:
         return tuple(choice for _, choice in groups)
+    lengths, cost, limits = problem.lengths, problem.cost, problem.limits
     return tuple(
         replace(choice, memory=_mildest(choice, shape, [lengths[index] for index in choice.sequences], cost, limits))
         for shape, choice in groups

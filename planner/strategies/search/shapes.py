@@ -19,6 +19,7 @@ from planner.cost.limits import PlanLimits
 from planner.cost.model import CostModel
 from planner.errors import InfeasibleError, SpecError
 from planner.plan import AttentionKind
+from planner.pricing.problem import StepProblem
 from planner.schedules.layout import head_degree
 from planner.units import format_bytes
 
@@ -177,8 +178,9 @@ def flexsp_degrees(num_ranks: int) -> tuple[int, ...]:
     return powers if powers[-1] == num_ranks else (*powers, num_ranks)
 
 
-def allowed_shapes(num_ranks: int, cost: CostModel, limits: PlanLimits) -> tuple[GroupShape, ...]:
+def allowed_shapes(problem: StepProblem) -> tuple[GroupShape, ...]:
     """Every shape of FlexSP's degrees. Raises SpecError where the cost model prices none of them."""
+    num_ranks, cost, limits = problem.num_ranks, problem.cost, problem.limits
     shapes = tuple(shape for degree in flexsp_degrees(num_ranks) for shape in shapes_of_degree(degree, cost, limits))
     if not shapes:
         priced = ", ".join(f"{fit.kind} {fit.degree}" for fit in cost.times) or "nothing"
@@ -191,14 +193,15 @@ def allowed_shapes(num_ranks: int, cost: CostModel, limits: PlanLimits) -> tuple
 
 
 def ring_shapes(
-    strategy: str, degrees: Iterable[int], num_ranks: int, cost: CostModel, limits: PlanLimits
+    strategy: str, degrees: Iterable[int], problem: StepProblem
 ) -> tuple[GroupShape, ...]:
     """Local, and ring of those of ``degrees`` (2 .. num_ranks) that the cost model prices, ascending.
 
     Raises SpecError naming ``strategy`` where local is not priced, or no ring is and there are several ranks.
     """
+    cost, limits = problem.cost, problem.limits
     wanted = set(degrees) if AttentionKind.RING in limits.kinds else set()
-    per_rank = min(cost.max_local_tokens(limits.device_budget_bytes), UNLIMITED_TOKENS)
+    per_rank = min(problem.max_rank_tokens, UNLIMITED_TOKENS)
     fits = [
         fit for fit in cost.times
         if fit.kind is AttentionKind.LOCAL or (fit.kind is AttentionKind.RING and fit.degree in wanted)
@@ -210,7 +213,7 @@ def ring_shapes(
     if not shapes or shapes[0].kind is not AttentionKind.LOCAL:
         raise SpecError(f"strategy {strategy} runs short sequences on single ranks: the cost model prices no local "
                         "group, calibrate again")
-    if num_ranks > 1 and len(shapes) == 1:
+    if problem.num_ranks > 1 and len(shapes) == 1:
         fix = (
             "the cost model prices none that it could form: calibrate again for this number of ranks"
             if AttentionKind.RING in limits.kinds
@@ -288,8 +291,9 @@ def group_tokens(shape: GroupShape) -> int:
     return shape.capacity_tokens * shape.num_teams
 
 
-def require_fits(table: PriceTable, cost: CostModel, limits: PlanLimits) -> None:
+def require_fits(table: PriceTable, problem: StepProblem) -> None:
     """Raises InfeasibleError naming the longest sequence that fits in none of the table's shapes, if there is one."""
+    cost, limits = problem.cost, problem.limits
     homeless = np.flatnonzero(~table.fits.any(axis=1))
     if not len(homeless):
         return

@@ -39,6 +39,7 @@ from planner.step_planner import plan_step
 from tests.planner.pricing.test_simulate import second_cost
 from tests.planner.random_plans import reprice
 from tests.planner.step_cases import make_cost, make_limits, skewed_lengths, with_activation, with_policies
+from tests.plans import step_problem
 
 LOCAL, ULYSSES, RING = AttentionKind.LOCAL, AttentionKind.ULYSSES, AttentionKind.RING
 
@@ -97,8 +98,9 @@ def test_a_fallback_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(LinearModel, "solve", broken)
     plan = plan_step(
-        skewed_lengths(4, 40, 9000), step=0, num_ranks=8, cost=make_cost(8, fixed_s=0.03),
-        limits=make_limits(relative_gap=0.0), strategy="flexsp",
+        step_problem(skewed_lengths(4, 40, 9000), 8, make_cost(8, fixed_s=0.03), make_limits(relative_gap=0.0)),
+        step=0,
+        strategy="flexsp",
     )
     assert "fallback: the best plan made without the solver (" in solver_line(plan)
 
@@ -141,7 +143,7 @@ def test_the_parts_of_a_step_add_up() -> None:
 def test_swapping_and_recomputing_are_parts_of_their_own() -> None:
     cost = with_activation(make_cost(4, kinds=(RING,)))
     limits = with_policies(make_limits(kinds=(RING,), rank_tokens=2000))
-    plan = plan_step([7000] * 2, step=0, num_ranks=4, cost=cost, limits=limits, strategy="adaptive")
+    plan = plan_step(step_problem([7000] * 2, 4, cost, limits), step=0, strategy="adaptive")
     memory = MemoryPolicy(keep_fraction=0.1, swap_fraction=0.6, recompute_fraction=0.3)
     slow = replace(cost, activation=replace(cost.activation, copy_bytes_per_s=1e7))
     plan = reprice(replace(plan, microbatches=tuple(replace(m, memory=memory) for m in plan.microbatches)), slow)

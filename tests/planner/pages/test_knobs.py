@@ -14,6 +14,7 @@ from planner.pages.knobs import Setting, best_knobs
 from planner.plan import AttentionKind, MemoryAction
 from planner.step_planner import greedy_step, plan_step
 from planner.units import GIB
+from tests.plans import step_problem
 
 MODEL = load_model("llama-3-8b")
 
@@ -40,7 +41,7 @@ def test_gains_are_those_of_planning_again() -> None:
     speeds = []
     for cluster in (setting.cluster, replace(setting.cluster, num_nodes=2)):
         plan = greedy_step(
-            setting.lengths, step=0, num_ranks=cluster.num_ranks, cost=price(cluster, 0, 0), limits=setting.limits
+            step_problem(setting.lengths, cluster.num_ranks, price(cluster, 0, 0), setting.limits), step=0
         )
         speeds.append(plan.num_tokens / plan.predicted_s)
     assert abs(nodes.gain - (speeds[1] / speeds[0] - 1)) < 1e-12
@@ -68,8 +69,7 @@ def test_gains_are_those_of_the_strategy_that_planned() -> None:
     speeds = []
     for lengths in (setting.lengths, setting.lengths[1:]):
         plan = plan_step(
-            lengths, step=0, num_ranks=8, cost=price(setting.cluster, 0, 0), limits=setting.limits, strategy="static",
-            degree=8,
+            step_problem(lengths, 8, price(setting.cluster, 0, 0), setting.limits), step=0, strategy="static", degree=8
         )
         speeds.append(plan.num_tokens / plan.predicted_s)
     assert abs(fewer.gain - (speeds[1] / speeds[0] - 1)) < 1e-12

@@ -16,6 +16,7 @@ from planner.step_planner import plan_step
 from tests.planner.pages.trace_rules import check_trace, place_of
 from tests.planner.replay.executed import cost_here, executed_on, make_plan, slower
 from tests.planner.step_cases import RING, ULYSSES, make_limits
+from tests.plans import step_problem
 
 GRID_US = 0.13
 """Times lie on a grid of 1/8 us."""
@@ -82,8 +83,9 @@ def test_a_viewer_drops_nothing(seed):
 def test_pipeline_stages_show_forward_and_backward_apart():
     cost = dataclasses.replace(cost_here(), num_stages=2)
     plan = plan_step(
-        (4000, 900, 2500, 700, 3000, 100, 1200, 800), step=0, num_ranks=4, cost=cost,
-        limits=make_limits(kinds=(ULYSSES, RING)), strategy="hdp-pp",
+        step_problem((4000, 900, 2500, 700, 3000, 100, 1200, 800), 4, cost, make_limits(kinds=(ULYSSES, RING))),
+        step=0,
+        strategy="hdp-pp",
     )
     trace = step_trace(plan, None)
     check_trace(trace)

@@ -18,6 +18,7 @@ from planner.pricing.breakdown import time_split
 from planner.pricing.simulate import Event, simulate
 from planner.schedules.layout import local_token_counts, shard_spans
 from tests.planner.random_plans import random_case, reprice, toy_cost
+from tests.plans import step_problem
 from tests.work import count_calls
 
 LOCAL, ULYSSES, RING = AttentionKind.LOCAL, AttentionKind.ULYSSES, AttentionKind.RING
@@ -187,4 +188,7 @@ def test_the_quick_makespan_is_that_of_the_simulated_plan(seed: int, sharding: S
         groups = tuple(GroupChoice(group.kind, group.ranks, group.sequences) for group in microbatch.groups)
         choices.append(groups[0] if len(groups) == 1 else groups)
     plan = assemble(list(case.lengths), choices, cost, case.num_ranks)
-    assert makespan_s(choices, case.lengths, case.num_ranks, cost) == plan.predicted_s - cost.step_fixed_s
+    assert (
+        makespan_s(choices, step_problem(case.lengths, case.num_ranks, cost, case.limits))
+        == plan.predicted_s - cost.step_fixed_s
+    )

@@ -19,13 +19,14 @@ from planner.plan import AttentionKind, MemoryPolicy, Microbatch, Sequence, Shar
 from planner.pricing.assemble import GroupChoice, assemble_plan
 from planner.pricing.verify import verify_plan
 from tests.planner.random_plans import Case, random_case, reprice, toy_cost
+from tests.plans import step_problem
 from tests.work import count_calls
 
 LOCAL, ULYSSES, RING = AttentionKind.LOCAL, AttentionKind.ULYSSES, AttentionKind.RING
 
 
 def check(case: Case) -> None:
-    verify_plan(case.plan, case.lengths, num_ranks=case.num_ranks, cost=case.cost, limits=case.limits)
+    verify_plan(case.plan, step_problem(case.lengths, case.num_ranks, case.cost, case.limits))
 
 
 @settings(max_examples=150, deadline=None)
@@ -367,7 +368,7 @@ def test_verifying_grows_like_the_plan(kind: AttentionKind) -> None:
             status=SolveStatus.STATIC, bound_s=0.0, wall_s=0.0,
         )
         limits = PlanLimits(device_budget_bytes=plan.peak_bytes, max_ulysses_degree=64, kinds=(ULYSSES, RING))
-        return count_calls(lambda: verify_plan(plan, lengths, num_ranks=64, cost=cost, limits=limits))
+        return count_calls(lambda: verify_plan(plan, step_problem(lengths, 64, cost, limits)))
 
     small = calls(512)
     assert small < 300 * 512

@@ -12,6 +12,7 @@ from planner.plan import StepPlan
 from planner.pricing.simulate import price_microbatch, step_lengths
 from planner.step_planner import greedy_step
 from tests.planner.step_cases import RING, ULYSSES, make_cost, make_limits
+from tests.plans import step_problem
 
 NUM_RANKS = 4
 
@@ -24,7 +25,7 @@ def make_plan(step: int, cost: CostModel, seed: int = 0) -> StepPlan:
     draw = random.Random(1000 * seed + step)
     lengths = [int(draw.paretovariate(0.9) * 200) % 9_000 + 1 for _ in range(draw.randint(4, 14))]
     limits = make_limits(kinds=(ULYSSES, RING))
-    return greedy_step(lengths, step=step, num_ranks=NUM_RANKS, cost=cost, limits=limits)
+    return greedy_step(step_problem(lengths, NUM_RANKS, cost, limits), step=step)
 
 
 def executed_on(plan: StepPlan, machine: CostModel, *, noise: random.Random | None = None) -> Executed:

@@ -25,6 +25,7 @@ from planner.reproduce.bytescale_step import (
     static_step_s,
 )
 from planner.reproduce.table import load_data
+from tests.plans import step_problem
 
 DATA = load_data(BytescaleData, "bytescale")
 SMALL_BATCH = 2**22
@@ -98,7 +99,7 @@ def test_plans_are_legal_and_their_price_is_the_exact_one(model: str, name: str)
     setting = small(model)
     (lengths,) = batches_of(name, setting.context_tokens, SMALL_BATCH, 1)
     for plan in plans_of(setting, lengths):
-        verify_plan(plan, lengths, num_ranks=64, cost=setting.cost, limits=setting.limits)
+        verify_plan(plan, step_problem(lengths, 64, setting.cost, setting.limits))
         sizes = step_lengths(plan)
         for microbatch in plan.microbatches:
             (group,) = microbatch.groups

@@ -25,6 +25,7 @@ from planner.strategies.adaptive.workshop import Batch, Workshop
 from tests.planner.random_plans import random_case, reprice
 from tests.planner.step_cases import LOCAL, RING, ULYSSES, make_cost, make_limits, skewed_lengths
 from tests.planner.strategies.test_adaptive import adaptive, others
+from tests.plans import step_problem
 
 BOTH = (ULYSSES, RING)
 
@@ -100,7 +101,7 @@ def test_equal_rounds_beat_unequal_counts() -> None:
     plan = adaptive(lengths, 16, cost, limits)
     assert plan.predicted_s < 0.9 * simulate(replace(free, sharding=Sharding.ZERO3), cost).step_s
     for name in ("hdp", "static", "flexsp", "zeppelin"):
-        other = plan_step(lengths, step=0, num_ranks=16, cost=cost, limits=limits, strategy=name)
+        other = plan_step(step_problem(lengths, 16, cost, limits), step=0, strategy=name)
         assert plan.predicted_s <= other.predicted_s, name
 
 
@@ -111,7 +112,7 @@ def test_squeezed_rounds_hold_the_same_sequences_in_no_more_time(
 ) -> None:
     rng = random.Random(seed)
     lengths = skewed_lengths(seed, num_sequences, 4000)
-    shapes = every_shape(num_ranks, lockstep_cost(num_ranks), make_limits(kinds=BOTH))
+    shapes = every_shape(step_problem([1], num_ranks, lockstep_cost(num_ranks), make_limits(kinds=BOTH)))
     node_size = min(node_size, num_ranks)
     shop = Workshop(lengths, shapes, [False] * len(lengths), num_ranks=num_ranks, node_size=node_size)
     batches: list[Batch] = []
@@ -140,7 +141,9 @@ def test_poured_rounds_hold_every_sequence_within_time_and_memory(
     seed: int, num_ranks: int, node_size: int, num_sequences: int, way: tuple[float, float, int], fixed_s: float
 ) -> None:
     lengths = skewed_lengths(seed, num_sequences, 4096 * min(num_ranks, 5) - 40)
-    shapes = every_shape(num_ranks, lockstep_cost(num_ranks, fixed_s=fixed_s), make_limits(kinds=BOTH))
+    shapes = every_shape(
+        step_problem([1], num_ranks, lockstep_cost(num_ranks, fixed_s=fixed_s), make_limits(kinds=BOTH))
+    )
     shop = Workshop(
         lengths, shapes, [False] * len(lengths), num_ranks=num_ranks, node_size=min(node_size, num_ranks)
     )

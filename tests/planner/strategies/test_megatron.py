@@ -15,6 +15,7 @@ from planner.step_planner import plan_step
 from planner.strategies.megatron import megatron_rounds
 from planner.strategies.search.shapes import PriceTable, flexsp_degrees, price_table, ring_shapes
 from tests.planner.step_cases import RING, make_cost, make_limits, skewed_lengths
+from tests.plans import step_problem
 
 RANK_TOKENS = 1024
 
@@ -22,14 +23,15 @@ RANK_TOKENS = 1024
 def plan_megatron(lengths: list[int], num_ranks: int, rank_tokens: int = RANK_TOKENS) -> StepPlan:
     limits = make_limits(rank_tokens=rank_tokens, kinds=(RING,))
     return plan_step(
-        lengths, step=0, num_ranks=num_ranks, cost=make_cost(num_ranks, kinds=(RING,)), limits=limits,
-        strategy="megatron",
+        step_problem(lengths, num_ranks, make_cost(num_ranks, kinds=(RING,)), limits), step=0, strategy="megatron"
     )
 
 
 def priced(lengths: list[int], num_ranks: int) -> PriceTable:
     cost, limits = make_cost(num_ranks, kinds=(RING,)), make_limits(rank_tokens=RANK_TOKENS, kinds=(RING,))
-    return price_table(lengths, ring_shapes("megatron", flexsp_degrees(num_ranks), num_ranks, cost, limits))
+    return price_table(
+        lengths, ring_shapes("megatron", flexsp_degrees(num_ranks), step_problem([1], num_ranks, cost, limits))
+    )
 
 
 def rows_by_rank(table: PriceTable, num_ranks: int) -> list[list[list[int]]]:
@@ -122,7 +124,7 @@ def test_an_unpriced_size_is_passed_over() -> None:
     cost = make_cost(8, kinds=(RING,))
     coarse = replace(cost, times=tuple(fit for fit in cost.times if fit.degree != 2))
     limits = make_limits(rank_tokens=RANK_TOKENS, kinds=(RING,))
-    plan = plan_step([2000, 500], step=0, num_ranks=8, cost=coarse, limits=limits, strategy="megatron")
+    plan = plan_step(step_problem([2000, 500], 8, coarse, limits), step=0, strategy="megatron")
     assert {len(batch.ranks) for batch in plan.microbatches} == {1, 4}
 
 

@@ -15,7 +15,7 @@ from planner.inputs.model import ModelSpec
 from planner.plan import AttentionKind, MemoryPolicy
 from planner.pricing.verify import verify_plan
 from planner.step_planner import plan_step
-from tests.plans import cost_model
+from tests.plans import cost_model, step_problem
 from tests.ranks import RankPool
 from tests.trainer import dense
 from trainer.build import build_runtime
@@ -90,10 +90,8 @@ def train_rank(
     losses, shapes = [], {("note", runtime.memory.note)}
     for step, documents in enumerate(batches()[:num_steps]):
         lengths = [len(ids) - 1 for ids in documents]
-        plan = plan_step(
-            lengths, step=step, num_ranks=num_ranks, cost=cost, limits=limits, strategy=strategy, degree=degree
-        )
-        verify_plan(plan, lengths, num_ranks=num_ranks, cost=cost, limits=limits)
+        plan = plan_step(step_problem(lengths, num_ranks, cost, limits), step=step, strategy=strategy, degree=degree)
+        verify_plan(plan, step_problem(lengths, num_ranks, cost, limits))
         shapes |= {(str(g.kind), g.degree) for m in plan.microbatches for g in m.groups}
         shapes |= {(MOVED, len(m.ranks)) for m in plan.microbatches if m.moves}
         shapes |= {("swap", len(m.ranks)) for m in plan.microbatches if m.memory.swap_fraction > 0}
