@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 from planner.codec import LATER
 from planner.errors import SpecError
@@ -37,6 +38,37 @@ class TimeFit:
     def marginal_s(self, *, num_tokens: float, num_tokens2: float, num_sequences: int) -> float:
         """Seconds for sequences with these sums of lengths and of squared lengths, without the fixed part."""
         return self.s_per_token2 * num_tokens2 + self.s_per_token * num_tokens + self.s_per_sequence * num_sequences
+
+    def sequence_s(self, num_tokens: float) -> float:
+        """Seconds that one sequence of so many tokens adds to a group, without the fixed part."""
+        return self.s_per_token2 * num_tokens**2 + self.s_per_token * num_tokens + self.s_per_sequence
+
+    def longest_within(self, seconds: float) -> float:
+        """The most tokens (not rounded) of one sequence that adds at most so many seconds; 0 where none does, infinite
+        where all do. The root of ``sequence_s``, written so that it does not cancel."""
+        spare_s = seconds - self.s_per_sequence
+        if spare_s <= 0:
+            return 0.0
+        root = math.sqrt(self.s_per_token**2 + 4 * self.s_per_token2 * spare_s) + self.s_per_token
+        return 2 * spare_s / root if root > 0 else math.inf
+
+    def adds_at_most(self, other: TimeFit, *, times: int = 1) -> bool:
+        """Whether any sequence adds no more seconds here than ``times`` those that it adds there."""
+        return (
+            self.s_per_token2 <= times * other.s_per_token2
+            and self.s_per_token <= times * other.s_per_token
+            and self.s_per_sequence <= times * other.s_per_sequence
+        )
+
+    @property
+    def prices(self) -> tuple[float, float, float, float]:
+        """Per squared token, per token, per sequence, fixed."""
+        return self.s_per_token2, self.s_per_token, self.s_per_sequence, self.fixed_s
+
+    def with_prices(self, prices: Sequence[float]) -> TimeFit:
+        """The fit with these prices, in the order of ``prices``."""
+        token2, token, sequence, fixed = prices
+        return replace(self, s_per_token2=token2, s_per_token=token, s_per_sequence=sequence, fixed_s=fixed)
 
     def group_s(self, *, num_tokens: float, num_tokens2: float, num_sequences: int) -> float:
         """Seconds of a microbatch of one group over such sequences."""
@@ -92,6 +124,16 @@ class ActivationFit:
     def copied_bytes_per_token(self) -> float:
         """Bytes that a swapped token takes on the host, and that are copied there and back."""
         return self.swap_bytes_per_token * self.host_bytes_per_byte
+
+    def hidden_fraction(self, fit: TimeFit) -> tuple[float, float]:
+        """The share r(s) of a sequence's tokens whose copy hides under the forward of a group of this fit, as (r(0),
+        slope) of a line in its s tokens, before any cap:
+
+            r(s) = degree * hidden_share * copy_bytes_per_s / copied_bytes_per_token * (s_per_token2 * s + s_per_token)
+
+        The overlap condition of ByteScale (arXiv 2502.21231, eq. 3) and MEMO (arXiv 2407.12117), for each sequence."""
+        per_s = fit.degree * self.hidden_share * self.copy_bytes_per_s / self.copied_bytes_per_token
+        return per_s * fit.s_per_token, per_s * fit.s_per_token2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -181,7 +181,7 @@ def refit_cost(cost: CostModel, steps: SequenceOf[Executed]) -> Refit | None:
 
 def _refit_shape(fit: TimeFit, samples: SequenceOf[tuple[float, GroupSample]], overall: float) -> TimeFit:
     ratio = median_ratio([(predicted_s, sample.seconds) for predicted_s, sample in samples]) if samples else overall
-    scaled = [ratio * value for value in (fit.s_per_token2, fit.s_per_token, fit.s_per_sequence, fit.fixed_s)]
+    scaled = [ratio * price for price in fit.prices]
     factors: tuple[float, ...] = (1.0,) * len(scaled)
     if samples:
         rows = [
@@ -194,8 +194,7 @@ def _refit_shape(fit: TimeFit, samples: SequenceOf[tuple[float, GroupSample]], o
             # relative to the prediction, not to the measurement: errors then cancel out in the mean
             scales=[*(ratio * predicted_s for predicted_s, _ in samples), *(1.0 for _ in prior)],
         )
-    token2, token, sequence, fixed = (price * factor for price, factor in zip(scaled, factors, strict=True))
-    return replace(fit, s_per_token2=token2, s_per_token=token, s_per_sequence=sequence, fixed_s=fixed)
+    return fit.with_prices([price * factor for price, factor in zip(scaled, factors, strict=True)])
 
 
 def _errors(cost: CostModel, samples: SequenceOf[GroupSample]) -> list[float]:

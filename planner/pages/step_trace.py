@@ -20,7 +20,8 @@ from planner.pages.explain import group_names, groups_by_rank
 from planner.pages.policy_words import policy_name
 from planner.pages.trace_events import complete_event, name_process, name_thread
 from planner.plan import StepPlan
-from planner.pricing.simulate import price_microbatch, step_lengths
+from planner.pricing.microbatch import price_microbatch
+from planner.pricing.simulate import step_lengths
 
 PREDICTED, MEASURED = 0, 1
 _PROCESSES = {PREDICTED: "predicted", MEASURED: "measured"}

@@ -18,9 +18,10 @@ from planner.plan import (
     SolveStatus,
     StepPlan,
 )
+from planner.pricing.microbatch import MicrobatchPrice, lone_group_s, price_groups
 from planner.pricing.pipeline_order import StageWork
 from planner.pricing.problem import StepProblem
-from planner.pricing.simulate import MicrobatchPrice, lone_group_s, price_groups, run_schedule
+from planner.pricing.simulate import run_schedule
 from planner.pricing.timeline import play
 from planner.schedules.remap import Move
 

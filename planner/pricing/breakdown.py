@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from planner.cost.model import KEEP, CostModel
 from planner.inputs.cluster import ClusterSpec, LinkSpec
 from planner.plan import Microbatch, StepPlan
-from planner.pricing.simulate import Simulation, price_microbatch, step_lengths
+from planner.pricing.microbatch import price_microbatch
+from planner.pricing.simulate import Simulation, step_lengths
 
 _FREE_LINK = LinkSpec(bytes_per_s=1e30, latency_s=0.0, source="free")
 

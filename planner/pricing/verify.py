@@ -26,8 +26,9 @@ from planner.plan import (
     StepPlan,
 )
 from planner.pricing.lockstep import lockstep_rounds
+from planner.pricing.microbatch import MicrobatchPrice, price_microbatch
 from planner.pricing.problem import StepProblem
-from planner.pricing.simulate import MicrobatchPrice, Simulation, price_microbatch, run_schedule
+from planner.pricing.simulate import Simulation, run_schedule
 from planner.schedules.layout import head_degree, local_token_counts
 from planner.units import format_bytes
 

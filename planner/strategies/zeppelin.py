@@ -32,14 +32,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import chain
 from typing import TypeVar
 
 import numpy as np
 
 from planner.plan import AttentionKind, SolveStatus
 from planner.pricing.assemble import Found, GroupChoice
+from planner.pricing.microbatch import MicrobatchPrice, rank_loads
 from planner.pricing.problem import StepProblem
-from planner.pricing.simulate import MicrobatchPrice, run_schedule
+from planner.pricing.simulate import run_schedule
 from planner.schedules.remap import Move
 from planner.strategies.search.linear_balance import attention_shapes, price_with_moves, remap_bound_s
 from planner.strategies.search.shapes import (
@@ -147,14 +149,11 @@ def _table_price(table: PriceTable, members: _Members) -> MicrobatchPrice:
     """The microbatch without moves, as ``planner.pricing.simulate`` prices it but for its memory, which fits: a quick
     sum."""
     columns = {degree: column for column, degree in enumerate(table.degrees.tolist())}
-    marginal_s: dict[int, float] = {}
-    fixed_s: dict[int, float] = {}
+    groups = []
     for ranks, rows in members.items():
         column = columns[len(ranks)]
-        work_s, group_fixed_s = float(table.marginal_s[rows, column].sum()), float(table.fixed_s[column])
-        for rank in ranks:
-            marginal_s[rank] = marginal_s.get(rank, 0.0) + work_s
-            fixed_s[rank] = max(fixed_s.get(rank, 0.0), group_fixed_s)
+        groups.append((ranks, float(table.marginal_s[rows, column].sum()), float(table.fixed_s[column])))
+    marginal_s, fixed_s = rank_loads(chain.from_iterable(members), groups)
     rank_s = tuple(marginal_s[rank] + fixed_s[rank] for rank in marginal_s)
     return MicrobatchPrice(
         seconds=max(rank_s), ranks=tuple(marginal_s), rank_s=rank_s, rank_tokens=(0,) * len(rank_s)

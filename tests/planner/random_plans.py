@@ -10,7 +10,8 @@ from planner.cost.limits import PlanLimits
 from planner.cost.model import CostModel
 from planner.plan import AttentionGroup, AttentionKind, Microbatch, SolveStatus, StepPlan
 from planner.pricing.assemble import GroupChoice, assemble_plan
-from planner.pricing.simulate import price_microbatch, simulate, step_lengths
+from planner.pricing.microbatch import price_microbatch
+from planner.pricing.simulate import simulate, step_lengths
 from planner.schedules.exchange import GroupLimits, schedule_of
 from planner.schedules.layout import local_token_counts
 

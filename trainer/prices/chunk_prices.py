@@ -121,7 +121,7 @@ def _fit_seconds(probes: SequenceOf[_Probe], cost: CostModel, num_tokens: int) -
             continue
         total = num_tokens * probe.shape.degree
         fit = cost.time_fit(probe.shape.kind, probe.shape.degree)
-        work_s = fit.s_per_token2 * total * total + fit.s_per_token * total
+        work_s = fit.marginal_s(num_tokens=total, num_tokens2=total * total, num_sequences=0)
         rows.append([work_s, num_tokens / probe.chunk_tokens + 1])
         extra_s.append(max(0.0, probe.seconds - whole_s[probe.shape] - _LEAST_AGAIN * work_s))
     again, s_per_chunk = non_negative_fit(rows, extra_s, scales=[row[0] or 1.0 for row in rows])

@@ -34,7 +34,8 @@ from planner.cost.model import KEEP, CostModel
 from planner.pages.policy_reasons import chooses_none
 from planner.pages.policy_words import policy_name
 from planner.plan import AttentionKind, StepPlan, digest_of
-from planner.pricing.simulate import price_microbatch, step_lengths
+from planner.pricing.microbatch import price_microbatch
+from planner.pricing.simulate import step_lengths
 from planner.strategies.search.memory_policy import swaps
 from planner.units import format_bytes, format_seconds
 from trainer.model.transformer import StageShard

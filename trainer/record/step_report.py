@@ -6,7 +6,8 @@ from memory.activations import ActivationMemory
 from planner.cost.model import CostModel
 from planner.inputs.model import ModelSpec
 from planner.plan import StepPlan
-from planner.pricing.simulate import price_microbatch, simulate, step_lengths
+from planner.pricing.microbatch import price_microbatch
+from planner.pricing.simulate import simulate, step_lengths
 from planner.schedules.layout import local_token_counts
 from trainer.record.metrics import StepReport
 from trainer.step.shared import StepOutcome

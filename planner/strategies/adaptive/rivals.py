@@ -23,6 +23,7 @@ import numpy as np
 from planner.errors import InfeasibleError, SpecError
 from planner.plan import Sharding, SolveStatus
 from planner.pricing.assemble import Found, MicrobatchChoice, makespan_s
+from planner.pricing.microbatch import SequencePrices
 from planner.pricing.problem import StepProblem
 from planner.strategies.flexsp.round_packing import pack_round
 from planner.strategies.flexsp.strategy import one_kind_per_degree, place_rounds, plan_flexsp
@@ -184,11 +185,8 @@ def _layout_bound_s(layout: SequenceOf[GroupShape], match: Match) -> float:
     sizes = np.asarray(match.problem.lengths, dtype=np.float64)
     tokens, squares, longest = float(sizes.sum()), float(sizes @ sizes), int(sizes.max())
     shapes = tuple(dict.fromkeys(layout))
-    work_s = min(s.degree * s.fit.s_per_token2 for s in shapes) * squares
-    work_s += min(s.degree * s.fit.s_per_token for s in shapes) * tokens
-    work_s += min(s.degree * s.fit.s_per_sequence for s in shapes) * len(sizes)
+    cheapest = SequencePrices.of([shape.fit for shape in shapes]).cheapest(np.array([s.degree for s in shapes]))
+    work_s = float(cheapest.sums_s(tokens, squares, len(sizes))[0])
     work_s += min(s.degree * s.fit.fixed_s / max(group_tokens(s), 1) for s in shapes) * tokens
-    alone_s = min(
-        s.fit.group_s(num_tokens=longest, num_tokens2=longest * longest, num_sequences=1) for s in shapes
-    )
+    alone_s = min(s.fit.sequence_s(longest) + s.fit.fixed_s for s in shapes)
     return max(work_s / match.problem.num_ranks, alone_s)

@@ -11,6 +11,7 @@ from math import ceil, sqrt
 import numpy as np
 
 from planner.plan import AttentionKind
+from planner.pricing.microbatch import SequencePrices
 from planner.strategies.search.shapes import HAIR, GroupShape, IntArray, PriceTable, price_table
 
 
@@ -56,10 +57,9 @@ class Workshop:
         self.num_ranks = num_ranks
         self.node_size = node_size
         self.has_local = self.shapes[0].kind is AttentionKind.LOCAL
-        self.square = [shape.fit.s_per_token2 for shape in self.shapes]
-        self.linear = [shape.fit.s_per_token for shape in self.shapes]
-        self.each = [shape.fit.s_per_sequence for shape in self.shapes]
-        self.fixed = [shape.fit.fixed_s for shape in self.shapes]
+        prices = SequencePrices.of([shape.fit for shape in self.shapes])
+        self.square, self.linear = prices.square.tolist(), prices.linear.tolist()
+        self.each, self.fixed = prices.each.tolist(), prices.fixed_s.tolist()
         self.degree = [shape.degree for shape in self.shapes]
         self.capacity = [shape.capacity_tokens for shape in self.shapes]
         self.num_teams = [shape.num_teams for shape in self.shapes]

@@ -52,6 +52,7 @@ from math import ceil
 import numpy as np
 
 from planner.plan import AttentionKind
+from planner.pricing.microbatch import SequencePrices
 from planner.strategies.search.shapes import (
     BoolArray,
     FloatArray,
@@ -159,16 +160,12 @@ def settled_lengths(
     """Which lengths surely fit ``local`` and run there alone within a simple lower bound on the makespan: the longest
     sequence's best time, and the work at the cheapest coefficients over all shapes."""
     tokens = lengths.astype(np.float64)
-    coefficients = np.array(
-        [(s.fit.s_per_token2, s.fit.s_per_token, s.fit.s_per_sequence, s.fit.fixed_s) for s in shapes]
-    )
-    degrees = np.array([[shape.degree] for shape in shapes], dtype=np.float64)
-    cheapest = (coefficients * degrees).min(axis=0)
-    work_s = float((cheapest[0] * tokens**2 + cheapest[1] * tokens + cheapest[2]) @ counts) / num_ranks
+    prices = SequencePrices.of([shape.fit for shape in shapes])
+    cheapest = prices.cheapest(np.array([shape.degree for shape in shapes], dtype=np.int64))
+    work_s = float(cheapest.marginal_s(tokens)[:, 0] @ counts) / num_ranks
     longest = price_table(lengths[[int(np.argmax(lengths))]], shapes)
     least_s = max(work_s, float(_alone_s(longest).min()))
-    fit = local.fit
-    local_s = fit.s_per_token2 * tokens**2 + fit.s_per_token * tokens + fit.s_per_sequence + fit.fixed_s
+    local_s = SequencePrices.of([local.fit]).marginal_s(tokens)[:, 0] + local.fit.fixed_s
     fits = lengths * local.held.at_zero <= local.capacity_tokens
     settled: BoolArray = fits & (local_s <= least_s)
     return settled
@@ -179,9 +176,7 @@ def _dominates(local: GroupShape, shape: GroupShape) -> bool:
     degree, here, there = shape.degree, local.fit, shape.fit
     shares = here.fixed_s * local.held.at_zero, degree * there.fixed_s * shape.held.least  # most here, least there
     return (
-        here.s_per_token2 <= degree * there.s_per_token2
-        and here.s_per_token <= degree * there.s_per_token
-        and here.s_per_sequence <= degree * there.s_per_sequence
+        here.adds_at_most(there, times=degree)
         and here.fixed_s <= there.fixed_s
         and shares[0] * group_tokens(shape) <= shares[1] * local.capacity_tokens
     )

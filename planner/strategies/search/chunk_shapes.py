@@ -126,9 +126,8 @@ class _Rival:
         here, there = self.shape.fit, other.shape.fit
         return (
             self.takes_short
-            and here.s_per_token <= there.s_per_token
             and self.most_s_per_token <= other.least_s_per_token
-            and here.s_per_token2 <= there.s_per_token2
+            and here.adds_at_most(there)
             and here.fixed_s <= there.fixed_s
             and bool((self.fits | ~other.fits).all())
         )

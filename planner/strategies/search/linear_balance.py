@@ -9,8 +9,8 @@ import numpy as np
 
 from planner.cost.model import CostModel
 from planner.pricing.assemble import MicrobatchChoice, price_choice
+from planner.pricing.microbatch import MicrobatchPrice
 from planner.pricing.problem import StepProblem
-from planner.pricing.simulate import MicrobatchPrice
 from planner.schedules.remap import Move, balanced_counts, token_moves
 from planner.strategies.search.bounds import step_bound_s
 from planner.strategies.search.shapes import GroupShape, price_table

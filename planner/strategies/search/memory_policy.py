@@ -1,11 +1,7 @@
 """What may happen to saved activations, as shapes to search over, and the policy of a microbatch once it is packed.
 
 *Swap.* Tokens copied to the host cost device memory in two layers only, and no time as long as the copy hides under the
-forward. A sequence of s tokens in a group of d ranks takes a s^2 + b s seconds, so it can hide the fraction
-
-    r(s) = d * hidden_share * copy_bytes_per_s / swap_bytes_per_token * (a s + b)
-
-of its tokens: the overlap condition of ByteScale (arXiv 2502.21231, eq. 3) and MEMO (arXiv 2407.12117), per sequence.
+forward: a sequence can hide a fraction of its tokens that grows with its length (``ActivationFit.hidden_fraction``).
 The copies of a microbatch hide if each of its sequences' do, and what its sequences leave on the device adds up. So
 swapping makes no further shapes: it makes the loads of a shape smaller (``shapes.HeldShare``), at no price.
 
@@ -35,6 +31,7 @@ from planner.cost.limits import PlanLimits
 from planner.cost.model import KEEP, CostModel
 from planner.plan import MemoryAction, MemoryPolicy, Sharding
 from planner.pricing.assemble import GroupChoice, MicrobatchChoice
+from planner.pricing.microbatch import lone_group_s
 from planner.pricing.problem import StepProblem
 from planner.schedules.layout import local_token_counts
 from planner.strategies.search.chunk_shapes import chunk_sizes, chunked_shape, chunked_shapes, in_chunks
@@ -104,10 +101,10 @@ def _held(
         spared = cost.num_stages * token_bytes / max(device_bytes, 1)
         by_device = 1 - recompute_fraction - kept_bytes / swap_bytes * spared
         most = max(min(by_device, by_host - SWAP_STEP), 0.0)
-        hidden_per_s = shape.degree * fit.hidden_share * fit.copy_bytes_per_s / fit.copied_bytes_per_token
+        hidden_at_zero, hidden_per_token = fit.hidden_fraction(shape.fit)
         freed = swap_bytes / token_bytes
-        at_zero -= freed * min(most, hidden_per_s * shape.fit.s_per_token)
-        per_token = freed * hidden_per_s * shape.fit.s_per_token2
+        at_zero -= freed * min(most, hidden_at_zero)
+        per_token = freed * hidden_per_token
         least -= freed * most
     return HeldShare(at_zero=at_zero, per_token=per_token, least=least)
 
@@ -146,9 +143,8 @@ def _mildest(
     if whole is None or chunked is None:
         return whole or chunked or in_chunks(shape.chunk_tokens)
     kind, degree = choice.kind, len(choice.ranks)
-    sums = {"num_tokens": sum(sizes), "num_tokens2": sum(size * size for size in sizes), "num_sequences": len(sizes)}
-    whole_s = cost.time_fit(kind, degree).group_s(**sums) + cost.recompute_s(sum(sizes) / degree, whole)
-    return chunked if cost.policy_fit(kind, degree, chunked).group_s(**sums) < whole_s else whole
+    whole_s = lone_group_s(kind, degree, sizes, cost, whole)
+    return chunked if lone_group_s(kind, degree, sizes, cost, chunked) < whole_s else whole
 
 
 def _mildest_whole(

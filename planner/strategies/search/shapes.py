@@ -19,6 +19,7 @@ from planner.cost.limits import PlanLimits
 from planner.cost.model import CostModel
 from planner.errors import InfeasibleError, SpecError
 from planner.plan import AttentionKind
+from planner.pricing.microbatch import SequencePrices
 from planner.pricing.problem import StepProblem
 from planner.schedules.layout import head_degree
 from planner.units import format_bytes
@@ -163,13 +164,8 @@ def _no_worse(shape: GroupShape, other: GroupShape) -> bool:
     """Of two shapes of one degree, the first takes whatever the second takes, and never more seconds for it. Where its
     teams are unions of the other's, its loads grow no more than its capacity."""
     here, there = shape.fit, other.fit
-    return (
-        other.num_teams % shape.num_teams == 0
-        and here.s_per_token2 <= there.s_per_token2
-        and here.s_per_token <= there.s_per_token
-        and here.s_per_sequence <= there.s_per_sequence
-        and here.fixed_s <= there.fixed_s
-    )
+    teams_fit = other.num_teams % shape.num_teams == 0
+    return teams_fit and here.adds_at_most(there) and here.fixed_s <= there.fixed_s
 
 
 def flexsp_degrees(num_ranks: int) -> tuple[int, ...]:
@@ -226,25 +222,23 @@ def ring_shapes(
 def price_table(lengths: SequenceOf[int] | IntArray, shapes: SequenceOf[GroupShape]) -> PriceTable:
     """Price sequences of these lengths (tokens) on every shape."""
     sizes = np.asarray(lengths, dtype=np.int64)
-    tokens = sizes.astype(np.float64)[:, None]
-    coefficients = np.array(
-        [(s.fit.s_per_token2, s.fit.s_per_token, s.fit.s_per_sequence) for s in shapes], dtype=np.float64
-    )
+    tokens = sizes.astype(np.float64)
+    prices = SequencePrices.of([shape.fit for shape in shapes])
     loads = _load_tokens(sizes, shapes)
     capacities = np.array([shape.capacity_tokens for shape in shapes], dtype=np.int64)
-    memory_shares = tokens / np.array([max(group_tokens(shape), 1) for shape in shapes], dtype=np.float64)
+    memory_shares = tokens[:, None] / np.array([max(group_tokens(shape), 1) for shape in shapes], dtype=np.float64)
     if not all(shape.held.is_all for shape in shapes):
-        memory_shares *= held_shares(tokens, shapes)
+        memory_shares *= held_shares(tokens[:, None], shapes)
     return PriceTable(
         shapes=tuple(shapes),
         rows=np.arange(len(sizes), dtype=np.int64),
         lengths=sizes,
-        marginal_s=coefficients[:, 0] * tokens**2 + coefficients[:, 1] * tokens + coefficients[:, 2],
+        marginal_s=prices.marginal_s(tokens),
         load_tokens=loads,
         memory_shares=memory_shares,
         fits=loads <= capacities,
         degrees=np.array([shape.degree for shape in shapes], dtype=np.int64),
-        fixed_s=np.array([shape.fit.fixed_s for shape in shapes], dtype=np.float64),
+        fixed_s=prices.fixed_s,
         capacity_tokens=capacities,
     )
 

@@ -9,7 +9,8 @@ from planner.cost.model import CostModel
 from planner.measured.drift import Executed, planned_times
 from planner.measured.step_times import MeasuredStep, MicrobatchTime, RankStep
 from planner.plan import StepPlan
-from planner.pricing.simulate import price_microbatch, step_lengths
+from planner.pricing.microbatch import price_microbatch
+from planner.pricing.simulate import step_lengths
 from planner.step_planner import greedy_step
 from tests.planner.step_cases import RING, ULYSSES, make_cost, make_limits
 from tests.plans import step_problem

@@ -19,7 +19,7 @@ from planner.inputs.files import load_cluster, load_model
 from planner.pages.policy_words import policy_line, policy_name
 from planner.plan import AttentionKind, MemoryAction, MemoryPolicy, Sharding, SolveStatus, StepPlan
 from planner.pricing.assemble import GroupChoice, assemble_plan
-from planner.pricing.simulate import price_groups, price_microbatch
+from planner.pricing.microbatch import price_groups, price_microbatch
 from planner.pricing.verify import verify_plan
 from planner.replay.step import replay_step
 from planner.schedules.layout import local_token_counts
@@ -254,7 +254,7 @@ def test_where_memory_is_ample_no_chunk_is_looked_at() -> None:
     without = search_space(step_problem(lengths, 8, cost, allowed))
     assert search_space(step_problem(lengths, 8, with_chunks(cost), allowed)) == without
     assert plan(lengths, 8, with_chunks(cost), allowed).microbatches == plan(lengths, 8, cost, allowed).microbatches
-    work = [count_calls(partial(search_space, lengths, 8, each, allowed)) for each in (cost, with_chunks(cost))]
+    work = [count_calls(partial(search_space, step_problem(lengths, 8, each, allowed))) for each in (cost, with_chunks(cost))]
     assert work[1] <= 1.25 * work[0]  # a few comparisons for each shape; of the whole plan it is 2 %
 
 

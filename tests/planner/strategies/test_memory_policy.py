@@ -16,7 +16,7 @@ from planner.cost.model import CostModel
 from planner.errors import InfeasibleError, PlanError, SpecError
 from planner.inputs.files import load_cluster, load_model
 from planner.plan import AttentionKind, MemoryAction, MemoryPolicy, Sharding, SolveStatus, StepPlan
-from planner.pricing.simulate import price_microbatch
+from planner.pricing.microbatch import price_microbatch
 from planner.pricing.verify import verify_plan
 from planner.schedules.layout import local_token_counts
 from planner.step_planner import STRATEGIES, plan_step
