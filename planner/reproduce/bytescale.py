@@ -304,8 +304,8 @@ _ASSUMPTIONS = (
     "naive: our hdp-naive; the paper does not say where a microbatch goes, which moves these rows by tens of percent",
     "balance: our hdp for LLaMA-7B; for Mistral-8x7B naive's microbatches placed by our reading of PP-Balance, as its "
     "number of buckets and its slack are not published",
-    "stages: equal, transfers free; 1F1B in which a stage whose next pass is late may run another one, because a fixed "
-    "alternation can deadlock with rings across pipelines",
+    "stages: equal, transfers free, in the order in which our runtime runs them: 1F1B in which a stage whose next pass "
+    "is late may run another one, because a fixed alternation can deadlock with rings across pipelines",
     "no offloading (x1.26 in the paper's ablation) and no remote data loader (x1.05), which the paper's bars include",
     "case study: the mean of our batches, the traced batch is not published. 'Nearly 2x' per doubling is read as 2",
     "offload: rate of copies and hidden seconds from ratios 0.6 and 1.0, the other ratios predicted; memory linear",

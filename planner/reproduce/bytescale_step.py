@@ -23,11 +23,12 @@ from planner.cost.fits import MemoryFit, Provenance, TimeFit
 from planner.cost.limits import PlanLimits
 from planner.cost.model import CostModel
 from planner.inputs.length_generators import length_table
-from planner.plan import AttentionKind, StepPlan
+from planner.plan import AttentionKind, Sharding, StepPlan
+from planner.pricing.pipeline_order import StageWork
+from planner.pricing.timeline import play
 from planner.pricing.verify import verify_plan
 from planner.reproduce.bytescale_stages import pp_balance
 from planner.reproduce.flexsp import pack_best_fit
-from planner.reproduce.pipeline import PipelineWork, pipeline_makespan_s, step_makespan_s
 from planner.step_planner import plan_step
 
 
@@ -189,8 +190,8 @@ def static_step_s(setting: Setting, lengths: SequenceOf[int]) -> float:
         places.setdefault(lengths[place], []).append(place)
     keyed = [(places[pack[0]].pop(), pack) for pack in static_packs(lengths, setting.context_tokens)]
     seconds = [setting.prices.microbatch_s(pack, setting.grid_degree) for _, pack in sorted(keyed)]
-    slowest_s = max(_pipeline_s(setting, seconds[ring::num_rings]) for ring in range(num_rings))
-    return slowest_s + setting.prices.step_fixed_s
+    work = [((place % num_rings,), each_s) for place, each_s in enumerate(seconds)]
+    return _makespan_s(setting, work) + setting.prices.step_fixed_s
 
 
 def naive_plan(setting: Setting, lengths: SequenceOf[int]) -> StepPlan:
@@ -227,22 +228,13 @@ def hdp_step_s(setting: Setting, plan: StepPlan) -> float:
     """The plan's own price; where ranks are pipelines, the time of its microbatches in them."""
     if setting.model.stages == 1:
         return plan.predicted_s
-    works = []
-    for microbatch in plan.microbatches:
-        forward_s, backward_s = _passes_s(setting, microbatch.predicted_s)
-        works.append(PipelineWork(pipelines=microbatch.ranks, forward_s=forward_s, backward_s=backward_s))
-    makespan_s = step_makespan_s(works, num_pipelines=plan.num_ranks, num_stages=setting.model.stages)
-    return makespan_s + setting.prices.step_fixed_s
+    work = [(microbatch.ranks, microbatch.predicted_s) for microbatch in plan.microbatches]
+    return _makespan_s(setting, work) + setting.prices.step_fixed_s
 
 
-def _pipeline_s(setting: Setting, seconds: SequenceOf[float]) -> float:
-    if setting.model.stages == 1:
-        return sum(seconds)
-    passes_s = [_passes_s(setting, each) for each in seconds]
-    return pipeline_makespan_s([each[0] for each in passes_s], [each[1] for each in passes_s], setting.model.stages)
-
-
-def _passes_s(setting: Setting, seconds: float) -> tuple[float, float]:
-    """Forward and backward on one stage of a microbatch that takes this long on all."""
-    forward_s = seconds / setting.model.stages / (1 + setting.prices.backward_over_forward)
-    return forward_s, forward_s * setting.prices.backward_over_forward
+def _makespan_s(setting: Setting, work: Iterable[tuple[tuple[int, ...], float]]) -> float:
+    """When the last of these microbatches ends: the ranks of each and its seconds on all stages together."""
+    stages = setting.model.stages
+    forward_share = 1 / (1 + setting.prices.backward_over_forward)
+    staged = [StageWork(ranks=ranks, seconds=each_s / stages, forward_share=forward_share) for ranks, each_s in work]
+    return max(each.stop_s for each in play(staged, sharding=Sharding.GATHER_ONCE, num_stages=stages))

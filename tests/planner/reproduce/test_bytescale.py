@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from parallel.program import compile_rank_program
 from planner.plan import StepPlan
 from planner.pricing.simulate import step_lengths
 from planner.pricing.verify import verify_plan
@@ -134,6 +135,57 @@ def test_pp_balance_moves_microbatches_and_changes_none() -> None:
         return Counter((group.degree, group.sequences) for each in plan.microbatches for group in each.groups)
 
     assert work(naive) == work(balance)
+
+
+@pytest.mark.parametrize("name", ["byted", "github"])
+def test_the_price_of_stages_is_when_the_programs_of_all_ranks_end(name: str) -> None:
+    """There is one scheduler: the plans that the reproduction prices, compiled for the runtime and run message by
+    message, end when it says. The runtime's plans take backwards to be twice as long as forwards, so here they are."""
+    model = replace(DATA.models["Mistral-8x7B"], num_ranks=8)
+    setting = setting_of(
+        "Mistral-8x7B", model, replace(DATA.trace, backward_over_forward=2.0), context_tokens=2**15,
+        capacity_tokens=DATA.capacity_tokens,
+    )
+    (lengths,) = batches_of(name, setting.context_tokens, 2**18, 1)
+    for plan in plans_of(setting, lengths):
+        assert len({len(microbatch.ranks) for microbatch in plan.microbatches}) > 1
+        end_s = run_programs(staged(plan, model.stages), model.stages)
+        assert hdp_step_s(setting, plan) - setting.prices.step_fixed_s == pytest.approx(end_s, rel=1e-12)
+
+
+def staged(plan: StepPlan, num_stages: int) -> StepPlan:
+    """The plan of one stage. The reproduction's prices are those of all stages together."""
+    microbatches = [replace(each, predicted_s=each.predicted_s / num_stages) for each in plan.microbatches]
+    return replace(plan, num_stages=num_stages, microbatches=tuple(microbatches))
+
+
+def run_programs(plan: StepPlan, num_stages: int) -> float:
+    """When the last rank is done, if each stage of each rank follows its own program: an action begins once all of its
+    ranks have come to it and the stage before, or after, has sent what it needs."""
+    queues = {}
+    for rank, stage in itertools.product(range(plan.num_ranks), range(num_stages)):
+        program = compile_rank_program(plan, rank, stage=stage, num_stages=num_stages)
+        queues[rank, stage] = [(program.microbatches[each.place].index, each.backward) for each in program.actions]
+    free_s = dict.fromkeys(queues, 0.0)
+    sent_s: dict[tuple[int, int, bool], float] = {}
+    while any(queues.values()):
+        num_sent = len(sent_s)
+        for stage, queue in ((place[1], queue) for place, queue in queues.items() if queue):
+            index, backward = queue[0]
+            microbatch = plan.microbatches[index]
+            places = [(rank, stage) for rank in microbatch.ranks]
+            sender = (index, stage + 1 if backward else stage - 1, backward)
+            waits = 0 <= sender[1] < num_stages and sender not in sent_s
+            if waits or any(queues[place][:1] != [(index, backward)] for place in places):
+                continue
+            start_s = max(sent_s.get(sender, 0.0), *(free_s[place] for place in places))
+            stop_s = start_s + microbatch.predicted_s * (2 / 3 if backward else 1 / 3)
+            sent_s[index, stage, backward] = stop_s
+            for place in places:
+                queues[place].pop(0)
+                free_s[place] = stop_s
+        assert len(sent_s) > num_sent, f"no rank can go on: {queues}"
+    return max(free_s.values())
 
 
 @settings(max_examples=60, deadline=None)
