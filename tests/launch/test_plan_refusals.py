@@ -150,12 +150,12 @@ def test_an_interrupt_is_one_line_and_leaves_no_file(tmp_path: Path) -> None:
     program = (
         "import os, signal, sys, threading\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # tests in the background inherit: ignore it
-        "from launch import cli, plan_command\n"
-        "planned = plan_command._candidates\n"
+        "from launch import cli, plan_run\n"
+        "planned = plan_run._candidates\n"
         "def interrupted(*arguments):\n"
         "    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()\n"
         "    return planned(*arguments)\n"
-        "plan_command._candidates = interrupted\n"
+        "plan_run._candidates = interrupted\n"
         "sys.exit(cli.main(sys.argv[1:]))\n"
     )
     done = subprocess.run(

@@ -69,7 +69,10 @@ def test_gains_are_those_of_the_strategy_that_planned() -> None:
     speeds = []
     for lengths in (scenario.lengths, scenario.lengths[1:]):
         plan = plan_step(
-            step_problem(lengths, 8, price(scenario.cluster, 0, 0), scenario.limits), step=0, strategy="static", degree=8
+            step_problem(lengths, 8, price(scenario.cluster, 0, 0), scenario.limits),
+            step=0,
+            strategy="static",
+            degree=8,
         )
         speeds.append(plan.num_tokens / plan.predicted_s)
     assert abs(fewer.gain - (speeds[1] / speeds[0] - 1)) < 1e-12
