@@ -124,7 +124,7 @@ def test_a_malformed_file_is_one_line_and_exit_2(
 
 def test_a_cluster_that_nobody_has_is_refused(lengths: str, tmp_path: Path) -> None:
     path = tmp_path / "own.yaml"
-    built_in = (ROOT / "planner" / "hardware" / "h100-8.yaml").read_text()
+    built_in = (ROOT / "planner" / "inputs" / "hardware" / "h100-8.yaml").read_text()
     path.write_text(built_in.replace("num_nodes: 1\n", "num_nodes: 10000000\n"))
     with pytest.raises(SpecError, match="has 80000000 devices; at most 1000000 are planned for"):
         run(["--lengths", lengths, "--cluster", str(path)])
