@@ -71,13 +71,10 @@ def assemble_plan(
     """Build and price a plan with one microbatch per entry of ``groups``, in this order, which becomes the plan's
     global order. The groups of one entry may share ranks; they too run in their order.
 
-    - ``lengths[i]``: tokens of sequence i.
-    - ``bound_s``: proven lower bound of the whole step, ``step_fixed_s`` included (0 where none is known). Where it
-      exceeds the simulated step by no more than rounding, it is lowered to that.
-    - ``cost_digest``: the cost model's digest, where the caller has it already.
-    - ``moves``: of each entry, or empty.
-
-    Raises PlanError where the cost model cannot price a group or its moves.
+    ``lengths[i]``: tokens of sequence i. ``bound_s``: proven lower bound of the whole step, with ``step_fixed_s`` (0
+    where none is known); where it exceeds the simulated step by no more than rounding, it is lowered to that.
+    ``cost_digest``: the cost model's, where the caller has it already. ``moves``: of each entry, or empty. Raises
+    PlanError where the cost model cannot price a group or its moves.
     """
     choices = list(groups)
     moved = list(moves) or [()] * len(choices)

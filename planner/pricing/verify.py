@@ -172,8 +172,9 @@ def _verify_chunks(microbatch: Microbatch, place: str, cost: CostModel, limits: 
 
 
 def _verify_rounds(plan: StepPlan, lengths: SequenceOf[int], cost: CostModel, limits: PlanLimits) -> None:
-    """Check the lockstep rounds in which a microbatch runs in chunks. Such a round runs group by group: no microbatch in
-    it may swap or recompute, and one that does not run in chunks is a single chunk, for which queries move."""
+    """Check the lockstep rounds in which a microbatch runs in chunks. Such a round runs group by group: none of its
+    microbatches may swap or recompute, and one that does not run in chunks is a single chunk, for which queries
+    move."""
     if plan.sharding is not Sharding.ZERO3 or not any(each.memory.chunk_tokens for each in plan.microbatches):
         return
     for members in lockstep_rounds(each.ranks for each in plan.microbatches):
