@@ -35,7 +35,7 @@ def priced(lengths: list[int], num_ranks: int) -> PriceTable:
 
 
 def rows_by_rank(table: PriceTable, num_ranks: int) -> list[list[list[int]]]:
-    """Per round and rank the rows in order: the original's own way to write its answer."""
+    """For each round and rank its rows in order, which is the form of the original's answer."""
     rounds = []
     for groups in megatron_rounds(table, num_ranks):
         ranks: list[list[int]] = [[] for _ in range(num_ranks)]
@@ -48,7 +48,7 @@ def rows_by_rank(table: PriceTable, num_ranks: int) -> list[list[list[int]]]:
 
 @dataclass(frozen=True)
 class Group:
-    """All that the original asks of a process group."""
+    """The part of a process group that the original uses."""
 
     num_ranks: int
 
@@ -62,7 +62,7 @@ def original() -> Any:
 
 
 def drawn(seed: int, num_ranks: int) -> list[int]:
-    """Lengths whose shares on any ring of a power of two are whole chunks: only then is the original's capacity ours,
+    """Random lengths that any ring of a power of two splits evenly. Only then does the original's capacity equal ours,
     which counts the longer chunk of an uneven split."""
     rng = random.Random(seed)
     longest = RANK_TOKENS << (num_ranks.bit_length() - 1)
