@@ -151,6 +151,7 @@ def greedy_schedule(table: PriceTable, num_ranks: int) -> Schedule:
 
 
 def _schedule_columns(table: PriceTable, columns: IntArray, num_ranks: int) -> Schedule:
+    """The list schedule in which each row runs on the shape in its column."""
     used = sorted(set(columns.tolist()))
     blocks = [
         RankBlock(column, number * shape.degree)

@@ -126,6 +126,7 @@ def best_placing(
 
 
 def _starts(degree: int, num_ranks: int, node_size: int) -> IntArray:
+    """The first ranks that a group of this degree may have: a group that fits a node stays within one."""
     starts = np.arange(num_ranks - degree + 1, dtype=np.int64)
     if degree > node_size:
         return starts
@@ -137,6 +138,8 @@ def _place(
     stage_s: SequenceOf[float], degrees: SequenceOf[int], starts: dict[int, IntArray], num_ranks: int,
     num_stages: int, target_s: float,
 ) -> Placing:
+    """Place the microbatches in order, each on the first ranks whose pipelines then end within ``target_s``, or, where
+    there are none, on those that end earliest. ``starts``: the possible first ranks by degree."""
     busy_s, longest_s = np.zeros(num_ranks), np.zeros(num_ranks)
     first_ranks = []
     last_s = 0.0

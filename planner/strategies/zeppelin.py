@@ -115,6 +115,7 @@ class _Priced:
 
 
 def _priced(parts: list[_Members], table: PriceTable, problem: StepProblem) -> _Priced:
+    """Price these microbatches, with moves where they are priced and pay off."""
     groups = tuple(_choices(table, members) for members in parts)
     if problem.cost.remap is None:
         found = [(_table_price(table, members), _NO_MOVES) for members in parts]

@@ -116,6 +116,8 @@ def _num_variables(table: PriceTable, sizes: IntArray, num_ranks: int, most_s: f
 def _build(
     table: PriceTable, sizes: IntArray, num_ranks: int, most_s: float, least_s: float
 ) -> tuple[LinearModel, list[_Candidate]]:
+    """The module's program with C between ``least_s`` and ``most_s``, and its virtual groups. ``sizes``: the members of
+    each bucket."""
     model = LinearModel()
     makespan = model.variable(low=least_s, high=most_s)
     model.minimize({makespan: 1.0})

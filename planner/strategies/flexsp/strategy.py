@@ -207,6 +207,7 @@ def flexsp_schedule(
 def _trials(
     table: PriceTable, num_ranks: int, max_local_tokens: int, limits: PlanLimits, deadline_s: float
 ) -> list[_Trial]:
+    """A trial for each of the first M' values of M that can be packed, within the deadline."""
     trials: list[_Trial] = []
     tried: set[int] = set()
     longest = int(table.lengths.max())
@@ -227,6 +228,7 @@ def _trials(
 def _packed_rounds(
     table: PriceTable, rounds: tuple[IntArray, ...], num_ranks: int, deadline_s: float
 ) -> _Trial | None:
+    """Pack each round without a solver. None where one cannot be packed, or not before the deadline."""
     trial = _Trial([], [], [])
     for rows in rounds:
         part = one_kind_per_degree(table.take_rows(rows))
