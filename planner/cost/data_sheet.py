@@ -1,7 +1,8 @@
-"""A cost model from data sheets: no measurement, every approximation noted in its provenance.
+"""A cost model derived from data sheets, without measurements. Its provenance notes every approximation.
 
-Good enough to compare plans and to plan for a cluster one does not have; ``longhaul calibrate`` measures the real one.
-Shapes of the formulas: FlexSP (arXiv 2412.01523, eq. 11-14); FLOPs and saved bytes: ``planner.inputs.model``.
+It is good enough to compare plans and to plan for a cluster one does not have; ``longhaul calibrate`` measures a real
+one. The formulas have the form of FlexSP's (arXiv 2412.01523, eq. 11-14); FLOPs and saved bytes come from
+``planner.inputs.model``.
 """
 
 from __future__ import annotations
@@ -22,29 +23,28 @@ MASTER_BYTES = 4  # fp32 weights that the optimizer updates
 ADAM_BYTES = 8  # two fp32 moments
 GRADIENT_BYTES = 4  # gradients are summed and reduced in fp32
 OPTIMIZER_PASS_BYTES = 28  # AdamW reads weight, gradient, two moments and writes all but the gradient: 7 fp32 values
-LAYER_LAUNCH_S = 2.5e-4  # about 60 kernels of one layer, forward and backward, at 4 us each: a guess
-ZERO3_EXPOSED_SHARE = 1 / 3  # prefetching hides the rest: a guess that gives FlexSP's released beta1 within 3 %
-HIDDEN_SHARE = 2 / 7  # the forward's: flash attention's backward takes 2.5 forwards, matrix products' 2
-FORWARD_SHARE = 1 / 3  # of matrix products: a backward has two for each
-HOST_SHARE = 0.75  # of the host's memory for swapped activations: the system, data and staging have the rest
-NUM_REMAPS = 4  # of a layer: to attention and back, forward and backward
+LAYER_LAUNCH_S = 2.5e-4  # a guess: one layer launches about 60 kernels, forward and backward, at 4 us each
+ZERO3_EXPOSED_SHARE = 1 / 3  # a guess: prefetching hides the rest. It gives FlexSP's released beta1 within 3 %
+HIDDEN_SHARE = 2 / 7  # the forward's share of attention time: flash attention's backward takes 2.5 forwards
+FORWARD_SHARE = 1 / 3  # the forward's share of matrix products: the backward has two for each
+HOST_SHARE = 0.75  # share of the host's memory for swapped activations; system, data and staging have the rest
+NUM_REMAPS = 4  # exchanges of a layer: to attention and back, forward and backward
 MAX_DEGREE = 64
-"""The largest ulysses group, and the largest group of another kind up to which every integer is priced."""
+"""Ulysses is priced up to this degree (and at all ranks); of other kinds every degree up to it is priced."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _ModelOnCluster(WireSetting):
-    """A model spread over a cluster, as every formula below needs it. One data rank is ``tensor_parallel`` devices next
-    to each other; with pipeline stages it has as many on each, and ``model`` is the part of the model on the fullest
-    stage."""
+    """What every formula below needs. A data rank is ``tensor_parallel`` adjacent devices on each pipeline stage.
+    ``model`` is the part of the model on the stage with the most layers."""
 
     num_ranks: int
     num_stages: int
 
     @property
     def params(self) -> float:
-        """Parameters of one device before sharding over the data ranks: of several stages none has both embedding and
-        head."""
+        """Parameters of one device before sharding over the data ranks. With several stages, none has both the
+        embedding and the head."""
         model = self.model
         elsewhere = model.vocab_size * model.hidden_dim if self.num_stages > 1 and not model.tied_head else 0
         return (model.num_params - elsewhere) / self.tensor_parallel
@@ -64,12 +64,15 @@ def derive_cost(
     element_bytes: int = 2,
     sharding: Sharding = Sharding.GATHER_ONCE,
 ) -> CostModel:
-    """Coefficients for ``num_ranks`` data ranks: local, ulysses at powers of two and ``num_ranks``, every other kind
-    at any degree up to ``MAX_DEGREE`` and at 32 degrees an octave beyond it.
+    """Coefficients for ``num_ranks`` data ranks.
 
-    ``num_stages``: pipeline stages; all is then of one of them, with the most layers and the head. ``element_bytes``:
-    of activations and gathered weights. Raises SpecError where the ranks do not fit the cluster, tensor parallelism
-    does not divide the heads, there are more stages than layers, or stages are asked for with zero3.
+    Priced are local attention, ulysses at powers of two and at ``num_ranks``, and every other kind at each degree up to
+    ``MAX_DEGREE`` and at 32 degrees an octave beyond it. ``num_stages``: pipeline stages; the coefficients are then
+    those of one stage, with the most layers and the head. ``element_bytes``: bytes of an element of activations and
+    gathered weights.
+
+    Raises SpecError where the ranks do not fit the cluster, tensor parallelism does not divide the heads, there are
+    more stages than layers, or stages are asked for with zero3.
     """
     _check_grid(cluster, model, num_ranks, tensor_parallel, num_stages)
     placed = _ModelOnCluster(
@@ -120,8 +123,8 @@ def host_budget_bytes(cluster: ClusterSpec) -> int:
 
 
 def _priced_degrees(schedule: AttentionSchedule, placed: _ModelOnCluster) -> list[int]:
-    """Of the degrees at which there is such a group: powers of two up to ``MAX_DEGREE``; or every degree up to it and
-    32 an octave beyond it (steps of 1.6 to 3.1 %); and all ranks."""
+    """The degrees to price, of those that the kind can run. A kind that runs at any degree: all up to ``MAX_DEGREE``
+    and 32 an octave beyond it (steps of 1.6 to 3.1 %). Another kind: powers of two up to it. Both: all ranks."""
     num_ranks = placed.num_ranks
     if schedule.any_degree:
         degrees = list(range(1, min(num_ranks, MAX_DEGREE) + 1))
@@ -144,13 +147,13 @@ def _fit(placed: _ModelOnCluster, kind: AttentionKind, degree: int, fixed_s: flo
 
 
 def _linear_s_per_token(placed: _ModelOnCluster) -> float:
-    """All but attention of one token on its rank, handing it over between stages included."""
+    """Seconds per token of everything but attention, the transfer between stages included, on the token's rank."""
     return placed.linear_s + _tensor_parallel_s_per_token(placed) + _hand_over(placed)[0]
 
 
 def _remap(placed: _ModelOnCluster) -> RemapFit:
-    """In each layer q, k and v go to attention and the output comes back, and in the backward their gradients: nothing
-    of it overlaps, and a device moves its own heads."""
+    """In each layer q, k and v go to attention and the output comes back; in the backward their gradients do the same.
+    None of it overlaps with compute, and a device moves its own heads."""
     token_bytes = 2 * 2 * (placed.query_heads + placed.kv_heads) * placed.head_bytes
     intra, inter = placed.cluster.intra_node, placed.cluster.inter_node
     return RemapFit(
@@ -163,8 +166,8 @@ def _remap(placed: _ModelOnCluster) -> RemapFit:
 
 
 def _hand_over(placed: _ModelOnCluster) -> tuple[float, float]:
-    """Seconds per token of a rank and per microbatch that a stage between two others waits for its neighbours: hidden
-    states come in and go out at the same time, and so do their gradients, each once, over the slowest link."""
+    """Transfer between stages: seconds per token of a rank, and seconds per microbatch. A stage between two others
+    receives and sends hidden states at the same time, and later their gradients, over the slowest link."""
     if placed.num_stages == 1:
         return 0.0, 0.0
     cluster = placed.cluster
@@ -173,7 +176,8 @@ def _hand_over(placed: _ModelOnCluster) -> tuple[float, float]:
 
 
 def _tensor_parallel_s_per_token(placed: _ModelOnCluster) -> float:
-    """Four ring all-reduces of the hidden state a layer (two forward, two backward), per token of a rank."""
+    """Seconds per token of a rank for four ring all-reduces of the hidden state in each layer (two forward, two
+    backward)."""
     size = placed.tensor_parallel
     if size == 1:
         return 0.0
@@ -184,13 +188,14 @@ def _tensor_parallel_s_per_token(placed: _ModelOnCluster) -> float:
 
 
 def _collective_s(placed: _ModelOnCluster, num_bytes: float) -> float:
-    """Ring all-gather or reduce-scatter of ``num_bytes`` per device over all data ranks."""
+    """Seconds of a ring all-gather or reduce-scatter of ``num_bytes`` per device over all data ranks."""
     ranks = placed.num_ranks
     return 0.0 if ranks == 1 else (ranks - 1) / ranks * num_bytes / _collective_bytes_per_s(placed)
 
 
 def _collective_bytes_per_s(placed: _ModelOnCluster) -> float:
-    """Across nodes a ring crosses each boundary once, over all NICs; the tensor-parallel peers share them."""
+    """Bytes per second of a ring over all data ranks. It crosses each node boundary once, over all NICs, which the
+    tensor-parallel peers share."""
     cluster = placed.cluster
     if placed.num_ranks <= placed.ranks_per_node:
         return cluster.intra_node.bytes_per_s
@@ -198,7 +203,8 @@ def _collective_bytes_per_s(placed: _ModelOnCluster) -> float:
 
 
 def _zero3_s(placed: _ModelOnCluster) -> float:
-    """Per microbatch, exposed: weights gathered for the forward and again for the backward, gradients reduced."""
+    """Exposed seconds per microbatch: weights are gathered for the forward and again for the backward, and gradients
+    are reduced."""
     return ZERO3_EXPOSED_SHARE * _collective_s(placed, placed.params * (2 * placed.element_bytes + GRADIENT_BYTES))
 
 
@@ -210,8 +216,9 @@ def _step_fixed_s(placed: _ModelOnCluster, sharding: Sharding) -> float:
 
 
 def _memory(placed: _ModelOnCluster, sharding: Sharding) -> MemoryFit:
-    """Shards of weights, moments and gradients; the gathered weights and the gradients summed over microbatches
-    (``gather_once``: of the whole model; ``zero3``: of two layers, one in use and one on its way); activations."""
+    """A device holds its shards of weights, moments and gradients, the gathered weights with their gradients, and
+    activations. Gathered is the whole model under ``gather_once``, and under ``zero3`` two layers: the one in use and
+    the one being prefetched."""
     model, params = placed.model, placed.params
     sharded = (MASTER_BYTES + ADAM_BYTES + GRADIENT_BYTES) * params / placed.num_ranks
     gathered = params
@@ -226,11 +233,13 @@ def _memory(placed: _ModelOnCluster, sharding: Sharding) -> MemoryFit:
 
 
 def _activation(placed: _ModelOnCluster) -> ActivationFit:
-    """Two layers are always in full on the device: one in use, one on its way. In the others a swapped token frees all
-    it saved; a recomputed one all but the layer's input, attention's output and its log-sum-exp, for the time of the
-    matrix products before the last one of the MLP, whose output nothing needs (MEMO, arXiv 2407.12117, section 4.1).
-    With pipeline stages the two layers count for every microbatch in flight, and all but the last stage copy and
-    recompute them as well."""
+    """What swapping and recomputing free (MEMO, arXiv 2407.12117, section 4.1).
+
+    Two layers are always complete on the device: the one in use and the one being prefetched. In the other layers a
+    swapped token frees all that it saved. A recomputed token frees all but the layer's input, attention's output and
+    its log-sum-exp, and takes the time of the layer's matrix products without the last one of the MLP, whose output no
+    backward needs. With pipeline stages the two layers count for every microbatch in flight, and all stages but the
+    last one copy and recompute them as well."""
     model, size = placed.model, placed.tensor_parallel
     num_layers = max(model.num_layers - 2, 0)
     num_busy = num_layers if placed.num_stages == 1 else model.num_layers
@@ -252,10 +261,13 @@ def _activation(placed: _ModelOnCluster) -> ActivationFit:
 
 
 def _chunks(placed: _ModelOnCluster, fixed_s: float) -> ChunkFit:
-    """All but the first of a microbatch's chunks pay its fixed time, and each a third of it again for the forward that
-    comes first. K/V stay in ``element_bytes``, their gradients are summed in fp32. In one layer at a time, gradients of
-    q, k and v are fp32; where queries move (``parallel.chunk_exchange``), the group's q, output and its gradient come
-    packed and apart, and wide are the partial outputs or dq, as computed, as sent home and as received."""
+    """Prices of chunks from the model's shape.
+
+    Each chunk pays a microbatch's fixed time for its forward and backward, and a third of it for the forward that comes
+    first. K/V stay in ``element_bytes`` and their gradients are summed in fp32. Gradients of q, k and v are fp32, one
+    layer at a time. Where queries move (``parallel.chunk_exchange``), a device holds q, the output and the output's
+    gradient of the whole group twice, packed and unpacked (6 tensors in ``element_bytes``), and partial outputs or dq
+    three times in fp32: as computed, as sent and as received."""
     model, element_bytes = placed.model, placed.element_bytes
     query, keys = placed.query_heads * model.head_dim, placed.kv_heads * model.head_dim
     saved_bytes = model.num_layers * model.saved_bytes_per_token(element_bytes) / placed.tensor_parallel

@@ -40,7 +40,7 @@ NUM_RANKS = 12
 
 
 def random_group(draw: random.Random, kind: AttentionKind) -> tuple[AttentionGroup, list[int]]:
-    """A group of 2 to 12 ranks in any order, of any inner degree that the kind may have, and its lengths."""
+    """A random group of 2 to 12 ranks in any order, with any inner degree that the kind can have, and its lengths."""
     degree = draw.randint(2, NUM_RANKS)
     lengths = [draw.choice([draw.randint(1, 30), draw.randint(1, 40_000)]) for _ in range(draw.randint(1, 4))]
     inner_degree = 1
@@ -95,7 +95,7 @@ def test_closed_forms_move_the_clock_as_the_written_schedules(kind: AttentionKin
 
 @pytest.fixture
 def a_later_kind(monkeypatch: pytest.MonkeyPatch) -> Iterator[AttentionKind]:
-    """A kind without a closed form: local's name with another schedule behind it."""
+    """A kind without a closed form, made by giving local another schedule."""
     from tests.parallel import test_new_kind
 
     file = ModuleType("planner.schedules.kinds.local")
@@ -143,8 +143,8 @@ def check_walk(kind: AttentionKind, seed: int) -> None:
 def walk(
     clock: list[float], group: AttentionGroup, lengths: list[int], data_ranks: DataRanks, is_forward: bool
 ) -> list[float]:
-    """One layer: in a round a rank posts batch after batch, computes, and waits for the batches that are due. A batch
-    starts when those before it are through, at both ends of each of its messages."""
+    """When each rank ends one layer: in a round a rank posts its batches one after the other, computes, and waits for
+    the batches that are due. A batch starts when earlier ones have ended at both ends of each of its messages."""
     shape = group_shape(group, lengths, data_ranks, is_written=True)
     schedules = [write_schedule(group, lengths, index) for index in range(group.degree)]
     walks = [schedule.forward if is_forward else schedule.backward for schedule in schedules]
@@ -180,7 +180,8 @@ def walk(
 def batch_seconds(
     batch: dict[tuple[int, int], float], group: AttentionGroup, data_ranks: DataRanks
 ) -> dict[tuple[int, int], float]:
-    """A message is through when all is that shares a port with it; NVLink and NIC are ports of their own."""
+    """Seconds of each message of a batch. It ends when everything that shares a port with it has ended; NVLink and NIC
+    are separate ports."""
     node_of = [int(data_ranks.node_of(np.array(rank))) for rank in group.ranks]
     machine, found = data_ranks.machine, {}
     for source, target in batch:

@@ -161,7 +161,8 @@ def test_a_ring_is_what_its_schedule_says_message_by_message(seed: int, monkeypa
 def walked(
     group: AttentionGroup, lengths: SequenceOf[int], clock: list[float], data_ranks: DataRanks, *, is_forward: bool
 ) -> list[float]:
-    """One layer's attention: in every round a rank posts, computes, and waits for both ends of its messages."""
+    """When each rank ends one layer's attention: in every round a rank posts its messages, computes, and waits for both
+    ends of them."""
     schedules = [write_schedule(group, lengths, index) for index in range(group.degree)]
     walks = [schedule.forward if is_forward else schedule.backward for schedule in schedules]
     index_of = {rank: index for index, rank in enumerate(group.ranks)}
