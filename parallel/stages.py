@@ -1,9 +1,9 @@
-"""What a pipeline stage gets from its neighbours and gives to them: hidden states forward, their gradients backward.
+"""What a pipeline stage exchanges with its neighbours: hidden states forward, their gradients backward.
 
-Receives block, sends do not; so the order of ``planner.pricing.pipeline_order`` cannot deadlock. Each direction has its
-own communicator: on NCCL a send that waits for its receiver would otherwise hold up the message that the receiver waits
-for. Sizes need no negotiation: both ends know the rows of every microbatch from the plan. Shapes: T rows of a
-microbatch on this data rank, D hidden.
+Receives block and sends do not, so the order of ``planner.pricing.pipeline_order`` cannot deadlock. Each direction has
+its own communicator: on NCCL a send that waits for its receiver would otherwise hold up the message that this receiver
+waits for. Sizes are not sent: both ends know the rows of every microbatch from the plan.
+Shapes: T rows of a microbatch on this data rank, D hidden.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from parallel.comm import Exchange, Message, Pending
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageLink:
-    """This rank's links to the stage before and the stage after, on the same data rank.
+    """This rank's links to the previous and the next stage, on the same data rank.
 
-    Hidden states and gradients that are under way are kept until ``drain``, or until what came back proves that they
-    have arrived. A microbatch may go in several pieces, numbered alike at both ends.
+    Sent hidden states and gradients are kept until ``drain``, or until a message from the receiver proves that they
+    have arrived. A microbatch may be sent in several pieces, numbered alike at both ends.
     """
 
     stage: int
@@ -40,7 +40,7 @@ class StageLink:
         return self.stage == self.num_stages - 1
 
     def receive_hidden(self, microbatch: int, shape: tuple[int, int], piece: int = 0) -> torch.Tensor:
-        """The hidden states ``[T, D]`` of the stage before, ready for autograd."""
+        """The hidden states ``[T, D]`` of the previous stage, with requires_grad set."""
         hidden_TD = torch.empty(shape, device=self.device, dtype=self.dtype)
         message = Message(self.stage - 1, hidden_TD)
         self.forward_wire.post([], [message], _hidden_to(self.stage, microbatch, piece)).wait()
@@ -52,8 +52,8 @@ class StageLink:
         self._under_way["hidden", microbatch, piece] = self.forward_wire.post([message], [], what)
 
     def receive_gradient(self, microbatch: int, shape: tuple[int, int], piece: int = 0) -> torch.Tensor:
-        """The gradient ``[T, D]`` of what was sent to the stage after. All of the microbatch has arrived there, then,
-        and is let go."""
+        """The gradient ``[T, D]`` of what was sent to the next stage. Its arrival proves that the microbatch's hidden
+        states have arrived there, so they are released."""
         gradient_TD = torch.empty(shape, device=self.device, dtype=self.dtype)
         message = Message(self.stage + 1, gradient_TD)
         self.backward_wire.post([], [message], _gradient_to(self.stage, microbatch, piece)).wait()
@@ -66,7 +66,7 @@ class StageLink:
         self._under_way["gradient", microbatch, piece] = self.backward_wire.post([message], [], what)
 
     def gradient_has_arrived(self, microbatch: int) -> None:
-        """Let go of the gradients of a microbatch whose receiver is known to be past it."""
+        """Release the gradients of a microbatch whose receiver is known to have used them."""
         self._let_go("gradient", microbatch)
 
     def _let_go(self, what: str, microbatch: int) -> None:
