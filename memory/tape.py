@@ -240,7 +240,7 @@ class LayerTape:
                     continue
                 rows = row_base(source[place].detach(), num_rows) if place < len(source) else None
                 if rows is None or rows.shape[1] != block.shape[1]:
-                    raise TapeError(f"step {step.name}: returns other tensors for {num_rows} of its rows than for all rows")
+                    raise TapeError(f"step {step.name}: returns other tensors for {num_rows} of its rows than for all")
                 block.finish_load(self._tier)
                 block.fill(rows)
 

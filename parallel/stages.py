@@ -29,7 +29,7 @@ class StageLink:
     backward_wire: Exchange
     device: torch.device
     dtype: torch.dtype
-    _under_way: dict[tuple[str, int, int], Pending] = field(default_factory=dict)
+    _in_flight: dict[tuple[str, int, int], Pending] = field(default_factory=dict)
 
     @property
     def is_first(self) -> bool:
@@ -49,7 +49,7 @@ class StageLink:
     def send_hidden(self, microbatch: int, hidden_TD: torch.Tensor, piece: int = 0) -> None:
         message = Message(self.stage + 1, hidden_TD.detach().contiguous())
         what = _hidden_to(self.stage + 1, microbatch, piece)
-        self._under_way["hidden", microbatch, piece] = self.forward_wire.post([message], [], what)
+        self._in_flight["hidden", microbatch, piece] = self.forward_wire.post([message], [], what)
 
     def receive_gradient(self, microbatch: int, shape: tuple[int, int], piece: int = 0) -> torch.Tensor:
         """The gradient ``[T, D]`` of what was sent to the next stage. Its arrival proves that the microbatch's hidden
@@ -57,27 +57,27 @@ class StageLink:
         gradient_TD = torch.empty(shape, device=self.device, dtype=self.dtype)
         message = Message(self.stage + 1, gradient_TD)
         self.backward_wire.post([], [message], _gradient_to(self.stage, microbatch, piece)).wait()
-        self._let_go("hidden", microbatch)
+        self._release("hidden", microbatch)
         return gradient_TD
 
     def send_gradient(self, microbatch: int, gradient_TD: torch.Tensor, piece: int = 0) -> None:
         message = Message(self.stage - 1, gradient_TD.contiguous())
         what = _gradient_to(self.stage - 1, microbatch, piece)
-        self._under_way["gradient", microbatch, piece] = self.backward_wire.post([message], [], what)
+        self._in_flight["gradient", microbatch, piece] = self.backward_wire.post([message], [], what)
 
     def gradient_has_arrived(self, microbatch: int) -> None:
         """Release the gradients of a microbatch whose receiver is known to have used them."""
-        self._let_go("gradient", microbatch)
+        self._release("gradient", microbatch)
 
-    def _let_go(self, what: str, microbatch: int) -> None:
-        for key in [key for key in self._under_way if key[:2] == (what, microbatch)]:
-            self._under_way.pop(key).wait()
+    def _release(self, what: str, microbatch: int) -> None:
+        for key in [key for key in self._in_flight if key[:2] == (what, microbatch)]:
+            self._in_flight.pop(key).wait()
 
     def drain(self) -> None:
         """Wait for all sends."""
-        for pending in self._under_way.values():
+        for pending in self._in_flight.values():
             pending.wait()
-        self._under_way.clear()
+        self._in_flight.clear()
 
 
 def _hidden_to(stage: int, microbatch: int, piece: int) -> str:

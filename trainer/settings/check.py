@@ -1,4 +1,4 @@
-"""Everything that can be wrong with the settings of a run, found before any process starts and said all at once."""
+"""Finds everything that is wrong with a run's settings before any process starts, and reports it all at once."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from trainer.settings.tree import TrainConfig, model_spec
 BUILT_POLICIES = ("auto", "keep", "recompute", "swap", "seco", "spaco")
 CHUNKED_POLICIES = ("seco", "spaco")
 KEPT_LAYERS = {"swap": 2, "recompute": 1}
-"""Last layers that keep their activations whatever the policy (``memory.policy``, which loads torch)."""
+"""Last layers that keep their activations under each policy: as in ``memory.policy``, which would import torch."""
 TIERS = ("host", "disk")
 
 _Range = tuple[str, Callable[[Any], bool], str]
 
 
 def check_config(config: TrainConfig) -> tuple[str, ...]:
-    """One line per problem; empty when the run may start. Reads the file system, never a device."""
+    """One line per problem; empty if the run may start. Reads the file system but uses no device."""
     found: list[str] = []
     checks = (
         _out_of_range, _not_built_yet, _wrong_memory, _wrong_chunks, _wrong_paths, _wrong_texts, _wrong_sizes,
@@ -153,7 +153,7 @@ def _tier_for_no_plan(config: TrainConfig) -> Iterator[str]:
 def _wrong_paths(config: TrainConfig) -> Iterator[str]:
     path = config.data.path
     if path is not None and not set(path) & set("*?[") and not (path and _holds(path, Path.exists)):
-        yield f"data.path {path!r}: no such file or folder"  # what matches a pattern is found with the corpus
+        yield f"data.path {path!r}: no such file or folder"  # glob patterns are resolved with the corpus
     files = {"data.tokenizer": config.data.tokenizer, "plan.cost": config.plan.cost}
     for name, file in files.items():
         if file is not None and (name, file) != ("plan.cost", "auto") and not _holds(file, Path.is_file):
@@ -165,7 +165,7 @@ def _wrong_paths(config: TrainConfig) -> Iterator[str]:
 
 
 def _holds(path: str, test: Callable[[Path], bool]) -> bool:
-    """``test(path)``, False for names the file system refuses (too long, in a folder that may not be read)."""
+    """``test(path)``; False for names that the file system refuses (too long, or in an unreadable folder)."""
     try:
         return test(Path(path))
     except (OSError, ValueError):
@@ -256,7 +256,7 @@ def _wrong_model(config: TrainConfig) -> Iterator[str]:
 
 
 def _wrong_chunks(config: TrainConfig) -> Iterator[str]:
-    """Settings of chunked training: all there where it is asked for, none where it is not."""
+    """Settings of chunked training: complete where it is asked for, absent where it is not."""
     memory, policy = config.memory, config.memory.policy
     chunked, sampled = policy in CHUNKED_POLICIES, policy == "spaco"
     if chunked and memory.chunk_tokens is None:
