@@ -1,4 +1,4 @@
-"""``longhaul plan``: price steps over given sequence lengths on a cluster, without a device and without torch."""
+"""``longhaul plan``: price training steps over given sequence lengths on a cluster, without a device or torch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _ALL = "all"
 
 
 def run(arguments: list[str]) -> int:
-    """Plan, print, return the exit code. Raises SpecError (2) and InfeasibleError (94) with one line for people."""
+    """Plan, print, and return the exit code. Raises SpecError (2) and InfeasibleError (94), each with one line."""
     parser = _parser()
     flags, unknown = parser.parse_known_args(arguments)
     if flags.help:
@@ -46,7 +46,7 @@ def run(arguments: list[str]) -> int:
     job = read_job(flags)
     job, candidates = with_replays(job, _candidates(job, flags), draw=flags.trace is not None)
     best = best_candidate(candidates)
-    assert best is not None  # _candidates raises where all refuse
+    assert best is not None  # _candidates raises if every strategy refuses
     knobs: tuple[str, ...] = ()
     if flags.json != "-" or flags.html is not None:
         knobs = plan_output.knobs_of(job, best.strategy, count(flags.degree, "--degree"))
@@ -67,25 +67,26 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--lengths", metavar="FILE|NAME",
-        help=f"one sequence length (tokens) a line, batches are consecutive lines; or {', '.join(length_names())}")
+        help=f"file with one sequence length (tokens) per line, taken in order; or {', '.join(length_names())}")
     add("--model", default="tiny", metavar="NAME|FILE", help=f"{', '.join(model_names())} or a .yaml file")
     add("--cluster", default="laptop-cpu", metavar="NAME|FILE", help=f"{', '.join(cluster_names())} or a .yaml file")
     add("--cost", metavar="FILE", help="times measured by longhaul calibrate, instead of the cluster's data sheet")
     add("--strategy", default="adaptive", metavar="NAME",
-        help="one strategy, or all: every one on the same batches, the fastest in detail (default adaptive)")
+        help="a strategy, or all to compare every one on the same batches (default adaptive)")
     add("--degree", metavar="D", help="ranks per group, for static (default: the best one)")
     add("--attention", default="auto", metavar="KIND", help=f"{', '.join(attention_names())} (default auto)")
     add("--tensor-parallel", metavar="N", help="devices that share every layer of a data rank (default 1)")
     add("--pipeline-parallel", metavar="N", help="pipeline stages of every data rank (default 1)")
     add("--memory", default="keep", metavar="POLICY",
-        help="keep (default), swap, recompute, chunk (SeCO, exact), or auto: what pays, by microbatch; adaptive uses "
-        "them all, hdp and hdp-floor swap")
-    add("--batch-sequences", metavar="N", help="sequences a step (default 512)")
-    add("--batch-tokens", metavar="N", help="or: at most this many tokens a step, e.g. 512K")
+        help="keep (default), swap, recompute, chunk (SeCO, exact), or auto (the best one for each microbatch); "
+        "adaptive can use all of them, hdp and hdp-floor only swap")
+    add("--batch-sequences", metavar="N", help="sequences per step (default 512)")
+    add("--batch-tokens", metavar="N", help="instead: at most this many tokens per step, e.g. 512K")
     add("--max-length", metavar="N", help="drop longer sequences, e.g. 192K (= 196,608 tokens)")
     add("--steps", default="3", metavar="N", help="plan the first N batches (default 3)")
-    add("--seed", metavar="N", help="of named lengths (default 0)")
-    add("--device-budget", metavar="BYTES", help='bytes a device may use, e.g. "30 GiB" (default: memory less reserve)')
+    add("--seed", metavar="N", help="seed for named lengths (default 0)")
+    add("--device-budget", metavar="BYTES",
+        help='bytes a device may use, e.g. "30 GiB" (default: memory minus reserve)')
     add("--json", metavar="-|FILE", help="write the result as JSON; - prints it and nothing else")
     add("--trace", metavar="FILE", help="write the simulated steps as a trace for ui.perfetto.dev")
     add("--html", metavar="FILE", help="write one page with timeline, lengths, memory and comparison (needs plotly)")
@@ -99,11 +100,11 @@ def _check_strategy(flags: argparse.Namespace) -> None:
     if flags.strategy != _ALL:
         check_strategy(flags.strategy, degree)
     elif degree is not None:
-        raise SpecError("--degree belongs to --strategy static; with --strategy all every one chooses its own")
+        raise SpecError("--degree belongs to --strategy static; with --strategy all each one chooses its own")
 
 
 def _candidates(job: Job, flags: argparse.Namespace) -> tuple[Candidate, ...]:
-    """One candidate, or one per strategy. Raises SpecError or InfeasibleError where none can plan every batch."""
+    """One candidate, or one per strategy. Raises SpecError or InfeasibleError if none can plan every batch."""
     from rich.console import Console
 
     from planner.step_planner import STRATEGIES
@@ -112,7 +113,7 @@ def _candidates(job: Job, flags: argparse.Namespace) -> tuple[Candidate, ...]:
     degree = count(flags.degree, "--degree")
     found: list[Candidate] = []
     refusals: list[SpecError | InfeasibleError] = []
-    with Console(stderr=True).status("planning") as status:  # seen on a terminal only
+    with Console(stderr=True).status("planning") as status:  # visible on a terminal only
         for name in names:
             steps: list[PlannedStep] = []
             try:
@@ -142,7 +143,7 @@ def _planned(job: Job, strategy: str, degree: int | None) -> Iterator[PlannedSte
 def _refusal(
     refusals: list[SpecError | InfeasibleError], job: Job, strategies: tuple[str, ...]
 ) -> SpecError | InfeasibleError:
-    """What to end with where no strategy plans every batch: does not fit, if that is one of the reasons."""
+    """The error to raise if no strategy can plan every batch: that it does not fit, if one of them says so."""
     for error in refusals:
         if isinstance(error, InfeasibleError):
             hint = what_helps(strategies, job.cost, job.limits)

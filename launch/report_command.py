@@ -1,4 +1,4 @@
-"""``longhaul report RUN_DIR``: what a run predicted and what it measured. Reads files only; no torch."""
+"""``longhaul report RUN_DIR``: what a run predicted and what it measured. Only reads files; does not import torch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _FILES = ("json", "html", "trace", "refit")
 
 
 def run(arguments: list[str]) -> int:
-    """Read, print, write what was asked for; returns 0. Raises SpecError (2) with one line for people."""
+    """Read, print, and write the requested files; returns 0. Raises SpecError (2) with one line."""
     parser = _parser()
     flags, unknown = parser.parse_known_args(arguments)
     if flags.help:
@@ -119,7 +119,7 @@ def _shown(records: RunRecords, step: int | None) -> Executed | None:
 
 
 def _trace(records: RunRecords, shown: Executed | None, step: int | None) -> dict[str, Any]:
-    """A step that was not recorded still has its plan."""
+    """The trace of a step. If its times were not recorded, the trace shows only the plan."""
     from planner.pages.step_trace import step_trace
     from trainer.record.run_records import read_plans
 
@@ -147,7 +147,7 @@ def _no_refit(records: RunRecords) -> str:
 
 
 def report_lines(records: RunRecords, report: RunReport) -> list[str]:
-    """The answer in words, the step time first."""
+    """The report in words, step time first."""
     first, last = report.steps[0], report.steps[-1]
     of = "" if report.num_planned is None else f" of {report.num_planned}"
     losses = " -> ".join("not finite" if loss is None else f"{loss:.4f}" for loss in (first.loss, last.loss))
@@ -205,7 +205,7 @@ def _show(records: RunRecords, report: RunReport) -> None:
 
     console = output_console()
     if not console.is_terminal:
-        console.width = max(console.width, 120)  # a pipe has no width of its own
+        console.width = max(console.width, 120)  # a pipe has no width
     for index, line in enumerate(report_lines(records, report)):
         console.print(line, style="bold" if index == 0 else None, soft_wrap=True)
     _show_shapes(console, report)
