@@ -1,9 +1,9 @@
-"""Proof, in plain Python, that the schedules of a group's ranks compute every allowed (query, key) pair exactly once,
+"""Proves, in plain Python, that the schedules of a group's ranks compute every allowed (query, key) pair exactly once,
 that every receive has its send, and that every partial gradient reaches its owner exactly once.
 
-Ranks that trade heads work on the same tokens for different heads. So the group falls into *lanes*: the ranks at one
-place of their exchange groups, which hold the same heads. Each lane is proven by itself; without a head exchange there
-is one lane, all ranks.
+After a head exchange, ranks of a team work on the same tokens for different heads. So the group consists of *lanes*:
+the ranks at the same index of every team, which hold the same heads. Each lane is checked on its own; without a head
+exchange there is one lane with all ranks.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ _Parts = dict[Span, Counter[_Contribution]]
 
 @dataclass(frozen=True, slots=True)
 class _Lane:
-    """Ranks with the same heads, the spans each of them works on without a message, and its rounds of one walk."""
+    """Ranks with the same heads, the spans each of them has without messages, and its rounds of one walk (forward or
+    backward)."""
 
     walk: str
     ranks: tuple[int, ...]
@@ -33,7 +34,7 @@ class _Lane:
     rounds: tuple[tuple[Round, ...], ...]
 
     def held(self, index: int, number: int) -> frozenset[Span]:
-        """What the rank received for this round."""
+        """The spans that the rank receives for this round."""
         walked = self.rounds[index]
         if not 0 <= number < len(walked):
             return frozenset()
@@ -43,7 +44,7 @@ class _Lane:
 def check_schedules(
     group: AttentionGroup, lengths: SequenceOf[int], schedules: SequenceOf[ExchangeSchedule]
 ) -> None:
-    """Raises PlanError naming the rank, round or sequence where the schedules (by group index) are not exact."""
+    """Raise PlanError naming the rank, round or sequence if the schedules (by group index) are not exact."""
     if len(schedules) != group.degree:
         raise PlanError(f"group of {group.degree} ranks has {len(schedules)} schedules")
     size = head_degree(group.kind, group.degree, group.inner_degree)
@@ -66,8 +67,8 @@ def check_schedules(
 def _owned_spans(
     group: AttentionGroup, lengths: SequenceOf[int], schedules: SequenceOf[ExchangeSchedule], size: int
 ) -> tuple[frozenset[Span], ...]:
-    """What the members of each team work on, once it is shown that they trade heads with each other and that their
-    rows, put one behind the other, are the team's."""
+    """The spans that each team's members work on. Checks that they exchange heads with each other, and that their rows
+    in order are the team's rows."""
     shards, owned = shard_spans(group, lengths), []
     for team, spans in enumerate(team_spans(group, lengths)):
         members = range(team * size, (team + 1) * size)
@@ -83,7 +84,7 @@ def _owned_spans(
 
 
 def _rows(spans: Iterable[Span]) -> list[tuple[int, int]]:
-    """(sequence, token) where each run of rows begins and ends, touching runs joined."""
+    """(sequence, token) where each contiguous range of rows begins and ends; adjacent ranges are merged."""
     edges: list[tuple[int, int]] = []
     for span in spans:
         if edges and edges[-1] == (span.sequence, span.start_token):
@@ -95,8 +96,8 @@ def _rows(spans: Iterable[Span]) -> list[tuple[int, int]]:
 
 
 def _check_messages(lane: _Lane) -> None:
-    """Both ends agree on round, lead, spans; and on the order of messages that a pair posts at the same time, those of
-    one arrival and one lead. So the order in which messages of a pair are posted is the same at both ends."""
+    """Both ends of a message must agree on round, lead and spans, and on the order of messages with the same round and
+    lead. Then both ends post the messages of a pair of ranks in the same order."""
     for grad in (False, True):
         what = "gradient" if grad else "K/V"
         sent: dict[tuple[int, int, int, int], list[tuple[Span, ...]]] = {}  # by arrival, source, target, lead
@@ -165,7 +166,7 @@ def _check_coverage(lane: _Lane, lengths: dict[int, int]) -> None:
 
 
 def _is_part(span: Span, owned: frozenset[Span]) -> bool:
-    """The span is one of these, or a part of one."""
+    """Whether the span is one of these or part of one."""
     if span in owned:
         return True
     return any(
@@ -175,7 +176,7 @@ def _is_part(span: Span, owned: frozenset[Span]) -> bool:
 
 
 def _check_gradients(lane: _Lane) -> None:
-    """Follow every part of every span's gradient from the round that computes it to the rank where it ends."""
+    """Follow every part of every span's gradient from the round that computes it to the rank where it ends up."""
     cuts = _cut_owned(lane)
     totals: list[_Parts] = [{cut: Counter() for cut in own} for own in cuts]
     in_flight: dict[tuple[int, int, int, Span], Counter[_Contribution]] = {}
@@ -209,7 +210,7 @@ def _check_gradients(lane: _Lane) -> None:
 
 
 def _check_totals(lane: _Lane, cuts: list[tuple[Span, ...]], totals: list[_Parts]) -> None:
-    """Every cut has all that tasks anywhere computed for it, each once."""
+    """Every cut must have received all gradients that tasks computed for it on any rank, each exactly once."""
     wanted: _Parts = {cut: Counter() for own in cuts for cut in own}
     everywhere = tuple(wanted)
     for rank, walked in zip(lane.ranks, lane.rounds, strict=True):
@@ -224,7 +225,7 @@ def _check_totals(lane: _Lane, cuts: list[tuple[Span, ...]], totals: list[_Parts
 
 
 def _cut_owned(lane: _Lane) -> list[tuple[Span, ...]]:
-    """Each rank's own spans, cut wherever some task's key or some gradient begins or ends."""
+    """Each rank's own spans, cut wherever a task's key or a gradient begins or ends."""
     edges: dict[int, set[int]] = {}
     for step in (step for walked in lane.rounds for step in walked):
         for span in (*(task.key for task in step.tasks), *(s for into in step.grad_receives for s in into.spans)):
@@ -241,7 +242,7 @@ def _cut_owned(lane: _Lane) -> list[tuple[Span, ...]]:
 
 
 def _covered(span: Span, cuts: SequenceOf[Span]) -> list[Span]:
-    """Those of ``cuts`` that make up the span; none where they do not."""
+    """Those of ``cuts`` that make up the span; empty if they do not cover it."""
     inside = [
         cut for cut in cuts
         if cut.sequence == span.sequence and span.start_token <= cut.start_token and cut.stop_token <= span.stop_token
