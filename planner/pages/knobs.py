@@ -1,7 +1,7 @@
-"""Which setting to change next: a step planned again with one thing different, several things in turn.
+"""Which setting to change next: plans a step several times, each time with one change.
 
-Both sides of a comparison come from one planner: that of the plan where a step is small, else the greedy one, whose
-gains differ. Gains are in tokens a second, because some changes alter the number of tokens.
+Both sides of a comparison use the same planner: the plan's own for small steps, else the greedy one, with other gains.
+Gains are in tokens per second, because some changes alter the number of tokens.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from planner.units import format_bytes
 SMALLEST_GAIN = 0.01
 GREEDY = "greedy"
 MAX_PLANNED_WORK, MAX_WORK = 50_000, 20_000_000
-"""Ranks times sequences above which the knobs are tried with the greedy planner only, and not at all: either way they
-take a few seconds."""
+"""Limits for ranks times sequences: above the first, changes are tried with the greedy planner only; above the second,
+not at all. Either way trying them takes a few seconds."""
 MAX_NODES = 20
-"""Branch-and-bound nodes on both sides of a comparison: a solver's last percent takes most of its time."""
+"""Branch-and-bound nodes on both sides of a comparison, because a solver's last percent takes most of its time."""
 
 Pricing = Callable[[ClusterSpec, int, int], CostModel]
-"""The cost model of a cluster for a budget (bytes a device) and a longest sequence (tokens)."""
+"""The cost model for a cluster, a budget (bytes per device) and a longest sequence (tokens)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Setting:
-    """All that one plan depends on, and the words for what is different in it. ``rank_devices``: of a data rank.
-    ``strategy``: one of ``STRATEGIES`` or ``GREEDY``; ``degree``: of static."""
+class Trial:
+    """The inputs of one plan, and what was changed in them, in words. ``rank_devices``: devices of one data rank.
+    ``strategy``: one of ``STRATEGIES`` or ``GREEDY``. ``degree``: for strategy static."""
 
     change: str
     cluster: ClusterSpec
@@ -44,22 +44,22 @@ class Setting:
 
     @property
     def num_ranks(self) -> int:
-        """Data ranks."""
+        """Number of data ranks."""
         return self.cluster.num_ranks // self.rank_devices
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Knob:
-    """A change and its gain: tokens a second after over before, less 1; the same per device."""
+    """A change and its gain: tokens per second after over before, minus 1; and the same per device."""
 
     change: str
     gain: float
     gain_per_device: float
 
 
-def best_knobs(start: Setting, pricing: Pricing, *, num_knobs: int = 3) -> tuple[Knob, ...] | None:
-    """The changes that gain most, best first; None where trying them would take too long, or where the strategy finds
-    no plan to start from. See ``usual_planner``."""
+def best_knobs(start: Trial, pricing: Pricing, *, num_knobs: int = 3) -> tuple[Knob, ...] | None:
+    """The changes with the largest gains, best first. None if trying them would take too long, or if the strategy has
+    no plan to start from."""
     if start.num_ranks * len(start.lengths) > MAX_WORK:
         return None
     try:
@@ -71,7 +71,7 @@ def best_knobs(start: Setting, pricing: Pricing, *, num_knobs: int = 3) -> tuple
         try:
             gain = _tokens_per_s(setting, pricing) / before
         except (InfeasibleError, SpecError):
-            continue  # not possible here (no room, no such group): nothing to recommend
+            continue  # impossible here (no room, no such group), so not recommended
         per_device = gain * start.cluster.num_ranks / setting.cluster.num_ranks
         found.append(Knob(change=setting.change, gain=gain - 1, gain_per_device=per_device - 1))
     found.sort(key=lambda knob: -knob.gain)
@@ -79,11 +79,11 @@ def best_knobs(start: Setting, pricing: Pricing, *, num_knobs: int = 3) -> tuple
 
 
 def usual_planner(strategy: str, num_ranks: int, num_sequences: int) -> str:
-    """The strategy itself, or ``GREEDY`` where planning that many times with it would take too long."""
+    """The strategy itself, or ``GREEDY`` if planning several times with it would take too long."""
     return strategy if num_ranks * num_sequences <= MAX_PLANNED_WORK else GREEDY
 
 
-def _tokens_per_s(setting: Setting, pricing: Pricing) -> float:
+def _tokens_per_s(setting: Trial, pricing: Pricing) -> float:
     cost = pricing(setting.cluster, setting.limits.device_budget_bytes, max(setting.lengths))
     if not cost.prices_policies and set(setting.limits.policies) - {MemoryAction.KEEP}:
         raise SpecError("nothing but keeping activations is priced")
@@ -91,7 +91,7 @@ def _tokens_per_s(setting: Setting, pricing: Pricing) -> float:
     return plan.num_tokens / plan.predicted_s
 
 
-def _plan(setting: Setting, cost: CostModel) -> StepPlan:
+def _plan(setting: Trial, cost: CostModel) -> StepPlan:
     lengths, num_ranks, limits = setting.lengths, setting.num_ranks, setting.limits
     if setting.strategy == GREEDY:
         return greedy_step(lengths, step=0, num_ranks=num_ranks, cost=cost, limits=limits)
@@ -102,7 +102,7 @@ def _plan(setting: Setting, cost: CostModel) -> StepPlan:
     )
 
 
-def _changes(start: Setting) -> Iterator[Setting]:
+def _changes(start: Trial) -> Iterator[Trial]:
     cluster, limits, lengths = start.cluster, start.limits, start.lengths
     budget = limits.device_budget_bytes * 5 // 4
     yield replace(
@@ -129,7 +129,7 @@ def _changes(start: Setting) -> Iterator[Setting]:
             )
 
 
-def _link_changes(start: Setting) -> Iterator[Setting]:
+def _link_changes(start: Trial) -> Iterator[Trial]:
     cluster = start.cluster
     intra, inter = cluster.intra_node, cluster.inter_node
     if cluster.num_nodes > 1:

@@ -1,7 +1,7 @@
-"""One layer's attention in the replay: groups of one shape as arrays that move a clock per rank.
+"""One layer's attention in the replay: groups of the same shape as arrays that advance a clock per rank.
 
-What a group does (``GroupStack``) knows nothing of rates, so it is worked out once for a machine and its two ends;
-``priced`` gives the seconds.
+``GroupStack`` holds what the groups do, without rates, so that it is computed once for a machine and both ends of its
+spread; ``priced`` gives seconds.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from planner.replay.work import AttentionWork, FloatArray, HeadSplit, IntArray, 
 
 @dataclass(frozen=True, slots=True)
 class LocalRun:
-    """Groups of one rank each: no messages. A rank may be there several times."""
+    """Groups of one rank each, without messages. A rank may be in several of them."""
 
     ranks: IntArray
     forward_s: FloatArray
@@ -60,7 +60,7 @@ class LocalRun:
 
 @dataclass(frozen=True, slots=True)
 class ExchangeRun:
-    """Groups of one kind and degree over disjoint ranks: heads traded in, rounds, heads traded back."""
+    """Groups of one kind and degree over disjoint ranks: head exchange, rounds, head exchange back."""
 
     ranks: IntArray
     there: Walk
@@ -113,8 +113,8 @@ class ExchangeRun:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupStack:
-    """Groups of one shape, ``[group, member]``; work is ``[round, member of all groups]``. ``rows``: tokens that each
-    member holds."""
+    """Groups of one shape, ``[group, member]``; work is ``[round, member of all groups]``. ``rows``: tokens of each
+    member outside attention."""
 
     ranks: IntArray
     rows: FloatArray
@@ -140,7 +140,7 @@ class GroupStack:
 def stack_groups(
     groups: SequenceOf[AttentionGroup], lengths: SequenceOf[int], setting: Setting, *, is_written: bool = False
 ) -> GroupStack:
-    """Groups of one kind and degree; unless of one rank each, over disjoint ranks. ``is_written``: see
+    """Stack groups of one kind and degree; ranks must be disjoint unless the degree is 1. ``is_written``: see
     ``group_shape``."""
     shapes = [group_shape(group, lengths, setting, is_written=is_written) for group in groups]
     ranks = np.array([group.ranks for group in groups])

@@ -12,8 +12,8 @@ from planner.replay.work import FloatArray, HeadSplit, IntArray
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadTrade:
-    """One all-to-all of every team, ``[team, place]``. It starts when the last member is there and takes as long as its
-    slowest member; what stays in a node and what leaves it travel at the same time."""
+    """One all-to-all of every team, ``[team, place]``. It starts when the last member arrives and takes as long as the
+    slowest member; traffic within a node and traffic that leaves it travel at the same time."""
 
     latency_s: float
     near_sent: FloatArray
@@ -50,7 +50,7 @@ class HeadTrade:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trades:
-    """The four all-to-alls of a layer: q, k, v in, output out; in the backward its gradient in, theirs out."""
+    """The four all-to-alls of a layer. Forward: q, k, v before and output after; backward: dout before, dqkv after."""
 
     teams: IntArray
     qkv: HeadTrade
@@ -90,20 +90,19 @@ class Trades:
 
 
 def trades_of(ranks: IntArray, rows: FloatArray, heads: HeadSplit, setting: Setting) -> Trades:
-    """``ranks[group, member]`` and the tokens they hold; teams are as many consecutive members as ``heads`` has
-    places."""
+    """``ranks[group, member]`` and their tokens. A team is as many consecutive members as ``heads`` has places."""
     size = len(heads.queries)
     teams, rows = ranks.reshape(-1, size), rows.reshape(-1, size)
     nodes = setting.node_of(teams)
     near = (nodes[:, :, None] == nodes[:, None, :]) & ~np.eye(size, dtype=np.bool_)
     far = nodes[:, :, None] != nodes[:, None, :]
-    leaves = far.any(axis=2).reshape(ranks.shape)  # all teams of a group trade at about the same time
+    leaves = far.any(axis=2).reshape(ranks.shape)  # all teams of a group exchange heads at about the same time
     load = setting.flows_per_rank * nic_load(setting.nic_of(ranks), leaves).reshape(teams.shape)
     machine, head_bytes = setting.machine, setting.model.head_dim * setting.element_bytes
     latency_s = machine.collective_latency_s(size, setting.ranks_per_node)
 
     def gather(width: FloatArray, is_way_back: bool) -> HeadTrade:
-        """Own rows of all heads -> all rows of own heads, or the way back."""
+        """From own rows of all heads to all rows of own heads, or back."""
         near_rows, far_rows = (np.einsum("gij,gj->gi", mask, rows) for mask in (near, far))
         near_width, far_width = (np.einsum("gij,j->gi", mask, width) for mask in (near, far))
         sent = [head_bytes * rows * each for each in (near_width, far_width)]

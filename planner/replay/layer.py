@@ -1,5 +1,5 @@
-"""The layers of one wave in the replay: token-wise compute, attention, copies to the host, and how one layer's replay
-stands for all of them."""
+"""The layers of one wave in the replay: token-wise compute, attention, copies to the host, and how a few replayed
+layers stand for all of them."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from planner.replay.work import FloatArray
 REPLAYED_LAYERS = 2
 LAYER_PASSES, LOSS_PASSES = 6, 3
 KEPT_LAYERS = 2
-"""The last layers' activations are wanted again at once: they are neither swapped nor dropped."""
+"""Number of last layers that are neither swapped nor recomputed, because their backward follows at once."""
 
 Layer = Callable[[FloatArray, Ledger, Recorder | None], None]
-"""``layer(clock, ledger, record)`` moves every rank's clock over one layer."""
+"""``layer(clock, ledger, record)`` advances every rank's clock by one layer."""
 
 
 def all_layers(
     wave: Wave, layer: Layer, clock: FloatArray, num_layers: int, name: str, recorder: LaneRecorder | None
 ) -> tuple[Ledger, float]:
-    """Move the clock over all layers of one direction: their seconds, and the slowest part's seconds a layer."""
+    """Advance the clock over all layers of one direction. Returns their seconds, and those per layer of the slowest
+    part."""
     size, ranks = len(clock), wave.ranks
     before = drawn_from = clock.copy()
     spent = last = Ledger.empty(size)
@@ -50,7 +51,7 @@ def all_layers(
 def layers(
     wave: Wave, setting: Setting, is_free: bool = False
 ) -> tuple[Layer, Layer, FloatArray]:
-    """A layer's forward and its backward as functions of the clock, and the seconds of the output head, both ways."""
+    """One layer's forward and backward as functions of the clock, and the seconds of the output head, both passes."""
     forward_s, backward_s, head_s = (
         wave.num_chunks * seconds for seconds in token_seconds(wave.rank_tokens / wave.num_chunks, setting)
     )
@@ -87,12 +88,13 @@ def layers(
 
 
 def token_seconds(tokens: FloatArray, setting: Setting) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """Forward and backward of one layer without attention, and of the output head both ways, for this many tokens.
+    """Seconds for this many tokens: one layer's forward and backward without attention, and both passes of the output
+    head.
 
-    Moved bytes of a layer's forward: two norms (read, write) and two residuals (two reads, a write), 10 x hidden;
-    RoPE, 2 x (q + k); the gate, 3 x ffn (2 without one) for each active expert: LAYER_PASSES kernels. The backward
-    moves them twice. The loss passes over the logits three times. The launches of a layer are a floor: they run ahead
-    of the device while it is busy.
+    Bytes moved in a layer's forward, by LAYER_PASSES kernels: two norms (read, write) and two residuals (two reads, one
+    write), 10 x hidden; RoPE, 2 x (q + k); the gate, 3 x ffn (2 without one) per active expert. The backward moves them
+    twice. The loss passes over the logits three times. Kernel launches are a lower bound per layer, because they run
+    ahead while the device is busy.
     """
     machine, model, element_bytes = setting.machine, setting.model, setting.element_bytes
     split = setting.tensor_parallel
@@ -102,7 +104,7 @@ def token_seconds(tokens: FloatArray, setting: Setting) -> tuple[FloatArray, Flo
     moved_bytes = tokens * element_bytes * (10 * model.hidden_dim + (rope + gate) / split)
     forward_s = machine.products_s(2 * active, tokens, element_bytes * weights)
     forward_s += machine.move_s(moved_bytes, LAYER_PASSES)
-    grads_bytes = (element_bytes + 2 * GRADIENT_BYTES) * weights  # weights read, gradients added to those so far
+    grads_bytes = (element_bytes + 2 * GRADIENT_BYTES) * weights  # weights are read, gradients are accumulated
     backward_s = machine.products_s(4 * active, tokens, grads_bytes) + machine.move_s(2 * moved_bytes, LAYER_PASSES)
     head = model.hidden_dim * model.vocab_size / split
     head_s = machine.products_s(6 * head, tokens, (2 * element_bytes + 2 * GRADIENT_BYTES) * head)
@@ -112,7 +114,7 @@ def token_seconds(tokens: FloatArray, setting: Setting) -> tuple[FloatArray, Flo
 
 
 def _tensor_parallel_s(tokens: FloatArray, setting: Setting) -> FloatArray:
-    """Two all-reduces of the hidden state, each way."""
+    """Seconds of two all-reduces of the hidden states in each pass."""
     size, machine = setting.tensor_parallel, setting.machine
     if size == 1:
         return np.zeros_like(tokens)
@@ -134,11 +136,11 @@ def _compute(
 def windows(
     wave: Wave, clock: FloatArray, forward: Layer, backward: Layer
 ) -> list[tuple[list[FloatArray], list[FloatArray]]]:
-    """When each group of each run is under way in a layer's forward and in its backward, from where the clock is."""
+    """When each group of each run is active in a layer's forward and backward, starting from the clock."""
     windows = []
     for layer, is_forward in ((forward, True), (backward, False)):
         trial, ledger = clock.copy(), Ledger.empty(len(clock))
-        layer(trial, ledger, None)  # the second layer starts as the first one left the ranks
+        layer(trial, ledger, None)  # the second layer starts with the ranks' clocks after the first
         starts, stops = [], []
         for run in wave.runs:
             starts.append(trial[run.ranks].min(axis=1))
@@ -149,14 +151,15 @@ def windows(
 
 
 def _by_part(wave: Wave, values: FloatArray) -> FloatArray:
-    """The largest value among the ranks tied together with each rank."""
+    """For each rank, the largest value among the ranks that groups connect it with."""
     top = np.full(len(values), -np.inf)
     np.maximum.at(top, wave.part, values)
     return np.asarray(top[wave.part], dtype=np.float64)
 
 
 def _settle(ledger: Ledger, slack_s: FloatArray) -> None:
-    """Make a layer last ``slack_s`` longer: waiting takes it up, or gives it back before exposed time does."""
+    """Make a layer take ``slack_s`` longer. This adds to waiting; a negative slack is taken from waiting first, then
+    from exposed seconds."""
     ledger.idle_s += slack_s
     for giver, taker in ((ledger.exposed_s, ledger.idle_s), (ledger.swap_s, ledger.exposed_s)):
         short = np.minimum(0.0, taker)

@@ -10,7 +10,7 @@ from planner.cost.model import CostModel
 from planner.inputs.cluster import ClusterSpec
 from planner.inputs.files import load_cluster, load_model
 from planner.pages import knobs
-from planner.pages.knobs import Setting, best_knobs
+from planner.pages.knobs import Trial, best_knobs
 from planner.plan import AttentionKind, MemoryAction
 from planner.step_planner import greedy_step, plan_step
 from planner.units import GIB
@@ -22,9 +22,9 @@ def price(cluster: ClusterSpec, budget_bytes: int, longest: int) -> CostModel:
     return derive_cost(cluster, MODEL, num_ranks=cluster.num_ranks)
 
 
-def start(lengths: tuple[int, ...], **changes: object) -> Setting:
+def start(lengths: tuple[int, ...], **changes: object) -> Trial:
     limits = PlanLimits(device_budget_bytes=135 * GIB, max_ulysses_degree=32, kinds=(AttentionKind.ULYSSES,))
-    return Setting(
+    return Trial(
         change="", cluster=load_cluster("h200-8"), limits=replace(limits, **changes), lengths=lengths
     )
 
