@@ -4,7 +4,7 @@ K/V of earlier chunks are never sent again: only tensors of the current chunk tr
 do not depend on how many chunks came before it.
 
 - A single rank sends nothing.
-- ``ulysses`` trades heads for tokens in every chunk; each rank stores all tokens of some heads.
+- ``ulysses`` exchanges heads for tokens in every chunk; each rank stores all tokens of some heads.
 - Ring groups send queries instead of K/V. Each rank stores K/V of its own part of every chunk, receives the chunk's
   queries of all members and returns partial outputs, which their owners merge by log-sum-exp (LSE). In the backward
   partial dq return to their owners in the same way; dK/dV are never sent.

@@ -67,13 +67,13 @@ def best_knobs(start: Trial, pricing: Pricing, *, num_knobs: int = 3) -> tuple[K
     except (InfeasibleError, SpecError):
         return None
     found = []
-    for setting in _changes(start):
+    for trial in _changes(start):
         try:
-            gain = _tokens_per_s(setting, pricing) / before
+            gain = _tokens_per_s(trial, pricing) / before
         except (InfeasibleError, SpecError):
             continue  # impossible here (no room, no such group), so not recommended
-        per_device = gain * start.cluster.num_ranks / setting.cluster.num_ranks
-        found.append(Knob(change=setting.change, gain=gain - 1, gain_per_device=per_device - 1))
+        per_device = gain * start.cluster.num_ranks / trial.cluster.num_ranks
+        found.append(Knob(change=trial.change, gain=gain - 1, gain_per_device=per_device - 1))
     found.sort(key=lambda knob: -knob.gain)
     return tuple(knob for knob in found[:num_knobs] if knob.gain >= SMALLEST_GAIN)
 
@@ -83,22 +83,22 @@ def usual_planner(strategy: str, num_ranks: int, num_sequences: int) -> str:
     return strategy if num_ranks * num_sequences <= MAX_PLANNED_WORK else GREEDY
 
 
-def _tokens_per_s(setting: Trial, pricing: Pricing) -> float:
-    cost = pricing(setting.cluster, setting.limits.device_budget_bytes, max(setting.lengths))
-    if not cost.prices_policies and set(setting.limits.policies) - {MemoryAction.KEEP}:
+def _tokens_per_s(trial: Trial, pricing: Pricing) -> float:
+    cost = pricing(trial.cluster, trial.limits.device_budget_bytes, max(trial.lengths))
+    if not cost.prices_policies and set(trial.limits.policies) - {MemoryAction.KEEP}:
         raise SpecError("nothing but keeping activations is priced")
-    plan = _plan(setting, cost)
+    plan = _plan(trial, cost)
     return plan.num_tokens / plan.predicted_s
 
 
-def _plan(setting: Trial, cost: CostModel) -> StepPlan:
-    lengths, num_ranks, limits = setting.lengths, setting.num_ranks, setting.limits
-    if setting.strategy == GREEDY:
+def _plan(trial: Trial, cost: CostModel) -> StepPlan:
+    lengths, num_ranks, limits = trial.lengths, trial.num_ranks, trial.limits
+    if trial.strategy == GREEDY:
         return greedy_step(lengths, step=0, num_ranks=num_ranks, cost=cost, limits=limits)
     limits = replace(limits, max_nodes=min(limits.max_nodes, MAX_NODES))
     return plan_step(
-        lengths, step=0, num_ranks=num_ranks, cost=cost, limits=limits, strategy=setting.strategy,
-        degree=setting.degree,
+        lengths, step=0, num_ranks=num_ranks, cost=cost, limits=limits, strategy=trial.strategy,
+        degree=trial.degree,
     )
 
 

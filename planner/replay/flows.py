@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from planner.plan import AttentionGroup, AttentionKind
-from planner.replay.state import WIDE_BYTES, Setting
+from planner.replay.state import WIDE_BYTES, ReplaySetting
 from planner.replay.work import AttentionWork, Blocks, FloatArray, HeadSplit, IntArray, split_heads, zigzag_blocks
 from planner.schedules.exchange import Round, write_schedule
 from planner.schedules.layout import head_degree, local_token_counts
@@ -55,7 +55,7 @@ class GroupShape:
 
 
 def group_shape(
-    group: AttentionGroup, lengths: SequenceOf[int], setting: Setting, *, is_written: bool = False
+    group: AttentionGroup, lengths: SequenceOf[int], setting: ReplaySetting, *, is_written: bool = False
 ) -> GroupShape:
     """The work and messages of a group. ``lengths[i]``: tokens of the step's sequence i. ``is_written``: read the
     schedules even if there is a closed form."""
@@ -82,14 +82,14 @@ def has_closed_form(kind: AttentionKind) -> bool:
     return kind in _CLOSED_FORMS
 
 
-def _token_bytes(setting: Setting, kv_heads: FloatArray) -> tuple[FloatArray, FloatArray]:
+def _token_bytes(setting: ReplaySetting, kv_heads: FloatArray) -> tuple[FloatArray, FloatArray]:
     """Bytes per token and layer of K and V, and of their gradients, which are sent in fp32 or wider."""
     elements = 2 * setting.model.head_dim * kv_heads
     return elements * setting.element_bytes, elements * max(WIDE_BYTES, setting.element_bytes)
 
 
 def _written(
-    group: AttentionGroup, walks: SequenceOf[SequenceOf[Round]], heads: HeadSplit, setting: Setting
+    group: AttentionGroup, walks: SequenceOf[SequenceOf[Round]], heads: HeadSplit, setting: ReplaySetting
 ) -> WalkShape:
     """Any kind, from the rounds of each member."""
     place_of = {rank: index for index, rank in enumerate(group.ranks)}
@@ -136,7 +136,7 @@ class _Form:
     size: int
     inner_degree: int
     kv_heads: FloatArray
-    setting: Setting
+    setting: ReplaySetting
 
     @property
     def num_teams(self) -> int:

@@ -13,8 +13,8 @@ import numpy as np
 
 from planner.plan import AttentionGroup
 from planner.replay.flows import group_shape
-from planner.replay.head_trade import Trades, trades_of
-from planner.replay.state import GroupRun, Ledger, Recorder, Setting, Traffic, kernel_seconds
+from planner.replay.head_exchange import HeadExchanges, head_exchanges_of
+from planner.replay.state import GroupRun, Ledger, Recorder, ReplaySetting, Traffic, kernel_seconds
 from planner.replay.walk import Flows, Walk, flows_of, walk_of
 from planner.replay.work import AttentionWork, FloatArray, HeadSplit, IntArray, side_by_side
 
@@ -63,9 +63,9 @@ class ExchangeRun:
     """Groups of one kind and degree over disjoint ranks: head exchange, rounds, head exchange back."""
 
     ranks: IntArray
-    there: Walk
-    back: Walk
-    trades: Trades | None
+    forward_walk: Walk
+    backward_walk: Walk
+    head_exchanges: HeadExchanges | None
 
     @property
     def forward_traffic(self) -> Traffic:
@@ -76,13 +76,13 @@ class ExchangeRun:
         return self._traffic(False)
 
     def _traffic(self, is_forward: bool) -> Traffic:
-        walked = (self.there if is_forward else self.back).traffic(self.ranks.shape)
-        if self.trades is None:
+        walked = (self.forward_walk if is_forward else self.backward_walk).traffic(self.ranks.shape)
+        if self.head_exchanges is None:
             return walked
-        traded = self.trades.traffic(is_forward, self.ranks.shape)
+        heads = self.head_exchanges.traffic(is_forward, self.ranks.shape)
         return Traffic(
-            far_sent=walked.far_sent + traded.far_sent, far_received=walked.far_received + traded.far_received,
-            near_sent=walked.near_sent + traded.near_sent, near_received=walked.near_received + traded.near_received,
+            far_sent=walked.far_sent + heads.far_sent, far_received=walked.far_received + heads.far_received,
+            near_sent=walked.near_sent + heads.near_sent, near_received=walked.near_received + heads.near_received,
         )
 
     def forward(self, clock: FloatArray, ledger: Ledger, record: Recorder | None) -> None:
@@ -92,22 +92,22 @@ class ExchangeRun:
         self._run(False, clock, ledger, record)
 
     def _run(self, is_forward: bool, clock: FloatArray, ledger: Ledger, record: Recorder | None) -> None:
-        if self.trades is not None:
-            self.trades.before(is_forward, clock, ledger, record)
-        (self.there if is_forward else self.back).run(self.ranks, clock, ledger, record)
-        if self.trades is not None:
-            self.trades.after(is_forward, clock, ledger, record)
+        if self.head_exchanges is not None:
+            self.head_exchanges.before(is_forward, clock, ledger, record)
+        (self.forward_walk if is_forward else self.backward_walk).run(self.ranks, clock, ledger, record)
+        if self.head_exchanges is not None:
+            self.head_exchanges.after(is_forward, clock, ledger, record)
 
     def slowed(self, forward: FloatArray, backward: FloatArray) -> ExchangeRun:
         return ExchangeRun(
-            self.ranks, self.there.slowed(forward), self.back.slowed(backward),
-            self.trades.slowed(forward, backward) if self.trades is not None else None,
+            self.ranks, self.forward_walk.slowed(forward), self.backward_walk.slowed(backward),
+            self.head_exchanges.slowed(forward, backward) if self.head_exchanges is not None else None,
         )
 
     def freed(self) -> ExchangeRun:
         return replace(
-            self, there=self.there.freed(), back=self.back.freed(),
-            trades=self.trades.freed() if self.trades is not None else None,
+            self, forward_walk=self.forward_walk.freed(), backward_walk=self.backward_walk.freed(),
+            head_exchanges=self.head_exchanges.freed() if self.head_exchanges is not None else None,
         )
 
 
@@ -124,7 +124,7 @@ class GroupStack:
     forward_flows: Flows
     backward_flows: Flows
 
-    def priced(self, setting: Setting) -> GroupRun:
+    def priced(self, setting: ReplaySetting) -> GroupRun:
         heads = np.tile(self.heads.queries, self.ranks.size // len(self.heads.queries))
         forward_s, _ = kernel_seconds(self.forward_work, setting, heads)
         _, backward_s = kernel_seconds(self.backward_work, setting, heads)
@@ -133,12 +133,12 @@ class GroupStack:
         return ExchangeRun(
             self.ranks, walk_of(self.forward_flows, forward_s, setting),
             walk_of(self.backward_flows, backward_s, setting),
-            trades_of(self.ranks, self.rows, self.heads, setting) if len(self.heads.queries) > 1 else None,
+            head_exchanges_of(self.ranks, self.rows, self.heads, setting) if len(self.heads.queries) > 1 else None,
         )
 
 
 def stack_groups(
-    groups: SequenceOf[AttentionGroup], lengths: SequenceOf[int], setting: Setting, *, is_written: bool = False
+    groups: SequenceOf[AttentionGroup], lengths: SequenceOf[int], setting: ReplaySetting, *, is_written: bool = False
 ) -> GroupStack:
     """Stack groups of one kind and degree; ranks must be disjoint unless the degree is 1. ``is_written``: see
     ``group_shape``."""

@@ -9,7 +9,7 @@ import numpy as np
 
 from planner.cost.data_sheet import GRADIENT_BYTES, LAYER_LAUNCH_S
 from planner.replay.lanes import LaneRecorder
-from planner.replay.state import Ledger, Recorder, Setting
+from planner.replay.state import Ledger, Recorder, ReplaySetting
 from planner.replay.waves import Wave
 from planner.replay.work import FloatArray
 
@@ -40,7 +40,7 @@ def all_layers(
     rest = num_layers - REPLAYED_LAYERS
     if rest > 0:
         here = np.isin(np.arange(size), ranks)
-        _settle(last, np.where(here, pace_s - (clock - before), 0.0))
+        _stretch(last, np.where(here, pace_s - (clock - before), 0.0))
         spent.add(last, rest)
         clock += np.where(here, rest * pace_s, 0.0)
     if recorder is not None and num_layers > 1:
@@ -49,7 +49,7 @@ def all_layers(
 
 
 def layers(
-    wave: Wave, setting: Setting, is_free: bool = False
+    wave: Wave, setting: ReplaySetting, is_free: bool = False
 ) -> tuple[Layer, Layer, FloatArray]:
     """One layer's forward and backward as functions of the clock, and the seconds of the output head, both passes."""
     forward_s, backward_s, head_s = (
@@ -87,7 +87,7 @@ def layers(
     )
 
 
-def token_seconds(tokens: FloatArray, setting: Setting) -> tuple[FloatArray, FloatArray, FloatArray]:
+def token_seconds(tokens: FloatArray, setting: ReplaySetting) -> tuple[FloatArray, FloatArray, FloatArray]:
     """Seconds for this many tokens: one layer's forward and backward without attention, and both passes of the output
     head.
 
@@ -113,7 +113,7 @@ def token_seconds(tokens: FloatArray, setting: Setting) -> tuple[FloatArray, Flo
     return np.maximum(forward_s, floor_s), np.maximum(backward_s, 2 * floor_s), head_s
 
 
-def _tensor_parallel_s(tokens: FloatArray, setting: Setting) -> FloatArray:
+def _tensor_parallel_s(tokens: FloatArray, setting: ReplaySetting) -> FloatArray:
     """Seconds of two all-reduces of the hidden states in each pass."""
     size, machine = setting.tensor_parallel, setting.machine
     if size == 1:
@@ -157,7 +157,7 @@ def _by_part(wave: Wave, values: FloatArray) -> FloatArray:
     return np.asarray(top[wave.part], dtype=np.float64)
 
 
-def _settle(ledger: Ledger, slack_s: FloatArray) -> None:
+def _stretch(ledger: Ledger, slack_s: FloatArray) -> None:
     """Make a layer take ``slack_s`` longer. This adds to waiting; a negative slack is taken from waiting first, then
     from exposed seconds."""
     ledger.idle_s += slack_s

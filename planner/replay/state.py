@@ -21,7 +21,7 @@ Recorder = Callable[[str, str, IntArray, FloatArray, FloatArray], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Setting:
+class ReplaySetting:
     """Inputs of the replay that all groups share. A data rank is ``tensor_parallel`` adjacent devices; all bytes and
     heads are those of one of these devices."""
 
@@ -113,7 +113,9 @@ class GroupRun(Protocol):
     def freed(self) -> GroupRun: ...
 
 
-def kernel_seconds(work: AttentionWork, setting: Setting, heads: FloatArray | float) -> tuple[FloatArray, FloatArray]:
+def kernel_seconds(
+    work: AttentionWork, setting: ReplaySetting, heads: FloatArray | float
+) -> tuple[FloatArray, FloatArray]:
     """Forward and backward seconds of a group's kernels, including merging partial results and gradients."""
     machine, head_dim, wide = setting.machine, setting.model.head_dim, 2 * WIDE_BYTES + setting.element_bytes
     forward_s = machine.attention.forward_s(

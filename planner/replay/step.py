@@ -36,7 +36,7 @@ from planner.replay.flows import has_closed_form
 from planner.replay.lanes import LaneEvent, LaneRecorder
 from planner.replay.layer import KEPT_LAYERS, REPLAYED_LAYERS, Layer, all_layers, layers, windows
 from planner.replay.operations import Curves, End, load_curves, machine_model
-from planner.replay.state import Ledger, Setting
+from planner.replay.state import Ledger, ReplaySetting
 from planner.replay.waves import Wave, WaveShape, contended, first_pass, free_links, split_waves, wave_shape
 from planner.replay.work import FloatArray
 from planner.schedules.layout import head_degree
@@ -112,7 +112,7 @@ def replay_step(
     gathered weights. ``draw``: keep lanes for a trace.
     """
     _refuse_stages(plan)
-    setting = Setting(
+    setting = ReplaySetting(
         machine=machine_model(cluster, curves or load_curves()), model=model, num_ranks=plan.num_ranks,
         tensor_parallel=tensor_parallel, element_bytes=element_bytes,
     )
@@ -122,10 +122,10 @@ def replay_step(
     runs = {}
     recorder = LaneRecorder(plan.num_ranks) if draw else None
     for end in End:
-        is_told = end is End.NOMINAL  # of the ends of the band only the step's length is wanted
+        is_nominal = end is End.NOMINAL  # of the ends of the band only the step's length is wanted
         runs[end] = _Step(
             setting=replace(setting, machine=setting.machine.at(end)), plan=plan, shapes=shapes, memory=memory,
-            splits=is_told, recorder=recorder if is_told else None,
+            splits=is_nominal, recorder=recorder if is_nominal else None,
         )
         runs[end].run()
     step = runs[End.NOMINAL]
@@ -153,7 +153,7 @@ def _refuse_stages(plan: StepPlan) -> None:
 class _Step:
     """One replay in progress on a machine at one end of its spread. ``splits``: separate waiting from communication."""
 
-    setting: Setting
+    setting: ReplaySetting
     plan: StepPlan
     shapes: tuple[tuple[WaveShape | None, WaveShape], ...]
     memory: MemoryFit

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from planner.replay.flows import Messages
-from planner.replay.state import BoolArray, Ledger, Recorder, Setting, Traffic
+from planner.replay.state import BoolArray, Ledger, Recorder, ReplaySetting, Traffic
 from planner.replay.work import FloatArray, IntArray
 
 
@@ -40,7 +40,7 @@ class Flows:
     is_chained: bool
 
 
-def flows_of(messages: SequenceOf[Messages], ranks: IntArray, setting: Setting, num_rounds: int) -> Flows:
+def flows_of(messages: SequenceOf[Messages], ranks: IntArray, setting: ReplaySetting, num_rounds: int) -> Flows:
     """The flows of all groups; ``messages[g]`` are those of the group of ``ranks[g]``."""
     degree = ranks.shape[1]
     group = np.repeat(np.arange(len(messages)), [len(each.posted) for each in messages])
@@ -176,7 +176,7 @@ def _latest(
     return found
 
 
-def walk_of(flows: Flows, kernel_s: FloatArray, setting: Setting) -> Walk:
+def walk_of(flows: Flows, kernel_s: FloatArray, setting: ReplaySetting) -> Walk:
     """The walk of these flows at this machine's rates."""
     machine = setting.machine
     nic_s = setting.flows_per_rank * flows.nic_bytes / machine.nic_bytes_per_s

@@ -15,7 +15,7 @@ import numpy as np
 from planner.plan import AttentionGroup, AttentionKind, MemoryPolicy, Microbatch
 from planner.pricing.lockstep import lockstep_rounds
 from planner.replay.groups import GroupStack, stack_groups
-from planner.replay.state import GroupRun, Setting, Traffic
+from planner.replay.state import GroupRun, ReplaySetting, Traffic
 from planner.replay.work import FloatArray, IntArray, group_tokens
 
 
@@ -55,7 +55,7 @@ class WaveShape:
     recompute_fraction: FloatArray
     chunk_tokens: FloatArray
 
-    def priced(self, setting: Setting) -> Wave:
+    def priced(self, setting: ReplaySetting) -> Wave:
         return Wave(
             ranks=self.ranks, runs=tuple(stack.priced(setting) for stack in self.stacks), part=self.part,
             rank_tokens=self.rank_tokens, swap_fraction=self.swap_fraction,
@@ -71,7 +71,7 @@ def split_waves(microbatches: SequenceOf[Microbatch]) -> list[list[Microbatch]]:
     return [[microbatches[index] for index in members] for members in rounds]
 
 
-def wave_shape(microbatches: SequenceOf[Microbatch], lengths: SequenceOf[int], setting: Setting) -> WaveShape:
+def wave_shape(microbatches: SequenceOf[Microbatch], lengths: SequenceOf[int], setting: ReplaySetting) -> WaveShape:
     """Work and traffic of a wave's groups."""
     tokens = np.zeros(setting.num_ranks)
     swap, recompute = np.zeros(setting.num_ranks), np.zeros(setting.num_ranks)
@@ -96,7 +96,7 @@ def wave_shape(microbatches: SequenceOf[Microbatch], lengths: SequenceOf[int], s
 
 
 def first_pass(
-    microbatches: SequenceOf[Microbatch], lengths: SequenceOf[int], setting: Setting
+    microbatches: SequenceOf[Microbatch], lengths: SequenceOf[int], setting: ReplaySetting
 ) -> WaveShape | None:
     """The wave of microbatches in chunks, which run forward once more before; None if there are none."""
     chunked = [microbatch for microbatch in microbatches if microbatch.memory.chunk_tokens]
@@ -140,7 +140,7 @@ def free_links(wave: Wave) -> Wave:
 
 
 def contended(
-    wave: Wave, setting: Setting, windows: SequenceOf[tuple[SequenceOf[FloatArray], SequenceOf[FloatArray]]]
+    wave: Wave, setting: ReplaySetting, windows: SequenceOf[tuple[SequenceOf[FloatArray], SequenceOf[FloatArray]]]
 ) -> Wave:
     """The wave with NICs shared between its groups. ``windows``: start and stop of each group of each run, in the
     forward and in the backward of one layer, as if each had its NICs to itself.
@@ -160,7 +160,7 @@ def contended(
 
 def _slowdowns(
     runs: SequenceOf[GroupRun], traffic: SequenceOf[Traffic], starts: SequenceOf[FloatArray],
-    stops: SequenceOf[FloatArray], setting: Setting,
+    stops: SequenceOf[FloatArray], setting: ReplaySetting,
 ) -> list[FloatArray]:
     """Factor on the seconds per byte through the NIC of each rank of each run."""
     start, stop = np.concatenate(starts), np.concatenate(stops)

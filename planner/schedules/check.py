@@ -76,7 +76,7 @@ def _owned_spans(
         for index in members:
             exchange = schedules[index].head_exchange or (group.ranks[index],)
             if exchange != ranks:
-                raise PlanError(f"rank {group.ranks[index]} trades heads with {exchange}, its team is {ranks}")
+                raise PlanError(f"rank {group.ranks[index]} exchanges heads with {exchange}, its team is {ranks}")
         if _rows(span for index in members for span in shards[index]) != _rows(spans):
             raise PlanError(f"team {ranks} holds other rows than its members")
         owned.append(frozenset(spans))

@@ -40,10 +40,10 @@ def _head_degree(degree: int, inner_degree: int) -> int:
 
 
 def _price(setting: WireSetting, degree: int, inner_degree: int) -> WirePrice:
-    trade, ring = setting.head_exchange(inner_degree, degree), setting.ring(degree // inner_degree, inner_degree)
+    heads, ring = setting.head_exchange(inner_degree, degree), setting.ring(degree // inner_degree, inner_degree)
     return WirePrice(
-        s_per_token=trade.s_per_token + ring.s_per_token, fixed_s=trade.fixed_s + ring.fixed_s,
-        attention_factor=trade.attention_factor,
+        s_per_token=heads.s_per_token + ring.s_per_token, fixed_s=heads.fixed_s + ring.fixed_s,
+        attention_factor=heads.attention_factor,
     )
 
 

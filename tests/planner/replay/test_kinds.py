@@ -19,7 +19,7 @@ from planner.pricing.assemble import GroupChoice
 from planner.pricing.lockstep import lockstep_rounds
 from planner.replay.flows import Messages, WalkShape, group_shape
 from planner.replay.groups import ExchangeRun, stack_groups
-from planner.replay.state import Ledger, Setting, kernel_seconds
+from planner.replay.state import Ledger, ReplaySetting, kernel_seconds
 from planner.replay.step import estimated_s
 from planner.replay.waves import split_waves
 from planner.replay.work import AttentionWork, FloatArray
@@ -131,17 +131,17 @@ def check_walk(kind: AttentionKind, seed: int) -> None:
         clock, expected = start.copy(), start.copy()
         (run.forward if is_forward else run.backward)(clock, Ledger.empty(NUM_RANKS), None)
         nothing = Ledger.empty(NUM_RANKS)
-        if run.trades is not None:
-            run.trades.before(is_forward, expected, nothing, None)
+        if run.head_exchanges is not None:
+            run.head_exchanges.before(is_forward, expected, nothing, None)
         walked = walk([float(expected[rank]) for rank in group.ranks], group, lengths, setting, is_forward)
         expected[list(group.ranks)] = walked
-        if run.trades is not None:
-            run.trades.after(is_forward, expected, nothing, None)
+        if run.head_exchanges is not None:
+            run.head_exchanges.after(is_forward, expected, nothing, None)
         np.testing.assert_allclose(clock, expected, rtol=1e-9)
 
 
 def walk(
-    clock: list[float], group: AttentionGroup, lengths: list[int], setting: Setting, is_forward: bool
+    clock: list[float], group: AttentionGroup, lengths: list[int], setting: ReplaySetting, is_forward: bool
 ) -> list[float]:
     """One layer: in a round a rank posts batch after batch, computes, and waits for the batches that are due. A batch
     starts when those before it are through, at both ends of each of its messages."""
@@ -178,7 +178,7 @@ def walk(
 
 
 def batch_seconds(
-    batch: dict[tuple[int, int], float], group: AttentionGroup, setting: Setting
+    batch: dict[tuple[int, int], float], group: AttentionGroup, setting: ReplaySetting
 ) -> dict[tuple[int, int], float]:
     """A message is through when all is that shares a port with it; NVLink and NIC are ports of their own."""
     node_of = [int(setting.node_of(np.array(rank))) for rank in group.ranks]
@@ -194,7 +194,7 @@ def batch_seconds(
     return found
 
 
-def kernels(step: Round, setting: Setting, heads: float, is_forward: bool) -> float:
+def kernels(step: Round, setting: ReplaySetting, heads: float, is_forward: bool) -> float:
     queries, keys, pairs = round_work(step)
     message_of = {span: place for place, into in enumerate(step.receives) for span in into.spans}
     calls = len({(task.causal, message_of.get(task.key)) for task in step.tasks})

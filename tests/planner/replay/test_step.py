@@ -22,7 +22,7 @@ from planner.pricing.simulate import step_lengths
 from planner.replay import layer as replay_layer
 from planner.replay.layer import KEPT_LAYERS, token_seconds
 from planner.replay.operations import load_curves, machine_model
-from planner.replay.state import Setting, kernel_seconds
+from planner.replay.state import ReplaySetting, kernel_seconds
 from planner.replay.step import Replay, replay_step
 from planner.replay.work import split_heads, whole_work, zigzag_blocks
 from planner.schedules.exchange import Round, write_schedule
@@ -60,8 +60,8 @@ def replayed(plan: StepPlan, cluster: ClusterSpec, **options: Any) -> Replay:
     return replay_step(plan, cluster, MODEL, MEMORY, curves=CURVES, **options)
 
 
-def setting_of(cluster: ClusterSpec, num_ranks: int) -> Setting:
-    return Setting(
+def setting_of(cluster: ClusterSpec, num_ranks: int) -> ReplaySetting:
+    return ReplaySetting(
         machine=machine_model(cluster, CURVES), model=MODEL, num_ranks=num_ranks, tensor_parallel=1, element_bytes=2
     )
 
@@ -159,7 +159,7 @@ def test_a_ring_is_what_its_schedule_says_message_by_message(seed: int, monkeypa
 
 
 def walked(
-    group: AttentionGroup, lengths: SequenceOf[int], clock: list[float], setting: Setting, *, is_forward: bool
+    group: AttentionGroup, lengths: SequenceOf[int], clock: list[float], setting: ReplaySetting, *, is_forward: bool
 ) -> list[float]:
     """One layer's attention: in every round a rank posts, computes, and waits for both ends of its messages."""
     schedules = [write_schedule(group, lengths, index) for index in range(group.degree)]
@@ -187,7 +187,7 @@ def walked(
     return clock
 
 
-def round_s(step: Round, number: int, setting: Setting, *, is_forward: bool) -> float:
+def round_s(step: Round, number: int, setting: ReplaySetting, *, is_forward: bool) -> float:
     queries, keys, pairs = round_work(step)
     calls = len({task.causal for task in step.tasks})
     kernel_s = float(setting.machine.attention.forward_s(

@@ -6,12 +6,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from planner.replay.state import Ledger, Recorder, Setting, Traffic, nic_load
+from planner.replay.state import Ledger, Recorder, ReplaySetting, Traffic, nic_load
 from planner.replay.work import FloatArray, HeadSplit, IntArray
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HeadTrade:
+class HeadAllToAll:
     """One all-to-all of every team, ``[team, place]``. It starts when the last member arrives and takes as long as the
     slowest member; traffic within a node and traffic that leaves it travel at the same time."""
 
@@ -41,22 +41,22 @@ class HeadTrade:
             far = self.far_sent > 0
             record("nic", name, teams[far], starts[far], stops[far])
 
-    def slowed(self, factor: FloatArray) -> HeadTrade:
+    def slowed(self, factor: FloatArray) -> HeadAllToAll:
         return replace(self, far_s_per_byte=self.far_s_per_byte * factor)
 
-    def freed(self) -> HeadTrade:
+    def freed(self) -> HeadAllToAll:
         return replace(self, latency_s=0.0, near_s_per_byte=0.0, far_s_per_byte=np.zeros_like(self.far_s_per_byte))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Trades:
+class HeadExchanges:
     """The four all-to-alls of a layer. Forward: q, k, v before and output after; backward: dout before, dqkv after."""
 
     teams: IntArray
-    qkv: HeadTrade
-    out: HeadTrade
-    out_grad: HeadTrade
-    qkv_grad: HeadTrade
+    qkv: HeadAllToAll
+    out: HeadAllToAll
+    out_grad: HeadAllToAll
+    qkv_grad: HeadAllToAll
 
     def before(self, is_forward: bool, clock: FloatArray, ledger: Ledger, record: Recorder | None) -> None:
         name = "all-to-all of q, k, v" if is_forward else "all-to-all of the output's gradient"
@@ -75,21 +75,21 @@ class Trades:
             near_received=(first.near_received + second.near_received).reshape(shape),
         )
 
-    def slowed(self, forward: FloatArray, backward: FloatArray) -> Trades:
+    def slowed(self, forward: FloatArray, backward: FloatArray) -> HeadExchanges:
         forward, backward = forward.reshape(self.teams.shape), backward.reshape(self.teams.shape)
         return replace(
             self, qkv=self.qkv.slowed(forward), out=self.out.slowed(forward), out_grad=self.out_grad.slowed(backward),
             qkv_grad=self.qkv_grad.slowed(backward),
         )
 
-    def freed(self) -> Trades:
+    def freed(self) -> HeadExchanges:
         return replace(
             self, qkv=self.qkv.freed(), out=self.out.freed(), out_grad=self.out_grad.freed(),
             qkv_grad=self.qkv_grad.freed(),
         )
 
 
-def trades_of(ranks: IntArray, rows: FloatArray, heads: HeadSplit, setting: Setting) -> Trades:
+def head_exchanges_of(ranks: IntArray, rows: FloatArray, heads: HeadSplit, setting: ReplaySetting) -> HeadExchanges:
     """``ranks[group, member]`` and their tokens. A team is as many consecutive members as ``heads`` has places."""
     size = len(heads.queries)
     teams, rows = ranks.reshape(-1, size), rows.reshape(-1, size)
@@ -101,7 +101,7 @@ def trades_of(ranks: IntArray, rows: FloatArray, heads: HeadSplit, setting: Sett
     machine, head_bytes = setting.machine, setting.model.head_dim * setting.element_bytes
     latency_s = machine.collective_latency_s(size, setting.ranks_per_node)
 
-    def gather(width: FloatArray, is_way_back: bool) -> HeadTrade:
+    def gather(width: FloatArray, is_way_back: bool) -> HeadAllToAll:
         """From own rows of all heads to all rows of own heads, or back."""
         near_rows, far_rows = (np.einsum("gij,gj->gi", mask, rows) for mask in (near, far))
         near_width, far_width = (np.einsum("gij,j->gi", mask, width) for mask in (near, far))
@@ -109,13 +109,13 @@ def trades_of(ranks: IntArray, rows: FloatArray, heads: HeadSplit, setting: Sett
         received = [head_bytes * width * each for each in (near_rows, far_rows)]
         if is_way_back:
             sent, received = received, sent
-        return HeadTrade(
+        return HeadAllToAll(
             latency_s=latency_s, near_sent=sent[0], far_sent=sent[1], near_received=received[0],
             far_received=received[1], near_s_per_byte=1 / machine.intra_node.bytes_per_s,
             far_s_per_byte=load / machine.nic_bytes_per_s,
         )
 
-    return Trades(
+    return HeadExchanges(
         teams=teams, qkv=gather(heads.width, False), out=gather(heads.queries, True),
         out_grad=gather(heads.queries, False), qkv_grad=gather(heads.width, True),
     )
