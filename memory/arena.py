@@ -216,7 +216,7 @@ class AddressArena:
             f"static plan: {stats.hit_fraction:.1%} of the requests of {self.num_served:,} planned microbatches at "
             f"their address in a slab of {format_bytes(stats.slab_bytes)} ({stats.num_misses:,} unexpected, "
             f"{stats.num_refused:,} refused, {stats.num_unplanned:,} outlive their microbatch); "
-            f"{self.num_recorded:,} microbatches of new kinds ran without a plan"
+            f"{self.num_recorded:,} microbatches ran without a plan, because their kind was new"
         )
 
 

@@ -194,7 +194,7 @@ def _refuse_mixed(plan: StepPlan, rounds: tuple[tuple[int, ...], ...]) -> None:
     for members in rounds:
         policies = [plan.microbatches[index].memory for index in members]
         if any(policy.chunk_tokens for policy in policies) and any(policy.keep_fraction < 1 for policy in policies):
-            raise PlanError(f"step {plan.step}: chunks beside swapped or recomputed activations in one round of zero3")
+            raise PlanError(f"step {plan.step}: one round of zero3 mixes chunks with swapped or recomputed activations")
 
 
 def _group_slots(plan: StepPlan, members: tuple[int, ...], rank: int) -> tuple[int | None, ...]:
