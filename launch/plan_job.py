@@ -106,8 +106,8 @@ def read_job(flags: argparse.Namespace) -> Job:
         raise SpecError(f"--memory: {flags.memory!r} is none of {', '.join(POLICIES)}")
     if flags.lengths is None:
         raise SpecError(
-            "longhaul plan: --lengths FILE|NAME is needed: a file of one sequence length (tokens) a line, or one of "
-            f"{', '.join(length_names())}"
+            "longhaul plan: --lengths FILE|NAME is needed: a file with one sequence length (tokens) per line, or one "
+            f"of {', '.join(length_names())}"
         )
     cluster, model = load_cluster(flags.cluster), load_model(flags.model)
     if cluster.num_ranks > _MAX_DEVICES:
@@ -193,8 +193,8 @@ def _derive(
         return cost, ""
     lean = derive_cost(cluster, model, num_ranks=num_ranks, tensor_parallel=tensor, sharding=Sharding.ZERO3)
     remark = (
-        f"priced with zero3: gather_once needs {format_bytes(cost.memory.fixed_bytes)} a device before the first token "
-        f"and leaves too little of {format_bytes(budget_bytes)} for {longest} tokens; train with "
+        f"priced with zero3: gather_once needs {format_bytes(cost.memory.fixed_bytes)} per device before the first "
+        f"token and leaves too little of {format_bytes(budget_bytes)} for {longest} tokens; train with "
         "--parallel.sharding zero3"
     )
     return lean, remark

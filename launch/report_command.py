@@ -165,7 +165,7 @@ def report_lines(records: RunRecords, report: RunReport) -> list[str]:
         words = {"plan_wait_s": "plan wait", "gather_s": "gather", "compute_s": "computing",
                  "exchange_wait_s": "waiting for messages", "reduce_s": "reduce", "update_s": "update"}
         parts = ", ".join(f"{words[key]} {format_seconds(value)}" for key, value in report.parts_s.items())
-        lines.append(f"a step: {parts} (means)")
+        lines.append(f"per step: {parts} (means)")
     peaks = f"predicted {format_bytes(predicted_bytes)}, measured {format_bytes(peak_bytes)}"
     lines.append(f"peak memory: {peaks}; plans: {statuses}")
     if report.copies is not None:
@@ -185,8 +185,8 @@ def _copies_line(copies: CopySummary) -> str:
         ) if seconds > 0
     ]
     return (
-        f"copies of activations: {format_seconds(copies.copy_s)} a step, {copies.hidden_share:.1%} of it hidden behind "
-        f"layers, {format_seconds(copies.wait_s)} waited for copies; {', '.join(parts)} ({where})"
+        f"copies of activations: {format_seconds(copies.copy_s)} per step, {copies.hidden_share:.1%} of it hidden "
+        f"behind layers, {format_seconds(copies.wait_s)} waited for copies; {', '.join(parts)} ({where})"
     )
 
 
@@ -235,7 +235,7 @@ def _show_ranks(console: Console, report: RunReport) -> None:
          format_seconds(line.wait_s), format_seconds(line.predicted_idle_s), format_seconds(line.idle_s))
         for line in lines
     ]
-    title = "ranks, seconds a step" + (
+    title = "ranks, seconds per step" + (
         f" (the {MOST_RANKS} busiest of {len(report.ranks)})" if len(report.ranks) > MOST_RANKS else ""
     )
     columns = ("rank", "busy predicted", "busy measured", "of it waiting", "idle predicted", "idle measured")

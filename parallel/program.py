@@ -331,7 +331,7 @@ def _source_rows(transfer: Transfer, own: dict[Span, Rows], held: dict[Span, Row
 def _peer_rows(transfer: Transfer, rows: dict[Span, Rows], *, held: bool) -> PeerRows:
     found = [_rows_of(span, rows) for span in transfer.spans]
     if None in found:
-        raise PlanError(f"message with rank {transfer.rank} names spans that are not there: {transfer.spans}")
+        raise PlanError(f"message with rank {transfer.rank} names spans that this rank does not have: {transfer.spans}")
     merged = _merge(rows for rows in found if rows is not None)
     return PeerRows(rank=transfer.rank, rows=merged, num_rows=sum(b - a for a, b in merged), held=held)
 

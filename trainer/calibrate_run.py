@@ -50,7 +50,7 @@ def summary_lines(measured: Calibration) -> list[str]:
     """Lines for the log: measured operations by size, then how well the cost model fits whole microbatches."""
     lines = [
         f"{sample.op:<11} size {sample.size:>9,}: {format_seconds(sample.seconds):>8}, "
-        f"{format_count(sample.work / sample.seconds)} {_WORK_UNITS[sample.op]}/s a rank"
+        f"{format_count(sample.work / sample.seconds)} {_WORK_UNITS[sample.op]}/s per rank"
         for sample in measured.operations
     ]
     origin = measured.cost.provenance

@@ -127,7 +127,7 @@ def _chunk_notes(runtime: Runtime) -> list[str]:
     if policy is None:
         return []
     gradients = policy.describe_gradients()
-    lines = [f"chunks: {policy.chunk_tokens:,} tokens a rank, activations of the last {policy.keep_rows:,} are kept"]
+    lines = [f"chunks: {policy.chunk_tokens:,} tokens per rank; activations of the last {policy.keep_rows:,} are kept"]
     return lines if gradients == "exact" else [*lines, f"NOTE: {gradients}, and so is the loss shown"]
 
 

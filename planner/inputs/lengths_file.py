@@ -23,7 +23,7 @@ def read_lengths(path: str) -> tuple[int, ...]:
         _length(line, path, number) for number, line in enumerate(text.split("\n"), start=1) if line and line.strip()
     )
     if not lengths:
-        raise SpecError(f"lengths file {path} holds no lengths; one number of tokens a line is needed")
+        raise SpecError(f"lengths file {path} holds no lengths; it needs one number of tokens per line")
     return lengths
 
 

@@ -19,7 +19,7 @@ class _UniqueKeys(yaml.SafeLoader):
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
                 if key.value in seen:
-                    raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} is there twice",
+                    raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} appears twice",
                                                             key.start_mark)
                 seen.add(key.value)
         return super().construct_mapping(node, deep=deep)

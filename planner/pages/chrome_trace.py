@@ -42,7 +42,7 @@ def chrome_trace(steps: SequenceOf[PlannedStep], cluster: ClusterSpec) -> dict[s
         about["replay"] = (
             f"{len(process)} of {num_ranks} ranks (at most {MAX_DRAWN_RANKS}); of each microbatch the first layer, "
             "forward and backward, round by round, the others as one event; at most "
-            f"{MAX_LANE_EVENTS} events a step, later ones are left out"
+            f"{MAX_LANE_EVENTS} events per step; later ones are left out"
         )
     return {"traceEvents": events, "displayTimeUnit": "ms", "otherData": about}
 

@@ -103,7 +103,7 @@ def speed_line(steps: SequenceOf[PlannedStep], num_devices: int, cost: CostModel
     gap = f"gap to the proven bound at most {max(known):.1%}" if len(known) == len(steps) else "no bound known"
     plural = "step" if len(steps) == 1 else "steps"
     return (
-        f"{steps[0].plan.strategy}: {format_seconds(step_s)} a step over {len(steps)} {plural} "
+        f"{steps[0].plan.strategy}: {format_seconds(step_s)} per step over {len(steps)} {plural} "
         f"({band_text(step_s, cost)}), {format_count(tokens_per_s)} tokens/s "
         f"({format_count(tokens_per_s / num_devices)} per device), idle {idle:.1%}, {gap}"
     )
@@ -135,7 +135,7 @@ def time_line(plan: StepPlan, split: TimeSplit) -> str:
         parts.append(("recomputing", split.recompute_s))
     parts += [
         ("exposed swap", split.swap_s), ("imbalance (waiting for slower ranks)", split.waiting_s),
-        ("gather, reduce, optimizer once a step", split.fixed_s),
+        ("gather, reduce, optimizer once per step", split.fixed_s),
     ]
     total_s = sum(seconds for _, seconds in parts)
     words = ", ".join(_part_text(name, seconds, total_s) for name, seconds in parts)
@@ -166,10 +166,10 @@ def replay_lines(step: PlannedStep) -> list[str]:
         f"{max(replay.node_nic_share):.1%} of the time",
     ]
     if not 1 / MODELS_AGREE <= ratio <= MODELS_AGREE:
-        waiting = ", nor that zero3's ranks wait for each other" if step.plan.sharding is Sharding.ZERO3 else ""
+        waiting = ", nor the waiting of zero3's ranks for each other" if step.plan.sharding is Sharding.ZERO3 else ""
         lines.append(
             f"the two models of step {step.plan.step} differ by more than {MODELS_AGREE}x: the plan is the best found "
-            "for the predicted seconds, which have one price a token for every group and know neither contention nor "
+            "by predicted seconds, which use one price per token for every group and include neither contention nor "
             f"waiting inside a microbatch{waiting}"
         )
     return lines

@@ -107,14 +107,14 @@ def _changes(start: Trial) -> Iterator[Trial]:
     budget = limits.device_budget_bytes * 5 // 4
     yield replace(
         start, limits=replace(limits, device_budget_bytes=budget),
-        change=f"25 % more memory a device ({format_bytes(limits.device_budget_bytes)} -> {format_bytes(budget)})",
+        change=f"25 % more memory per device ({format_bytes(limits.device_budget_bytes)} -> {format_bytes(budget)})",
     )
     if set(limits.policies) <= {MemoryAction.KEEP}:
         free = replace(limits, policies=tuple(MemoryAction))
         yield replace(start, limits=free, change="--memory auto (swap, recompute, chunks)")
     nodes = 2 * cluster.num_nodes
     yield replace(start, cluster=replace(cluster, num_nodes=nodes), change=f"twice the nodes ({nodes})")
-    yield replace(start, lengths=lengths * 2, change=f"twice the sequences a step ({2 * len(lengths)})")
+    yield replace(start, lengths=lengths * 2, change=f"twice the sequences per step ({2 * len(lengths)})")
     half = max(lengths) // 2
     kept = tuple(length for length in lengths if length <= half)
     if kept:

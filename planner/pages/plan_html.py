@@ -161,7 +161,7 @@ def _add_step_end(figure: Any, step: PlannedStep, num_rows: int) -> None:
     figure.add_bar(
         orientation="h", name="gather, reduce, optimizer", y=list(range(num_rows)), x=[fixed_s] * num_rows,
         base=last_s, width=1.0, marker={"color": _FIXED, "line": {"width": 0}},
-        hovertemplate=f"{format_seconds(fixed_s)}, once a step, every rank<extra></extra>",
+        hovertemplate=f"{format_seconds(fixed_s)}, once per step on every rank<extra></extra>",
     )
 
 

@@ -44,7 +44,7 @@ def policy_line(steps: SequenceOf[PlannedStep], cost: CostModel, limits: PlanLim
     sizes = [microbatch.memory.chunk_tokens for microbatch, _ in changed if microbatch.memory.chunk_tokens]
     if sizes:
         span = f"{max(sizes):,}" if min(sizes) == max(sizes) else f"{min(sizes):,} to {max(sizes):,}"
-        actions.append(f"{len(sizes)} run in chunks of {span} tokens a rank")
+        actions.append(f"{len(sizes)} run in chunks of {span} tokens per rank")
     held = cost.max_local_tokens(limits.device_budget_bytes)
     spared = [_ranks_spared(microbatch, lengths, held, cost) for microbatch, lengths in changed]
     impossible = [words for num_ranks, words in spared if num_ranks is None]

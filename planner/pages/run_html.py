@@ -107,7 +107,7 @@ def _ranks(ranks: SequenceOf[RankLine]) -> Figure:
     style(figure, height=360, top=_TOP)
     figure.update_layout(barmode="stack", bargap=0.15)
     figure.update_xaxes(title="rank")
-    figure.update_yaxes(title="seconds a step")
+    figure.update_yaxes(title="seconds per step")
     return Figure(title="Ranks: planned and measured, mean of the recorded steps", plot=figure, is_wide=True)
 
 

@@ -33,7 +33,7 @@ class TrainingData:
             *self.store.describe(),
             *self.samples.describe(),
             *length_histogram(self.samples.num_tokens),
-            f"corpus: unigram entropy {entropy:.3f} nats a token: the loss of a model that ignores context",
+            f"corpus: unigram entropy {entropy:.3f} nats per token, the loss of a model that ignores context",
         ]
 
 

@@ -36,19 +36,19 @@ def chunk_memory(
     certain_bytes = int(num_layers * max(longest, 0) * (kv_bytes + (dkv_bytes if chunking.sampler is None else 0)))
     if capacity_bytes < certain_bytes:
         raise InfeasibleError(
-            f"{tier_name} tier: need {format_bytes(certain_bytes)} a rank for K/V and dK/dV of the earlier chunks of a "
-            f"sample of {config.data.max_length} tokens, have {format_bytes(capacity_bytes)}: raise "
+            f"{tier_name} tier: need {format_bytes(certain_bytes)} per rank for K/V and dK/dV of the earlier chunks of "
+            f"a sample of {config.data.max_length} tokens, have {format_bytes(capacity_bytes)}: raise "
             "--memory.tier-budget, lower --max-length or use more ranks",
             binding="chunk tier", needed_bytes=certain_bytes, available_bytes=capacity_bytes,
         )
     tier, ledger = make_tier(config, runtime, tier_name, capacity_bytes)
     resident = f"{min(NUM_KV_BUFFERS, num_layers)} layers' K/V and {min(NUM_DKV_BUFFERS, num_layers)} layers' dK/dV"
     note = (
-        f"memory: K/V and dK/dV of earlier chunks in a {tier_name} tier of {format_bytes(capacity_bytes)} a rank; "
+        f"memory: K/V and dK/dV of earlier chunks in a {tier_name} tier of {format_bytes(capacity_bytes)} per rank; "
         f"{resident} of {num_layers} on the device"
     )
     if capacity_bytes < needed_bytes:
-        note += f"; all of a step on one rank would need {format_bytes(needed_bytes)}"
+        note += f"; a whole step on one rank would need {format_bytes(needed_bytes)}"
     padded = sum(_in_places(size * chunking.chunk_tokens) for size in (kv_bytes, dkv_bytes)) / chunking.chunk_tokens
     return dataclasses.replace(
         memory, tier=tier, ledger=ledger, note=note, tier_bytes_per_token=num_layers * padded

@@ -138,14 +138,14 @@ def policy_note(plan: StepPlan, cost: CostModel, limits: PlanLimits) -> str:
     chosen = policy_name(microbatch.memory)
     if not microbatch.memory.is_keep:
         chosen += (
-            f", {format_bytes(microbatch.peak_bytes)} a device instead of {format_bytes(kept.peak_bytes(cost))} "
+            f", {format_bytes(microbatch.peak_bytes)} per device instead of {format_bytes(kept.peak_bytes(cost))}, "
             f"for {format_seconds(microbatch.predicted_s - kept.seconds)} more"
         )
     return (
         f"memory: chosen by the plan; {format_bytes(budget)} hold {cost.max_local_tokens(budget):,} kept tokens; "
         f"the longest sequence ({plan.num_tokens:,}) on {len(microbatch.ranks)} of {plan.num_ranks} ranks: {chosen}; "
-        f"a token swapped frees {format_bytes(fit.swap_bytes_per_token)} (room for {format_bytes(host)}, "
-        f"{format_bytes(fit.copy_bytes_per_s)}/s), recomputed {format_bytes(fit.recompute_bytes_per_token)} "
+        f"swapping a token frees {format_bytes(fit.swap_bytes_per_token)} (room for {format_bytes(host)}, "
+        f"{format_bytes(fit.copy_bytes_per_s)}/s), recomputing it {format_bytes(fit.recompute_bytes_per_token)} "
         f"for {format_seconds(fit.recompute_s_per_token)}{_chunk_note(cost)}"
     )
 
@@ -153,7 +153,7 @@ def policy_note(plan: StepPlan, cost: CostModel, limits: PlanLimits) -> str:
 def _chunk_note(cost: CostModel) -> str:
     if cost.chunks is None:
         return ""
-    return f", in chunks all but {format_bytes(cost.chunks.resident_bytes_per_token)} of it for another forward"
+    return f", chunks all but {format_bytes(cost.chunks.resident_bytes_per_token)} of it for a second forward"
 
 
 def _with_note(memory: ActivationMemory, reason: str) -> ActivationMemory:
@@ -175,7 +175,7 @@ def _why_keep(config: TrainConfig, runtime: Runtime, cost: CostModel, limits: Pl
         return f"a whole step on one device would take {format_bytes(most)} of {format_bytes(budget)}"
     if _fewest_layers(runtime) <= RECOMPUTE_KEEPS_LAYERS:
         where = "the model has" if cost.num_stages == 1 else "a pipeline stage has"
-        return f"{where} one layer, and the last one stays"
+        return f"{where} one layer, and the last one is always kept"
     if cost.activation is None and not measures_policies(cost):
         return f"{config.plan.cost} does not price swapping and recomputing"
     return ""

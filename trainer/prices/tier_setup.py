@@ -48,7 +48,7 @@ def make_memory(config: TrainConfig, runtime: Runtime, local_world_size: int) ->
     if policy == "recompute":
         return ActivationMemory(
             policy=dataclasses.replace(RECOMPUTE_ALL, row_multiple=row_multiple),
-            note="memory: activations recomputed but for layer inputs and attention outputs, which stay",
+            note="memory: activations recomputed, except layer inputs and attention outputs, which are kept",
         )
     if policy != "swap":
         return ActivationMemory(policy=dataclasses.replace(KEEP_ALL, row_multiple=row_multiple))
@@ -66,11 +66,11 @@ def make_memory(config: TrainConfig, runtime: Runtime, local_world_size: int) ->
     needed_bytes = _needed_bytes(config, runtime, profile, chosen)
     capacity_bytes = min(limit_bytes, needed_bytes) if config.memory.tier_budget == "auto" else limit_bytes
     tier, ledger = make_tier(config, runtime, tier_name, capacity_bytes)
-    note = f"memory: {tier_name} tier of {format_bytes(capacity_bytes)} a rank; {how}"
+    note = f"memory: {tier_name} tier of {format_bytes(capacity_bytes)} per rank; {how}"
     if capacity_bytes < needed_bytes:
-        note += f"; all of a step on one rank would need {format_bytes(needed_bytes)}"
+        note += f"; a whole step on one rank would need {format_bytes(needed_bytes)}"
     if runtime.model.stage.is_last and len(runtime.model.layers) <= chosen.num_kept_layers:
-        note += f"; the last {chosen.num_kept_layers} layers stay and there are no others: nothing is swapped"
+        note += f"; the last {chosen.num_kept_layers} layers are kept and there are no others: nothing is swapped"
     return ActivationMemory(
         policy=chosen, tier=tier, ledger=ledger, note=note,
         tier_bytes_per_token=_swapped_bytes_per_token(runtime, profile, chosen),

@@ -60,7 +60,7 @@ def read_run(folder: Path) -> RunRecords:
         raise SpecError(f"{folder}: no {METRICS} in it, so no training run wrote here; give the --run-dir of one")
     metrics = tuple(record for record in read_metrics(folder / METRICS) if _is_step(record))
     if not metrics:
-        raise SpecError(f"{folder}: {METRICS} holds no step yet; come back when the run has finished its first")
+        raise SpecError(f"{folder}: {METRICS} holds no step yet: wait until the run has finished its first step")
     executed = read_executed(folder)
     settings = _settings(folder / "config.yaml")
     digest = executed[-1][0].cost_digest if executed else _last_digest(folder / PLANS)

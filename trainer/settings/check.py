@@ -131,11 +131,11 @@ def _wrong_memory(config: TrainConfig) -> Iterator[str]:
             "out"
         )
     if memory.static_plan and config.run.device == "cpu":
-        yield "memory.static_plan is for run.device cuda: the CPU's allocator is not ours to replace; leave it out"
+        yield "memory.static_plan is for run.device cuda: the CPU's allocator cannot be replaced; leave it out"
     if memory.static_plan and config.parallel.pipeline_parallel > 1:
         yield (
-            "memory.static_plan is not built yet for pipeline_parallel above 1: microbatches overlap there, and a plan "
-            "holds one; available: one stage"
+            "memory.static_plan is not built yet for pipeline_parallel above 1, where microbatches overlap; available: "
+            "one stage"
         )
 
 
@@ -145,8 +145,8 @@ def _tier_for_no_plan(config: TrainConfig) -> Iterator[str]:
     name = "memory.tier" if config.memory.tier is not None else "memory.tier_budget"
     if config.plan.strategy not in POLICY_STRATEGIES:
         yield (
-            f"{name}: nothing would go there, for {chooses_none(config.plan.strategy)}: leave it out, or add --memory "
-            "swap"
+            f"{name}: nothing would be swapped, because {chooses_none(config.plan.strategy)}: leave it out, or add "
+            "--memory swap"
         )
 
 
@@ -226,8 +226,8 @@ def _wrong_model(config: TrainConfig) -> Iterator[str]:
     kept = KEPT_LAYERS.get(config.memory.policy, 0)
     if num_stages == 1 and 1 <= spec.num_layers <= kept:
         yield (
-            f"memory.policy {config.memory.policy} needs at least {kept + 1} layers, for the last "
-            f"{'one stays' if kept == 1 else f'{kept} stay'} anyway; {spec.name} has {spec.num_layers}"
+            f"memory.policy {config.memory.policy} needs at least {kept + 1} layers, because the last "
+            f"{'one is' if kept == 1 else f'{kept} are'} always kept; {spec.name} has {spec.num_layers}"
         )
     if config.parallel.gradient_dtype == "bf16" and config.run.dtype != "bf16":
         yield f"parallel.gradient_dtype bf16 needs run.dtype bf16: with {config.run.dtype} all gradients are fp32"
@@ -260,7 +260,7 @@ def _wrong_chunks(config: TrainConfig) -> Iterator[str]:
     memory, policy = config.memory, config.memory.policy
     chunked, sampled = policy in CHUNKED_POLICIES, policy == "spaco"
     if chunked and memory.chunk_tokens is None:
-        yield f"memory.policy {policy} needs memory.chunk_tokens (--chunk-tokens N): tokens a rank has in one chunk"
+        yield f"memory.policy {policy} needs memory.chunk_tokens (--chunk-tokens N): tokens per rank in one chunk"
     if sampled and memory.sample_fraction is None:
         yield "memory.policy spaco needs memory.sample_fraction (--sample-fraction F): share of the chunks to run back"
     if memory.chunk_tokens is not None and not chunked:
@@ -279,6 +279,6 @@ def _wrong_chunks(config: TrainConfig) -> Iterator[str]:
         yield "memory.chunk_budget is for one pipeline stage and sharding gather_once only: leave it out"
     if chunked and memory.tier is not None and config.parallel.pipeline_parallel > 1:
         yield (
-            f"memory.tier with memory.policy {policy} is not built yet for pipeline_parallel above 1: several "
-            "microbatches' K/V live at once there; available: one stage, or leave memory.tier out"
+            f"memory.tier with memory.policy {policy} is not built yet for pipeline_parallel above 1, where "
+            "K/V of several microbatches are live at once; available: one stage, or leave memory.tier out"
         )
