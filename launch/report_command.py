@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from planner.pages.run_report import RunReport
     from trainer.record.run_records import RunRecords
 
-MOST_RANKS = 16
+MAX_RANKS = 16
 _FILES = ("json", "html", "trace", "refit")
 
 
@@ -229,14 +229,14 @@ def _show_shapes(console: Console, report: RunReport) -> None:
 
 
 def _show_ranks(console: Console, report: RunReport) -> None:
-    lines = sorted(sorted(report.ranks, key=lambda line: -line.compute_s)[:MOST_RANKS], key=lambda line: line.rank)
+    lines = sorted(sorted(report.ranks, key=lambda line: -line.compute_s)[:MAX_RANKS], key=lambda line: line.rank)
     rows = [
         (str(line.rank), format_seconds(line.predicted_busy_s), format_seconds(line.compute_s + line.wait_s),
          format_seconds(line.wait_s), format_seconds(line.predicted_idle_s), format_seconds(line.idle_s))
         for line in lines
     ]
     title = "ranks, seconds per step" + (
-        f" (the {MOST_RANKS} busiest of {len(report.ranks)})" if len(report.ranks) > MOST_RANKS else ""
+        f" (the {MAX_RANKS} busiest of {len(report.ranks)})" if len(report.ranks) > MAX_RANKS else ""
     )
     columns = ("rank", "busy predicted", "busy measured", "of it waiting", "idle predicted", "idle measured")
     _show_table(console, title, columns, rows)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-Rows = tuple[int, int]
+from memory.chunked import Rows
 
 
 @dataclass(slots=True)

@@ -16,7 +16,7 @@ import torch
 
 from planner.measured.copy_times import LAYERS, WAIT, Interval
 
-MOST_INTERVALS = 4096
+MAX_INTERVALS = 4096
 """Most intervals recorded per rank and step; further ones are only counted."""
 Stamp = Any
 """A float (CPU) or a recorded ``torch.cuda.Event``."""
@@ -30,7 +30,7 @@ class Timeline:
     their copies with it. ``zero_s``: the host's clock at time zero.
     """
 
-    def __init__(self, *, most_intervals: int = MOST_INTERVALS) -> None:
+    def __init__(self, *, most_intervals: int = MAX_INTERVALS) -> None:
         self.is_on = False
         self.subject = ""
         self.zero_s = 0.0

@@ -23,11 +23,9 @@ from typing import Any, Protocol
 import torch
 
 from parallel.chunk_exchange import ChunkExchange
-from parallel.kernel import AttentionKernel, Pairs
+from parallel.kernel import AttentionKernel, Pairs, Rows
 from parallel.lse import RunningResult, accumulate_dtype, add_rows
 from planner.plan import Span
-
-Rows = tuple[int, int]
 
 _PIECE_ROWS = 2048
 """Most stored rows per backward kernel call (more if the chunk itself has more). The call's dK/dV are held in addition

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from planner.addresses.plan import Request
 
 UNKNOWN = -1
-_MOST_UNKNOWN_SHARE = 0.02
+_MAX_UNKNOWN_SHARE = 0.02
 """Share of the bytes of all requests; if more of them are unknown, the two traces are of different kinds."""
 
 
@@ -49,6 +49,6 @@ def fit_rows(
         slopes.append(slope)
         fixed.append(low.num_bytes - slope * first_rows)
     total_bytes = max(sum(r.num_bytes for r in first), sum(r.num_bytes for r in second))
-    if unknown_bytes > _MOST_UNKNOWN_SHARE * total_bytes:
+    if unknown_bytes > _MAX_UNKNOWN_SHARE * total_bytes:
         return None
     return RowLines(fixed_bytes=tuple(fixed), bytes_per_row=tuple(slopes))

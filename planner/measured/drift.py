@@ -22,8 +22,8 @@ from planner.pricing.timeline import Pass, play
 WARM_UP_STEPS = 2
 """First steps after a start are not counted: caches are cold and some code is loaded late."""
 WINDOW_STEPS = 10
-LEAST_STEPS = 5
-LEAST_SAMPLES = 8
+MIN_STEPS = 5
+MIN_SAMPLES = 8
 _OUTLIER = 3.0
 """A microbatch this many times off the median ratio of all was disturbed by something outside the plan."""
 
@@ -51,7 +51,7 @@ class Drift:
 
 
 class DriftWatch:
-    """Follows a run step by step. The first steps after a start are not counted; with fewer than LEAST_STEPS there is
+    """Follows a run step by step. The first steps after a start are not counted; with fewer than MIN_STEPS there is
     no verdict."""
 
     def __init__(self, factor: float) -> None:
@@ -77,7 +77,7 @@ class DriftWatch:
 
 def drift_of(pairs: SequenceOf[tuple[float, float]], factor: float) -> Drift | None:
     """The verdict on (predicted, measured) seconds of steps; None if there are too few."""
-    if len(pairs) < LEAST_STEPS:
+    if len(pairs) < MIN_STEPS:
         return None
     return Drift(ratio=median_ratio(pairs), num_steps=len(pairs), factor=factor)
 
@@ -139,7 +139,7 @@ class Refit:
 
 
 def refit_cost(cost: CostModel, steps: SequenceOf[Executed]) -> Refit | None:
-    """``cost`` adapted to measured steps; None if they have fewer than LEAST_SAMPLES usable microbatches.
+    """``cost`` adapted to measured steps; None if they have fewer than MIN_SAMPLES usable microbatches.
 
     A run's plans use few shapes, so the old model serves as the prior. First each (kind, degree) is scaled by its
     median ratio of measured to predicted seconds; those without samples are scaled by the median of all. Then each of
@@ -155,7 +155,7 @@ def refit_cost(cost: CostModel, steps: SequenceOf[Executed]) -> Refit | None:
     priced = [sample for sample in group_samples(steps) if sample.degree in cost.degrees(sample.kind)]
     pairs = [(cost.group_s(sample.kind, sample.degree, sample.lengths), sample) for sample in priced]
     pairs = [(predicted_s, sample) for predicted_s, sample in pairs if predicted_s > 0]
-    if len(pairs) < LEAST_SAMPLES:
+    if len(pairs) < MIN_SAMPLES:
         return None
     overall = median_ratio([(predicted_s, sample.seconds) for predicted_s, sample in pairs])
     kept = [(p, s) for p, s in pairs if overall / _OUTLIER <= s.seconds / p <= overall * _OUTLIER]

@@ -18,7 +18,7 @@ from planner.pages.run_report import RankLine, RunReport
 from planner.plan import StepPlan
 from planner.units import format_seconds
 
-MOST_POINTS = 5_000
+MAX_POINTS = 5_000
 """How many steps are drawn at most, so that the page stays small; of longer runs every n-th step."""
 
 _PREDICTED, _MEASURED, _WAIT, _IDLE = "#9fb3c8", "#2b6cb0", "#dd6b20", "#e4e7eb"
@@ -41,7 +41,7 @@ def _scatter(report: RunReport) -> Figure:
     """One point per step: on the diagonal the prediction was right, above it the step took longer."""
     import plotly.graph_objects as go
 
-    steps = report.judged[:: math.ceil(len(report.judged) / MOST_POINTS)]
+    steps = report.judged[:: math.ceil(len(report.judged) / MAX_POINTS)]
     most_s = 1.05 * max(max(step.predicted_s, step.measured_s) for step in steps)
     figure = go.Figure()
     figure.add_scatter(
@@ -64,7 +64,7 @@ def _scatter(report: RunReport) -> Figure:
 def _over_time(report: RunReport) -> Figure:
     import plotly.graph_objects as go
 
-    steps = report.steps[:: math.ceil(len(report.steps) / MOST_POINTS)]
+    steps = report.steps[:: math.ceil(len(report.steps) / MAX_POINTS)]
     numbers = [step.step for step in steps]
     figure = go.Figure()
     for name, colour, values in (

@@ -12,7 +12,7 @@ from typing import Any
 from planner.cost.model import CostModel
 from planner.measured.copy_times import CopySummary, StepLanes, summarize_copies
 from planner.measured.drift import (
-    LEAST_STEPS,
+    MIN_STEPS,
     WARM_UP_STEPS,
     WINDOW_STEPS,
     Drift,
@@ -132,7 +132,7 @@ def make_run_report(
     """``metrics``: records of ``metrics.jsonl``, at least one. ``executed``: recorded steps with their plans.
     ``lanes``: times of layers and copies, by step."""
     steps = tuple(_step_line(record) for record in metrics)
-    first = WARM_UP_STEPS if len(steps) >= WARM_UP_STEPS + LEAST_STEPS else 0
+    first = WARM_UP_STEPS if len(steps) >= WARM_UP_STEPS + MIN_STEPS else 0
     timed = [record for record in metrics if all(isinstance(record.get(key), int | float) for key in PARTS)][first:]
     counted = [(plan, measured) for plan, measured in executed if plan.step >= first]
     busy_s = sum(step.measured_s for step in steps[first:]) + sum(

@@ -14,7 +14,7 @@ import numpy as np
 from planner.plan import AttentionGroup
 from planner.replay.flows import group_shape
 from planner.replay.head_exchange import HeadExchanges, head_exchanges_of
-from planner.replay.state import GroupRun, Ledger, Recorder, ReplaySetting, Traffic, kernel_seconds
+from planner.replay.state import GroupRun, Recorder, ReplaySetting, TimeLedger, Traffic, kernel_seconds
 from planner.replay.walk import Flows, Walk, flows_of, walk_of
 from planner.replay.work import AttentionWork, FloatArray, HeadSplit, IntArray, side_by_side
 
@@ -36,13 +36,13 @@ class LocalRun:
     def backward_traffic(self) -> Traffic:
         return self.forward_traffic
 
-    def forward(self, clock: FloatArray, ledger: Ledger, record: Recorder | None) -> None:
+    def forward(self, clock: FloatArray, ledger: TimeLedger, record: Recorder | None) -> None:
         self._run(self.forward_s, clock, ledger, record)
 
-    def backward(self, clock: FloatArray, ledger: Ledger, record: Recorder | None) -> None:
+    def backward(self, clock: FloatArray, ledger: TimeLedger, record: Recorder | None) -> None:
         self._run(self.backward_s, clock, ledger, record)
 
-    def _run(self, seconds: FloatArray, clock: FloatArray, ledger: Ledger, record: Recorder | None) -> None:
+    def _run(self, seconds: FloatArray, clock: FloatArray, ledger: TimeLedger, record: Recorder | None) -> None:
         ranks = self.ranks.ravel()
         total_s = np.bincount(ranks, weights=seconds.ravel(), minlength=len(clock))
         if record is not None:
@@ -85,13 +85,13 @@ class ExchangeRun:
             near_sent=walked.near_sent + heads.near_sent, near_received=walked.near_received + heads.near_received,
         )
 
-    def forward(self, clock: FloatArray, ledger: Ledger, record: Recorder | None) -> None:
+    def forward(self, clock: FloatArray, ledger: TimeLedger, record: Recorder | None) -> None:
         self._run(True, clock, ledger, record)
 
-    def backward(self, clock: FloatArray, ledger: Ledger, record: Recorder | None) -> None:
+    def backward(self, clock: FloatArray, ledger: TimeLedger, record: Recorder | None) -> None:
         self._run(False, clock, ledger, record)
 
-    def _run(self, is_forward: bool, clock: FloatArray, ledger: Ledger, record: Recorder | None) -> None:
+    def _run(self, is_forward: bool, clock: FloatArray, ledger: TimeLedger, record: Recorder | None) -> None:
         if self.head_exchanges is not None:
             self.head_exchanges.before(is_forward, clock, ledger, record)
         (self.forward_walk if is_forward else self.backward_walk).run(self.ranks, clock, ledger, record)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from planner.replay.state import Ledger, Recorder, ReplaySetting, Traffic, nic_load
+from planner.replay.state import Recorder, ReplaySetting, TimeLedger, Traffic, nic_load
 from planner.replay.work import FloatArray, HeadSplit, IntArray
 
 
@@ -28,7 +28,7 @@ class HeadAllToAll:
         far_s = np.maximum(self.far_sent, self.far_received) * self.far_s_per_byte
         return np.asarray(self.latency_s + np.maximum(near_s, far_s).max(axis=1, keepdims=True), dtype=np.float64)
 
-    def run(self, teams: IntArray, clock: FloatArray, ledger: Ledger, record: Recorder | None, name: str) -> None:
+    def run(self, teams: IntArray, clock: FloatArray, ledger: TimeLedger, record: Recorder | None, name: str) -> None:
         here = clock[teams]
         start = here.max(axis=1, keepdims=True)
         stop = start + self.seconds()
@@ -58,11 +58,11 @@ class HeadExchanges:
     out_grad: HeadAllToAll
     qkv_grad: HeadAllToAll
 
-    def before(self, is_forward: bool, clock: FloatArray, ledger: Ledger, record: Recorder | None) -> None:
+    def before(self, is_forward: bool, clock: FloatArray, ledger: TimeLedger, record: Recorder | None) -> None:
         name = "all-to-all of q, k, v" if is_forward else "all-to-all of the output's gradient"
         (self.qkv if is_forward else self.out_grad).run(self.teams, clock, ledger, record, name)
 
-    def after(self, is_forward: bool, clock: FloatArray, ledger: Ledger, record: Recorder | None) -> None:
+    def after(self, is_forward: bool, clock: FloatArray, ledger: TimeLedger, record: Recorder | None) -> None:
         name = "all-to-all of the output" if is_forward else "all-to-all of dq, dk, dv"
         (self.out if is_forward else self.qkv_grad).run(self.teams, clock, ledger, record, name)
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from planner.cost.data_sheet import GRADIENT_BYTES, LAYER_LAUNCH_S
 from planner.replay.lanes import LaneRecorder
-from planner.replay.state import Ledger, Recorder, ReplaySetting
+from planner.replay.state import Recorder, ReplaySetting, TimeLedger
 from planner.replay.waves import Wave
 from planner.replay.work import FloatArray
 
@@ -18,20 +18,20 @@ LAYER_PASSES, LOSS_PASSES = 6, 3
 KEPT_LAYERS = 2
 """Number of last layers that are neither swapped nor recomputed, because their backward follows at once."""
 
-Layer = Callable[[FloatArray, Ledger, Recorder | None], None]
+Layer = Callable[[FloatArray, TimeLedger, Recorder | None], None]
 """``layer(clock, ledger, record)`` advances every rank's clock by one layer."""
 
 
 def all_layers(
     wave: Wave, layer: Layer, clock: FloatArray, num_layers: int, name: str, recorder: LaneRecorder | None
-) -> tuple[Ledger, float]:
+) -> tuple[TimeLedger, float]:
     """Advance the clock over all layers of one direction. Returns their seconds, and those per layer of the slowest
     part."""
     size, ranks = len(clock), wave.ranks
     before = drawn_from = clock.copy()
-    spent = last = Ledger.empty(size)
+    spent = last = TimeLedger.empty(size)
     for number in range(min(num_layers, REPLAYED_LAYERS)):
-        before, last = clock.copy(), Ledger.empty(size)
+        before, last = clock.copy(), TimeLedger.empty(size)
         layer(clock, last, recorder if number == 0 else None)
         spent.add(last)
         if number == 0:
@@ -63,7 +63,7 @@ def layers(
     weights = (model.num_query_heads + 2 * model.num_kv_heads) * model.head_dim * model.hidden_dim
     early = weights / model.layer_active_params
 
-    def layer(is_forward: bool, clock: FloatArray, ledger: Ledger, record: Recorder | None) -> None:
+    def layer(is_forward: bool, clock: FloatArray, ledger: TimeLedger, record: Recorder | None) -> None:
         start = clock.copy()
         seconds, share = (forward_s, early) if is_forward else (backward_s, 1 - early)
         _compute(wave, clock, ledger, record, "before attention", share * seconds)
@@ -125,7 +125,7 @@ def _tensor_parallel_s(tokens: FloatArray, setting: ReplaySetting) -> FloatArray
 
 
 def _compute(
-    wave: Wave, clock: FloatArray, ledger: Ledger, record: Recorder | None, name: str, seconds: FloatArray
+    wave: Wave, clock: FloatArray, ledger: TimeLedger, record: Recorder | None, name: str, seconds: FloatArray
 ) -> None:
     if record is not None:
         record("compute", name, wave.ranks, clock[wave.ranks], (clock + seconds)[wave.ranks])
@@ -139,7 +139,7 @@ def windows(
     """When each group of each run is active in a layer's forward and backward, starting from the clock."""
     windows = []
     for layer, is_forward in ((forward, True), (backward, False)):
-        trial, ledger = clock.copy(), Ledger.empty(len(clock))
+        trial, ledger = clock.copy(), TimeLedger.empty(len(clock))
         layer(trial, ledger, None)  # the second layer starts with the ranks' clocks after the first
         starts, stops = [], []
         for run in wave.runs:
@@ -157,7 +157,7 @@ def _by_part(wave: Wave, values: FloatArray) -> FloatArray:
     return np.asarray(top[wave.part], dtype=np.float64)
 
 
-def _stretch(ledger: Ledger, slack_s: FloatArray) -> None:
+def _stretch(ledger: TimeLedger, slack_s: FloatArray) -> None:
     """Make a layer take ``slack_s`` longer. This adds to waiting; a negative slack is taken from waiting first, then
     from exposed seconds."""
     ledger.idle_s += slack_s

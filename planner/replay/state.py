@@ -67,7 +67,7 @@ class ReplaySetting:
 
 
 @dataclass(slots=True)
-class Ledger:
+class TimeLedger:
     """Seconds of each rank by activity, summed up while clocks advance."""
 
     compute_s: FloatArray
@@ -76,10 +76,10 @@ class Ledger:
     idle_s: FloatArray
 
     @classmethod
-    def empty(cls, num_ranks: int) -> Ledger:
+    def empty(cls, num_ranks: int) -> TimeLedger:
         return cls(*(np.zeros(num_ranks) for _ in range(4)))
 
-    def add(self, other: Ledger, times: float = 1.0) -> None:
+    def add(self, other: TimeLedger, times: float = 1.0) -> None:
         self.compute_s += times * other.compute_s
         self.exposed_s += times * other.exposed_s
         self.swap_s += times * other.swap_s
@@ -107,8 +107,8 @@ class GroupRun(Protocol):
     @property
     def backward_traffic(self) -> Traffic: ...
 
-    def forward(self, clock: FloatArray, ledger: Ledger, record: Recorder | None) -> None: ...
-    def backward(self, clock: FloatArray, ledger: Ledger, record: Recorder | None) -> None: ...
+    def forward(self, clock: FloatArray, ledger: TimeLedger, record: Recorder | None) -> None: ...
+    def backward(self, clock: FloatArray, ledger: TimeLedger, record: Recorder | None) -> None: ...
     def slowed(self, forward: FloatArray, backward: FloatArray) -> GroupRun: ...
     def freed(self) -> GroupRun: ...
 

@@ -36,7 +36,7 @@ from planner.replay.flows import has_closed_form
 from planner.replay.lanes import LaneEvent, LaneRecorder
 from planner.replay.layer import KEPT_LAYERS, REPLAYED_LAYERS, Layer, all_layers, layers, windows
 from planner.replay.operations import Curves, End, load_curves, machine_model
-from planner.replay.state import Ledger, ReplaySetting
+from planner.replay.state import ReplaySetting, TimeLedger
 from planner.replay.waves import Wave, WaveShape, contended, first_pass, free_links, split_waves, wave_shape
 from planner.replay.work import FloatArray
 from planner.schedules.layout import head_degree
@@ -161,7 +161,7 @@ class _Step:
     recorder: LaneRecorder | None
     step_s: float = 0.0
     clock: FloatArray = field(init=False)
-    total: Ledger = field(init=False)
+    total: TimeLedger = field(init=False)
     peak_bytes: FloatArray = field(init=False)
     host_bytes: FloatArray = field(init=False)
     sent_bytes: FloatArray = field(init=False)
@@ -170,7 +170,7 @@ class _Step:
 
     def __post_init__(self) -> None:
         num_ranks = self.plan.num_ranks
-        self.clock, self.total = np.zeros(num_ranks), Ledger.empty(num_ranks)
+        self.clock, self.total = np.zeros(num_ranks), TimeLedger.empty(num_ranks)
         self.peak_bytes = np.full(num_ranks, float(self.memory.fixed_bytes))
         self.host_bytes, self.sent_bytes, self.received_bytes, self.far_bytes = (np.zeros(num_ranks) for _ in range(4))
 

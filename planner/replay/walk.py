@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from planner.replay.flows import Messages
-from planner.replay.state import BoolArray, Ledger, Recorder, ReplaySetting, Traffic
+from planner.replay.state import BoolArray, Recorder, ReplaySetting, TimeLedger, Traffic
 from planner.replay.work import FloatArray, IntArray
 
 
@@ -98,7 +98,7 @@ class Walk:
     latency_s: FloatArray
     wire_s: FloatArray
 
-    def run(self, ranks: IntArray, clock: FloatArray, ledger: Ledger, record: Recorder | None) -> None:
+    def run(self, ranks: IntArray, clock: FloatArray, ledger: TimeLedger, record: Recorder | None) -> None:
         """Advance the clocks of ``ranks[group, member]``, in which no rank appears twice."""
         flat = ranks.ravel()
         start = clock[flat]

@@ -1,9 +1,9 @@
 """Proves, in plain Python, that the schedules of a group's ranks compute every allowed (query, key) pair exactly once,
 that every receive has its send, and that every partial gradient reaches its owner exactly once.
 
-After a head exchange, ranks of a team work on the same tokens for different heads. So the group consists of *lanes*:
-the ranks at the same index of every team, which hold the same heads. Each lane is checked on its own; without a head
-exchange there is one lane with all ranks.
+After a head exchange, ranks of a team work on the same tokens for different heads. So the group consists of *head
+shares*: the ranks at the same index of every team, which hold the same heads. Each share is checked on its own; without
+a head exchange there is one share with all ranks.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _Parts = dict[Span, Counter[_Contribution]]
 
 
 @dataclass(frozen=True, slots=True)
-class _Lane:
+class _HeadShare:
     """Ranks with the same heads, the spans each of them has without messages, and its rounds of one walk (forward or
     backward)."""
 
@@ -51,17 +51,17 @@ def check_schedules(
     owned = _owned_spans(group, lengths, schedules, size)
     for walk in ("forward", "backward"):
         for place in range(size):
-            lane = _Lane(
+            share = _HeadShare(
                 walk=walk,
                 ranks=group.ranks[place::size],
                 owned=owned,
                 rounds=tuple(getattr(schedule, walk) for schedule in schedules[place::size]),
             )
-            _check_messages(lane)
-            _check_holdings(lane)
-            _check_coverage(lane, {index: lengths[index] for index in group.sequences})
+            _check_messages(share)
+            _check_holdings(share)
+            _check_coverage(share, {index: lengths[index] for index in group.sequences})
             if walk == "backward":
-                _check_gradients(lane)
+                _check_gradients(share)
 
 
 def _owned_spans(
@@ -95,14 +95,14 @@ def _rows(spans: Iterable[Span]) -> list[tuple[int, int]]:
     return edges
 
 
-def _check_messages(lane: _Lane) -> None:
+def _check_messages(share: _HeadShare) -> None:
     """Both ends of a message must agree on round, lead and spans, and on the order of messages with the same round and
     lead. Then both ends post the messages of a pair of ranks in the same order."""
     for grad in (False, True):
         what = "gradient" if grad else "K/V"
         sent: dict[tuple[int, int, int, int], list[tuple[Span, ...]]] = {}  # by arrival, source, target, lead
         received: dict[tuple[int, int, int, int], list[tuple[Span, ...]]] = {}
-        for rank, walked in zip(lane.ranks, lane.rounds, strict=True):
+        for rank, walked in zip(share.ranks, share.rounds, strict=True):
             for number, step in enumerate(walked):
                 for out in step.grad_sends if grad else step.sends:
                     arrival = number + out.lead if grad else number
@@ -111,7 +111,7 @@ def _check_messages(lane: _Lane) -> None:
                     received.setdefault((number, into.rank, rank, into.lead), []).append(into.spans)
         for key in {**sent, **received}:
             ends = sent.get(key, []), received.get(key, [])
-            place = f"{lane.walk} round {key[0]}: {what} message {key[1]} -> {key[2]}"
+            place = f"{share.walk} round {key[0]}: {what} message {key[1]} -> {key[2]}"
             if sorted(ends[0]) != sorted(ends[1]):
                 raise PlanError(f"{place} has only one end")
             if ends[0] != ends[1]:
@@ -120,12 +120,12 @@ def _check_messages(lane: _Lane) -> None:
                 raise PlanError(f"{place} stays where it is")
 
 
-def _check_holdings(lane: _Lane) -> None:
-    for index, (rank, walked) in enumerate(zip(lane.ranks, lane.rounds, strict=True)):
-        owned = lane.owned[index]
+def _check_holdings(share: _HeadShare) -> None:
+    for index, (rank, walked) in enumerate(zip(share.ranks, share.rounds, strict=True)):
+        owned = share.owned[index]
         for number, step in enumerate(walked):
-            place = f"{lane.walk} round {number}: rank {rank}"
-            held = lane.held(index, number)
+            place = f"{share.walk} round {number}: rank {rank}"
+            held = share.held(index, number)
             received = [span for into in step.receives for span in into.spans]
             if len(held) != len(received) or any(_is_part(span, owned) for span in held):
                 raise PlanError(f"{place} receives spans that it has")
@@ -134,7 +134,7 @@ def _check_holdings(lane: _Lane) -> None:
                     raise PlanError(f"{place} has a message that is empty or posted before the first round: {transfer}")
             for out in step.sends:
                 is_own = all(_is_part(span, owned) for span in out.spans)
-                if not (is_own or set(out.spans) <= lane.held(index, number - out.lead)):
+                if not (is_own or set(out.spans) <= share.held(index, number - out.lead)):
                     raise PlanError(f"{place} sends spans it does not hold")
             for task in step.tasks:
                 if task.query not in owned or task.key not in owned | held:
@@ -143,11 +143,11 @@ def _check_holdings(lane: _Lane) -> None:
                     raise PlanError(f"{place}: causal flag is wrong in {task}")
 
 
-def _check_coverage(lane: _Lane, lengths: dict[int, int]) -> None:
+def _check_coverage(share: _HeadShare, lengths: dict[int, int]) -> None:
     by_sequence: dict[int, list[Task]] = {index: [] for index in lengths}
-    for task in (task for walked in lane.rounds for step in walked for task in step.tasks):
+    for task in (task for walked in share.rounds for step in walked for task in step.tasks):
         if task.query.sequence != task.key.sequence or task.query.sequence not in by_sequence:
-            raise PlanError(f"{lane.walk}: task crosses documents: {task}")
+            raise PlanError(f"{share.walk}: task crosses documents: {task}")
         by_sequence[task.query.sequence].append(task)
     for index, owed in by_sequence.items():
         edges = {edge for t in owed for edge in (t.query.start_token, t.query.stop_token)}
@@ -162,7 +162,7 @@ def _check_coverage(lane: _Lane, lengths: dict[int, int]) -> None:
                 edge = key.stop_token
             complete = len(triangles) == 1 and edge == triangles[0].key.start_token
             if not complete or sum(t.key.num_tokens for t in over if not t.causal) != edge:
-                raise PlanError(f"{lane.walk}: sequence {index}, queries {start}..{stop}: pairs missing or twice")
+                raise PlanError(f"{share.walk}: sequence {index}, queries {start}..{stop}: pairs missing or twice")
 
 
 def _is_part(span: Span, owned: frozenset[Span]) -> bool:
@@ -175,17 +175,17 @@ def _is_part(span: Span, owned: frozenset[Span]) -> bool:
     )
 
 
-def _check_gradients(lane: _Lane) -> None:
+def _check_gradients(share: _HeadShare) -> None:
     """Follow every part of every span's gradient from the round that computes it to the rank where it ends up."""
-    cuts = _cut_owned(lane)
+    cuts = _cut_owned(share)
     totals: list[_Parts] = [{cut: Counter() for cut in own} for own in cuts]
     in_flight: dict[tuple[int, int, int, Span], Counter[_Contribution]] = {}
-    for number in range(max(len(walked) for walked in lane.rounds)):
-        for index, (rank, walked) in enumerate(zip(lane.ranks, lane.rounds, strict=True)):
+    for number in range(max(len(walked) for walked in share.rounds)):
+        for index, (rank, walked) in enumerate(zip(share.ranks, share.rounds, strict=True)):
             if number >= len(walked):
                 continue
             step, place = walked[number], f"backward round {number}: rank {rank}"
-            held: _Parts = {span: Counter() for span in lane.held(index, number)}
+            held: _Parts = {span: Counter() for span in share.held(index, number)}
             for task in step.tasks:
                 for part in [task.key] if task.key in held else _covered(task.key, cuts[index]):
                     (held if task.key in held else totals[index])[part][(rank, number)] += 1
@@ -206,32 +206,32 @@ def _check_gradients(lane: _Lane) -> None:
                 raise PlanError(f"{place} drops gradients of received spans")
     if in_flight:
         raise PlanError("backward: gradients are still on their way after the last round")
-    _check_totals(lane, cuts, totals)
+    _check_totals(share, cuts, totals)
 
 
-def _check_totals(lane: _Lane, cuts: list[tuple[Span, ...]], totals: list[_Parts]) -> None:
+def _check_totals(share: _HeadShare, cuts: list[tuple[Span, ...]], totals: list[_Parts]) -> None:
     """Every cut must have received all gradients that tasks computed for it on any rank, each exactly once."""
     wanted: _Parts = {cut: Counter() for own in cuts for cut in own}
     everywhere = tuple(wanted)
-    for rank, walked in zip(lane.ranks, lane.rounds, strict=True):
+    for rank, walked in zip(share.ranks, share.rounds, strict=True):
         for number, step in enumerate(walked):
             for task in step.tasks:
                 for cut in _covered(task.key, everywhere):
                     wanted[cut][(rank, number)] += 1
-    for rank, total in zip(lane.ranks, totals, strict=True):
+    for rank, total in zip(share.ranks, totals, strict=True):
         for cut, parts in total.items():
             if parts != wanted[cut]:
                 raise PlanError(f"backward: rank {rank}: gradient of {cut} is not the sum of its parts")
 
 
-def _cut_owned(lane: _Lane) -> list[tuple[Span, ...]]:
+def _cut_owned(share: _HeadShare) -> list[tuple[Span, ...]]:
     """Each rank's own spans, cut wherever a task's key or a gradient begins or ends."""
     edges: dict[int, set[int]] = {}
-    for step in (step for walked in lane.rounds for step in walked):
+    for step in (step for walked in share.rounds for step in walked):
         for span in (*(task.key for task in step.tasks), *(s for into in step.grad_receives for s in into.spans)):
             edges.setdefault(span.sequence, set()).update((span.start_token, span.stop_token))
     found = []
-    for spans in lane.owned:
+    for spans in share.owned:
         cuts: list[Span] = []
         for span in sorted(spans):
             inside = sorted(e for e in edges.get(span.sequence, ()) if span.start_token < e < span.stop_token)

@@ -47,8 +47,8 @@ CALIBRATION_VERSION = 9
 """Increase it with every change of what is measured or how it is fitted; older stored results are then not used."""
 _SHORT_S = 0.1
 """A microbatch shorter than this runs twice per sweep."""
-_LEAST_SWEEPS = 2
-_MOST_SWEEPS = 5
+_MIN_SWEEPS = 2
+_MAX_SWEEPS = 5
 _BUDGET_S = 18.0
 """Seconds for all timed sweeps together; at least two sweeps run."""
 _EMPTY_STEPS = 5
@@ -226,8 +226,8 @@ def _timed_sweeps(runtime: Runtime, cases: SequenceOf[_Case]) -> list[GroupSampl
     works = [case.work(runtime, keep_busy=True) for case in cases]
     times: list[list[float]] = [[] for _ in cases]
     spent_s = 0.0
-    for sweep in range(_MOST_SWEEPS):
-        if sweep >= _LEAST_SWEEPS and spent_s * (sweep + 1) / sweep > _BUDGET_S:
+    for sweep in range(_MAX_SWEEPS):
+        if sweep >= _MIN_SWEEPS and spent_s * (sweep + 1) / sweep > _BUDGET_S:
             break
         for work, found in zip(works, times, strict=True):
             seconds = _run_case(runtime, work)

@@ -29,7 +29,7 @@ from trainer.step.runtime import Runtime, run_empty_microbatch
 _PARTS = (2, 8)
 """Into how many chunks the probes are cut."""
 _SWEEPS = 2
-_LEAST_AGAIN = 2 / 7
+_MIN_AGAIN = 2 / 7
 """Smallest cost of the second forward, as a share of a microbatch's seconds. Forward takes 2/7 of attention's FLOP and
 a third of all others; a fit to a few noisy measurements may give more, but not less."""
 
@@ -123,9 +123,9 @@ def _fit_seconds(probes: SequenceOf[_Probe], cost: CostModel, num_tokens: int) -
         fit = cost.time_fit(probe.shape.kind, probe.shape.degree)
         work_s = fit.s_per_token2 * total * total + fit.s_per_token * total
         rows.append([work_s, num_tokens / probe.chunk_tokens + 1])
-        extra_s.append(max(0.0, probe.seconds - whole_s[probe.shape] - _LEAST_AGAIN * work_s))
+        extra_s.append(max(0.0, probe.seconds - whole_s[probe.shape] - _MIN_AGAIN * work_s))
     again, s_per_chunk = non_negative_fit(rows, extra_s, scales=[row[0] or 1.0 for row in rows])
-    return _LEAST_AGAIN + again, s_per_chunk
+    return _MIN_AGAIN + again, s_per_chunk
 
 
 def _fit_bytes(

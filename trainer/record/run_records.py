@@ -24,7 +24,7 @@ from planner.plan import StepPlan, plan_from_json
 from planner.units import MIB
 from trainer.record.metrics import LANES, METRICS, PLANS, SPANS, read_metrics
 
-MOST_STEPS = 500
+MAX_STEPS = 500
 """How many recorded steps are compared in detail: the last ones, so that a report of a long run is still quick."""
 _LAST_BYTES = 256 * MIB
 """How much of a file's end is read for its last steps: plans of thousands of ranks make very large files."""
@@ -71,9 +71,9 @@ def read_run(folder: Path) -> RunRecords:
 
 
 def read_executed(folder: Path) -> tuple[Executed, ...]:
-    """The last MOST_STEPS recorded steps with their plans."""
+    """The last MAX_STEPS recorded steps with their plans."""
     measured = {step.step: step for step in _measured(folder / SPANS)}
-    wanted = sorted(measured)[-MOST_STEPS:]
+    wanted = sorted(measured)[-MAX_STEPS:]
     plans = _plans(_lines(folder / PLANS, last_bytes=_LAST_BYTES), set(wanted))
     return tuple((plans[step], measured[step]) for step in wanted if _fit(plans.get(step), measured[step]))
 

@@ -202,8 +202,8 @@ class MetricsConfig:
     """What a run records about its speed; longhaul report shows it."""
 
     spans_every: int | None = None
-    """Every how many steps the microbatches of all ranks are timed, in spans.jsonl; 0 never (none: often enough to
-    reach about 20 MB). Not with pipeline stages."""
+    """Every how many steps the microbatches of all ranks are timed, in spans.jsonl; 0 never (none: as often as keeps
+    the file near 20 MB). Not with pipeline stages."""
     drift_factor: float = 1.5
     """Warn once when microbatches take this many times longer or shorter than predicted."""
 

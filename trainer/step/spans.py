@@ -28,8 +28,8 @@ _RANK_STEPS = 50_000
 """Ranks times recorded steps in a whole run if no interval is set. Each microbatch takes about 50 bytes, so eight
 microbatches per rank make a file of about 20 MB."""
 _LANE_RANK_STEPS = 400
-"""The same for lanes: each may have ``memory.timeline.MOST_INTERVALS`` of about 40 bytes, so at most 65 MB."""
-MOST_LANE_RANKS = 64
+"""The same for lanes: each may have ``memory.timeline.MAX_INTERVALS`` of about 40 bytes, so at most 65 MB."""
+MAX_LANE_RANKS = 64
 """How many data ranks have their lanes recorded, counted from rank 0."""
 
 
@@ -46,7 +46,7 @@ def lanes_interval(spans_every: int | None, *, num_steps: int, num_ranks: int) -
     if spans_every is not None:
         return every
     num_recorded = -(-num_steps // every)
-    return every * max(1, -(-num_recorded * min(num_ranks, MOST_LANE_RANKS) // _LANE_RANK_STEPS))
+    return every * max(1, -(-num_recorded * min(num_ranks, MAX_LANE_RANKS) // _LANE_RANK_STEPS))
 
 
 def is_recorded(step: int, *, every: int, num_steps: int) -> bool:
@@ -90,7 +90,7 @@ def gather_lanes(memory: ActivationMemory, mesh: RankMesh) -> list[dict[str, Any
     """On rank 0, the ``rank_to_plain`` of every recorded data rank's timeline; empty on other ranks. Collective; not
     with pipeline stages."""
     recorded = [  # other tensor ranks have the same lanes
-        mesh.shape.rank(stage=0, data_rank=rank, tensor_rank=0) for rank in range(min(mesh.data_size, MOST_LANE_RANKS))
+        mesh.shape.rank(stage=0, data_rank=rank, tensor_rank=0) for rank in range(min(mesh.data_size, MAX_LANE_RANKS))
     ]
     mine = b""
     if mesh.rank in recorded:

@@ -19,7 +19,7 @@ from planner.pricing.assemble import GroupChoice
 from planner.pricing.lockstep import lockstep_rounds
 from planner.replay.flows import Messages, WalkShape, group_shape
 from planner.replay.groups import ExchangeRun, stack_groups
-from planner.replay.state import Ledger, ReplaySetting, kernel_seconds
+from planner.replay.state import ReplaySetting, TimeLedger, kernel_seconds
 from planner.replay.step import estimated_s
 from planner.replay.waves import split_waves
 from planner.replay.work import AttentionWork, FloatArray
@@ -84,7 +84,7 @@ def test_closed_forms_move_the_clock_as_the_written_schedules(kind: AttentionKin
             clocks = []
             for is_written in (False, True):
                 run = stack_groups([group], lengths, setting, is_written=is_written).priced(setting)
-                clock, ledger = start.copy(), Ledger.empty(NUM_RANKS)
+                clock, ledger = start.copy(), TimeLedger.empty(NUM_RANKS)
                 (run.forward if is_forward else run.backward)(clock, ledger, None)
                 clocks.append(clock)
                 np.testing.assert_allclose(
@@ -129,8 +129,8 @@ def check_walk(kind: AttentionKind, seed: int) -> None:
     for is_forward in (True, False):
         start = np.array([draw.uniform(0, 1e-3) for _ in range(NUM_RANKS)])
         clock, expected = start.copy(), start.copy()
-        (run.forward if is_forward else run.backward)(clock, Ledger.empty(NUM_RANKS), None)
-        nothing = Ledger.empty(NUM_RANKS)
+        (run.forward if is_forward else run.backward)(clock, TimeLedger.empty(NUM_RANKS), None)
+        nothing = TimeLedger.empty(NUM_RANKS)
         if run.head_exchanges is not None:
             run.head_exchanges.before(is_forward, expected, nothing, None)
         walked = walk([float(expected[rank]) for rank in group.ranks], group, lengths, setting, is_forward)
