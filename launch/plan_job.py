@@ -264,7 +264,7 @@ def _drawn(
 
 def _length_source(name: str) -> tuple[tuple[str, str], ...]:
     if name not in length_names():
-        return ((f"lengths {name}", "a file of yours"),)
+        return ((f"lengths {name}", "your own file"),)
     table = length_table(name)
     lines = ((f"lengths {name}", table.source),)
     return (*lines, (f"lengths {name}", table.note)) if table.note else lines

@@ -99,7 +99,7 @@ class GroupExchange:
 
     gloo runs all posted messages at the same time. NCCL runs the batches of one communicator concurrently with the
     compute stream's kernels but one after the other, so a batch posted later also arrives later. The caller must keep
-    the messages' tensors alive until the batch has completed, because no other stream holds a reference to them.
+    the messages' memory alive until the batch has completed; after that no other stream uses it.
     """
 
     group: Group

@@ -147,8 +147,8 @@ def _resume(
     check_same_run(path, manifest["run"], identity)
     load_tensors(runtime, path, manifest)
     data.ledger.restore(from_plain(LedgerPosition, manifest["ledger"], where=str(path)))
-    passed_over = [f"resume: passed over a checkpoint: {line}" for line in complaints]
-    return manifest["next_step"], [*passed_over, f"resume: step {manifest['next_step']} from {path}"]
+    skipped = [f"resume: skipped a checkpoint: {line}" for line in complaints]
+    return manifest["next_step"], [*skipped, f"resume: step {manifest['next_step']} from {path}"]
 
 
 @contextmanager

@@ -56,7 +56,7 @@ class PlanFeed:
         """Start the child. Raises SpecError if the strategy is unknown or ``ahead`` is negative."""
         check_strategy(strategy, degree)
         if ahead < 0:
-            raise SpecError(f"planning ahead by {ahead} steps is not possible; 0 or more")
+            raise SpecError(f"the planner cannot work {ahead} steps ahead; use 0 or more")
         self._header = ServiceHeader(num_ranks=num_ranks, cost=cost, limits=limits, strategy=strategy, degree=degree)
         self._ahead = ahead
         self._hang_s = 3 * limits.time_limit_s + 10 if hang_s is None else hang_s
@@ -180,7 +180,7 @@ class PlanFeed:
             line = self._exchange(json.dumps(request) + "\n")
             data = json.loads(line)
             if data["step"] != step:
-                return f"planner process answered step {data['step']}, asked was step {step}"
+                return f"planner process answered step {data['step']} instead of step {step}"
             return error_from_plain(data["error"]) if "error" in data else plan_from_json(data["plan"])
         except (OSError, json.JSONDecodeError, KeyError, TypeError, PlanError):
             return self._obituary()

@@ -54,7 +54,7 @@ def _check_run_folder(config: TrainConfig, data: TrainingData) -> None:
     if saved:
         raise SpecError(
             f"{config.run.dir} already holds a run ({saved[-1].name}): "
-            "add --resume to go on, or --run-dir for a new one"
+            "add --resume to continue it, or --run-dir for a new one"
         )
 
 

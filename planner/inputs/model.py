@@ -50,7 +50,7 @@ class ModelSpec:
                 f"num_kv_heads ({self.num_kv_heads})"
             )
         if self.head_dim % 2:
-            raise SpecError(f"model {self.name}: head_dim ({self.head_dim}) must be even, RoPE turns pairs")
+            raise SpecError(f"model {self.name}: head_dim ({self.head_dim}) must be even, because RoPE rotates pairs")
 
     @property
     def layer_linear_params(self) -> int:

@@ -44,7 +44,7 @@ def why_kept(strategy: str, cost: CostModel, limits: PlanLimits) -> str:
         return f": {strategy} chooses {_either(able)} only, not {_either(asked)} ({choosers()})"
     usable = [action for action in usable if _is_priced(action, cost)]
     if not usable:
-        return ", since the cost model prices nothing else that was asked for"
+        return ", since the cost model prices none of the requested policies"
     return f", since {strategy} would gain nothing by {_either(usable)}"
 
 

@@ -253,8 +253,8 @@ def scale_note(cluster: ClusterSpec, curves: Curves) -> str | None:
     if abs(product - 1) < 0.01 and abs(move - 1) < 0.01:
         return None
     return (
-        f"guess: attention on {cluster.device.name} as measured on an H100, products {1 / product:.3g} times as fast "
-        f"(peak times attention_efficiency), what each token adds {1 / move:.3g} times (memory rate)"
+        f"guess: attention on {cluster.device.name} as measured on an H100, with products {1 / product:.3g} times as "
+        f"fast (peak times attention_efficiency) and per-token work {1 / move:.3g} times as fast (memory rate)"
     )
 
 

@@ -43,9 +43,9 @@ from planner.schedules.layout import head_degree
 
 SCHEME = (
     f"{REPLAYED_LAYERS} layers replayed forward and backward, the others at their pace; messages of a round that share "
-    "a NIC end together; between groups of one wave of microbatches it is shared by mean use, between waves not"
+    "a NIC end together; groups of one wave of microbatches share a NIC by their mean use, different waves do not"
 )
-ZERO3_SCHEME = "zero3 gathers hide behind the layer before; ranks wait for each other once a wave of microbatches"
+ZERO3_SCHEME = "zero3 gathers are hidden by the previous layer; ranks wait for each other once per wave of microbatches"
 MAX_RANKS = 2048
 """A ring of more ranks takes gigabytes to replay, because the work grows with the square of its degree."""
 
@@ -145,7 +145,7 @@ def _refuse_stages(plan: StepPlan) -> None:
     num_stages = getattr(plan, "num_stages", 1)
     if num_stages > 1:
         raise SpecError(
-            f"step {plan.step}: a plan of {num_stages} pipeline stages cannot be replayed: the replay knows no stages"
+            f"step {plan.step}: a plan of {num_stages} pipeline stages cannot be replayed"
         )
 
 

@@ -226,6 +226,6 @@ def check_offsets(offsets: IdArray, *, num_tokens: int, where: str) -> None:
         raise SpecError(f"{where}: the first offset must be 0")
     if np.any(offsets[1:] < offsets[:-1]):
         place = int(np.argmax(offsets[1:] < offsets[:-1])) + 1
-        raise SpecError(f"{where}: offsets must not fall (offset {place} is less than the one before)")
+        raise SpecError(f"{where}: offsets must not decrease (offset {place} is less than the previous one)")
     if offsets[-1] != num_tokens:
         raise SpecError(f"{where}: the last offset is {offsets[-1]}, but there are {num_tokens} token ids")

@@ -225,7 +225,7 @@ def _read_meta(path: Path) -> StoreMeta:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise SpecError(f"{path}: not a whole token store ({error}); delete its folder and build it again") from None
+        raise SpecError(f"{path}: not a complete token store ({error}); delete its folder to build it again") from None
     if not isinstance(data, dict) or data.get("schema") != STORE_SCHEMA:
         raise SpecError(f"{path}: not a token store of version {STORE_SCHEMA}")
     return from_plain(StoreMeta, data, where=str(path))

@@ -53,7 +53,7 @@ class FileTokenizer:
     def __init__(self, tokenizer: tokenizers.Tokenizer, *, name: str) -> None:
         ids = tokenizer.get_vocab(with_added_tokens=True)
         if not ids:
-            raise SpecError(f"tokenizer {name}: it knows no token at all")
+            raise SpecError(f"tokenizer {name}: it has no tokens")
         next_id = max(ids.values()) + 1
         self.name = name
         self.eod_id = _first_known(ids, _END_NAMES, default=next_id)
