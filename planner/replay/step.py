@@ -144,9 +144,7 @@ def replay_step(
 def _refuse_stages(plan: StepPlan) -> None:
     num_stages = getattr(plan, "num_stages", 1)
     if num_stages > 1:
-        raise SpecError(
-            f"step {plan.step}: a plan of {num_stages} pipeline stages cannot be replayed"
-        )
+        raise SpecError(f"step {plan.step}: a plan of {num_stages} pipeline stages cannot be replayed")
 
 
 @dataclass(slots=True)

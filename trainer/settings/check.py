@@ -221,7 +221,9 @@ def _wrong_model(config: TrainConfig) -> Iterator[str]:
         yield str(error)
         return
     if spec.num_experts > 1 or spec.learned_positions or not spec.gated_mlp:
-        yield f"model.preset ({spec.name}) can be planned but not trained: training builds dense gated decoders with RoPE"
+        yield (
+            f"model.preset ({spec.name}) can be planned but not trained: training builds dense gated decoders with RoPE"
+        )
     num_stages = config.parallel.pipeline_parallel
     kept = KEPT_LAYERS.get(config.memory.policy, 0)
     if num_stages == 1 and 1 <= spec.num_layers <= kept:
@@ -262,7 +264,7 @@ def _wrong_chunks(config: TrainConfig) -> Iterator[str]:
     if chunked and memory.chunk_tokens is None:
         yield f"memory.policy {policy} needs memory.chunk_tokens (--chunk-tokens N): tokens per rank in one chunk"
     if sampled and memory.sample_fraction is None:
-        yield "memory.policy spaco needs memory.sample_fraction (--sample-fraction F): the fraction of chunks that run backward"
+        yield "memory.policy spaco needs memory.sample_fraction (--sample-fraction F): share of chunks to run backward"
     if memory.chunk_tokens is not None and not chunked:
         yield f"memory.chunk_tokens is for memory.policy seco and spaco, not {policy}"
     if memory.sample_fraction is not None and not sampled:

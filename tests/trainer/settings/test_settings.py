@@ -204,7 +204,7 @@ BAD_FLAGS = [
     (["--memory", "seco", "--chunk-tokens", "64", "--parallel.sharding", "zero3", "--memory.chunk-budget", "1 MiB"],
      "memory.chunk_budget is for one pipeline stage and sharding gather_once only"),
     (["--model", "mixtral-8x7b"], "model.preset (mixtral-8x7b) can be planned but not trained"),
-    (["--model", "gpt-7b"], "model.preset (gpt-7b) can be planned but not trained: training builds dense gated decoders"),
+    (["--model", "gpt-7b"], "model.preset (gpt-7b) can be planned but not trained: training builds dense"),
     (["--pipeline-parallel", "3"], "parallel.tensor_parallel (1) x parallel.pipeline_parallel (3) must divide "
      "run.world_size (4)"),
     (["--pipeline-parallel", "2", "--model.num-layers", "1"], "pipeline_parallel (2) is more than the 1 layers"),
