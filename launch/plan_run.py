@@ -34,7 +34,7 @@ def run_plan(flags: argparse.Namespace) -> int:
     job = read_job(flags)
     job, candidates = with_replays(job, _candidates(job, flags), draw=flags.trace is not None)
     best = best_candidate(candidates)
-    assert best is not None  # _candidates raises where all refuse
+    assert best is not None  # _candidates raises if every strategy refuses
     knobs: tuple[str, ...] = ()
     if flags.json != "-" or flags.html is not None:
         knobs = plan_output.knobs_of(job, best.strategy, count(flags.degree, "--degree"))
@@ -53,18 +53,18 @@ def _check_strategy(flags: argparse.Namespace) -> None:
     if flags.strategy != _ALL:
         check_strategy(flags.strategy, degree)
     elif degree is not None:
-        raise SpecError("--degree belongs to --strategy static; with --strategy all every one chooses its own")
+        raise SpecError("--degree belongs to --strategy static; with --strategy all each one chooses its own")
 
 
 def _candidates(job: Job, flags: argparse.Namespace) -> tuple[Candidate, ...]:
-    """One candidate, or one per strategy. Raises SpecError or InfeasibleError where none can plan every batch."""
+    """One candidate, or one per strategy. Raises SpecError or InfeasibleError if none can plan every batch."""
     from rich.console import Console
 
     names = tuple(STRATEGIES) if flags.strategy == _ALL else (flags.strategy,)
     degree = count(flags.degree, "--degree")
     found: list[Candidate] = []
     refusals: list[SpecError | InfeasibleError] = []
-    with Console(stderr=True).status("planning") as status:  # seen on a terminal only
+    with Console(stderr=True).status("planning") as status:  # visible on a terminal only
         for name in names:
             steps: list[PlannedStep] = []
             try:
@@ -90,7 +90,7 @@ def _planned(job: Job, strategy: str, degree: int | None) -> Iterator[PlannedSte
 def _refusal(
     refusals: list[SpecError | InfeasibleError], job: Job, strategies: tuple[str, ...]
 ) -> SpecError | InfeasibleError:
-    """What to end with where no strategy plans every batch: does not fit, if that is one of the reasons."""
+    """The error to raise if no strategy can plan every batch: that it does not fit, if one of them says so."""
     for error in refusals:
         if isinstance(error, InfeasibleError):
             hint = what_helps(strategies, job.cost, job.limits)

@@ -1,7 +1,7 @@
-"""Which setting to change next: a step planned again with one thing different, several things in turn.
+"""Which setting to change next: plans a step several times, each time with one change.
 
-Both sides of a comparison come from one planner: that of the plan where a step is small, else the greedy one, whose
-gains differ. Gains are in tokens a second, because some changes alter the number of tokens.
+Both sides of a comparison use the same planner: the plan's own for small steps, else the greedy one, with other gains.
+Gains are in tokens per second, because some changes alter the number of tokens.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from planner.units import format_bytes
 SMALLEST_GAIN = 0.01
 GREEDY = "greedy"
 MAX_PLANNED_WORK, MAX_WORK = 50_000, 20_000_000
-"""Ranks times sequences above which the knobs are tried with the greedy planner only, and not at all: either way they
-take a few seconds."""
+"""Limits for ranks times sequences: above the first, changes are tried with the greedy planner only; above the second,
+not at all. Either way trying them takes a few seconds."""
 MAX_NODES = 20
-"""Branch-and-bound nodes on both sides of a comparison: a solver's last percent takes most of its time."""
+"""Branch-and-bound nodes on both sides of a comparison, because a solver's last percent takes most of its time."""
 
 Pricing = Callable[[ClusterSpec, int, int], CostModel]
-"""The cost model of a cluster for a budget (bytes a device) and a longest sequence (tokens)."""
+"""The cost model for a cluster, a budget (bytes per device) and a longest sequence (tokens)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scenario:
-    """All that one plan depends on, and the words for what is different in it. ``rank_devices``: of a data rank.
-    ``strategy``: one of ``STRATEGIES`` or ``GREEDY``; ``degree``: of static."""
+    """The inputs of one plan, and what was changed in them, in words. ``rank_devices``: devices of one data rank.
+    ``strategy``: one of ``STRATEGIES`` or ``GREEDY``. ``degree``: for strategy static."""
 
     change: str
     cluster: ClusterSpec
@@ -45,13 +45,13 @@ class Scenario:
 
     @property
     def num_ranks(self) -> int:
-        """Data ranks."""
+        """Number of data ranks."""
         return self.cluster.num_ranks // self.rank_devices
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Knob:
-    """A change and its gain: tokens a second after over before, less 1; the same per device."""
+    """A change and its gain: tokens per second after over before, minus 1; and the same per device."""
 
     change: str
     gain: float
@@ -59,8 +59,8 @@ class Knob:
 
 
 def best_knobs(start: Scenario, pricing: Pricing, *, num_knobs: int = 3) -> tuple[Knob, ...] | None:
-    """The changes that gain most, best first; None where trying them would take too long, or where the strategy finds
-    no plan to start from. See ``usual_planner``."""
+    """The changes with the largest gains, best first. None if trying them would take too long, or if the strategy has
+    no plan to start from."""
     if start.num_ranks * len(start.lengths) > MAX_WORK:
         return None
     try:
@@ -72,7 +72,7 @@ def best_knobs(start: Scenario, pricing: Pricing, *, num_knobs: int = 3) -> tupl
         try:
             gain = _tokens_per_s(scenario, pricing) / before
         except (InfeasibleError, SpecError):
-            continue  # not possible here (no room, no such group): nothing to recommend
+            continue  # impossible here (no room, no such group), so not recommended
         per_device = gain * start.cluster.num_ranks / scenario.cluster.num_ranks
         found.append(Knob(change=scenario.change, gain=gain - 1, gain_per_device=per_device - 1))
     found.sort(key=lambda knob: -knob.gain)
@@ -80,7 +80,7 @@ def best_knobs(start: Scenario, pricing: Pricing, *, num_knobs: int = 3) -> tupl
 
 
 def usual_planner(strategy: str, num_ranks: int, num_sequences: int) -> str:
-    """The strategy itself, or ``GREEDY`` where planning that many times with it would take too long."""
+    """The strategy itself, or ``GREEDY`` if planning several times with it would take too long."""
     return strategy if num_ranks * num_sequences <= MAX_PLANNED_WORK else GREEDY
 
 
@@ -105,14 +105,14 @@ def _changes(start: Scenario) -> Iterator[Scenario]:
     budget = limits.device_budget_bytes * 5 // 4
     yield replace(
         start, limits=replace(limits, device_budget_bytes=budget),
-        change=f"25 % more memory a device ({format_bytes(limits.device_budget_bytes)} -> {format_bytes(budget)})",
+        change=f"25 % more memory per device ({format_bytes(limits.device_budget_bytes)} -> {format_bytes(budget)})",
     )
     if set(limits.policies) <= {MemoryAction.KEEP}:
         free = replace(limits, policies=tuple(MemoryAction))
         yield replace(start, limits=free, change="--memory auto (swap, recompute, chunks)")
     nodes = 2 * cluster.num_nodes
     yield replace(start, cluster=replace(cluster, num_nodes=nodes), change=f"twice the nodes ({nodes})")
-    yield replace(start, lengths=lengths * 2, change=f"twice the sequences a step ({2 * len(lengths)})")
+    yield replace(start, lengths=lengths * 2, change=f"twice the sequences per step ({2 * len(lengths)})")
     half = max(lengths) // 2
     kept = tuple(length for length in lengths if length <= half)
     if kept:

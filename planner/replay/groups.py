@@ -1,7 +1,7 @@
-"""One layer's attention in the replay: groups of one shape as arrays that move a clock per rank.
+"""One layer's attention in the replay: groups of the same shape as arrays that advance a clock per rank.
 
-What a group does (``GroupStack``) knows nothing of rates, so it is worked out once for a machine and its two ends;
-``priced`` gives the seconds.
+``GroupStack`` holds what the groups do, without rates, so that it is computed once for a machine and both ends of its
+spread; ``priced`` gives seconds.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ import numpy as np
 
 from planner.plan import AttentionGroup
 from planner.replay.flows import group_shape
-from planner.replay.head_trade import Trades, trades_of
-from planner.replay.state import DataRanks, GroupRun, Ledger, Recorder, Traffic, kernel_seconds
+from planner.replay.head_exchange import HeadExchanges, head_exchanges_of
+from planner.replay.state import GroupRun, Recorder, DataRanks, TimeLedger, Traffic, kernel_seconds
 from planner.replay.walk import Flows, Walk, flows_of, walk_of
 from planner.replay.work import AttentionWork, FloatArray, HeadSplit, IntArray, side_by_side
 
 
 @dataclass(frozen=True, slots=True)
 class LocalRun:
-    """Groups of one rank each: no messages. A rank may be there several times."""
+    """Groups of one rank each, without messages. A rank may be in several of them."""
 
     ranks: IntArray
     forward_s: FloatArray
@@ -36,13 +36,13 @@ class LocalRun:
     def backward_traffic(self) -> Traffic:
         return self.forward_traffic
 
-    def forward(self, clock: FloatArray, ledger: Ledger, record: Recorder | None) -> None:
+    def forward(self, clock: FloatArray, ledger: TimeLedger, record: Recorder | None) -> None:
         self._run(self.forward_s, clock, ledger, record)
 
-    def backward(self, clock: FloatArray, ledger: Ledger, record: Recorder | None) -> None:
+    def backward(self, clock: FloatArray, ledger: TimeLedger, record: Recorder | None) -> None:
         self._run(self.backward_s, clock, ledger, record)
 
-    def _run(self, seconds: FloatArray, clock: FloatArray, ledger: Ledger, record: Recorder | None) -> None:
+    def _run(self, seconds: FloatArray, clock: FloatArray, ledger: TimeLedger, record: Recorder | None) -> None:
         ranks = self.ranks.ravel()
         total_s = np.bincount(ranks, weights=seconds.ravel(), minlength=len(clock))
         if record is not None:
@@ -60,12 +60,12 @@ class LocalRun:
 
 @dataclass(frozen=True, slots=True)
 class ExchangeRun:
-    """Groups of one kind and degree over disjoint ranks: heads traded in, rounds, heads traded back."""
+    """Groups of one kind and degree over disjoint ranks: head exchange, rounds, head exchange back."""
 
     ranks: IntArray
-    there: Walk
-    back: Walk
-    trades: Trades | None
+    forward_walk: Walk
+    backward_walk: Walk
+    head_exchanges: HeadExchanges | None
 
     @property
     def forward_traffic(self) -> Traffic:
@@ -76,45 +76,45 @@ class ExchangeRun:
         return self._traffic(False)
 
     def _traffic(self, is_forward: bool) -> Traffic:
-        walked = (self.there if is_forward else self.back).traffic(self.ranks.shape)
-        if self.trades is None:
+        walked = (self.forward_walk if is_forward else self.backward_walk).traffic(self.ranks.shape)
+        if self.head_exchanges is None:
             return walked
-        traded = self.trades.traffic(is_forward, self.ranks.shape)
+        heads = self.head_exchanges.traffic(is_forward, self.ranks.shape)
         return Traffic(
-            far_sent=walked.far_sent + traded.far_sent, far_received=walked.far_received + traded.far_received,
-            near_sent=walked.near_sent + traded.near_sent, near_received=walked.near_received + traded.near_received,
+            far_sent=walked.far_sent + heads.far_sent, far_received=walked.far_received + heads.far_received,
+            near_sent=walked.near_sent + heads.near_sent, near_received=walked.near_received + heads.near_received,
         )
 
-    def forward(self, clock: FloatArray, ledger: Ledger, record: Recorder | None) -> None:
+    def forward(self, clock: FloatArray, ledger: TimeLedger, record: Recorder | None) -> None:
         self._run(True, clock, ledger, record)
 
-    def backward(self, clock: FloatArray, ledger: Ledger, record: Recorder | None) -> None:
+    def backward(self, clock: FloatArray, ledger: TimeLedger, record: Recorder | None) -> None:
         self._run(False, clock, ledger, record)
 
-    def _run(self, is_forward: bool, clock: FloatArray, ledger: Ledger, record: Recorder | None) -> None:
-        if self.trades is not None:
-            self.trades.before(is_forward, clock, ledger, record)
-        (self.there if is_forward else self.back).run(self.ranks, clock, ledger, record)
-        if self.trades is not None:
-            self.trades.after(is_forward, clock, ledger, record)
+    def _run(self, is_forward: bool, clock: FloatArray, ledger: TimeLedger, record: Recorder | None) -> None:
+        if self.head_exchanges is not None:
+            self.head_exchanges.before(is_forward, clock, ledger, record)
+        (self.forward_walk if is_forward else self.backward_walk).run(self.ranks, clock, ledger, record)
+        if self.head_exchanges is not None:
+            self.head_exchanges.after(is_forward, clock, ledger, record)
 
     def slowed(self, forward: FloatArray, backward: FloatArray) -> ExchangeRun:
         return ExchangeRun(
-            self.ranks, self.there.slowed(forward), self.back.slowed(backward),
-            self.trades.slowed(forward, backward) if self.trades is not None else None,
+            self.ranks, self.forward_walk.slowed(forward), self.backward_walk.slowed(backward),
+            self.head_exchanges.slowed(forward, backward) if self.head_exchanges is not None else None,
         )
 
     def freed(self) -> ExchangeRun:
         return replace(
-            self, there=self.there.freed(), back=self.back.freed(),
-            trades=self.trades.freed() if self.trades is not None else None,
+            self, forward_walk=self.forward_walk.freed(), backward_walk=self.backward_walk.freed(),
+            head_exchanges=self.head_exchanges.freed() if self.head_exchanges is not None else None,
         )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupStack:
-    """Groups of one shape, ``[group, member]``; work is ``[round, member of all groups]``. ``rows``: tokens that each
-    member holds."""
+    """Groups of one shape, ``[group, member]``; work is ``[round, member of all groups]``. ``rows``: tokens of each
+    member outside attention."""
 
     ranks: IntArray
     rows: FloatArray
@@ -133,14 +133,14 @@ class GroupStack:
         return ExchangeRun(
             self.ranks, walk_of(self.forward_flows, forward_s, data_ranks),
             walk_of(self.backward_flows, backward_s, data_ranks),
-            trades_of(self.ranks, self.rows, self.heads, data_ranks) if len(self.heads.queries) > 1 else None,
+            head_exchanges_of(self.ranks, self.rows, self.heads, data_ranks) if len(self.heads.queries) > 1 else None,
         )
 
 
 def stack_groups(
     groups: SequenceOf[AttentionGroup], lengths: SequenceOf[int], data_ranks: DataRanks, *, is_written: bool = False
 ) -> GroupStack:
-    """Groups of one kind and degree; unless of one rank each, over disjoint ranks. ``is_written``: see
+    """Stack groups of one kind and degree; ranks must be disjoint unless the degree is 1. ``is_written``: see
     ``group_shape``."""
     shapes = [group_shape(group, lengths, data_ranks, is_written=is_written) for group in groups]
     ranks = np.array([group.ranks for group in groups])

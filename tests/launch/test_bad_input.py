@@ -258,7 +258,7 @@ def test_a_run_folder_that_holds_a_run(work: Path, refuse: Refuse) -> None:
     code, line = refuse()
     assert code == 2
     held = f"{work / 'run'} already holds a run (step-00000004)"
-    assert line == f"{held}: add --resume to go on, or --run-dir for a new one"
+    assert line == f"{held}: add --resume to continue it, or --run-dir for a new one"
 
 
 def test_resume_of_the_same_run_would_start(work: Path) -> None:

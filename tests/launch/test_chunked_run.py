@@ -33,7 +33,7 @@ def test_estimates_are_called_estimates(tmp_path: Path) -> None:
     write_cost(tmp_path / "cost.json")
     chunks = ("--chunk-tokens", "8")
     shown, records = train(tmp_path, "spaco", "--memory", "spaco", *chunks, "--sample-fraction", "0.5")
-    assert "chunks: 8 tokens a rank" in shown and shown.count(ESTIMATE) == 1
+    assert "chunks: 8 tokens per rank" in shown and shown.count(ESTIMATE) == 1
     assert [record["gradients"] for record in records] == [ESTIMATE] * 2
 
 

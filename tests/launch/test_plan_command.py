@@ -81,7 +81,7 @@ def test_table_for_people(lengths: str, capsys: pytest.CaptureFixture[str]) -> N
     assert "guess: replay, device: attention on CPU process as measured on an H100" in out
     assert fourth.startswith("memory of rank ") and "activations" in fourth
     for words in ("tiny on laptop-cpu", "ring 2", "solver: static plan", "cost model: derived for tiny",
-                  "what would help most", "guess: device CPU process", f"lengths {lengths}: a file of yours"):
+                  "what would help most", "guess: device CPU process", f"lengths {lengths}: your own file"):
         assert words in out
 
 

@@ -96,7 +96,7 @@ def test_a_run_that_only_chunks_fit_trains_as_if_all_were_kept(lean: Path) -> No
     scarce = ("--steps", "3", "--plan.device-budget", "20 B", "--attention", "ring")
     done = train(lean, "run", *scarce)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "the longest sequence (64) on 2 of 2 ranks: chunks of 10, 16 B a device instead of 32 B" in " ".join(
+    assert "the longest sequence (64) on 2 of 2 ranks: chunks of 10, 16 B per device instead of 32 B" in " ".join(
         done.stdout.split()
     )
     plans, metrics = records(lean, "run", "plans.jsonl"), records(lean, "run", "metrics.jsonl")

@@ -85,7 +85,7 @@ def test_lines() -> None:
     greedy = planned(bound_s=0.0, status=SolveStatus.GREEDY).plan
     assert "no lower bound known" in solver_line(greedy) and "greedy" in solver_line(greedy)
     line = speed_line([step, step], 4, second_cost())
-    for part in ("flexsp: 5.5 s a step over 2 steps", "3 tokens/s (1 per device)", "idle 20.0%", "at most 20.0%"):
+    for part in ("flexsp: 5.5 s per step over 2 steps", "3 tokens/s (1 per device)", "idle 20.0%", "at most 20.0%"):
         assert part in line
     assert "no bound known" in speed_line([step, planned(bound_s=0.0)], 4, second_cost())
 
@@ -133,7 +133,8 @@ def test_the_parts_of_a_step_add_up() -> None:
     assert (split.recompute_s, split.swap_s) == (0.0, 0.0)
     assert time_line(step.plan, split) == (
         "time of step 7: compute 54.5% (3 s), exposed communication 18.2% (1 s), exposed swap none, imbalance (waiting "
-        "for slower ranks) 18.2% (1 s), gather, reduce, optimizer once a step 9.1% (500 ms); planner 250 ms ahead of it"
+        "for slower ranks) 18.2% (1 s), gather, reduce, optimizer once per step 9.1% (500 ms); planner 250 ms ahead "
+        "of it"
     )
     together = time_split(step.plan, step.simulation, cost, None)
     assert together.work_s == 4.0 and together.communication_s is None

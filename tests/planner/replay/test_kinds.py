@@ -19,7 +19,7 @@ from planner.pricing.assemble import GroupChoice
 from planner.pricing.lockstep import lockstep_rounds
 from planner.replay.flows import Messages, WalkShape, group_shape
 from planner.replay.groups import ExchangeRun, stack_groups
-from planner.replay.state import DataRanks, Ledger, kernel_seconds
+from planner.replay.state import DataRanks, TimeLedger, kernel_seconds
 from planner.replay.step import estimated_s
 from planner.replay.waves import split_waves
 from planner.replay.work import AttentionWork, FloatArray
@@ -84,7 +84,7 @@ def test_closed_forms_move_the_clock_as_the_written_schedules(kind: AttentionKin
             clocks = []
             for is_written in (False, True):
                 run = stack_groups([group], lengths, data_ranks, is_written=is_written).priced(data_ranks)
-                clock, ledger = start.copy(), Ledger.empty(NUM_RANKS)
+                clock, ledger = start.copy(), TimeLedger.empty(NUM_RANKS)
                 (run.forward if is_forward else run.backward)(clock, ledger, None)
                 clocks.append(clock)
                 np.testing.assert_allclose(
@@ -129,14 +129,14 @@ def check_walk(kind: AttentionKind, seed: int) -> None:
     for is_forward in (True, False):
         start = np.array([draw.uniform(0, 1e-3) for _ in range(NUM_RANKS)])
         clock, expected = start.copy(), start.copy()
-        (run.forward if is_forward else run.backward)(clock, Ledger.empty(NUM_RANKS), None)
-        nothing = Ledger.empty(NUM_RANKS)
-        if run.trades is not None:
-            run.trades.before(is_forward, expected, nothing, None)
+        (run.forward if is_forward else run.backward)(clock, TimeLedger.empty(NUM_RANKS), None)
+        nothing = TimeLedger.empty(NUM_RANKS)
+        if run.head_exchanges is not None:
+            run.head_exchanges.before(is_forward, expected, nothing, None)
         walked = walk([float(expected[rank]) for rank in group.ranks], group, lengths, data_ranks, is_forward)
         expected[list(group.ranks)] = walked
-        if run.trades is not None:
-            run.trades.after(is_forward, expected, nothing, None)
+        if run.head_exchanges is not None:
+            run.head_exchanges.after(is_forward, expected, nothing, None)
         np.testing.assert_allclose(clock, expected, rtol=1e-9)
 
 

@@ -244,7 +244,7 @@ def test_chunks_spare_ranks() -> None:
     assert sizes_of(free) and not sizes_of(kept)
     ours = with_policies(limits, CHUNK)
     line = policy_line([planned(lengths, "adaptive", cost, ours, 8)], cost, ours)
-    assert "run in chunks of " in line and " tokens a rank: " in line
+    assert "run in chunks of " in line and " tokens per rank: " in line
     assert "to need fewer ranks (1 instead of 5 for 9K tokens)" in line
 
 
