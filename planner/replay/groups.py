@@ -14,7 +14,7 @@ import numpy as np
 from planner.plan import AttentionGroup
 from planner.replay.flows import group_shape
 from planner.replay.head_exchange import HeadExchanges, head_exchanges_of
-from planner.replay.state import GroupRun, Recorder, DataRanks, TimeLedger, Traffic, kernel_seconds
+from planner.replay.state import DataRanks, GroupRun, Recorder, TimeLedger, Traffic, kernel_seconds
 from planner.replay.walk import Flows, Walk, flows_of, walk_of
 from planner.replay.work import AttentionWork, FloatArray, HeadSplit, IntArray, side_by_side
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from planner.replay.state import Recorder, DataRanks, TimeLedger, Traffic, nic_load
+from planner.replay.state import DataRanks, Recorder, TimeLedger, Traffic, nic_load
 from planner.replay.work import FloatArray, HeadSplit, IntArray
 
 

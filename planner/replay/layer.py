@@ -9,7 +9,7 @@ import numpy as np
 
 from planner.cost.data_sheet import GRADIENT_BYTES, LAYER_LAUNCH_S
 from planner.replay.lanes import LaneRecorder
-from planner.replay.state import Recorder, DataRanks, TimeLedger
+from planner.replay.state import DataRanks, Recorder, TimeLedger
 from planner.replay.waves import Wave
 from planner.replay.work import FloatArray
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from planner.replay.flows import Messages
-from planner.replay.state import BoolArray, Recorder, DataRanks, TimeLedger, Traffic
+from planner.replay.state import BoolArray, DataRanks, Recorder, TimeLedger, Traffic
 from planner.replay.work import FloatArray, IntArray
 
 

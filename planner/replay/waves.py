@@ -15,7 +15,7 @@ import numpy as np
 from planner.plan import AttentionGroup, AttentionKind, MemoryPolicy, Microbatch
 from planner.pricing.lockstep import lockstep_rounds
 from planner.replay.groups import GroupStack, stack_groups
-from planner.replay.state import GroupRun, DataRanks, Traffic
+from planner.replay.state import DataRanks, GroupRun, Traffic
 from planner.replay.work import FloatArray, IntArray, group_tokens
 
 
