@@ -21,13 +21,13 @@ class RunConfig:
 
     dir: Annotated[str, short("--run-dir")] = "runs/laptop"
     """Folder of this run: checkpoints, metrics.jsonl, plans.jsonl, config.yaml."""
-    steps: Annotated[int, short("--steps")] = 60
+    steps: Annotated[int, short("--steps")] = 120
     """Optimizer steps in all, counted from the very first start."""
     seed: Annotated[int, short("--seed")] = 1234
     """Seed of the initial weights and of the order of samples."""
     resume: Annotated[bool, short("--resume")] = False
     """Go on from the newest whole checkpoint in the run folder."""
-    checkpoint_every: Annotated[int, short("--checkpoint-every")] = 20
+    checkpoint_every: Annotated[int, short("--checkpoint-every")] = 40
     """Steps between checkpoints; 0 saves at the end only."""
     keep_checkpoints: int = 2
     """Newest checkpoints to keep; older ones are deleted."""
@@ -81,12 +81,12 @@ class DataConfig:
     """Key of the text in each JSONL line."""
     tokenizer: Annotated[str | None, short("--tokenizer")] = None
     """File of the tokenizers library, tokenizer.json (none: the built-in bytes)."""
-    max_length: Annotated[int, short("--max-length")] = 4096
+    max_length: Annotated[int, short("--max-length")] = 2048
     """Longest sample, in predicted tokens."""
     over_length: Literal["auto", "split", "drop"] = "auto"
     """What happens to documents longer than max_length. Auto splits them, and drops those of the built-in corpus, whose
     pieces would nearly all be equally long."""
-    tokens_per_step: Annotated[int, short("--tokens-per-step")] = 16384
+    tokens_per_step: Annotated[int, short("--tokens-per-step")] = 8192
     """Most predicted tokens in one optimizer step, over all ranks."""
     cache_dir: str | None = None
     """Folder for tokenised corpora (none: the user's cache folder)."""

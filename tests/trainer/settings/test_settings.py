@@ -148,7 +148,7 @@ BAD_FLAGS = [
     (["--plan.device-budget", "0"], "plan.device_budget must be above 0 bytes"),
     (["--plan.cost", "no-such-file.yaml"], "plan.cost 'no-such-file.yaml': no such file"),
     (["--max-length", "0"], "data.max_length must be at least 1"),
-    (["--max-length", "32768"], "data.tokens_per_step (16384) must be at least data.max_length (32768)"),
+    (["--max-length", "32768"], "data.tokens_per_step (8192) must be at least data.max_length (32768)"),
     (["--data", "no-such-folder"], "data.path 'no-such-folder': no such file or folder"),
     (["--data", "x" * 5000], "no such file or folder"),
     (["--data="], "data.path '': no such file or folder"),
