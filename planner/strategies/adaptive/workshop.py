@@ -58,8 +58,10 @@ class Workshop:
         self.node_size = node_size
         self.has_local = self.shapes[0].kind is AttentionKind.LOCAL
         prices = SequencePrices.of([shape.fit for shape in self.shapes])
-        self.square, self.linear = prices.square.tolist(), prices.linear.tolist()
-        self.each, self.fixed = prices.each.tolist(), prices.fixed_s.tolist()
+        self.square: list[float] = prices.square.tolist()
+        self.linear: list[float] = prices.linear.tolist()
+        self.each: list[float] = prices.each.tolist()
+        self.fixed: list[float] = prices.fixed_s.tolist()
         self.degree = [shape.degree for shape in self.shapes]
         self.capacity = [shape.capacity_tokens for shape in self.shapes]
         self.num_teams = [shape.num_teams for shape in self.shapes]
