@@ -3,8 +3,8 @@
     python -m benchmarks.step_picture --out docs/step_picture.svg
 
 Both plans come from the planner, for the same documents and under the same cost model, which is derived from data
-sheets. The fixed size is the smallest power of two that holds the step's longest document; the title of the picture
-also says what the best fixed size for this one step would take.
+sheets. The fixed size is the smallest power of two that holds the step's longest document; the last line of the picture
+says what the best fixed size for this one step would take.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ def draw(problem: StepProblem) -> str:
         f'<rect width="{_WIDTH}" height="{height}" fill="#ffffff"/>',
         _text(_LEFT, 22, f"One training step: {len(problem.lengths)} documents of {min(problem.lengths):,} to "
               f"{max(problem.lengths):,} tokens", size=15, weight="bold"),
-        _text(_LEFT, 42, f"{MODEL} on {problem.num_ranks} H200. Each bar is a document, in the colour of its group on the "
-              "right.", fill=_GREY),
+        _text(_LEFT, 42, f"{MODEL} on {problem.num_ranks} H200. Each bar is a document, in the colour of its group on "
+              "the right.", fill=_GREY),
         *_documents(planned),
     ]
     for place, (title, plan) in enumerate(
@@ -108,8 +108,8 @@ def _documents(plan: StepPlan) -> Iterator[str]:
         yield _box(_LEFT + place * step, _BARS_TOP + _BARS - size, max(0.8, step - 0.6), size, colour[sequence.index])
     yield _text(_LEFT + 8, _BARS_TOP + 10, f"{ordered[0].num_tokens:,} tokens", fill=_GREY, size=11)
     median = ordered[len(ordered) // 2].num_tokens
-    yield _text(_LEFT + step * len(ordered) / 2, _BARS_TOP + _BARS - 8, f"half of them have fewer than {median:,} tokens",
-                fill=_GREY, size=11)
+    words = f"half of them have fewer than {median:,} tokens"
+    yield _text(_LEFT + step * len(ordered) / 2, _BARS_TOP + _BARS - 8, words, fill=_GREY, size=11)
 
 
 def _panel(plan: StepPlan, problem: StepProblem, left: float, title: str, longest_s: float) -> Iterator[str]:
@@ -117,7 +117,8 @@ def _panel(plan: StepPlan, problem: StepProblem, left: float, title: str, longes
     scale = (_PANEL - 6) / longest_s
     yield _text(left, _TOP - 30, title, size=14, weight="bold")
     simulation = simulate(plan, problem.cost)
-    yield _text(left, _TOP - 12, f"{plan.predicted_s:.1f} s a step, {simulation.idle_fraction:.0%} of it idle", fill=_GREY)
+    words = f"{plan.predicted_s:.1f} s a step, {simulation.idle_fraction:.0%} of it idle"
+    yield _text(left, _TOP - 12, words, fill=_GREY)
     end_s = max(simulation.rank_finish_s)
     yield _box(left, _TOP, end_s * scale, height, _IDLE)
     yield from _boxes(plan, simulation.events, left, scale)
@@ -125,8 +126,8 @@ def _panel(plan: StepPlan, problem: StepProblem, left: float, title: str, longes
         y = _TOP + row * _ROW
         yield f'<line x1="{left - 4:.1f}" x2="{left + end_s * scale:.1f}" y1="{y:.1f}" y2="{y:.1f}" stroke="#fff"/>'
         if left == _LEFT and row < problem.num_ranks:
-            yield _text(left - 6, y + problem.node_size * _ROW / 2 + 4, f"node {row // problem.node_size}", anchor="end",
-                        size=11, fill=_GREY)
+            middle = y + problem.node_size * _ROW / 2 + 4
+            yield _text(left - 6, middle, f"node {row // problem.node_size}", anchor="end", size=11, fill=_GREY)
     bottom = _TOP + height
     for second in range(0, int(longest_s) + 1, 2):
         x = left + second * scale
@@ -175,7 +176,9 @@ def _text(
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.step_picture", description="Draw one step, planned twice.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.step_picture", description="Draw one step, planned twice."
+    )
     parser.add_argument("--out", type=Path, default=Path("docs/step_picture.svg"), help="the SVG file to write")
     out = parser.parse_args().out
     out.write_text(draw(picture_problem()), encoding="utf-8")
