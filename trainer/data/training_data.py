@@ -40,9 +40,10 @@ class TrainingData:
 def open_training_data(config: TrainConfig, cache_root: Path) -> TrainingData:
     """Tokenise the corpus, or find it in the cache, and index it. Raises SpecError."""
     store = open_store(config.data, cache_root)
-    samples = build_sample_index(
-        store.lengths, max_length=config.data.max_length, over_length=config.data.over_length
-    )
+    over_length = config.data.over_length
+    if over_length == "auto":
+        over_length = "drop" if config.data.path is None else "split"
+    samples = build_sample_index(store.lengths, max_length=config.data.max_length, over_length=over_length)
     ledger = SampleLedger(
         samples.num_tokens, seed=config.run.seed, tokens_per_step=config.data.tokens_per_step
     )

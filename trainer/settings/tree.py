@@ -83,8 +83,9 @@ class DataConfig:
     """A tokenizer.json of the tokenizers library (none: the built-in byte tokenizer)."""
     max_length: Annotated[int, short("--max-length")] = 2048
     """Longest sample, in predicted tokens."""
-    over_length: Literal["split", "drop"] = "split"
-    """What happens to documents longer than max_length."""
+    over_length: Literal["auto", "split", "drop"] = "auto"
+    """What happens to documents longer than max_length. Auto splits them, and drops those of the built-in corpus, whose
+    pieces would nearly all be equally long."""
     tokens_per_step: Annotated[int, short("--tokens-per-step")] = 8192
     """Most predicted tokens in one optimizer step, over all ranks."""
     cache_dir: str | None = None
