@@ -15,7 +15,7 @@ from planner.errors import PlanError
 from planner.plan import AttentionGroup, AttentionKind, MemoryPolicy, Sharding
 from tests.plans import verified_plan
 from tests.ranks import RankPool
-from tests.trainer.step.test_equality import CONFIG, SPEC
+from tests.trainer.step.dense_runs import CONFIG, SPEC
 from tests.trainer.step.test_one_step import reader, start
 from trainer.checkpoint.tensors import weights_digest
 from trainer.prices.calibration import MeasuredShape, calibrate

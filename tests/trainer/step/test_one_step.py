@@ -23,7 +23,7 @@ from planner.plan import AttentionGroup, AttentionKind, MemoryAction, MemoryPoli
 from tests.parallel.test_attention import TOLERANCE, dense_attention
 from tests.plans import cost_model, verified_plan
 from tests.ranks import RankPool
-from tests.trainer.step.test_equality import CONFIG, SPEC, full_weights
+from tests.trainer.step.dense_runs import CONFIG, SPEC, full_weights
 from trainer.build import build_runtime
 from trainer.checkpoint.tensors import weights_digest
 from trainer.data.batch import token_rows
