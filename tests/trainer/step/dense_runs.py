@@ -36,7 +36,9 @@ from trainer.settings.tree import (
 )
 from trainer.step.one_step import compile_stage_program, train_step
 
-NUM_STEPS, DAY_STEPS = 10, 4
+NUM_STEPS, DAY_STEPS, FEW_STEPS = 10, 4, 2
+"""The first two steps each hold one sequence of 150 tokens and six shorter ones; the second shows what the first did to
+the weights, and the optimizer's moments."""
 TOLERANCE = 1e-5
 SPEC = ModelSpec(
     name="test", num_layers=2, hidden_dim=32, ffn_dim=48, num_query_heads=4, num_kv_heads=2, head_dim=8,
@@ -214,8 +216,8 @@ def assert_same_run(run, reference):
     assert max(np.abs(final[name] - weight).max() for name, weight in wanted.items()) < 1e-6
 
 
-def day_and_night(names, by_day=None):
+def day_and_night(names, by_day=None, day_steps=DAY_STEPS):
     """Parameters (name, number of steps): the names of ``by_day`` (None: all) with the first steps, and nightly every
     name with all."""
-    first = [pytest.param(name, DAY_STEPS) for name in names if by_day is None or name in by_day]
+    first = [pytest.param(name, day_steps) for name in names if by_day is None or name in by_day]
     return first + [pytest.param(name, NUM_STEPS, marks=pytest.mark.nightly) for name in names]

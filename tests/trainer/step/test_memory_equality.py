@@ -14,6 +14,7 @@ from tests.trainer.step.dense_runs import (
     DATA,
     DEEP,
     DEEPER,
+    FEW_STEPS,
     FLEXSP,
     HALF,
     ON_DISK,
@@ -125,7 +126,7 @@ def dense_runs(pool):
     return DenseRuns(pool)
 
 
-@pytest.mark.parametrize(("name", "num_steps"), day_and_night(MEMORY_RUNS, CHEAP_RUNS))
+@pytest.mark.parametrize(("name", "num_steps"), day_and_night(MEMORY_RUNS, CHEAP_RUNS, day_steps=FEW_STEPS))
 def test_swapping_and_recomputing_change_nothing(pool, tmp_path, name, num_steps):
     """Against the same plans with everything kept: of recomputed rows some products round otherwise, no more."""
     *arguments, memory = MEMORY_RUNS[name]
@@ -134,21 +135,21 @@ def test_swapping_and_recomputing_change_nothing(pool, tmp_path, name, num_steps
     assert not list(tmp_path.glob("swap/*")), "the disk tier leaves no file"
 
 
-@pytest.mark.parametrize(("name", "num_steps"), day_and_night(MLP_RUNS, CHEAP_MLP_RUNS))
+@pytest.mark.parametrize(("name", "num_steps"), day_and_night(MLP_RUNS, CHEAP_MLP_RUNS, day_steps=FEW_STEPS))
 def test_mlp_in_pieces_equals_dense_model(pool, dense_runs, tmp_path, name, num_steps):
     *arguments, memory = MLP_RUNS[name]
     losses, final, _ = pool.run(train_rank, *arguments, DEEP, num_steps, memory, tmp_path)[0]
     compare(dense_runs(DEEP, num_steps), losses, final)
 
 
-@pytest.mark.parametrize(("name", "num_steps"), day_and_night(["half swapped, half recomputed"]))
+@pytest.mark.parametrize(("name", "num_steps"), day_and_night(["half swapped, half recomputed"], day_steps=FEW_STEPS))
 def test_half_swapped_half_recomputed_equals_dense_model(pool, dense_runs, tmp_path, name, num_steps):
     *arguments, memory = MEMORY_RUNS[name]
     losses, final, _ = pool.run(train_rank, *arguments, DEEP, num_steps, memory, tmp_path)[0]
     compare(dense_runs(DEEP, num_steps), losses, final)
 
 
-@pytest.mark.parametrize(("name", "num_steps"), day_and_night(PLANNED_RUNS, CHEAP_PLANNED_RUNS))
+@pytest.mark.parametrize(("name", "num_steps"), day_and_night(PLANNED_RUNS, CHEAP_PLANNED_RUNS, day_steps=FEW_STEPS))
 def test_policies_chosen_by_the_plan_equal_the_dense_model(pool, dense_runs, tmp_path, name, num_steps):
     *arguments, memory, wanted = PLANNED_RUNS[name]
     options = {"activation": SLOW_COPIES if "slow" in name else ACTIVATION}
@@ -161,7 +162,7 @@ def test_policies_chosen_by_the_plan_equal_the_dense_model(pool, dense_runs, tmp
     assert_same_run(run, pool.run(train_rank, *arguments, spec, num_steps, memory, tmp_path, options)[0])
 
 
-@pytest.mark.parametrize(("name", "num_steps"), day_and_night(PLANNED_CHUNK_RUNS, ("adaptive",)))
+@pytest.mark.parametrize(("name", "num_steps"), day_and_night(PLANNED_CHUNK_RUNS, ("adaptive",), day_steps=FEW_STEPS))
 def test_chunks_chosen_by_the_plan_equal_the_dense_model(pool, dense_runs, tmp_path, name, num_steps):
     parallel, kinds, budget, wanted = PLANNED_CHUNK_RUNS[name]
     no_help = dataclasses.replace(SLOW_COPIES, swap_bytes_per_token=0.1, recompute_bytes_per_token=0.05)
@@ -174,7 +175,8 @@ def test_chunks_chosen_by_the_plan_equal_the_dense_model(pool, dense_runs, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("name", "num_steps"), day_and_night(CHUNKED_RUNS, set(CHUNKED_RUNS).difference(NIGHTLY_CHUNKED_RUNS))
+    ("name", "num_steps"),
+    day_and_night(CHUNKED_RUNS, set(CHUNKED_RUNS).difference(NIGHTLY_CHUNKED_RUNS), day_steps=FEW_STEPS),
 )
 def test_chunk_by_chunk_equals_dense_model(pool, dense_runs, name, num_steps):
     *arguments, memory = CHUNKED_RUNS[name]
