@@ -28,7 +28,7 @@ test: lint
 	$(BIN)/python -m pytest -q $(SPREAD) $(ARGS)
 
 nightly: $(INSTALLED)
-	$(BIN)/python -m pytest -q $(SPREAD) -m nightly $(ARGS)
+	$(BIN)/python -m pytest -q -m nightly $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/python -m ruff check .
