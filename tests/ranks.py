@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import tempfile
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as SequenceOf
@@ -17,6 +18,8 @@ from parallel import comm
 from parallel.comm import Message
 
 TIMEOUT_S = 60.0
+ANSWER_S = 240.0
+"""Of a pool: below pytest's own limit, so that the test says which rank is missing."""
 
 
 Pair = tuple[int, int]  # (from, to)
@@ -152,56 +155,74 @@ def run_threads(num_ranks: int, target: Callable[[int], Any]) -> list[Any]:
 
 class RankPool:
     """Processes for tests that need the real ``torch.distributed``. Torch and megatron-core are imported once, in a
-    fork server; every rank is a cheap fork of it. Use one pool per test class.
+    fork server; every rank is a cheap fork of it. Use one pool per file.
 
     ``run(target, *args)`` calls ``target(rank, world_size, init_method, *args)`` (a module-level function) on
-    ``world_size`` ranks and returns the results by rank. A rank that raises fails the call with its traceback.
+    ``world_size`` ranks and returns the results by rank. A rank that raises fails the call with its traceback. One that
+    ended, or gave no answer to an earlier call, is replaced before the next: no test inherits another's trouble.
     """
 
     def __init__(self, num_processes: int) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["trainer.build"])
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["trainer.build"])
         self._folder = tempfile.TemporaryDirectory()
         self._num_runs = 0
-        self._pipes, self._processes = [], []
-        for _ in range(num_processes):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs,), daemon=True)
-            process.start()
-            self._pipes.append(ours)
-            self._processes.append(process)
+        self._ranks = [self._fork() for _ in range(num_processes)]
+        self._unanswered: set[int] = set()
 
     def run(
-        self, target: Callable[..., Any], *args: Any, world_size: int | None = None, timeout_s: float = 300
+        self, target: Callable[..., Any], *args: Any, world_size: int | None = None, timeout_s: float = ANSWER_S
     ) -> list[Any]:
-        size = world_size or len(self._pipes)
+        size = world_size or len(self._ranks)
         self.start(target, *args, world_size=size)
         return self.collect(range(size), timeout_s=timeout_s)
 
     def start(self, target: Callable[..., Any], *args: Any, world_size: int) -> None:
         """Begin a run without waiting for its results."""
+        for rank, (_, process) in enumerate(self._ranks):
+            if rank in self._unanswered or not process.is_alive():
+                self._end(rank)
+                self._ranks[rank] = self._fork()
         self._num_runs += 1
+        self._unanswered = set(range(world_size))
         init_method = f"file://{self._folder.name}/store-{self._num_runs}"
-        for rank, pipe in enumerate(self._pipes[:world_size]):
-            pipe.send((target, (rank, world_size, init_method, *args)))
+        for rank in range(world_size):
+            self._ranks[rank][0].send((target, (rank, world_size, init_method, *args)))
 
-    def collect(self, ranks: Iterable[int], *, timeout_s: float = 300) -> list[Any]:
+    def collect(self, ranks: Iterable[int], *, timeout_s: float = ANSWER_S) -> list[Any]:
         """Results of these ranks of the run, in order. A rank that raised fails the call with its traceback."""
-        results = {}
+        results, stop_s = {}, time.monotonic() + timeout_s
         for rank in ranks:
-            if not self._pipes[rank].poll(timeout_s):
+            pipe = self._ranks[rank][0]
+            if not pipe.poll(max(0.0, stop_s - time.monotonic())):
                 raise TimeoutError(f"rank {rank} did not answer within {timeout_s} s")
-            results[rank] = self._pipes[rank].recv()
+            try:
+                results[rank] = pipe.recv()
+            except EOFError:
+                results[rank] = False, "ended without an answer"
+            self._unanswered.discard(rank)
         failures = [f"rank {rank}:\n{text}" for rank, (ok, text) in results.items() if not ok]
         if failures:
             raise AssertionError("\n".join(failures))
         return [value for _, value in results.values()]
 
     def close(self) -> None:
-        for process in self._processes:
-            process.kill()
-            process.join()
+        for rank in range(len(self._ranks)):
+            self._end(rank)
         self._folder.cleanup()
+
+    def _fork(self) -> tuple[Any, Any]:
+        ours, theirs = self._context.Pipe()
+        process = self._context.Process(target=_serve, args=(theirs,), daemon=True)
+        process.start()
+        theirs.close()
+        return ours, process
+
+    def _end(self, rank: int) -> None:
+        pipe, process = self._ranks[rank]
+        process.kill()
+        process.join()
+        pipe.close()
 
 
 def _serve(pipe: Any) -> None:

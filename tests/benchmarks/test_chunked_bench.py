@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
-import subprocess
-import sys
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.chunked import WAYS, Case, Rounds, report
-from benchmarks.chunked_tier import TierStep, longest_fit, longest_table, sizes_table
+from benchmarks.chunked_tier import TierStep, longest_fit, longest_table, main, sizes_table
 from benchmarks.memory_run import Measured
 from planner.units import MIB
+from tests.ranks import RankPool
 
 CASE = Case(num_tokens=1024, num_chunks=8, num_layers=1, hidden_dim=128)
 
@@ -89,14 +90,23 @@ def test_sizes_compare_within_turns(peak_bytes, met):
     assert verdict is met and "| 256 | seco disk | 3 s | 1.50 | 1.50 |" in text and "50%" in text
 
 
+def work_alone(rank, world_size, init_method, arguments):
+    """The last line that the benchmark's own process would print."""
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown):
+        assert main(arguments) == 0
+    return shown.getvalue().splitlines()[-1]
+
+
 def test_one_step_with_the_tier_moves_all_rows_out_and_back():
     workload = {"num_layers": 3, "dim": 64, "repeats": 1, "chunk_tokens": 16}
     told = {"job": "step", "way": "seco disk", "length": 64, "workload": workload}
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.chunked_tier", "--worker", json.dumps(told)], capture_output=True, text=True,
-        check=True,
-    )
-    found = TierStep(**json.loads(done.stdout.splitlines()[-1]))
+    pool = RankPool(1)  # a process of its own, but with torch already loaded
+    try:
+        (answer,) = pool.run(work_alone, ["--worker", json.dumps(told)])
+    finally:
+        pool.close()
+    found = TierStep(**json.loads(answer))
     rows_bytes = 3 * 16 * 2 * 64 * 4  # of one chunk: layers, tokens, K and V, one head of 64, fp32
     assert found.moved_bytes >= 3 * (2 * rows_bytes + rows_bytes)  # three chunks' K/V out and back, and dK/dV out
     assert 0 <= found.hidden_share <= 1 and found.seconds > 0 and found.ideal_bytes > 0

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import random
-import subprocess
-import sys
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks import fragmentation
 from benchmarks.allocator_model import CachingAllocator, simulate
 from planner.addresses.plan import Request, live_bytes
 from planner.units import KIB, MIB
+from tests.ranks import RankPool
 
 
 def test_segments():
@@ -102,11 +102,18 @@ def test_a_repeated_trace_asks_the_device_once():
     assert 0 <= once.fragmentation < 1
 
 
+def call_main(rank, world_size, init_method, arguments):
+    fragmentation.main(arguments)
+
+
 def test_the_benchmark_runs(tmp_path):
     out = tmp_path / "report.md"
-    command = [sys.executable, "-m", "benchmarks.fragmentation", "--model", "tiny", "--layers", "2", "--budget", "256"]
-    done = subprocess.run([*command, "--microbatches", "3", "--out", str(out)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    arguments = f"--model tiny --layers 2 --budget 256 --microbatches 3 --out {out}".split()
+    pool = RankPool(1)  # a process of its own, but with torch already loaded
+    try:
+        pool.run(call_main, arguments)
+    finally:
+        pool.close()
     text = out.read_text()
     assert "found intact" in text and "| 3 ragged, up to 256 |" in text
     assert "Served from plans" in text or "no C++ compiler" in text

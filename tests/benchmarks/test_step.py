@@ -36,6 +36,7 @@ from benchmarks.step_worker import measure_rank, turn_order
 from planner.codec import from_plain
 from planner.cost.fits import Provenance
 from tests.ranks import RankPool
+from tests.trainer.few_sweeps import few_sweeps
 
 SETTINGS = StepSettings(
     num_ranks=4, num_batches=2, tokens_per_batch=300, max_length=200, capacity_tokens=50, attention="ulysses",
@@ -229,7 +230,8 @@ def test_bad_arguments(arguments, said, capsys):
 
 
 def measure(rank, world_size, init_method, settings, folder):
-    measure_rank(settings, rank, Path(folder))
+    with few_sweeps():
+        measure_rank(settings, rank, Path(folder))
 
 
 def test_real_run(tmp_path):

@@ -102,7 +102,8 @@ def test_a_run_that_only_chunks_fit_trains_as_if_all_were_kept(lean: Path) -> No
     plans, metrics = records(lean, "run", "plans.jsonl"), records(lean, "run", "metrics.jsonl")
     assert any(each["memory"].get("chunk_tokens") for plan in plans for each in plan["microbatches"])
     assert all(record["predicted_peak_bytes"] <= 20 and record["gradients"] == "exact" for record in metrics)
-    kept = train(lean, "kept", "--steps", "3", "--memory", "keep", "--plan.device-budget", "64 B")
+    alone = ("--world-size", "1", "--plan.device-budget", "64 B")
+    kept = train(lean, "kept", "--steps", "3", "--memory", "keep", *alone)
     assert kept.returncode == 0, kept.stdout + kept.stderr
     losses = [[record["loss"] for record in found] for found in (metrics, records(lean, "kept", "metrics.jsonl"))]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)

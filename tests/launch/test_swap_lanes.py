@@ -93,9 +93,9 @@ def test_the_report_says_how_much_was_hidden(
 
 
 @pytest.mark.nightly
-def test_nothing_is_recorded_where_it_is_switched_off_or_nothing_is_swapped(work: Path) -> None:
+def test_nothing_is_recorded_where_it_is_switched_off_or_nothing_is_swapped(work: Path, run_dir: Path) -> None:
     off = train(work, "off", "--metrics.spans-every", "0")
     kept = train(work, "kept", "--memory", "keep", "--tier", "null", "--swap-fraction", "null")
     assert not (off / "lanes.jsonl").exists() and not (kept / "lanes.jsonl").exists()
-    digests = [json.loads((work / name / "summary.json").read_text())["weights_sha256"] for name in ("off", "run")]
+    digests = [json.loads((run / "summary.json").read_text())["weights_sha256"] for run in (off, run_dir)]
     assert digests[0] == digests[1], "recording changes no bit"

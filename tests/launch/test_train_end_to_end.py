@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -33,6 +34,7 @@ METRICS_FIELDS = (
     "model_flops, mfu"
 ).split(", ")
 LIMIT_S = 240
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", "-m", "launch.cli")
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the ranks in /proc")
 
@@ -195,6 +197,7 @@ def test_a_made_up_cost_model_is_found_out_and_refitted(work: Path, reference: F
 
 
 def test_stopped_then_killed_then_resumed_equals_uninterrupted(work: Path, reference: Finished) -> None:
+    """Stopped under our own launcher, killed under it, and finished under torchrun."""
     folder = work / "interrupted"
 
     run = Run(work, folder)
@@ -232,14 +235,17 @@ def test_stopped_then_killed_then_resumed_equals_uninterrupted(work: Path, refer
     assert f"resume: step {next_step} from " in killed.out
     assert_all_end(started)
 
-    resumed = Run(work, folder, "--resume").finish()
-    assert (resumed.code, resumed.errors) == (0, "")
+    resumed = Run(work, folder, "--resume", launcher=TORCHRUN).finish()
+    assert resumed.code == 0, resumed.errors
     assert_equal_runs(resumed, reference)
+    assert "resume: step " in resumed.out
+    shown = re.findall(rf"^step +(\d+)/{NUM_STEPS}", resumed.out, re.MULTILINE)
+    assert shown[-1] == str(NUM_STEPS) and len(shown) == len(set(shown)), "rank 0 speaks, the others do not"
 
 
-def test_torchrun_trains_the_same(work: Path, reference: Finished) -> None:
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", "-m", "launch.cli")
-    run = Run(work, work / "torchrun", launcher=torchrun).finish()
+@pytest.mark.nightly
+def test_torchrun_trains_the_same_from_the_start(work: Path, reference: Finished) -> None:
+    run = Run(work, work / "torchrun", launcher=TORCHRUN).finish()
     assert run.code == 0
     assert_equal_runs(run, reference)
     assert run.out.count("\nstep ") == NUM_STEPS  # rank 0 speaks, the others do not

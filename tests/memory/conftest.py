@@ -8,7 +8,7 @@ import torch
 from parallel import comm
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def lone_rank(tmp_path_factory):
     store = tmp_path_factory.mktemp("group") / "store"
     comm.init_process_group(

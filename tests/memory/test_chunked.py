@@ -8,7 +8,7 @@ import types
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memory.activations import ActivationMemory
@@ -22,6 +22,7 @@ from parallel.program import compile_rank_program
 from planner.cost.limits import PlanLimits
 from planner.plan import AttentionKind, Span
 from planner.step_planner import STRATEGIES, plan_step
+from tests.examples import by_day_and_nightly
 from tests.memory.chunk_cases import (
     CPU,
     KINDS,
@@ -131,38 +132,47 @@ class TestPlan:
 
 
 class TestExactness:
-    @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-    @given(
-        lengths=LENGTHS, degree=st.integers(1, 4), kind=st.sampled_from(KINDS), chunk_tokens=st.integers(1, 20),
-        keep_rows=st.sampled_from([0, 10, 1000]),
-    )
-    def test_gradients_equal_the_dense_models_in_float64(self, model, lengths, degree, kind, chunk_tokens, keep_rows):
-        documents = random_documents(lengths)
-        group = group_of(kind if degree > 1 else AttentionKind.LOCAL, degree, len(lengths))
-        policy = ChunkPolicy(chunk_tokens=chunk_tokens, keep_rows=keep_rows)
-        loss, got = chunked_gradients(model, [group], lengths, policy, reader(documents), num_ranks=degree)
-        wanted_loss, wanted = dense_gradients(model, documents)
-        assert loss == pytest.approx(wanted_loss, rel=TOLERANCE)
-        assert worst_error(got, wanted) < TOLERANCE
+    @by_day_and_nightly(12, 60)
+    def test_gradients_equal_the_dense_models_in_float64(self, model, num_examples):
+        @settings(max_examples=num_examples, deadline=None)
+        @given(
+            lengths=LENGTHS, degree=st.integers(1, 4), kind=st.sampled_from(KINDS), chunk_tokens=st.integers(1, 20),
+            keep_rows=st.sampled_from([0, 10, 1000]),
+        )
+        def check(lengths, degree, kind, chunk_tokens, keep_rows):
+            documents = random_documents(lengths)
+            group = group_of(kind if degree > 1 else AttentionKind.LOCAL, degree, len(lengths))
+            policy = ChunkPolicy(chunk_tokens=chunk_tokens, keep_rows=keep_rows)
+            loss, got = chunked_gradients(model, [group], lengths, policy, reader(documents), num_ranks=degree)
+            wanted_loss, wanted = dense_gradients(model, documents)
+            assert loss == pytest.approx(wanted_loss, rel=TOLERANCE)
+            assert worst_error(got, wanted) < TOLERANCE
 
+        check()
+
+    @by_day_and_nightly(2, 10)
     @pytest.mark.parametrize("strategy", STRATEGIES)
-    @settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-    @given(
-        lengths=st.lists(st.integers(1, 60), min_size=4, max_size=8), num_ranks=st.integers(2, 4),
-        chunk_tokens=st.integers(3, 20), keep_rows=st.sampled_from([0, 10]),
-    )
-    def test_plans_of_every_strategy_in_float64(self, model, strategy, lengths, num_ranks, chunk_tokens, keep_rows):
+    def test_plans_of_every_strategy_in_float64(self, model, strategy, num_examples):
         """Several microbatches on overlapping ranks, groups of every kind that the strategy uses; in chunks all of it
         equals the dense model to rounding."""
-        lengths, documents = [*lengths, 80], random_documents([*lengths, 80])
-        limits = PlanLimits(device_budget_bytes=80 // num_ranks + 30, max_ulysses_degree=4, kinds=KINDS)
-        plan = plan_step(step_problem(lengths, num_ranks, cost_model(num_ranks), limits), step=0, strategy=strategy)
-        assert any(group.degree > 1 for microbatch in plan.microbatches for group in microbatch.groups)
-        policy = ChunkPolicy(chunk_tokens=chunk_tokens, keep_rows=keep_rows)
-        loss, got = plan_gradients(model, plan, policy, reader(documents))
-        wanted_loss, wanted = dense_gradients(model, documents)
-        assert loss == pytest.approx(wanted_loss, rel=TOLERANCE)
-        assert worst_error(got, wanted) < TOLERANCE
+
+        @settings(max_examples=num_examples, deadline=None)
+        @given(
+            lengths=st.lists(st.integers(1, 60), min_size=4, max_size=8), num_ranks=st.integers(2, 4),
+            chunk_tokens=st.integers(3, 20), keep_rows=st.sampled_from([0, 10]),
+        )
+        def check(lengths, num_ranks, chunk_tokens, keep_rows):
+            lengths, documents = [*lengths, 80], random_documents([*lengths, 80])
+            limits = PlanLimits(device_budget_bytes=80 // num_ranks + 30, max_ulysses_degree=4, kinds=KINDS)
+            plan = plan_step(step_problem(lengths, num_ranks, cost_model(num_ranks), limits), step=0, strategy=strategy)
+            assert any(group.degree > 1 for microbatch in plan.microbatches for group in microbatch.groups)
+            policy = ChunkPolicy(chunk_tokens=chunk_tokens, keep_rows=keep_rows)
+            loss, got = plan_gradients(model, plan, policy, reader(documents))
+            wanted_loss, wanted = dense_gradients(model, documents)
+            assert loss == pytest.approx(wanted_loss, rel=TOLERANCE)
+            assert worst_error(got, wanted) < TOLERANCE
+
+        check()
 
     @pytest.mark.parametrize("chunk_tokens", [2, 7, 40])
     @pytest.mark.parametrize("heads", [(4, 4), (4, 1), (6, 2)])

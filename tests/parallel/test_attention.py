@@ -14,6 +14,7 @@ from planner.plan import AttentionGroup, AttentionKind
 from planner.schedules.check import check_schedules
 from planner.schedules.exchange import write_schedule
 from planner.schedules.layout import head_degree, shard_spans
+from tests.examples import by_day_and_nightly
 from tests.plans import KINDS, inner_degree, verified_plan
 from tests.ranks import ThreadFabric, run_threads
 
@@ -100,13 +101,17 @@ def cases(draw):
     return group, lengths, heads, kv_heads
 
 
-@settings(max_examples=200, deadline=None)
-@given(cases())
-def test_engine_equals_dense_attention_in_float64(case):
-    group, lengths, heads, kv_heads = case
-    check_schedules(group, lengths, [write_schedule(group, lengths, i) for i in range(group.degree)])
-    errors = run_case([group], lengths, 8, heads, kv_heads)
-    assert max(errors) < TOLERANCE, errors
+@by_day_and_nightly(60, 500)
+def test_engine_equals_dense_attention_in_float64(num_examples):
+    @settings(max_examples=num_examples, deadline=None)
+    @given(cases())
+    def check(case):
+        group, lengths, heads, kv_heads = case
+        check_schedules(group, lengths, [write_schedule(group, lengths, i) for i in range(group.degree)])
+        errors = run_case([group], lengths, 8, heads, kv_heads)
+        assert max(errors) < TOLERANCE, errors
+
+    check()
 
 
 def test_rank_in_several_groups_of_one_microbatch():

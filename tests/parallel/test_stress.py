@@ -87,15 +87,17 @@ def run_random_plans(first_seed: int, num_plans: int) -> set[AttentionKind]:
     return seen
 
 
-def test_hundreds_of_random_plans_run_to_completion() -> None:
-    assert run_random_plans(0, 200) == set(AttentionKind)
+def test_dozens_of_random_plans_run_to_completion() -> None:
+    assert run_random_plans(0, 80) == set(AttentionKind)
 
 
 @pytest.mark.nightly
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("part", range(10))
-def test_thousands_of_random_plans_run_to_completion(part: int) -> None:
-    assert run_random_plans(10_000 + 500 * part, 500) == set(AttentionKind)
+@pytest.mark.parametrize(
+    ("first_seed", "num_plans"), [(80, 120), *((10_000 + 500 * part, 500) for part in range(10))]
+)
+def test_thousands_of_random_plans_run_to_completion(first_seed: int, num_plans: int) -> None:
+    assert run_random_plans(first_seed, num_plans) == set(AttentionKind)
 
 
 @pytest.mark.parametrize("kind", SHARED_KINDS)

@@ -34,7 +34,7 @@ from planner.units import MIB
 from tests.plans import cost_model, step_problem, verified_plan
 from tests.ranks import RankPool
 from tests.trainer import dense
-from tests.trainer.step.test_equality import CONFIG, SPEC, full_weights
+from tests.trainer.step.dense_runs import CONFIG, SPEC, full_weights
 from trainer.build import build_runtime
 from trainer.data.batch import TokenRows, token_rows
 from trainer.data.ledger import SampleLedger

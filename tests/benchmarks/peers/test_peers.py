@@ -32,6 +32,7 @@ from planner.inputs.files import load_model
 from planner.plan import AttentionGroup, AttentionKind, Span
 from planner.schedules.layout import shard_spans
 from tests.ranks import RankPool
+from tests.trainer.few_sweeps import few_sweeps
 
 RING, ULYSSES = AttentionKind.RING, AttentionKind.ULYSSES
 CPU = torch.device("cpu")
@@ -271,7 +272,8 @@ def measure_fake(rank, world_size, init_method, folder, given, scale):
     module = importlib.import_module("benchmarks.peers.adapters")._import_alone("verl.utils.ulysses")
     module.SCALE = scale
     try:
-        measure_rank(given, rank, Path(folder))
+        with few_sweeps():
+            measure_rank(given, rank, Path(folder))
     finally:
         sys.path.remove(folder)
         for name in [name for name in sys.modules if name.split(".")[0] == "verl"]:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from planner.codec import from_plain, to_plain
 from planner.errors import SpecError
+from tests.examples import by_day_and_nightly
 from trainer.data.ledger import LedgerPosition, SampleLedger
 
 LENGTHS = st.lists(st.integers(1, 20), min_size=1, max_size=25)
@@ -36,21 +37,23 @@ def test_every_sample_once_per_epoch_and_full_steps(lengths: list[int], seed: in
         assert batch and total <= tokens_per_step < total + lengths[following[0]]
 
 
-@settings(deadline=None, max_examples=60)
-@given(LENGTHS, SEEDS, st.lists(st.integers(0, 30), min_size=1, max_size=8), st.integers(0, 30))
-def test_batches_do_not_depend_on_how_they_are_asked(
-    lengths: list[int], seed: int, steps: list[int], saved_at: int
-) -> None:
-    reference = [ledger(lengths, seed).batch(step) for step in range(31)]
-    walking = ledger(lengths, seed)
-    assert [walking.batch(step) for step in range(31)] == reference
-    jumping = ledger(lengths, seed)
-    np.random.seed(0)  # noqa: NPY002
-    assert [jumping.batch(step) for step in steps] == [reference[step] for step in steps]
-    restored = ledger(lengths, seed)
-    restored.restore(walking.position(saved_at))
-    assert restored.position(saved_at) == walking.position(saved_at)
-    assert [restored.batch(step) for step in (saved_at, *steps)] == [reference[step] for step in (saved_at, *steps)]
+@by_day_and_nightly(15, 100)
+def test_batches_do_not_depend_on_how_they_are_asked(num_examples: int) -> None:
+    @settings(deadline=None, max_examples=num_examples)
+    @given(LENGTHS, SEEDS, st.lists(st.integers(0, 30), min_size=1, max_size=8), st.integers(0, 30))
+    def check(lengths: list[int], seed: int, steps: list[int], saved_at: int) -> None:
+        reference = [ledger(lengths, seed).batch(step) for step in range(31)]
+        walking = ledger(lengths, seed)
+        assert [walking.batch(step) for step in range(31)] == reference
+        jumping = ledger(lengths, seed)
+        np.random.seed(0)  # noqa: NPY002
+        assert [jumping.batch(step) for step in steps] == [reference[step] for step in steps]
+        restored = ledger(lengths, seed)
+        restored.restore(walking.position(saved_at))
+        assert restored.position(saved_at) == walking.position(saved_at)
+        assert [restored.batch(step) for step in (saved_at, *steps)] == [reference[step] for step in (saved_at, *steps)]
+
+    check()
 
 
 def test_global_random_state_is_neither_used_nor_changed() -> None:

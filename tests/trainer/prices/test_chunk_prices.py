@@ -16,7 +16,7 @@ from planner.plan import AttentionKind, MemoryAction
 from planner.step_planner import plan_step
 from tests.plans import cost_model, step_problem
 from tests.ranks import RankPool
-from tests.trainer.step.test_equality import CONFIG, SPEC
+from tests.trainer.step.dense_runs import CONFIG, SPEC
 from tests.trainer.step.test_one_step import reader, start
 from trainer.checkpoint.tensors import weights_digest
 from trainer.prices.calibration import PEAK_MARGIN, MeasuredShape

@@ -23,7 +23,8 @@ from planner.plan import AttentionGroup, AttentionKind, MemoryAction, MemoryPoli
 from tests.parallel.test_attention import TOLERANCE, dense_attention
 from tests.plans import cost_model, verified_plan
 from tests.ranks import RankPool
-from tests.trainer.step.test_equality import CONFIG, SPEC, full_weights
+from tests.trainer.few_sweeps import few_sweeps
+from tests.trainer.step.dense_runs import CONFIG, SPEC, full_weights
 from trainer.build import build_runtime
 from trainer.checkpoint.tensors import weights_digest
 from trainer.data.batch import token_rows
@@ -306,7 +307,8 @@ def calibration(rank, world_size, init_method):
         MeasuredShape(AttentionKind.LOCAL, 1), MeasuredShape(AttentionKind.ULYSSES, 2),
         MeasuredShape(AttentionKind.RING, 3), MeasuredShape(AttentionKind.USP, 4, 2),
     )
-    measured = calibrate(runtime, shapes, max_length=128, machine="here")
+    with few_sweeps():
+        measured = calibrate(runtime, shapes, max_length=128, machine="here")
     return measured, before == weights_digest(runtime), len(runtime.optimizer.adamw.state)
 
 
