@@ -117,7 +117,7 @@ def _panel(plan: StepPlan, problem: StepProblem, left: float, title: str, longes
     scale = (_PANEL - 6) / longest_s
     yield _text(left, _TOP - 30, title, size=14, weight="bold")
     simulation = simulate(plan, problem.cost)
-    words = f"{plan.predicted_s:.1f} s a step, {simulation.idle_fraction:.0%} of it idle"
+    words = f"{plan.predicted_s:.1f} s per step, {simulation.idle_fraction:.0%} of it idle"
     yield _text(left, _TOP - 12, words, fill=_GREY)
     end_s = max(simulation.rank_finish_s)
     yield _box(left, _TOP, end_s * scale, height, _IDLE)

@@ -195,6 +195,6 @@ def test_the_picture_is_drawn() -> None:
     kept = ElementTree.parse(ROOT / "docs/step_picture.svg").getroot()
     for picture in (drawn, kept):
         words = [text.text or "" for text in picture.iter("{http://www.w3.org/2000/svg}text")]
-        seconds = [float(match[1]) for word in words if (match := re.match(r"([\d.]+) s a step", word))]
+        seconds = [float(match[1]) for word in words if (match := re.match(r"([\d.]+) s per step", word))]
         assert "Planned by Longhaul" in words and len(seconds) == 2
         assert seconds[1] < seconds[0]

@@ -111,7 +111,8 @@ def calibrate(
         peak_flop_per_s=best_rate(operations, "linear"),
         provenance=Provenance(
             source="measured", cluster=machine, model=runtime.model.spec.name,
-            measured_on=datetime.now(UTC).date().isoformat(), torch_version=torch.__version__,
+            measured_on=datetime.now(UTC).date().isoformat(),
+            torch_version=str(torch.__version__),  # torch's own subclass of str cannot be written as YAML
             num_samples=len(samples), mean_relative_error=statistics.fmean(map(abs, errors)),
             max_relative_error=max(map(abs, errors)),
         ),
