@@ -100,7 +100,7 @@ def test_the_sharding_that_fits_is_priced_and_named(tmp_path: Path, capsys: pyte
     path.write_text("100000\n" + "2000\n" * 60)
     flags = ["--lengths", str(path), "--model", "gpt-7b", "--cluster", "a100-40g-64", "--strategy", "static"]
     assert run(flags) == 0
-    assert "priced with zero3: gather_once needs 49.1 GiB a device" in " ".join(capsys.readouterr().out.split())
+    assert "priced with zero3: gather_once needs 49.1 GiB per device" in " ".join(capsys.readouterr().out.split())
     assert run(["--lengths", str(path), "--model", "tiny", "--cluster", "a100-40g-64", "--strategy", "static"]) == 0
     assert "zero3" not in capsys.readouterr().out
 
