@@ -19,7 +19,6 @@ What is searched over, memory policies included, is decided before (``adaptive_s
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -29,11 +28,9 @@ from planner.plan import AttentionKind, Sharding, SolveStatus
 from planner.pricing.assemble import Found, GroupChoice, MicrobatchChoice, makespan_s
 from planner.pricing.problem import StepProblem
 from planner.strategies.adaptive.build import Draft, Target, build_draft
-from planner.strategies.adaptive.pour import WAYS, Pour, Pourer
+from planner.strategies.adaptive.lockstep import plan_rounds
 from planner.strategies.adaptive.rivals import Match, best_rival
-from planner.strategies.adaptive.rounds import Round, align, in_order, rounds_s, squeeze
 from planner.strategies.adaptive.space import search_space
-from planner.strategies.adaptive.swap import swap_rows
 from planner.strategies.adaptive.workshop import Workshop
 from planner.strategies.search.bounds import settled_lengths
 from planner.strategies.search.memory_policy import choose_policies
@@ -46,13 +43,6 @@ NUM_FINALISTS = 2
 MEMORY_WEIGHTS = (0.0, 1.0)
 CLOSE_ENOUGH = 1e-3  # of the makespan: no more builds
 GOOD_ENOUGH = 1.5e-2  # of the makespan: no other way to share out fixed times is tried
-# In lockstep: (packed, target over the bound, share of the target in which a sequence alone is to run).
-ROUND_TARGETS = ((True, 1.06, 0.25), (False, 1.12, 0.25))
-NUM_SQUEEZED = 2
-NUM_FEW_SQUEEZED = 6
-FEW_ROUNDS = 2
-MAX_SWAPS = 150
-ALIGNED_WITHIN = 1.08  # of the best poured rounds' seconds: those that a squeeze may bring below them
 
 
 @dataclass(slots=True)
@@ -109,7 +99,7 @@ def plan_adaptive(problem: StepProblem) -> Found:
         shop = _workshop(choice.shapes, problem)
         like.append(_Search(shop, choice.aim_s, deadline_s, max_builds))
         if cost.sharding is Sharding.ZERO3:
-            _search_rounds(like[-1])
+            like[-1].best, like[-1].num_builds = plan_rounds(shop, choice.aim_s, max_builds, deadline_s)
         else:
             _search(like[-1])
     found = [min(like, key=lambda search: search.best_s) for like in searches.values() if like]
@@ -167,62 +157,6 @@ def _search(search: _Search) -> None:
     for number, (makespan_s, way) in enumerate(finalists):
         left = search.max_builds - search.num_builds
         _bisect(search, way, makespan_s, -(-left // (NUM_FINALISTS - number)))
-
-
-def _search_rounds(search: _Search) -> None:
-    """Pour rounds in several ways and, where there are more than a few, align what is built without barriers for
-    several targets; squeeze the best of both and let sequences of the very best change places."""
-    shop = search.shop
-    found = _poured(search)
-    if len(found[0]) > FEW_ROUNDS:
-        most_s = ALIGNED_WITHIN * rounds_s(found[0])
-        found += [rounds for rounds in _aligned(search) if rounds_s(rounds) <= most_s]
-    found = [min(rounds, squeeze(shop, rounds), key=rounds_s) for rounds in found]
-    rounds = min(found, key=rounds_s)
-    rounds = min(rounds, swap_rows(shop, rounds, MAX_SWAPS), key=rounds_s)
-    ordered = in_order(rounds, num_ranks=shop.num_ranks, node_size=shop.node_size)
-    search.best = Draft(tuple(ordered), rounds_s(rounds))
-
-
-def _poured(search: _Search) -> list[list[Round]]:
-    """The quickest pours of all ways, at least one, each once, the quickest first. A way is left where it cannot be
-    among them any more."""
-    pourer = Pourer(search.shop)
-    found: list[list[Round]] = []
-    seen: set[tuple[tuple[int, ...], ...]] = set()
-    for level, reach, least_degree in WAYS[: search.max_builds]:
-        if found and time.perf_counter() > search.deadline_s:
-            break
-        wanted = _num_wanted(found)
-        give_up_s = rounds_s(found[wanted - 1]) if len(found) >= wanted else float("inf")
-        rounds = pourer.pour(Pour(level=level, reach=reach, least_degree=least_degree), give_up_s)
-        search.num_builds += 1
-        if rounds is None:
-            continue
-        content = tuple((batch.column, *batch.rows) for each in rounds for batch in each.batches)
-        if content not in seen:
-            seen.add(content)
-            found = sorted([*found, rounds], key=rounds_s)
-    return found[: _num_wanted(found)]
-
-
-def _num_wanted(found: SequenceOf[SequenceOf[Round]]) -> int:
-    """How many pours are worth squeezing: where rounds are few, one is cheap to squeeze, and it matters most."""
-    return NUM_FEW_SQUEEZED if not found or len(found[0]) <= FEW_ROUNDS else NUM_SQUEEZED
-
-
-def _aligned(search: _Search) -> list[list[Round]]:
-    """Rounds of a build for each of the targets, the quickest first."""
-    shop = search.shop
-    found: list[list[Round]] = []
-    for packed, factor, share in ROUND_TARGETS[: search.max_builds]:
-        if time.perf_counter() > search.deadline_s:
-            break
-        target_s = factor * search.bound_s
-        way = Target(makespan_s=target_s, alone_s=share * target_s, memory_weight=1.0, packed=packed)
-        found.append(align(build_draft(shop, way).batches, num_ranks=shop.num_ranks, node_size=shop.node_size))
-        search.num_builds += 1
-    return sorted(found, key=rounds_s)
 
 
 def _bisect(search: _Search, way: Target, reached_s: float, num_builds: int) -> None:
