@@ -86,7 +86,7 @@ def _best_move(
     shop: Workshop, givers: SequenceOf[Batch], takers: SequenceOf[Batch], late_s: float, early_s: float
 ) -> _Move | None:
     """The move after which the later of the two ranks ends first."""
-    capacity, fixed_s = shop.capacity[0], shop.fixed[0]
+    capacity, fixed_s = shop.shapes[0].capacity_tokens, shop.fixed[0]
     returns = sorted(
         (shop.local_s[row], row, place) for place, batch in enumerate(takers) for row in batch.rows
     )

@@ -76,6 +76,6 @@ def _aligned(shop: Workshop, bound_s: float, max_builds: int, deadline_s: float)
         if time.perf_counter() > deadline_s:
             break
         target_s = factor * bound_s
-        way = Target(makespan_s=target_s, alone_s=share * target_s, memory_weight=1.0, packed=packed)
+        way = Target(makespan_s=target_s, alone_s=share * target_s, packed=packed)
         found.append(align(build_draft(shop, way).batches, num_ranks=shop.num_ranks, node_size=shop.node_size))
     return sorted(found, key=rounds_s)

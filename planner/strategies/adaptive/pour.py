@@ -14,10 +14,11 @@ Nothing here depends on the clock. What comes out is legal whatever the three nu
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil, inf, sqrt
+from math import ceil, inf
 
 import numpy as np
 
+from planner.pricing.microbatch import SequencePrices
 from planner.strategies.adaptive.rounds import Round
 from planner.strategies.adaptive.workshop import Batch, Pool, Workshop
 from planner.strategies.search.bounds import cheapest_columns
@@ -70,10 +71,9 @@ class Pourer:
         count = int(np.searchsorted(np.cumsum(ascending), SHORT_SHARE * float(sizes.sum()))) + 1
         short = ascending[:count].astype(np.float64)
         tokens, squares = float(short.sum()), float(short @ short)
-        return [
-            (square * squares + linear * tokens + each * len(short)) / tokens
-            for square, linear, each in zip(shop.square, shop.linear, shop.each, strict=True)
-        ]
+        prices = SequencePrices.of([shape.fit for shape in shop.shapes])
+        rho: list[float] = (prices.sums_s(tokens, squares, len(short)) / tokens).tolist()
+        return rho
 
     def columns_within(self, seconds: float, least_degree: int) -> IntArray:
         """By place: the workshop's column of the cheapest shape of at least so many ranks that runs the row alone in
@@ -144,17 +144,16 @@ class Pourer:
     def _fill_batch(self, batch: Batch, pool: Pool, limit_s: float) -> None:
         """Rows out of the pool until time or memory is used up, see above."""
         shop, column = self.shop, batch.column
-        square, each, rho = shop.square[column], shop.each[column], self.rho[column]
-        linear, teams, capacity = shop.linear[column] - rho, shop.num_teams[column], shop.capacity[column]
+        shape, rho = shop.shapes[column], self.rho[column]
         while pool:
-            left_s, room = limit_s - batch.seconds, capacity - batch.load
+            left_s, room = limit_s - batch.seconds, shape.capacity_tokens - batch.load
             if left_s <= 0 or room <= 0:
                 return
-            excess_s = left_s - rho * teams * shop.held_tokens(column, room) - each
-            tokens, root = inf, linear * linear + 4 * square * excess_s
-            if excess_s >= 0 and square > 0:
-                tokens = max((sqrt(root) - linear) / (2 * square), pool.shortest)
-            row = pool.take_at_most(min(tokens, shop.longest_within(column, left_s, room)))
+            excess_s = left_s - rho * shape.num_teams * shape.short_tokens(room)
+            tokens = inf
+            if excess_s >= 0:
+                tokens = max(shape.fit.longest_within(excess_s, credit_s_per_token=rho), pool.shortest)
+            row = pool.take_at_most(min(tokens, shape.longest_within(left_s, room)))
             if row is None:
                 return
             batch.add(row, shop.load(row, column), shop.marginal_s(row, column))

@@ -166,7 +166,7 @@ class _State:
         self.rows = [list(batch.rows) for _, batch in found]
         self.free: IntArray = np.array([each.num_free for each in rounds], dtype=np.int64)
         self.limit_s: FloatArray = np.array([each.seconds for each in rounds])
-        self.teams: IntArray = np.array([shop.num_teams[column] for column in used], dtype=np.int64)
+        self.teams: IntArray = np.array([shop.shapes[column].num_teams for column in used], dtype=np.int64)
         # Read one at a time, so as lists: by column, then row; and where a row stands among all, shortest first.
         self.marginals_s = self.table.marginal_s.T.tolist()
         self.loads = self.table.load_tokens.T.tolist()

@@ -143,11 +143,11 @@ def _search(search: _Search) -> None:
     first one is good already, of that one only."""
     bound_s = search.bound_s
     best: dict[bool, tuple[float, Target]] = {}
-    for weight in MEMORY_WEIGHTS:
+    for weight in (1.0,):
         for packed in (False, True):
             if search.done or (packed in best and search.within(GOOD_ENOUGH)):
                 break
-            way = Target(makespan_s=bound_s, alone_s=bound_s, memory_weight=weight, packed=packed)
+            way = Target(makespan_s=bound_s, alone_s=bound_s, packed=packed)
             makespan_s = search.build(way).makespan_s
             if packed not in best or makespan_s < best[packed][0]:
                 best[packed] = (makespan_s, way)
