@@ -102,7 +102,7 @@ def bound_parts(
     local = next((shape for shape in shapes if shape.kind is AttentionKind.LOCAL), None)
     if local is None or not len(distinct):
         return (BoundPart(price_table(distinct, shapes), weights),) if len(distinct) else ()
-    settled = settled_lengths(distinct, weights, shapes, local, num_ranks)
+    settled = surely_local(distinct, weights, shapes, local, num_ranks)
     parts = []
     if settled.any():
         rivals = [shape for shape in shapes if shape is local or not _dominates(local, shape)]
@@ -154,7 +154,7 @@ def least_rounds(lengths: SequenceOf[int] | IntArray, shapes: SequenceOf[GroupSh
     return max(1, ceil(float(least.sum()) / num_ranks * (1 - 1e-9)))
 
 
-def settled_lengths(
+def surely_local(
     lengths: IntArray, counts: FloatArray, shapes: SequenceOf[GroupShape], local: GroupShape, num_ranks: int
 ) -> BoolArray:
     """Which lengths surely fit ``local`` and run there alone within a simple lower bound on the makespan: the longest

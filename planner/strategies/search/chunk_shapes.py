@@ -10,19 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
 
-import numpy as np
-
 from planner.cost.limits import PlanLimits
 from planner.cost.model import CostModel
 from planner.plan import MemoryAction, MemoryPolicy
 from planner.strategies.search.shapes import (
     UNLIMITED_TOKENS,
-    BoolArray,
     GroupShape,
     HeldShare,
-    IntArray,
-    group_tokens,
-    price_table,
 )
 
 CHUNK_PARTS = (2, 4, 8, 32)
@@ -74,68 +68,3 @@ def chunked_shapes(
     """These shapes (of kept activations) in chunks of every size that is searched."""
     found = (chunked_shape(shape, size, cost, limits) for size in chunk_sizes(cost, limits) for shape in kept)
     return tuple(shape for shape in found if shape is not None)
-
-
-def chunks_worth_it(
-    lengths: SequenceOf[int], kept: SequenceOf[GroupShape], rivals: SequenceOf[GroupShape], cost: CostModel,
-    limits: PlanLimits,
-) -> tuple[GroupShape, ...]:
-    """``chunked_shapes`` without those that no plan gains by, so a bound over all shapes stays the same.
-
-    ``rivals``: the shapes that run whole, the first of which holds in full whatever fits its capacity. One of the same
-    kind and degree, or larger chunks, that takes every sequence that fits here is charged no more for any, however
-    fixed times are shared out, where it is no dearer per token, both without memory's share of its fixed time and with
-    the most of that against the least here (``planner.strategies.search.bounds``).
-    """
-    sizes = chunk_sizes(cost, limits)
-    if not sizes:
-        return ()
-    longer = np.unique(np.array([size for size in lengths if size > rivals[0].capacity_tokens], dtype=np.int64))
-    short = max((size for size in lengths if size <= rivals[0].capacity_tokens), default=0)
-    by_place: dict[tuple[str, int], list[_Rival]] = {}
-    for shape, fits in zip(rivals, _fits(longer, rivals), strict=True):
-        by_place.setdefault((shape.kind, shape.degree), []).append(_Rival(shape, fits, short))
-    assert cost.chunks is not None
-    found: list[GroupShape] = []
-    for shape in kept:
-        known = by_place.get((shape.kind, shape.degree), [])
-        least_s = cost.chunks.least_s_per_token(shape.fit)
-        if any(rival.takes_all and rival.most_s_per_token <= least_s for rival in known):
-            continue  # nearly always: no chunk of any size could be cheaper
-        shapes = [chunk for size in sizes if (chunk := chunked_shape(shape, size, cost, limits)) is not None]
-        for chunk, fits in zip(shapes, _fits(longer, shapes), strict=True):
-            new = _Rival(chunk, fits, short)
-            if not any(rival.beats(new) for rival in known):
-                found.append(chunk)
-                known.append(new)
-    return tuple(found)
-
-
-class _Rival:
-    """A shape, which of the long sequences fit it, whether all others surely do, and what it charges for a token."""
-
-    def __init__(self, shape: GroupShape, fits: BoolArray, short_tokens: int) -> None:
-        most = (short_tokens / shape.num_teams + 2) * shape.held.at_zero + 1  # a zigzag's remainder, rounding
-        self.takes_short = shape.chunk_tokens == 0 or most <= shape.capacity_tokens
-        self.shape, self.fits, self.takes_all = shape, fits, bool(fits.all())
-        memory_s = shape.fit.fixed_s / max(group_tokens(shape), 1)
-        self.most_s_per_token = shape.fit.s_per_token + memory_s * shape.held.at_zero
-        self.least_s_per_token = shape.fit.s_per_token + memory_s * shape.held.least
-
-    def beats(self, other: _Rival) -> bool:
-        here, there = self.shape.fit, other.shape.fit
-        return (
-            self.takes_short
-            and self.most_s_per_token <= other.least_s_per_token
-            and here.adds_at_most(there)
-            and here.fixed_s <= there.fixed_s
-            and bool((self.fits | ~other.fits).all())
-        )
-
-
-def _fits(lengths: IntArray, shapes: SequenceOf[GroupShape]) -> list[BoolArray]:
-    """Of each shape, which of these lengths fit it alone."""
-    if not len(lengths) or not shapes:
-        return [np.ones(len(lengths), dtype=np.bool_) for _ in shapes]
-    table = price_table(lengths, shapes)
-    return [table.fits[:, column] for column in range(len(shapes))]

@@ -1,0 +1,14 @@
+"""All numbers that say how much ``adaptive`` tries."""
+
+from __future__ import annotations
+
+MAX_BUILDS = 12
+MIN_BUILDS = 4
+ROWS_AND_RANKS = 60_000
+CLOSE_ENOUGH = 1e-3
+WORK_PER_GAP = 1e7
+LEAST_GAP = 3e-3
+MOST_GAP = 2e-2
+MEMORY_BINDS = 5e-3
+MAX_LOCALS = 2
+NUM_VOTERS = 48
