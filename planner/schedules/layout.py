@@ -70,7 +70,8 @@ def peak_team_tokens(num_tokens: Tokens, num_teams: Tokens) -> Tokens:
     """
     chunks = 2 * num_teams
     whole, rest = num_tokens // chunks, num_tokens % chunks
-    return 2 * whole + (rest > 0) * (1 + (chunks % (rest + (rest == 0)) > 0))
+    peak: Tokens = 2 * whole + (rest > 0) * (1 + (chunks % (rest + (rest == 0)) > 0))
+    return peak
 
 
 def _even_cuts(total: int, parts: int) -> list[int]:

@@ -21,7 +21,7 @@ from planner.plan import SolveStatus
 from planner.pricing.assemble import Found, makespan_s
 from planner.pricing.microbatch import SequencePrices
 from planner.pricing.problem import StepProblem
-from planner.strategies.adaptive.effort import LEAST_GAP, MOST_GAP, WORK_PER_GAP
+from planner.strategies.adaptive.effort import LEAST_GAP, MOST_GAP, NODE_WORK, PACK_SHARES, WORK_PER_GAP
 from planner.strategies.flexsp.round_packing import pack_round
 from planner.strategies.flexsp.strategy import one_kind_per_degree, place_rounds, plan_flexsp
 from planner.strategies.greedy import plan_greedy
@@ -32,18 +32,15 @@ from planner.strategies.search.shapes import allowed_shapes, group_tokens, price
 from planner.strategies.static import Layout, best_layout, every_layout
 from planner.strategies.zeppelin import plan_zeppelin
 
-PACK_SHARES = (1.0, 0.5, 0.25, 0.125)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rival:
-    """``work``: what running it takes, in runs of greedy. ``bound_s``: no plan of it has a smaller makespan; None where
-    only the bound of every plan is known."""
+    """``work``: what running it takes, in runs of greedy. ``bound_s``: no plan of it has a smaller makespan."""
 
     name: str
     plan: Callable[[StepProblem], Found]
     work: float
-    bound_s: Callable[[StepProblem], float] | None = None
+    bound_s: float = 0.0
 
 
 def beat_with_rivals(
@@ -53,21 +50,19 @@ def beat_with_rivals(
     name, best, best_s = "", found, makespan_s(found.groups, problem)
     gap = min(best_s / found.bound_s - 1, MOST_GAP) + LEAST_GAP
     left = WORK_PER_GAP * gap / (len(problem.lengths) * problem.num_ranks)
+    least_s = found.bound_s if problem.cost.remap is None else 0.0  # plans that move tokens may be below the bound
     is_open = not problem.is_proven(best_s, found.bound_s)
     for rival in _rivals(problem, adaptive, is_open=is_open):
-        if left < 1:
+        if left < 1 or best_s <= least_s:
             break
-        if rival.work > left:
+        if rival.work > left or rival.bound_s >= best_s:
             continue
-        left_s = max(deadline_s - time.perf_counter(), 0.0)
+        left -= rival.work
         limits = replace(
-            problem.limits, time_limit_s=left_s, max_nodes=min(problem.limits.max_nodes, int(left / NODE_WORK))
+            problem.limits, time_limit_s=max(deadline_s - time.perf_counter(), 0.0),
+            max_nodes=min(problem.limits.max_nodes, int(left / NODE_WORK)),
         )
         try:
-            bound_s = found.bound_s if rival.bound_s is None else rival.bound_s(problem)
-            if bound_s >= best_s:
-                continue
-            left -= rival.work
             new = rival.plan(replace(problem, limits=limits))
         except (SpecError, InfeasibleError):  # not possible with these kinds, degrees or lengths
             continue
@@ -77,14 +72,11 @@ def beat_with_rivals(
     return name, best
 
 
-NODE_WORK = 10
-
-
 def _rivals(
     problem: StepProblem, adaptive: Callable[[StepProblem], Found], *, is_open: bool
 ) -> Iterator[Rival]:
     """What won most for its work on unseen steps comes first."""
-    kept = problem.keeping_all()
+    kept_s = _hdp_bound_s(problem.keeping_all())
     if problem.cost.num_stages > 1:
         if not problem.keeps_all:
             yield Rival(name="all kept", plan=lambda each: adaptive(each.keeping_all()), work=20)
@@ -96,24 +88,25 @@ def _rivals(
                 )
     yield Rival(name="flexsp round", plan=_one_round, work=2)
     yield Rival(name="greedy", plan=plan_greedy, work=1)
-    yield Rival(name="hdp-floor", plan=plan_hdp_floor, work=1)
-    yield Rival(name="hdp", plan=plan_hdp, work=1, bound_s=_hdp_bound_s)
-    yield Rival(name="hdp-naive", plan=plan_hdp_naive, work=1, bound_s=lambda each: _hdp_bound_s(kept))
-    layouts = [(_layout_bound_s(layout, problem), place, layout) for place, layout in enumerate(every_layout(problem))]
-    for bound_s, _, layout in sorted(layouts, key=lambda item: item[:2]):
-        yield Rival(
-            name="static", plan=partial(_static, layout=layout), work=1, bound_s=lambda each, bound_s=bound_s: bound_s
-        )
-    yield Rival(name="megatron", plan=plan_megatron, work=1)
-    yield Rival(name="hdp-pp", plan=plan_hdp_pp, work=1, bound_s=lambda each: _hdp_bound_s(kept))
-    yield Rival(name="zeppelin", plan=plan_zeppelin, work=8, bound_s=None if problem.cost.remap is None else lambda each: 0.0)
     if is_open:
         yield Rival(name="flexsp", plan=plan_flexsp, work=16)
+    layouts = [(_layout_bound_s(layout, problem), place, layout) for place, layout in enumerate(every_layout(problem))]
+    for layout_s, _, layout in sorted(layouts, key=lambda item: item[:2]):
+        yield Rival(name="static", plan=partial(_static, layout=layout), work=1, bound_s=layout_s)
+    yield Rival(name="hdp-floor", plan=plan_hdp_floor, work=1)
+    yield Rival(name="hdp", plan=plan_hdp, work=1, bound_s=_hdp_bound_s(problem))
+    yield Rival(name="hdp-naive", plan=plan_hdp_naive, work=1, bound_s=kept_s)
+    yield Rival(name="hdp-pp", plan=plan_hdp_pp, work=1, bound_s=kept_s)
+    yield Rival(name="megatron", plan=plan_megatron, work=1)
+    yield Rival(name="zeppelin", plan=plan_zeppelin, work=10)
 
 
 def _hdp_bound_s(problem: StepProblem) -> float:
-    """Its degrees follow from memory, so the longest sequence's time is known."""
-    table = hdp_table([max(problem.lengths)], hdp_shapes(problem))
+    """Its degrees follow from memory, so the longest sequence's time is known. Infinite where it cannot be run."""
+    try:
+        table = hdp_table([max(problem.lengths)], hdp_shapes(problem))
+    except SpecError:
+        return np.inf
     column = int(smallest_columns(table, np.inf)[0])
     return float(table.marginal_s[0, column] + table.fixed_s[column])
 

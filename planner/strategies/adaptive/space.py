@@ -64,8 +64,8 @@ def search_space(problem: StepProblem) -> SearchSpace:
         whole_s = _bound_s(whole, problem.without_chunks())
     choices: list[Choice] = []
     if whole_s < np.inf:
-        near = whole_s * (1 + MEMORY_BINDS)
-        sets = [kept] if len(whole) == len(kept) or _bound_s(kept, problem) <= near else _chosen(whole, whole_s, problem)
+        keeps = len(whole) == len(kept) or _bound_s(kept, problem) <= whole_s * (1 + MEMORY_BINDS)
+        sets = [kept] if keeps else _chosen(whole, whole_s, problem)
         choices = [Choice(shapes=each, bound_s=whole_s) for each in sets]
     if whole_s > bound_s * (1 + MEMORY_BINDS):
         sets = _chosen(_beside_chunks(shapes, problem), bound_s, problem)
