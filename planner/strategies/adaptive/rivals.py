@@ -2,8 +2,8 @@
 
 A step has a budget of work, which grows with the gap that is left to win (``planner.strategies.adaptive.effort``).
 Rivals are asked in the order of what they won for their work on unseen steps; one that a bound of its own rules out
-costs nothing, and one that cannot plan the step is left out. FlexSP comes last, and gets what is left of the budget for
-its programs. So ``adaptive`` is never behind a strategy that was run, and behind one that was not by no more than its
+costs nothing, and one that cannot plan the step is left out. FlexSP solves as many nodes of its programs as the budget
+still takes. So ``adaptive`` is never behind a strategy that was run, and behind one that was not by no more than its
 proven gap.
 """
 
@@ -90,14 +90,14 @@ def _rivals(
     yield Rival(name="greedy", plan=plan_greedy, work=1)
     if is_open:
         yield Rival(name="flexsp", plan=plan_flexsp, work=16)
-    layouts = [(_layout_bound_s(layout, problem), place, layout) for place, layout in enumerate(every_layout(problem))]
-    for layout_s, _, layout in sorted(layouts, key=lambda item: item[:2]):
-        yield Rival(name="static", plan=partial(_static, layout=layout), work=1, bound_s=layout_s)
     yield Rival(name="hdp-floor", plan=plan_hdp_floor, work=1)
     yield Rival(name="hdp", plan=plan_hdp, work=1, bound_s=_hdp_bound_s(problem))
     yield Rival(name="hdp-naive", plan=plan_hdp_naive, work=1, bound_s=kept_s)
     yield Rival(name="hdp-pp", plan=plan_hdp_pp, work=1, bound_s=kept_s)
     yield Rival(name="megatron", plan=plan_megatron, work=1)
+    layouts = [(_layout_bound_s(layout, problem), place, layout) for place, layout in enumerate(every_layout(problem))]
+    for layout_s, _, layout in sorted(layouts, key=lambda item: item[:2]):
+        yield Rival(name="static", plan=partial(_static, layout=layout), work=1, bound_s=layout_s)
     yield Rival(name="zeppelin", plan=plan_zeppelin, work=10)
 
 

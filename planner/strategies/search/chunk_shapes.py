@@ -1,9 +1,9 @@
 """Chunk by chunk training as shapes to search over: a few sizes of chunks for each kind and degree.
 
-A rank that runs a microbatch in chunks of C tokens holds one chunk's activations and, for each of its tokens, K/V and
-their gradients. So such a shape has the room that the chunk leaves, and of its sequences' loads only the share of K/V
-counts: the longer a sequence is, the more that frees. It takes another forward and something for each chunk; so small
-chunks, which leave more room, are dearer. No size is searched that another shape of its kind and degree beats in all.
+A rank that runs a microbatch in chunks of C tokens holds the activations of one chunk and, for each of its tokens, K/V
+and their gradients. So such a shape has the capacity that the chunk leaves, and a sequence's load is the share that K/V
+and their gradients have in its tokens' bytes. The price is another forward, and a fixed time for each chunk: small
+chunks leave more room and cost more.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from planner.strategies.search.shapes import (
 )
 
 CHUNK_PARTS = (2, 4, 8, 32)
-"""A chunk is the whole of what a device can keep over one of these."""
+"""Sizes of chunks that are searched: the tokens that a device can keep, divided by each of these."""
 MOST_SHARE = 0.9
-"""Of a token's bytes: where K/V and their gradients take more, chunks free next to nothing."""
+"""No chunks where K/V and their gradients take more than this share of a token's bytes: they free next to nothing."""
 
 
 def in_chunks(chunk_tokens: int) -> MemoryPolicy:
@@ -31,7 +31,8 @@ def in_chunks(chunk_tokens: int) -> MemoryPolicy:
 
 
 def chunk_sizes(cost: CostModel, limits: PlanLimits) -> tuple[int, ...]:
-    """Tokens of a rank in a chunk that are searched, the largest first; none where chunks are not allowed or priced."""
+    """The sizes of chunks that are searched (tokens of a rank), the largest first; none where chunks are not allowed or
+    not priced."""
     fit = cost.chunks
     if fit is None or not limits.allows(MemoryAction.CHUNK) or min(fit.bytes_per_token, cost.token_bytes()) <= 0:
         return ()
@@ -45,7 +46,7 @@ def chunk_sizes(cost: CostModel, limits: PlanLimits) -> tuple[int, ...]:
 def chunked_shape(
     shape: GroupShape, chunk_tokens: int, cost: CostModel, limits: PlanLimits
 ) -> GroupShape | None:
-    """This shape (of kept activations) in chunks; None where a chunk leaves no room, or K/V take as much as all."""
+    """This shape (of kept activations) in chunks; None where a chunk leaves no room, or frees next to nothing."""
     fit, token_bytes = cost.chunks, cost.token_bytes()
     assert fit is not None
     share = fit.kept_bytes_per_token(shape.kind, shape.degree) / token_bytes

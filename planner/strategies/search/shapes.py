@@ -58,12 +58,15 @@ ALL_HELD = HeldShare()
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupShape:
     """A group of ``fit.degree`` ranks of one attention kind, which form ``num_teams`` teams (see
-    ``planner.schedules.layout``). The loads of its sequences may add up to ``capacity_tokens``: a load is the most
-    tokens any one team gets of the sequence, the capacity is what one team can hold. So for local and ulysses (one
-    team) it is the sequence's tokens and the whole group's capacity, for a ring (teams of one) the fullest rank's
-    tokens and one rank's capacity. Of these tokens only the share ``held`` counts, rounded up. ``fit`` includes the
-    time to compute ``recompute_fraction`` of the tokens again, or to run in chunks of ``chunk_tokens`` a rank (0:
-    whole); the bytes of the chunk at work are not in the capacity."""
+    ``planner.schedules.layout``).
+
+    The loads of its sequences may add up to ``capacity_tokens``. A sequence's load is the most tokens that any one team
+    gets of it, and the capacity is what one team can hold. Local and ulysses are one team: all tokens of the sequence
+    and the capacity of the whole group. A ring has teams of one: the tokens of the fullest rank and the capacity of one
+    rank. Of these tokens only the share ``held`` counts, rounded up.
+
+    ``fit`` includes the time to compute ``recompute_fraction`` of the tokens again, or to run in chunks of
+    ``chunk_tokens`` a rank (0: whole). The capacity leaves out the bytes of the chunk at work."""
 
     fit: TimeFit
     capacity_tokens: int
@@ -105,9 +108,9 @@ class GroupShape:
 class PriceTable:
     """Row per sequence (``rows[i]``: its index in the step), column per shape, degrees ascending.
 
-    ``marginal_s``: seconds the sequence adds to a group of the shape, whose first sequence pays ``fixed_s`` as well.
+    ``marginal_s``: seconds that the sequence adds to a group of the shape; the first one adds ``fixed_s`` as well.
     ``load_tokens``: what it takes of ``capacity_tokens``. ``memory_shares``: the share of a group's memory that it
-    certainly takes, remainders aside. ``fits``: it may run there alone.
+    takes where its tokens are spread evenly, so never more than it takes. ``fits``: it may run there alone.
     """
 
     shapes: tuple[GroupShape, ...]
@@ -178,8 +181,9 @@ def shapes_of_degree(degree: int, cost: CostModel, limits: PlanLimits) -> tuple[
 
 
 def _no_worse(shape: GroupShape, other: GroupShape) -> bool:
-    """Of two shapes of one degree, the first takes whatever the second takes, and never more seconds for it. Where its
-    teams are unions of the other's, its loads grow no more than its capacity."""
+    """Whether, of two shapes of one degree, the first holds whatever the second holds, and never takes more seconds for
+    it. It holds as much where each of its teams is made of whole teams of the other: then a team's load grows by no
+    more than its capacity."""
     here, there = shape.fit, other.fit
     teams_fit = other.num_teams % shape.num_teams == 0
     return teams_fit and here.adds_at_most(there) and here.fixed_s <= there.fixed_s
@@ -261,7 +265,7 @@ def price_table(lengths: SequenceOf[int] | IntArray, shapes: SequenceOf[GroupSha
 
 
 def _load_tokens(sizes: IntArray, shapes: SequenceOf[GroupShape]) -> IntArray:
-    """``GroupShape`` loads, row per length, column per shape."""
+    """``GroupShape.load_tokens`` of every length (row) on every shape (column)."""
     loads = np.repeat(sizes[:, None], len(shapes), axis=1)
     cut = np.array([place for place, shape in enumerate(shapes) if shape.num_teams > 1], dtype=np.int64)
     if len(cut):

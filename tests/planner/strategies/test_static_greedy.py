@@ -14,7 +14,7 @@ from planner.cost.model import CostModel
 from planner.errors import InfeasibleError, SpecError
 from planner.plan import AttentionKind, SolveStatus, StepPlan
 from planner.pricing.assemble import GroupChoice, assemble_plan
-from planner.schedules.layout import local_token_counts
+from planner.schedules.layout import local_token_counts, peak_team_tokens
 from planner.step_planner import greedy_step, plan_step
 from planner.strategies.greedy import greedy_schedule
 from planner.strategies.search.bounds import makespan_bound_s
@@ -49,6 +49,7 @@ def group_degrees(plan: StepPlan) -> set[int]:
 def test_ring_peak_is_the_layouts(lengths: list[int], degree: int) -> None:
     peaks = peak_team_tokens(np.array(lengths), np.array(degree))
     assert peaks.tolist() == [max(local_token_counts(RING, degree, [size])) for size in lengths]
+    assert peaks.tolist() == [peak_team_tokens(size, degree) for size in lengths]
 
 
 @given(lengths_lists, st.integers(1, 9), st.sampled_from([(ULYSSES,), (RING,), BOTH]))
