@@ -18,7 +18,7 @@ import numpy as np
 from planner.cost.chunk_fit import moves_queries
 from planner.plan import AttentionKind, Sharding
 from planner.pricing.problem import StepProblem
-from planner.strategies.adaptive.effort import MAX_LOCALS, MEMORY_BINDS, NUM_VOTERS
+from planner.strategies.adaptive.effort import MAX_LOCALS, NUM_VOTERS
 from planner.strategies.search.bounds import cheapest_columns, least_rounds, lockstep_bound_s, step_bound_s
 from planner.strategies.search.chunk_shapes import chunk_sizes, chunked_shapes
 from planner.strategies.search.memory_policy import recompute_fractions, with_every_policy, with_policy
@@ -64,10 +64,10 @@ def search_space(problem: StepProblem) -> SearchSpace:
         whole_s = _bound_s(whole, problem.without_chunks())
     choices: list[Choice] = []
     if whole_s < np.inf:
-        keeps = len(whole) == len(kept) or _bound_s(kept, problem) <= whole_s * (1 + MEMORY_BINDS)
+        keeps = len(whole) == len(kept) or _bound_s(kept, problem) <= whole_s
         sets = [kept] if keeps else _chosen(whole, whole_s, problem)
         choices = [Choice(shapes=each, bound_s=whole_s) for each in sets]
-    if whole_s > bound_s * (1 + MEMORY_BINDS):
+    if whole_s > bound_s:
         sets = _chosen(_beside_chunks(shapes, problem), bound_s, problem)
         choices += [
             Choice(shapes=each, bound_s=bound_s, in_chunks=True) for each in sets

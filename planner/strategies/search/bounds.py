@@ -41,8 +41,8 @@ rounded up. A round takes at least f: a rank is idle in it, or busy for F >= f a
 
     num_ranks * R * f + sum over sequences of min over allowed shapes of degree * marginal_s  <=  num_ranks * C
 
-where a shape is allowed if it runs the sequence alone in C - (R - 1) f: the other rounds leave no more of C. More rounds
-raise the left side and allow fewer shapes, so the least possible R gives a bound for all plans.
+where a shape is allowed if it runs the sequence alone in C - (R - 1) f: the other rounds leave no more of C. More
+rounds raise the left side and allow fewer shapes, so the least possible R gives a bound for all plans.
 """
 
 from __future__ import annotations
