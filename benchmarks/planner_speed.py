@@ -1,11 +1,11 @@
-"""How long each strategy plans, beside the greedy plan that stands in when a planner is late; and the command's start.
+"""Planning time of each strategy, compared with the greedy plan's (which runs when a planner is late), and start-up.
 
     OMP_NUM_THREADS=1 python -m benchmarks.planner_speed [--out FILE] [--repeats N] [--quick]
 
-For each setting and strategy: milliseconds of CPU time of this process for one step, the least of some repeats, and
-its ratio to the greedy plan's of the same step in the same run; below them what every plan goes through, verification
-and simulation. Then the start of ``longhaul plan --help`` over that of a bare interpreter. Ratios carry over from
-machine to machine, milliseconds do not. Nothing is asserted: tests count calls (``tests/work.py``).
+For each case and strategy: milliseconds of CPU time of this process for one step, the least of some repeats, and the
+ratio to the greedy plan's time for the same step in the same run. Below them are verification and simulation, which
+every plan goes through. Last comes the start-up time of ``longhaul plan --help`` over a bare interpreter's. Ratios
+carry over from machine to machine, milliseconds do not. Nothing is asserted: tests count calls (``tests/work.py``).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Case:
 
 
 def make_case(cluster_name: str, num_sequences: int) -> Case:
-    """``num_sequences`` of the longest set that fits everywhere, on this cluster with the usual budget."""
+    """A step of ``num_sequences`` sequences of at most ``LONGEST`` tokens on this cluster, with its whole budget."""
     cluster, model = load_cluster(cluster_name), load_model(MODEL)
     device = cluster.device
     limits = PlanLimits(
@@ -58,7 +58,7 @@ def make_case(cluster_name: str, num_sequences: int) -> Case:
 
 
 def cpu_s(action: Callable[[], object], repeats: int) -> float:
-    """Least CPU seconds of this process over the repeats, after one more that warms caches."""
+    """Least CPU seconds of this process over the repeats, after a first run that warms caches."""
     action()
     seconds = []
     for _ in range(repeats):
@@ -69,7 +69,7 @@ def cpu_s(action: Callable[[], object], repeats: int) -> float:
 
 
 def measure(case: Case, repeats: int) -> dict[str, float]:
-    """CPU seconds by what is done, the greedy plan first."""
+    """CPU seconds by name of what is measured, the greedy plan first."""
     found = {"greedy": cpu_s(lambda: greedy_step(case.problem, step=0), repeats)}
     for name in STRATEGIES:
         found[name] = cpu_s(lambda name=name: plan_step(case.problem, step=0, strategy=name), repeats)
@@ -82,7 +82,7 @@ def measure(case: Case, repeats: int) -> dict[str, float]:
 
 
 def start_ratio(repeats: int) -> float:
-    """Wall seconds of ``longhaul plan --help`` over those of an interpreter that does nothing, least of the repeats."""
+    """Wall seconds of ``longhaul plan --help`` over those of an interpreter that does nothing; least of the repeats."""
     commands = ([sys.executable, "-c", "pass"], [sys.executable, "-m", "launch.cli", "plan", "--help"])
     least = [float("inf")] * 2
     for _ in range(repeats):
@@ -94,7 +94,7 @@ def start_ratio(repeats: int) -> float:
 
 
 def report(cases: Sequence[Case], repeats: int) -> Iterator[str]:
-    """Markdown, line by line as it is measured."""
+    """The report in Markdown, line by line while it is measured."""
     yield f"{platform.machine()}, Python {platform.python_version()}, one process, least of {repeats}"
     for case in cases:
         yield f"\n{case.name}\n"
@@ -110,7 +110,7 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.planner_speed", description=__doc__.splitlines()[0])
     parser.add_argument("--out", metavar="FILE", help="write the tables here as well")
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="of each measurement (default: 3)")
-    parser.add_argument("--quick", action="store_true", help="the small setting only")
+    parser.add_argument("--quick", action="store_true", help="the small case only")
     options = parser.parse_args(arguments)
     if options.repeats < 1:
         parser.error("--repeats must be at least 1")

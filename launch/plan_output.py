@@ -212,10 +212,10 @@ def knobs_of(job: Job, strategy: str, degree: int | None) -> tuple[str, ...]:
     """What would help most, in words: the first step planned again several times, with one thing changed."""
     from rich.console import Console
 
-    from planner.pages.knobs import Setting, best_knobs, usual_planner
+    from planner.pages.knobs import Scenario, best_knobs, usual_planner
 
     lengths = job.batches[0]
-    start = Setting(
+    start = Scenario(
         change="", cluster=job.cluster, limits=job.limits, lengths=lengths, rank_devices=job.grid.num_devices,
         strategy=usual_planner(strategy, job.num_ranks, len(lengths)), degree=degree,
     )

@@ -1,9 +1,9 @@
 """Mixed-integer programs through PuLP and HiGHS, packings through OR-tools' CP-SAT where it is installed (the extra
 ``packing``): the one place that imports them, and only when called.
 
-Three things PuLP 3.3 does not do for HiGHS are added on top of its own solver class: an initial solution is handed
-over; a run that ends at its node limit is read (PuLP knows no name for that status); and the truth is told about runs
-that stopped early, which PuLP calls ``Optimal``: HiGHS's own status and dual bound decide.
+PuLP 3.3 and PuLP 4 both serve; PuLP states the model, and what it lacks for HiGHS is added on top of its own solver
+class: an initial solution is handed over, work is counted and limited, and the result is read from HiGHS itself. PuLP
+3.3 knows no name for the end at a node limit and calls runs that stopped early ``Optimal``; PuLP 4 names them.
 
 Work is limited by branch-and-bound nodes and by HiGHS's own check points, both functions of the input only; the wall
 clock is a guard for a loaded machine. A check point costs about as much as the model is large, so work is counted in
@@ -138,15 +138,22 @@ class LinearModel:
         every = dict.fromkeys(range(len(columns)), 0.0)  # PuLP forgets variables that it meets nowhere
         problem.setObjective(_expression(columns, {**every, **self._objective}))
         for row in self._rows:
-            for constraint in _constraints(columns, row):
-                problem.addConstraint(constraint)
+            expression = _expression(columns, row.terms)
+            if row.low == row.high:
+                problem.addConstraint(expression == row.low)
+                continue
+            if not math.isinf(row.low):
+                problem.addConstraint(expression >= row.low)
+            if not math.isinf(row.high):
+                problem.addConstraint(expression <= row.high)
         num_nonzeros = max(1, sum(len(row.terms) for row in self._rows))
         runner = _runner(limits, max(1, limits.max_work // num_nonzeros), start)
         try:
             problem.solve(runner)
         except (pulp.PulpError, OSError, ValueError, KeyError, RuntimeError) as error:
             raise SolverFailure(f"HiGHS failed: {type(error).__name__}: {error}") from error
-        return _read(problem.solverModel, columns, runner.num_checks * num_nonzeros)
+        has_integers = any(column.integer for column in self._variables)
+        return _read(problem.solverModel, has_integers, runner.num_checks * num_nonzeros)
 
 
 def pack_rectangles(
@@ -192,21 +199,12 @@ def pack_rectangles(
 def _expression(columns: list[Any], terms: Mapping[int, float]) -> Any:
     import pulp
 
-    return pulp.LpAffineExpression([(columns[number], value) for number, value in terms.items()])
-
-
-def _constraints(columns: list[Any], row: _Row) -> list[Any]:
-    import pulp
-
-    expression = _expression(columns, row.terms)
-    if row.low == row.high:
-        return [pulp.LpConstraint(expression, pulp.LpConstraintEQ, rhs=row.low)]
-    sides = ((pulp.LpConstraintGE, row.low), (pulp.LpConstraintLE, row.high))
-    return [pulp.LpConstraint(expression, sense, rhs=side) for sense, side in sides if not math.isinf(side)]
+    build = getattr(pulp.LpAffineExpression, "from_list", pulp.LpAffineExpression)  # PuLP 3.3 has the constructor only
+    return build([(columns[number], value) for number, value in terms.items()])
 
 
 def _runner(limits: WorkLimits, max_checks: int, start: SequenceOf[float] | None) -> Any:
-    """PuLP's HiGHS with a start, a count of check points, and a status table that knows every HiGHS status."""
+    """PuLP's HiGHS with a start and a count of check points. PuLP reads no result: ``_read`` does."""
     import highspy
     import pulp
 
@@ -227,8 +225,10 @@ def _runner(limits: WorkLimits, max_checks: int, start: SequenceOf[float] | None
             if lp.solverModel.run() == highspy.HighsStatus.kError:
                 raise pulp.PulpError("run() returned an error")
 
-        def findSolutionValues(self, lp: Any) -> tuple[int, int]:
-            return pulp.LpStatusNotSolved, pulp.LpSolutionNoSolutionFound  # ours is read from HiGHS itself
+        def actualSolve(self, lp: Any) -> None:
+            self.createAndConfigureSolver(lp)
+            self.buildSolverModel(lp)
+            self.callSolver(lp)
 
         def check(self, kind: int, _message: str, _data: Any, answer: Any, _user: Any) -> None:
             if kind == int(highspy.cb.HighsCallbackType.kCallbackMipInterrupt):
@@ -241,7 +241,7 @@ def _runner(limits: WorkLimits, max_checks: int, start: SequenceOf[float] | None
     )
 
 
-def _read(highs: Any, columns: list[Any], work: int) -> Solution:
+def _read(highs: Any, has_integers: bool, work: int) -> Solution:
     import highspy
 
     status, info = highs.getModelStatus(), highs.getInfo()
@@ -253,7 +253,6 @@ def _read(highs: Any, columns: list[Any], work: int) -> Solution:
     stopped = (known.kTimeLimit, known.kSolutionLimit, known.kInterrupt, known.kIterationLimit)
     if status != known.kOptimal and status not in stopped:
         raise SolverFailure(f"HiGHS ended with status {highs.modelStatusToString(status)}")
-    has_integers = any(highs.getColIntegrality(column.index)[1] == highspy.HighsVarType.kInteger for column in columns)
     found = info.primal_solution_status == int(highspy.SolutionStatus.kSolutionStatusFeasible)
     objective = float(info.objective_function_value) if found else math.inf
     bound = float(info.mip_dual_bound) if has_integers else (objective if status == known.kOptimal else -math.inf)

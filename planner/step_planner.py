@@ -1,4 +1,4 @@
-"""One step in, one plan out: the strategy answers, the answer is priced and verified."""
+"""Plan one step: a strategy chooses the groups, then its plan is priced and verified."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from planner.strategies.static import plan_static
 from planner.strategies.zeppelin import plan_zeppelin
 
 Strategy = Callable[[StepProblem], Found]
-"""A way to plan a step. Raises SpecError where it cannot be used, InfeasibleError where a sequence fits nowhere."""
+"""A way to plan a step. Raises SpecError where it cannot be used, InfeasibleError where a sequence fits in no group."""
 
 STRATEGIES: dict[str, Strategy] = {
     "adaptive": plan_adaptive,
@@ -43,11 +43,11 @@ def plan_step(problem: StepProblem, *, step: int, strategy: str, degree: int | N
     ``degree`` belongs to ``static`` only (None: the best one). The same inputs give the same plan, wall times apart,
     unless ``limits.time_limit_s`` cuts the search.
 
-    The report's bound holds for every plan of the group shapes tried, whatever its rounds and order. Status of
-    ``flexsp``: OPTIMAL where the plan is within ``limits.relative_gap`` of that bound, and only there: the rounds'
-    programs may all be closed and yet prove nothing about other ways to cut the rounds. Else GREEDY where the list
-    schedule won, LIMIT where another plan won and a solver stopped early, FEASIBLE where it won and none did; the note
-    names the winner. ``static`` is always STATIC; the rules without a solver (hdp, megatron, zeppelin) are GREEDY.
+    The report's lower bound holds for every plan of the group shapes tried, whatever its rounds and order. The status
+    of ``flexsp`` is OPTIMAL only where the plan is within ``limits.relative_gap`` of that bound: solving every round's
+    program proves nothing about other ways to cut the rounds. Otherwise it is GREEDY where the list schedule won,
+    LIMIT where another plan won and a solver stopped early, and FEASIBLE where another plan won and no solver did; the
+    note names the winner. ``static`` is always STATIC; the rules without a solver (hdp, megatron, zeppelin) are GREEDY.
 
     Raises SpecError on bad arguments and InfeasibleError where a sequence fits in no group.
     """
@@ -57,12 +57,12 @@ def plan_step(problem: StepProblem, *, step: int, strategy: str, degree: int | N
 
 
 def greedy_step(problem: StepProblem, *, step: int) -> StepPlan:
-    """The greedy plan alone, in milliseconds: what runs when the planner is late. Raises as ``plan_step`` does."""
+    """The greedy plan alone, in milliseconds: it runs when the planner is late. Raises what ``plan_step`` raises."""
     return _planned(plan_greedy, problem, step, "greedy")
 
 
 def check_strategy(strategy: str, degree: int | None) -> None:
-    """Raises SpecError on an unknown strategy, or a degree for a strategy that chooses its own."""
+    """Raises SpecError on an unknown strategy, or on a degree for a strategy that chooses its own."""
     if strategy not in STRATEGIES:
         available = ", ".join(STRATEGIES)
         raise SpecError(f"unknown strategy {strategy!r}{suggest(strategy, STRATEGIES)}; available: {available}")

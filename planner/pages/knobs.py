@@ -31,7 +31,7 @@ Pricing = Callable[[ClusterSpec, int, int], CostModel]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Setting:
+class Scenario:
     """All that one plan depends on, and the words for what is different in it. ``rank_devices``: of a data rank.
     ``strategy``: one of ``STRATEGIES`` or ``GREEDY``; ``degree``: of static."""
 
@@ -58,7 +58,7 @@ class Knob:
     gain_per_device: float
 
 
-def best_knobs(start: Setting, pricing: Pricing, *, num_knobs: int = 3) -> tuple[Knob, ...] | None:
+def best_knobs(start: Scenario, pricing: Pricing, *, num_knobs: int = 3) -> tuple[Knob, ...] | None:
     """The changes that gain most, best first; None where trying them would take too long, or where the strategy finds
     no plan to start from. See ``usual_planner``."""
     if start.num_ranks * len(start.lengths) > MAX_WORK:
@@ -68,13 +68,13 @@ def best_knobs(start: Setting, pricing: Pricing, *, num_knobs: int = 3) -> tuple
     except (InfeasibleError, SpecError):
         return None
     found = []
-    for setting in _changes(start):
+    for scenario in _changes(start):
         try:
-            gain = _tokens_per_s(setting, pricing) / before
+            gain = _tokens_per_s(scenario, pricing) / before
         except (InfeasibleError, SpecError):
             continue  # not possible here (no room, no such group): nothing to recommend
-        per_device = gain * start.cluster.num_ranks / setting.cluster.num_ranks
-        found.append(Knob(change=setting.change, gain=gain - 1, gain_per_device=per_device - 1))
+        per_device = gain * start.cluster.num_ranks / scenario.cluster.num_ranks
+        found.append(Knob(change=scenario.change, gain=gain - 1, gain_per_device=per_device - 1))
     found.sort(key=lambda knob: -knob.gain)
     return tuple(knob for knob in found[:num_knobs] if knob.gain >= SMALLEST_GAIN)
 
@@ -84,23 +84,23 @@ def usual_planner(strategy: str, num_ranks: int, num_sequences: int) -> str:
     return strategy if num_ranks * num_sequences <= MAX_PLANNED_WORK else GREEDY
 
 
-def _tokens_per_s(setting: Setting, pricing: Pricing) -> float:
-    cost = pricing(setting.cluster, setting.limits.device_budget_bytes, max(setting.lengths))
-    if not cost.prices_policies and set(setting.limits.policies) - {MemoryAction.KEEP}:
+def _tokens_per_s(scenario: Scenario, pricing: Pricing) -> float:
+    cost = pricing(scenario.cluster, scenario.limits.device_budget_bytes, max(scenario.lengths))
+    if not cost.prices_policies and set(scenario.limits.policies) - {MemoryAction.KEEP}:
         raise SpecError("nothing but keeping activations is priced")
-    plan = _plan(setting, cost)
+    plan = _plan(scenario, cost)
     return plan.num_tokens / plan.predicted_s
 
 
-def _plan(setting: Setting, cost: CostModel) -> StepPlan:
-    limits = replace(setting.limits, max_nodes=min(setting.limits.max_nodes, MAX_NODES))
-    problem = StepProblem(lengths=setting.lengths, num_ranks=setting.num_ranks, cost=cost, limits=limits)
-    if setting.strategy == GREEDY:
+def _plan(scenario: Scenario, cost: CostModel) -> StepPlan:
+    limits = replace(scenario.limits, max_nodes=min(scenario.limits.max_nodes, MAX_NODES))
+    problem = StepProblem(lengths=scenario.lengths, num_ranks=scenario.num_ranks, cost=cost, limits=limits)
+    if scenario.strategy == GREEDY:
         return greedy_step(problem, step=0)
-    return plan_step(problem, step=0, strategy=setting.strategy, degree=setting.degree)
+    return plan_step(problem, step=0, strategy=scenario.strategy, degree=scenario.degree)
 
 
-def _changes(start: Setting) -> Iterator[Setting]:
+def _changes(start: Scenario) -> Iterator[Scenario]:
     cluster, limits, lengths = start.cluster, start.limits, start.lengths
     budget = limits.device_budget_bytes * 5 // 4
     yield replace(
@@ -127,7 +127,7 @@ def _changes(start: Setting) -> Iterator[Setting]:
             )
 
 
-def _link_changes(start: Setting) -> Iterator[Setting]:
+def _link_changes(start: Scenario) -> Iterator[Scenario]:
     cluster = start.cluster
     intra, inter = cluster.intra_node, cluster.inter_node
     if cluster.num_nodes > 1:

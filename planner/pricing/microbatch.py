@@ -1,13 +1,13 @@
-"""The price of a microbatch: seconds of each of its ranks, tokens and bytes they hold. Asked for here, and nowhere
-else.
+"""The price of a microbatch: seconds of each of its ranks, and the tokens and bytes they hold. It is computed only
+here.
 
-A rank in several groups of one microbatch runs their attention one after the other inside each layer: it takes their
-marginal seconds together and, since layers are launched once, the largest of their fixed times. Moves for the
-token-wise layers change who does them, for the time of the exchange. What is computed again and what a copy to the host
-exposes come on top; chunks have prices of their own. The microbatch lasts as long as its slowest rank.
+A rank in several groups of one microbatch runs their attention one after the other inside each layer. So it takes the
+sum of their marginal seconds and, since layers are launched once, the largest of their fixed times. Moves shift
+token-wise work from rank to rank and add the time of the exchange. Recomputation and the exposed part of copies to the
+host come on top; chunks have their own prices. A microbatch lasts as long as its slowest rank.
 
-``SequencePrices`` is the same price for searches: what one more sequence adds to a group, for many lengths and many
-kinds and degrees at once.
+``SequencePrices`` holds the same prices as arrays, for searches that ask what one more sequence adds to a group for
+many lengths, kinds and degrees at once.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ IntArray = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicrobatchPrice:
-    """One microbatch: seconds each of its ranks works and tokens it holds, in the order of ``ranks``; ``seconds`` are
-    the slowest rank's. ``kind``, ``degree``: of its group where it runs in chunks, and only there."""
+    """The price of one microbatch. ``rank_s`` and ``rank_tokens``: seconds that each rank works and tokens that it
+    holds, in the order of ``ranks``. ``seconds``: the slowest rank's. ``kind`` and ``degree``: of its group, set only
+    where it runs in chunks."""
 
     seconds: float
     ranks: tuple[int, ...]
@@ -49,18 +50,18 @@ class MicrobatchPrice:
         return self.device_bytes(max(self.rank_tokens), cost)
 
     def held_bytes(self, num_tokens: int, cost: CostModel) -> float:
-        """Most bytes of this microbatch on a rank that holds so many of its tokens."""
+        """Peak bytes of this microbatch alone on a rank that holds ``num_tokens`` of its tokens."""
         return cost.held_bytes(num_tokens, self.memory, self.kind, self.degree)
 
     def device_bytes(self, num_tokens: int, cost: CostModel) -> int:
-        """Peak bytes of a rank that holds so many of its tokens."""
+        """Peak bytes, everything included, of a rank that holds ``num_tokens`` of its tokens."""
         return cost.device_bytes(num_tokens, self.memory, self.kind, self.degree)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SequencePrices:
-    """``TimeFit`` of several groups as arrays, one entry a group: what a sequence of s tokens adds to each of them,
-    ``square * s^2 + linear * s + each`` seconds, of which the first one of a group pays ``fixed_s`` as well."""
+    """``TimeFit`` of several groups as arrays of one entry per group. A sequence of s tokens adds
+    ``square * s^2 + linear * s + each`` seconds to a group; the group itself takes ``fixed_s``."""
 
     square: FloatArray
     linear: FloatArray
@@ -74,18 +75,19 @@ class SequencePrices:
         return cls(square=columns[0], linear=columns[1], each=columns[2], fixed_s=columns[3])
 
     def marginal_s(self, lengths: FloatArray) -> FloatArray:
-        """Seconds that a sequence adds: row per length (tokens), column per group."""
+        """Seconds that a sequence adds, of shape [lengths, groups]; ``lengths`` in tokens."""
         tokens = lengths[:, None]
         seconds: FloatArray = self.square * tokens**2 + self.linear * tokens + self.each
         return seconds
 
     def sums_s(self, num_tokens: float, num_tokens2: float, num_sequences: int) -> FloatArray:
-        """Seconds, by group, that sequences with these sums of lengths and of squared lengths add together."""
+        """Seconds that sequences with these sums of lengths and of squared lengths add together, of shape [groups]."""
         seconds: FloatArray = self.square * num_tokens2 + self.linear * num_tokens + self.each * num_sequences
         return seconds
 
     def cheapest(self, degrees: IntArray) -> SequencePrices:
-        """A group that no group beats: of each price the least in rank seconds (seconds times ``degrees``)."""
+        """A lower bound of all groups, as one group: the least of each price in rank seconds (seconds times
+        ``degrees``)."""
         return SequencePrices(
             square=(self.square * degrees).min(keepdims=True), linear=(self.linear * degrees).min(keepdims=True),
             each=(self.each * degrees).min(keepdims=True), fixed_s=(self.fixed_s * degrees).min(keepdims=True),
@@ -96,15 +98,15 @@ def price_groups(
     ranks: tuple[int, ...], groups: SequenceOf[AttentionGroup], lengths: SequenceOf[int], cost: CostModel,
     memory: MemoryPolicy = KEEP, moves: SequenceOf[Move] = (),
 ) -> MicrobatchPrice:
-    """Price one microbatch of these ranks and groups; ``lengths[i]`` are the tokens of sequence i. With ``moves`` a
-    rank does the token-wise work of the tokens it has after them, and holds the memory of the fuller of its layouts.
+    """Price one microbatch of these ranks and groups; ``lengths[i]``: tokens of sequence i. With ``moves``, a rank does
+    the token-wise work of the tokens it has after them, and its memory is that of the larger of its two layouts.
 
-    Raises PlanError where the cost model has no coefficients for a group's kind and degree, the policy or moves, or has
-    none for chunks together with moves or several groups.
+    Raises PlanError where the cost model does not price a group's kind and degree, the policy or moves, and for chunks
+    together with moves or several groups.
     """
     if memory.chunk_tokens:
         return _price_in_chunks(ranks, groups, lengths, cost, memory, moves)
-    if len(groups) == 1 and groups[0].ranks == ranks and not moves:  # nearly always: all ranks are busy equally long
+    if len(groups) == 1 and groups[0].ranks == ranks and not moves:  # the usual case: all ranks work equally long
         work_s, fixed, share, counts = _group_price(groups[0], lengths, cost)
         seconds = _policy_s(work_s + fixed, share, memory, cost)
         return MicrobatchPrice(
@@ -130,8 +132,8 @@ def price_groups(
 def rank_loads(
     ranks: Iterable[int], groups: Iterable[tuple[tuple[int, ...], float, float]]
 ) -> tuple[dict[int, float], dict[int, float]]:
-    """By rank, the marginal seconds of all of its groups together and the largest of their fixed times. ``groups``:
-    ranks, marginal and fixed seconds of each."""
+    """By rank, the sum of the marginal seconds of its groups and the largest of their fixed times. ``groups``: ranks,
+    marginal seconds and fixed seconds of each."""
     marginal_s = dict.fromkeys(ranks, 0.0)
     fixed_s = dict.fromkeys(marginal_s, 0.0)
     for members, work_s, fixed in groups:
@@ -161,8 +163,8 @@ def _price_in_chunks(
 def _group_price(
     group: AttentionGroup, lengths: SequenceOf[int], cost: CostModel, fit: TimeFit | None = None
 ) -> tuple[float, float, float, tuple[int, ...]]:
-    """Marginal and fixed seconds, tokens per rank (a group's ranks are timed alike, whatever the remainders), and the
-    tokens that each of them really holds. ``fit``: where the group does not run whole."""
+    """Marginal seconds, fixed seconds, even share of the tokens per rank (ranks are timed alike, whatever the
+    remainders) and the tokens that each rank really holds. ``fit``: replaces ``cost.time_fit``."""
     sizes = [lengths[index] for index in group.sequences]
     fit, num_tokens = fit or cost.time_fit(group.kind, group.degree), sum(sizes)
     work_s = _marginal_s(fit, sizes)
@@ -173,8 +175,8 @@ def _group_price(
 def lone_group_s(
     kind: AttentionKind, degree: int, sizes: SequenceOf[int], cost: CostModel, memory: MemoryPolicy = KEEP
 ) -> float:
-    """Seconds of a microbatch of one group over sequences of these lengths (tokens), as ``price_groups`` has them, for
-    who does not need to know what each rank holds. Raises PlanError where the cost model does not price it."""
+    """Seconds of a microbatch of one group over sequences of these lengths (tokens): those of ``price_groups``, without
+    the tokens that each rank holds. Raises PlanError where the cost model does not price it."""
     fit = cost.policy_fit(kind, degree, memory)
     seconds = _marginal_s(fit, sizes) + fit.fixed_s
     return seconds if memory.chunk_tokens else _policy_s(seconds, sum(sizes) / degree, memory, cost)
@@ -190,8 +192,8 @@ def _apply_moves(
     moves: SequenceOf[Move], cost: CostModel, marginal_s: dict[int, float], fixed_s: dict[int, float],
     tokens: dict[int, int], shares: dict[int, float],
 ) -> None:
-    """Change what was summed up by rank. Groups charge the token-wise work of even shares; it gives way to that of the
-    tokens a rank has in the linear layout, so all ranks together work as long as before, and the exchange on top."""
+    """Apply moves to the sums by rank, in place. Groups charge token-wise work for even shares; it is replaced by that
+    of the tokens which a rank has in the linear layout, so the total over ranks stays, and the exchange is added."""
     fit = cost.remap
     if fit is None:
         raise PlanError("cost model does not price moving tokens for the token-wise layers")

@@ -1,4 +1,4 @@
-"""What is to be planned, as one value: lengths, ranks, what work costs on them, and what a plan may use."""
+"""The planning problem of one step as one value: lengths, ranks, cost model and limits."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from planner.plan import MemoryAction
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepProblem:
-    """The question that every strategy answers.
+    """What every strategy is given.
 
-    ``lengths[i]``: tokens of sequence i of the step. ``num_ranks``: data ranks. Raises SpecError where there is no rank
-    or no sequence, or a sequence without tokens.
+    ``lengths[i]``: tokens of sequence i of the step. ``num_ranks``: data ranks. Raises SpecError where there is no
+    rank, no sequence, or a sequence without tokens.
     """
 
     lengths: tuple[int, ...]
@@ -40,16 +40,16 @@ class StepProblem:
 
     @property
     def max_rank_tokens(self) -> int:
-        """The most tokens of a microbatch that one rank can hold, all activations kept."""
+        """The most tokens of a microbatch that one rank can hold when all activations are kept."""
         return self.cost.max_local_tokens(self.limits.device_budget_bytes)
 
     @property
     def keeps_all(self) -> bool:
-        """Whether every plan keeps all activations: nothing else is allowed, or priced."""
+        """Whether every plan keeps all activations, because nothing else is allowed or nothing else is priced."""
         return set(self.limits.policies) <= {MemoryAction.KEEP} or not self.cost.prices_policies
 
     def keeping_all(self) -> StepProblem:
-        """The same problem with no memory policy but to keep all activations."""
+        """The same problem where all activations have to be kept."""
         return replace(self, limits=replace(self.limits, policies=(MemoryAction.KEEP,)))
 
     def without_chunks(self) -> StepProblem:
@@ -58,6 +58,6 @@ class StepProblem:
         return replace(self, limits=replace(self.limits, policies=policies))
 
     def is_proven(self, makespan_s: float, bound_s: float) -> bool:
-        """Whether a plan is within the relative gap that the limits ask for. ``makespan_s`` and its proven bound leave
+        """Whether a plan is within the limits' relative gap of its proven lower bound. Both arguments (seconds) leave
         ``step_fixed_s`` out; the gap is a share of the whole step."""
         return makespan_s - bound_s <= self.limits.relative_gap * (makespan_s + self.cost.step_fixed_s)

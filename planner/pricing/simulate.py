@@ -1,8 +1,8 @@
-"""What a plan costs under a cost model: seconds per rank, idle share, peak bytes. Says nothing about legality.
+"""What a plan costs under a cost model: seconds per rank, idle share and peak bytes. Legality is not checked.
 
-``planner.pricing.microbatch`` prices each microbatch; this module plays them in the plan's one global order, as
-``planner.pricing.timeline`` has it: a microbatch keeps all of its ranks busy until it ends, and without zero3 or
-pipeline stages it waits for nobody but them.
+``planner.pricing.microbatch`` prices each microbatch and ``planner.pricing.timeline`` says when each runs, in the
+plan's one global order. A microbatch keeps all of its ranks busy until it ends; without zero3 or pipeline stages it
+waits for its own ranks only.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from planner.pricing.timeline import play
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
-    """One rank at work on one microbatch (its place in the plan) from ``start_s`` to ``stop_s``. With pipeline stages:
-    the rank's first stage, forward and backward apart."""
+    """One rank works on one microbatch (its place in the plan) from ``start_s`` to ``stop_s``. With pipeline stages the
+    events are those of the rank's first stage, with forward and backward as two events."""
 
     microbatch: int
     rank: int
@@ -33,12 +33,15 @@ class Event:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Simulation:
-    """A priced step. ``idle_fraction``: share of all rank seconds, up to the last finish, spent without work.
+    """A priced step.
 
-    ``step_s`` is the last finish plus the cost model's ``step_fixed_s``; the other times leave the fixed part out. In
-    lockstep all ranks finish together. ``rank_host_bytes``: most that a rank's microbatches have on its host at once.
-    With pipeline stages all but the finish is that of the first stage, which holds the most; the others are busy for as
-    long.
+    - ``step_s``: the last finish plus the cost model's ``step_fixed_s``, which the other times leave out. In lockstep
+      all ranks finish together.
+    - ``idle_fraction``: share of all rank seconds, up to the last finish, that is spent without work.
+    - ``rank_peak_bytes``, ``rank_host_bytes``: peak bytes on each rank's device and on its host.
+
+    With pipeline stages everything but the finish is that of the first stage, which holds the most; the other stages
+    are busy for as long.
     """
 
     step_s: float
@@ -101,7 +104,8 @@ def run_schedule(prices: Iterable[MicrobatchPrice], *, num_ranks: int, cost: Cos
 
 
 def simulate(plan: StepPlan, cost: CostModel) -> Simulation:
-    """Price a legal plan (see ``planner.pricing.verify``). Raises PlanError on a group the cost model cannot price."""
+    """Simulate a legal plan (see ``planner.pricing.verify``). Raises PlanError on a group that the cost model does not
+    price."""
     lengths = step_lengths(plan)
     prices = (price_microbatch(microbatch, lengths, cost) for microbatch in plan.microbatches)
     return run_schedule(prices, num_ranks=plan.num_ranks, cost=cost)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from planner.plan import AttentionGroup, AttentionKind
-from planner.replay.state import WIDE_BYTES, Setting
+from planner.replay.state import WIDE_BYTES, DataRanks
 from planner.replay.work import AttentionWork, Blocks, FloatArray, HeadSplit, IntArray, split_heads, zigzag_blocks
 from planner.schedules.exchange import Round, write_schedule
 from planner.schedules.layout import head_degree, local_token_counts
@@ -54,22 +54,22 @@ class GroupShape:
 
 
 def group_shape(
-    group: AttentionGroup, lengths: SequenceOf[int], setting: Setting, *, is_written: bool = False
+    group: AttentionGroup, lengths: SequenceOf[int], data_ranks: DataRanks, *, is_written: bool = False
 ) -> GroupShape:
     """``lengths[i]``: tokens of the step's sequence i. ``is_written``: read the schedules even where a closed form is
     known."""
     size = head_degree(group.kind, group.degree, group.inner_degree)
     sizes = [lengths[index] for index in group.sequences]
-    heads = split_heads(setting.query_heads, setting.kv_heads, size)
+    heads = split_heads(data_ranks.query_heads, data_ranks.kv_heads, size)
     form = None if is_written else _CLOSED_FORMS.get(group.kind)
     if form is None:
         schedules = [write_schedule(group, lengths, index) for index in range(group.degree)]
-        forward = _written(group, [schedule.forward for schedule in schedules], heads, setting)
-        backward = _written(group, [schedule.backward for schedule in schedules], heads, setting)
+        forward = _written(group, [schedule.forward for schedule in schedules], heads, data_ranks)
+        backward = _written(group, [schedule.backward for schedule in schedules], heads, data_ranks)
     else:
         blocks = zigzag_blocks(np.array(sizes, dtype=np.int64), group.degree // size)
         kv_heads = np.tile(heads.kv, len(blocks.tokens))
-        forward, backward = form(_Form(blocks, size, group.inner_degree, kv_heads, setting))
+        forward, backward = form(_Form(blocks, size, group.inner_degree, kv_heads, data_ranks))
     return GroupShape(
         team_size=size, heads=heads, forward=forward, backward=backward,
         rows=local_token_counts(group.kind, group.degree, sizes, group.inner_degree),
@@ -81,18 +81,18 @@ def has_closed_form(kind: AttentionKind) -> bool:
     return kind in _CLOSED_FORMS
 
 
-def _token_bytes(setting: Setting, kv_heads: FloatArray) -> tuple[FloatArray, FloatArray]:
+def _token_bytes(data_ranks: DataRanks, kv_heads: FloatArray) -> tuple[FloatArray, FloatArray]:
     """Of one token of one layer: K and V, and their gradients, which travel in fp32 or wider."""
-    elements = 2 * setting.model.head_dim * kv_heads
-    return elements * setting.element_bytes, elements * max(WIDE_BYTES, setting.element_bytes)
+    elements = 2 * data_ranks.model.head_dim * kv_heads
+    return elements * data_ranks.element_bytes, elements * max(WIDE_BYTES, data_ranks.element_bytes)
 
 
 def _written(
-    group: AttentionGroup, walks: SequenceOf[SequenceOf[Round]], heads: HeadSplit, setting: Setting
+    group: AttentionGroup, walks: SequenceOf[SequenceOf[Round]], heads: HeadSplit, data_ranks: DataRanks
 ) -> WalkShape:
     """Any kind, from the rounds of each member."""
     place_of = {rank: index for index, rank in enumerate(group.ranks)}
-    kv_bytes, grad_bytes = _token_bytes(setting, np.tile(heads.kv, group.degree // len(heads.kv)))
+    kv_bytes, grad_bytes = _token_bytes(data_ranks, np.tile(heads.kv, group.degree // len(heads.kv)))
     found: dict[tuple[int, int, int, int], float] = {}
     work = np.zeros((5, max(map(len, walks)), group.degree))
     for index, walk in enumerate(walks):
@@ -135,7 +135,7 @@ class _Form:
     size: int
     inner_degree: int
     kv_heads: FloatArray
-    setting: Setting
+    data_ranks: DataRanks
 
     @property
     def num_teams(self) -> int:
@@ -149,7 +149,7 @@ class _Form:
         return self.blocks.work.each(lambda values: np.repeat(values[team, owners], self.size, axis=1))
 
     def hops(self) -> _Hops:
-        return _Hops(self.size, *_token_bytes(self.setting, self.kv_heads))
+        return _Hops(self.size, *_token_bytes(self.data_ranks, self.kv_heads))
 
 
 @dataclass(slots=True)

@@ -14,7 +14,7 @@ import numpy as np
 from planner.plan import AttentionGroup
 from planner.replay.flows import group_shape
 from planner.replay.head_trade import Trades, trades_of
-from planner.replay.state import GroupRun, Ledger, Recorder, Setting, Traffic, kernel_seconds
+from planner.replay.state import DataRanks, GroupRun, Ledger, Recorder, Traffic, kernel_seconds
 from planner.replay.walk import Flows, Walk, flows_of, walk_of
 from planner.replay.work import AttentionWork, FloatArray, HeadSplit, IntArray, side_by_side
 
@@ -124,25 +124,25 @@ class GroupStack:
     forward_flows: Flows
     backward_flows: Flows
 
-    def priced(self, setting: Setting) -> GroupRun:
+    def priced(self, data_ranks: DataRanks) -> GroupRun:
         heads = np.tile(self.heads.queries, self.ranks.size // len(self.heads.queries))
-        forward_s, _ = kernel_seconds(self.forward_work, setting, heads)
-        _, backward_s = kernel_seconds(self.backward_work, setting, heads)
+        forward_s, _ = kernel_seconds(self.forward_work, data_ranks, heads)
+        _, backward_s = kernel_seconds(self.backward_work, data_ranks, heads)
         if self.ranks.shape[1] == 1:
             return LocalRun(self.ranks, forward_s.sum(axis=0)[:, None], backward_s.sum(axis=0)[:, None])
         return ExchangeRun(
-            self.ranks, walk_of(self.forward_flows, forward_s, setting),
-            walk_of(self.backward_flows, backward_s, setting),
-            trades_of(self.ranks, self.rows, self.heads, setting) if len(self.heads.queries) > 1 else None,
+            self.ranks, walk_of(self.forward_flows, forward_s, data_ranks),
+            walk_of(self.backward_flows, backward_s, data_ranks),
+            trades_of(self.ranks, self.rows, self.heads, data_ranks) if len(self.heads.queries) > 1 else None,
         )
 
 
 def stack_groups(
-    groups: SequenceOf[AttentionGroup], lengths: SequenceOf[int], setting: Setting, *, is_written: bool = False
+    groups: SequenceOf[AttentionGroup], lengths: SequenceOf[int], data_ranks: DataRanks, *, is_written: bool = False
 ) -> GroupStack:
     """Groups of one kind and degree; unless of one rank each, over disjoint ranks. ``is_written``: see
     ``group_shape``."""
-    shapes = [group_shape(group, lengths, setting, is_written=is_written) for group in groups]
+    shapes = [group_shape(group, lengths, data_ranks, is_written=is_written) for group in groups]
     ranks = np.array([group.ranks for group in groups])
     forward_work, backward_work = (
         side_by_side([getattr(shape, walk).work for shape in shapes]) for walk in ("forward", "backward")
@@ -151,9 +151,9 @@ def stack_groups(
         ranks=ranks, rows=np.array([shape.rows for shape in shapes], dtype=np.float64), heads=shapes[0].heads,
         forward_work=forward_work, backward_work=backward_work,
         forward_flows=flows_of(
-            [shape.forward.messages for shape in shapes], ranks, setting, len(forward_work.calls)
+            [shape.forward.messages for shape in shapes], ranks, data_ranks, len(forward_work.calls)
         ),
         backward_flows=flows_of(
-            [shape.backward.messages for shape in shapes], ranks, setting, len(backward_work.calls)
+            [shape.backward.messages for shape in shapes], ranks, data_ranks, len(backward_work.calls)
         ),
     )

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from planner.replay.state import Ledger, Recorder, Setting, Traffic, nic_load
+from planner.replay.state import DataRanks, Ledger, Recorder, Traffic, nic_load
 from planner.replay.work import FloatArray, HeadSplit, IntArray
 
 
@@ -89,18 +89,18 @@ class Trades:
         )
 
 
-def trades_of(ranks: IntArray, rows: FloatArray, heads: HeadSplit, setting: Setting) -> Trades:
+def trades_of(ranks: IntArray, rows: FloatArray, heads: HeadSplit, data_ranks: DataRanks) -> Trades:
     """``ranks[group, member]`` and the tokens they hold; teams are as many consecutive members as ``heads`` has
     places."""
     size = len(heads.queries)
     teams, rows = ranks.reshape(-1, size), rows.reshape(-1, size)
-    nodes = setting.node_of(teams)
+    nodes = data_ranks.node_of(teams)
     near = (nodes[:, :, None] == nodes[:, None, :]) & ~np.eye(size, dtype=np.bool_)
     far = nodes[:, :, None] != nodes[:, None, :]
     leaves = far.any(axis=2).reshape(ranks.shape)  # all teams of a group trade at about the same time
-    load = setting.flows_per_rank * nic_load(setting.nic_of(ranks), leaves).reshape(teams.shape)
-    machine, head_bytes = setting.machine, setting.model.head_dim * setting.element_bytes
-    latency_s = machine.collective_latency_s(size, setting.ranks_per_node)
+    load = data_ranks.flows_per_rank * nic_load(data_ranks.nic_of(ranks), leaves).reshape(teams.shape)
+    machine, head_bytes = data_ranks.machine, data_ranks.model.head_dim * data_ranks.element_bytes
+    latency_s = machine.collective_latency_s(size, data_ranks.ranks_per_node)
 
     def gather(width: FloatArray, is_way_back: bool) -> HeadTrade:
         """Own rows of all heads -> all rows of own heads, or the way back."""

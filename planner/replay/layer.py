@@ -9,7 +9,7 @@ import numpy as np
 
 from planner.cost.data_sheet import GRADIENT_BYTES, LAYER_LAUNCH_S
 from planner.replay.lanes import LaneRecorder
-from planner.replay.state import Ledger, Recorder, Setting
+from planner.replay.state import DataRanks, Ledger, Recorder
 from planner.replay.waves import Wave
 from planner.replay.work import FloatArray
 
@@ -48,17 +48,17 @@ def all_layers(
 
 
 def layers(
-    wave: Wave, setting: Setting, is_free: bool = False
+    wave: Wave, data_ranks: DataRanks, is_free: bool = False
 ) -> tuple[Layer, Layer, FloatArray]:
     """A layer's forward and its backward as functions of the clock, and the seconds of the output head, both ways."""
     forward_s, backward_s, head_s = (
-        wave.num_chunks * seconds for seconds in token_seconds(wave.rank_tokens / wave.num_chunks, setting)
+        wave.num_chunks * seconds for seconds in token_seconds(wave.rank_tokens / wave.num_chunks, data_ranks)
     )
     backward_s = backward_s + wave.recompute_fraction * forward_s
-    model, layers = setting.model, setting.model.num_layers
-    layer_bytes = model.saved_bytes_per_token(setting.element_bytes) * wave.rank_tokens / setting.tensor_parallel
-    copy_s = wave.swap_fraction * layer_bytes / setting.machine.host_bytes_per_s * max(0, layers - KEPT_LAYERS) / layers
-    reduce_s = np.zeros_like(forward_s) if is_free else _tensor_parallel_s(wave.rank_tokens, setting)
+    machine, model, layers = data_ranks.machine, data_ranks.model, data_ranks.model.num_layers
+    layer_bytes = model.saved_bytes_per_token(data_ranks.element_bytes) * wave.rank_tokens / data_ranks.tensor_parallel
+    copy_s = wave.swap_fraction * layer_bytes / machine.host_bytes_per_s * max(0, layers - KEPT_LAYERS) / layers
+    reduce_s = np.zeros_like(forward_s) if is_free else _tensor_parallel_s(wave.rank_tokens, data_ranks)
     weights = (model.num_query_heads + 2 * model.num_kv_heads) * model.head_dim * model.hidden_dim
     early = weights / model.layer_active_params
 
@@ -86,7 +86,7 @@ def layers(
     )
 
 
-def token_seconds(tokens: FloatArray, setting: Setting) -> tuple[FloatArray, FloatArray, FloatArray]:
+def token_seconds(tokens: FloatArray, data_ranks: DataRanks) -> tuple[FloatArray, FloatArray, FloatArray]:
     """Forward and backward of one layer without attention, and of the output head both ways, for this many tokens.
 
     Moved bytes of a layer's forward: two norms (read, write) and two residuals (two reads, a write), 10 x hidden;
@@ -94,8 +94,8 @@ def token_seconds(tokens: FloatArray, setting: Setting) -> tuple[FloatArray, Flo
     moves them twice. The loss passes over the logits three times. The launches of a layer are a floor: they run ahead
     of the device while it is busy.
     """
-    machine, model, element_bytes = setting.machine, setting.model, setting.element_bytes
-    split = setting.tensor_parallel
+    machine, model, element_bytes = data_ranks.machine, data_ranks.model, data_ranks.element_bytes
+    split = data_ranks.tensor_parallel
     active, weights = model.layer_active_params / split, model.layer_linear_params / split
     rope = 2 * (model.num_query_heads + model.num_kv_heads) * model.head_dim
     gate = model.active_experts * (3 if model.gated_mlp else 2) * model.ffn_dim
@@ -111,14 +111,14 @@ def token_seconds(tokens: FloatArray, setting: Setting) -> tuple[FloatArray, Flo
     return np.maximum(forward_s, floor_s), np.maximum(backward_s, 2 * floor_s), head_s
 
 
-def _tensor_parallel_s(tokens: FloatArray, setting: Setting) -> FloatArray:
+def _tensor_parallel_s(tokens: FloatArray, data_ranks: DataRanks) -> FloatArray:
     """Two all-reduces of the hidden state, each way."""
-    size, machine = setting.tensor_parallel, setting.machine
+    size, machine = data_ranks.tensor_parallel, data_ranks.machine
     if size == 1:
         return np.zeros_like(tokens)
     near = machine.cluster.devices_per_node
     link = machine.intra_node if size <= near else machine.inter_node
-    wire_bytes = 2 * (size - 1) / size * setting.model.hidden_dim * setting.element_bytes * tokens
+    wire_bytes = 2 * (size - 1) / size * data_ranks.model.hidden_dim * data_ranks.element_bytes * tokens
     return np.where(tokens > 0, 2 * (machine.collective_latency_s(size, near) + wire_bytes / link.bytes_per_s), 0.0)
 
 

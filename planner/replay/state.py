@@ -1,4 +1,4 @@
-"""What the parts of the replay share: the setting, the ledger of seconds, and how kernels and NICs are counted."""
+"""What the parts of the replay share: its data ranks, the ledger of seconds, and how kernels and NICs are counted."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ Recorder = Callable[[str, str, IntArray, FloatArray, FloatArray], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Setting:
-    """What every group needs. A data rank is ``tensor_parallel`` devices next to each other; all bytes and heads here
-    are those of one of them."""
+class DataRanks:
+    """The ranks that a step is replayed on, all alike. Each is ``tensor_parallel`` devices next to each other, and all
+    bytes and heads here are those of one of the devices."""
 
     machine: MachineModel
     model: ModelSpec
@@ -112,13 +112,15 @@ class GroupRun(Protocol):
     def freed(self) -> GroupRun: ...
 
 
-def kernel_seconds(work: AttentionWork, setting: Setting, heads: FloatArray | float) -> tuple[FloatArray, FloatArray]:
+def kernel_seconds(
+    work: AttentionWork, data_ranks: DataRanks, heads: FloatArray | float
+) -> tuple[FloatArray, FloatArray]:
     """Forward and backward seconds of a group's kernels, with the merging of partial results and gradients."""
-    machine, head_dim, wide = setting.machine, setting.model.head_dim, 2 * WIDE_BYTES + setting.element_bytes
+    machine, head_dim, wide = data_ranks.machine, data_ranks.model.head_dim, 2 * WIDE_BYTES + data_ranks.element_bytes
     forward_s = machine.attention.forward_s(
         calls=work.calls, queries=work.queries, keys=work.keys, pairs=work.pairs, heads=heads, head_dim=head_dim
     )
-    kv_heads = np.minimum(heads, setting.kv_heads)
+    kv_heads = np.minimum(heads, data_ranks.kv_heads)
     grads = heads * work.queries + 2 * kv_heads * work.keys
     merge_s = machine.move_s(wide * head_dim * heads * work.merged)
     return forward_s + merge_s, machine.backward_ratio * forward_s + machine.move_s(wide * head_dim * grads)

@@ -35,7 +35,7 @@ from planner.replay.flows import has_closed_form
 from planner.replay.lanes import LaneEvent, LaneRecorder
 from planner.replay.layer import KEPT_LAYERS, REPLAYED_LAYERS, Layer, all_layers, layers, windows
 from planner.replay.operations import Curves, End, load_curves, machine_model
-from planner.replay.state import Ledger, Setting
+from planner.replay.state import DataRanks, Ledger
 from planner.replay.waves import Wave, WaveShape, contended, first_pass, free_links, split_waves, wave_shape
 from planner.replay.work import FloatArray
 from planner.schedules.layout import head_degree
@@ -111,19 +111,19 @@ def replay_step(
     ``draw``: keep lanes for a trace. Sharding is the plan's own.
     """
     _refuse_stages(plan)
-    setting = Setting(
+    data_ranks = DataRanks(
         machine=machine_model(cluster, curves or load_curves()), model=model, num_ranks=plan.num_ranks,
         tensor_parallel=tensor_parallel, element_bytes=element_bytes,
     )
     lengths = step_lengths(plan)
     waves = split_waves(plan.microbatches)
-    shapes = tuple((first_pass(each, lengths, setting), wave_shape(each, lengths, setting)) for each in waves)
+    shapes = tuple((first_pass(each, lengths, data_ranks), wave_shape(each, lengths, data_ranks)) for each in waves)
     runs = {}
     recorder = LaneRecorder(plan.num_ranks) if draw else None
     for end in End:
         is_told = end is End.NOMINAL  # of the ends of the band only the step's length is wanted
         runs[end] = _Step(
-            setting=replace(setting, machine=setting.machine.at(end)), plan=plan, shapes=shapes, memory=memory,
+            data_ranks=replace(data_ranks, machine=data_ranks.machine.at(end)), plan=plan, shapes=shapes, memory=memory,
             splits=is_told, recorder=recorder if is_told else None,
         )
         runs[end].run()
@@ -152,7 +152,7 @@ def _refuse_stages(plan: StepPlan) -> None:
 class _Step:
     """One replay in progress at one end of the machine. ``splits``: whether waiting is told from communication."""
 
-    setting: Setting
+    data_ranks: DataRanks
     plan: StepPlan
     shapes: tuple[tuple[WaveShape | None, WaveShape], ...]
     memory: MemoryFit
@@ -174,19 +174,19 @@ class _Step:
         self.host_bytes, self.sent_bytes, self.received_bytes, self.far_bytes = (np.zeros(num_ranks) for _ in range(4))
 
     def run(self) -> None:
-        params = self.setting.model.num_params / self.setting.tensor_parallel
+        params = self.data_ranks.model.num_params / self.data_ranks.tensor_parallel
         gathers_once = self.plan.sharding is Sharding.GATHER_ONCE
         if gathers_once:
-            self._collective("gather of the parameters", params * self.setting.element_bytes)
+            self._collective("gather of the parameters", params * self.data_ranks.element_bytes)
         for before, shape in self.shapes:
             if before is not None:
-                self._first_pass(before.priced(self.setting))
-            self._wave(shape.priced(self.setting))
+                self._first_pass(before.priced(self.data_ranks))
+            self._wave(shape.priced(self.data_ranks))
         self._wait_for_all()
         if gathers_once:
             self._collective("reduction of the gradients", params * GRADIENT_BYTES)
         optimizer_s = OPTIMIZER_PASS_BYTES * params / self.plan.num_ranks / (
-            self.setting.machine.cluster.device.memory_bytes_per_s
+            self.data_ranks.machine.cluster.device.memory_bytes_per_s
         )
         self._everyone("compute", "optimizer", optimizer_s)
         self.total.compute_s += optimizer_s
@@ -194,28 +194,28 @@ class _Step:
 
     def nic_share(self) -> FloatArray:
         """Share of the step that the NICs of each node send, on average over its NICs."""
-        setting, cluster = self.setting, self.setting.machine.cluster
-        nodes = setting.node_of(np.arange(self.plan.num_ranks))
+        data_ranks, cluster = self.data_ranks, self.data_ranks.machine.cluster
+        nodes = data_ranks.node_of(np.arange(self.plan.num_ranks))
         nics = min(cluster.nics_per_node, cluster.devices_per_node)
-        sent = np.bincount(nodes, weights=self.far_bytes * setting.tensor_parallel)
-        return np.asarray(sent / (nics * setting.machine.nic_bytes_per_s * self.step_s), dtype=np.float64)
+        sent = np.bincount(nodes, weights=self.far_bytes * data_ranks.tensor_parallel)
+        return np.asarray(sent / (nics * data_ranks.machine.nic_bytes_per_s * self.step_s), dtype=np.float64)
 
     def _first_pass(self, wave: Wave) -> None:
         """The forward of what runs in chunks, for its K/V alone: without the output head."""
-        forward = layers(wave, self.setting)[0]
+        forward = layers(wave, self.data_ranks)[0]
         self._count_messages(wave, backward=False)
-        free = layers(free_links(wave), self.setting, is_free=True)[0] if self.splits else None
+        free = layers(free_links(wave), self.data_ranks, is_free=True)[0] if self.splits else None
         pace_s = self._phase(wave, forward, free, "first forward")
         if self.plan.sharding is Sharding.ZERO3:
             self._gather_by_layer(pace_s, None, int(wave.num_chunks.max()))
 
     def _wave(self, wave: Wave) -> None:
-        forward, backward, head_s = layers(wave, self.setting)
-        if self.setting.shares_nics and wave.has_exchanges:
-            wave = contended(wave, self.setting, windows(wave, self.clock, forward, backward))
-            forward, backward, head_s = layers(wave, self.setting)
+        forward, backward, head_s = layers(wave, self.data_ranks)
+        if self.data_ranks.shares_nics and wave.has_exchanges:
+            wave = contended(wave, self.data_ranks, windows(wave, self.clock, forward, backward))
+            forward, backward, head_s = layers(wave, self.data_ranks)
         self._account(wave)
-        free = layers(free_links(wave), self.setting, is_free=True) if self.splits else None
+        free = layers(free_links(wave), self.data_ranks, is_free=True) if self.splits else None
         pace_s = self._phase(wave, forward, free[0] if free else None, "forward")
         if self.recorder is not None:
             ranks = wave.ranks
@@ -233,9 +233,9 @@ class _Step:
         ranks' work alone: what is waited beyond that is communication, too.
         """
         unhindered = self.clock.copy()
-        spent, pace_s = all_layers(wave, layer, self.clock, self.setting.model.num_layers, name, self.recorder)
+        spent, pace_s = all_layers(wave, layer, self.clock, self.data_ranks.model.num_layers, name, self.recorder)
         if free is not None and wave.has_exchanges:
-            idle_s = all_layers(wave, free, unhindered, self.setting.model.num_layers, name, None)[0].idle_s
+            idle_s = all_layers(wave, free, unhindered, self.data_ranks.model.num_layers, name, None)[0].idle_s
             caused_s = np.maximum(0.0, spent.idle_s - idle_s)
             spent.idle_s -= caused_s
             spent.exposed_s += caused_s
@@ -246,23 +246,23 @@ class _Step:
         """zero3: weights gathered for the forward and, unless it comes without one, again for the backward, gradients
         reduced, each beside the layer before; what takes longer than the layer is exposed. All that once a chunk.
         Everyone waits for the slowest microbatch."""
-        setting = self.setting
-        params = setting.model.num_params / setting.tensor_parallel / setting.model.num_layers
-        gather_s = self._collective_s(params * setting.element_bytes)
+        data_ranks = self.data_ranks
+        params = data_ranks.model.num_params / data_ranks.tensor_parallel / data_ranks.model.num_layers
+        gather_s = self._collective_s(params * data_ranks.element_bytes)
         reduce_s = self._collective_s(params * GRADIENT_BYTES)
         self._wait_for_all()
-        over_s, sent_bytes = max(0.0, gather_s - pace_s / num_chunks), setting.element_bytes
+        over_s, sent_bytes = max(0.0, gather_s - pace_s / num_chunks), data_ranks.element_bytes
         if back_pace_s is not None:
             over_s += max(0.0, gather_s + reduce_s - back_pace_s / num_chunks)
-            sent_bytes += setting.element_bytes + GRADIENT_BYTES
-        exposed_s = num_chunks * (gather_s + setting.model.num_layers * over_s)
-        self._count_collective(num_chunks * setting.model.num_layers * params * sent_bytes)
+            sent_bytes += data_ranks.element_bytes + GRADIENT_BYTES
+        exposed_s = num_chunks * (gather_s + data_ranks.model.num_layers * over_s)
+        self._count_collective(num_chunks * data_ranks.model.num_layers * params * sent_bytes)
         self._everyone("exchange", "zero3 gathers not hidden", exposed_s)
         self.total.exposed_s += exposed_s
 
     def _collective(self, name: str, num_bytes: float) -> None:
         """Ring all-gather or reduce-scatter of this many bytes a device over all ranks, layer by layer."""
-        num_layers = self.setting.model.num_layers
+        num_layers = self.data_ranks.model.num_layers
         seconds = num_layers * self._collective_s(num_bytes / num_layers)
         self._count_collective(num_bytes)
         self._everyone("exchange", name, seconds)
@@ -270,22 +270,22 @@ class _Step:
 
     def _collective_s(self, num_bytes: float) -> float:
         """Across nodes a ring crosses each boundary once, over all NICs (see ``planner.cost.data_sheet``)."""
-        setting, machine, ranks = self.setting, self.setting.machine, self.plan.num_ranks
+        data_ranks, machine, ranks = self.data_ranks, self.data_ranks.machine, self.plan.num_ranks
         if ranks == 1:
             return 0.0
         rate = machine.intra_node.bytes_per_s
-        if ranks > setting.ranks_per_node:
-            rate = min(rate, machine.inter_node.bytes_per_s * setting.ranks_per_node)
-        return machine.collective_latency_s(ranks, setting.ranks_per_node) + (ranks - 1) / ranks * num_bytes / rate
+        if ranks > data_ranks.ranks_per_node:
+            rate = min(rate, machine.inter_node.bytes_per_s * data_ranks.ranks_per_node)
+        return machine.collective_latency_s(ranks, data_ranks.ranks_per_node) + (ranks - 1) / ranks * num_bytes / rate
 
     def _count_collective(self, num_bytes: float) -> None:
         """Each rank sends and receives all but its own part; of a node's ranks one sends it to the next node."""
-        setting, ranks = self.setting, self.plan.num_ranks
+        data_ranks, ranks = self.data_ranks, self.plan.num_ranks
         passed = (ranks - 1) / ranks * num_bytes
         self.sent_bytes += passed
         self.received_bytes += passed
-        if ranks > setting.ranks_per_node:
-            self.far_bytes += passed / setting.ranks_per_node
+        if ranks > data_ranks.ranks_per_node:
+            self.far_bytes += passed / data_ranks.ranks_per_node
 
     def _everyone(self, lane: str, name: str, seconds: float) -> None:
         if self.recorder is not None and seconds > 0:
@@ -299,19 +299,19 @@ class _Step:
     def _account(self, wave: Wave) -> None:
         """Bytes that travel in a wave, and what it holds at its fullest: at the end of the forward."""
         self._count_messages(wave, backward=True)
-        setting, model = self.setting, self.setting.model
+        data_ranks, model = self.data_ranks, self.data_ranks.model
         away = max(0, model.num_layers - KEPT_LAYERS) / model.num_layers
         gone = away * (wave.swap_fraction + wave.recompute_fraction)
         activations = self.memory.bytes_per_token * wave.chunk_tokens
-        keys_bytes = 2 * setting.kv_heads * model.head_dim * (setting.element_bytes + GRADIENT_BYTES)
+        keys_bytes = 2 * data_ranks.kv_heads * model.head_dim * (data_ranks.element_bytes + GRADIENT_BYTES)
         stored = np.where(wave.num_chunks > 1, model.num_layers * keys_bytes * wave.rank_tokens, 0.0)
         self.peak_bytes = np.maximum(self.peak_bytes, self.memory.fixed_bytes + activations * (1 - gone) + stored)
         self.host_bytes = np.maximum(
-            self.host_bytes, self.setting.tensor_parallel * activations * away * wave.swap_fraction
+            self.host_bytes, self.data_ranks.tensor_parallel * activations * away * wave.swap_fraction
         )
 
     def _count_messages(self, wave: Wave, *, backward: bool) -> None:
-        num_layers = self.setting.model.num_layers
+        num_layers = self.data_ranks.model.num_layers
         for run in wave.runs:
             for flow in (run.forward_traffic, run.backward_traffic)[: 1 + backward]:
                 np.add.at(self.sent_bytes, run.ranks, num_layers * (flow.far_sent + flow.near_sent))

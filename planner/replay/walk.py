@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from planner.replay.flows import Messages
-from planner.replay.state import BoolArray, Ledger, Recorder, Setting, Traffic
+from planner.replay.state import BoolArray, DataRanks, Ledger, Recorder, Traffic
 from planner.replay.work import FloatArray, IntArray
 
 
@@ -40,7 +40,7 @@ class Flows:
     is_chained: bool
 
 
-def flows_of(messages: SequenceOf[Messages], ranks: IntArray, setting: Setting, num_rounds: int) -> Flows:
+def flows_of(messages: SequenceOf[Messages], ranks: IntArray, data_ranks: DataRanks, num_rounds: int) -> Flows:
     """``messages[g]`` are those of the group of ``ranks[g]``."""
     degree = ranks.shape[1]
     group = np.repeat(np.arange(len(messages)), [len(each.posted) for each in messages])
@@ -58,7 +58,7 @@ def flows_of(messages: SequenceOf[Messages], ranks: IntArray, setting: Setting, 
     number = np.repeat(np.arange(len(starts)), np.diff(starts, append=len(batch)))
     source, target = group * degree + source, group * degree + target
     member_ranks = ranks.ravel()
-    nodes, nics = setting.node_of(member_ranks), setting.nic_of(member_ranks)
+    nodes, nics = data_ranks.node_of(member_ranks), data_ranks.nic_of(member_ranks)
     is_far = nodes[source] != nodes[target]
     port_bytes, nic_bytes = num_bytes, np.zeros_like(num_bytes)
     for end in (source, target):
@@ -176,10 +176,10 @@ def _latest(
     return found
 
 
-def walk_of(flows: Flows, kernel_s: FloatArray, setting: Setting) -> Walk:
+def walk_of(flows: Flows, kernel_s: FloatArray, data_ranks: DataRanks) -> Walk:
     """The flows at this machine's rates."""
-    machine = setting.machine
-    nic_s = setting.flows_per_rank * flows.nic_bytes / machine.nic_bytes_per_s
+    machine = data_ranks.machine
+    nic_s = data_ranks.flows_per_rank * flows.nic_bytes / machine.nic_bytes_per_s
     near, far = machine.intra_node, machine.inter_node
     return Walk(
         flows=flows, kernel_s=kernel_s, latency_s=np.where(flows.is_far, far.latency_s, near.latency_s),

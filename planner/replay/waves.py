@@ -15,7 +15,7 @@ import numpy as np
 from planner.plan import AttentionGroup, AttentionKind, MemoryPolicy, Microbatch
 from planner.pricing.lockstep import lockstep_rounds
 from planner.replay.groups import GroupStack, stack_groups
-from planner.replay.state import GroupRun, Setting, Traffic
+from planner.replay.state import DataRanks, GroupRun, Traffic
 from planner.replay.work import FloatArray, IntArray, group_tokens
 
 
@@ -55,9 +55,9 @@ class WaveShape:
     recompute_fraction: FloatArray
     chunk_tokens: FloatArray
 
-    def priced(self, setting: Setting) -> Wave:
+    def priced(self, data_ranks: DataRanks) -> Wave:
         return Wave(
-            ranks=self.ranks, runs=tuple(stack.priced(setting) for stack in self.stacks), part=self.part,
+            ranks=self.ranks, runs=tuple(stack.priced(data_ranks) for stack in self.stacks), part=self.part,
             rank_tokens=self.rank_tokens, swap_fraction=self.swap_fraction,
             recompute_fraction=self.recompute_fraction, chunk_tokens=self.chunk_tokens,
         )
@@ -70,11 +70,11 @@ def split_waves(microbatches: SequenceOf[Microbatch]) -> list[list[Microbatch]]:
     return [[microbatches[index] for index in members] for members in rounds]
 
 
-def wave_shape(microbatches: SequenceOf[Microbatch], lengths: SequenceOf[int], setting: Setting) -> WaveShape:
+def wave_shape(microbatches: SequenceOf[Microbatch], lengths: SequenceOf[int], data_ranks: DataRanks) -> WaveShape:
     """Work and traffic of a wave's groups."""
-    tokens = np.zeros(setting.num_ranks)
-    swap, recompute = np.zeros(setting.num_ranks), np.zeros(setting.num_ranks)
-    sizes = np.full(setting.num_ranks, np.inf)
+    tokens = np.zeros(data_ranks.num_ranks)
+    swap, recompute = np.zeros(data_ranks.num_ranks), np.zeros(data_ranks.num_ranks)
+    sizes = np.full(data_ranks.num_ranks, np.inf)
     for microbatch in microbatches:
         policy: MemoryPolicy = microbatch.memory
         for fractions, value in ((swap, policy.swap_fraction), (recompute, policy.recompute_fraction)):
@@ -86,20 +86,20 @@ def wave_shape(microbatches: SequenceOf[Microbatch], lengths: SequenceOf[int], s
             sizes[list(microbatch.ranks)] = policy.chunk_tokens
     chunks = np.minimum(tokens, sizes)
     found = _stacks(group for microbatch in microbatches for group in microbatch.groups)
-    stacks = tuple(stack_groups(groups, lengths, setting) for groups in found)
+    stacks = tuple(stack_groups(groups, lengths, data_ranks) for groups in found)
     return WaveShape(
         ranks=np.array(sorted(rank for microbatch in microbatches for rank in microbatch.ranks)), stacks=stacks,
-        part=_parts(stacks, setting.num_ranks), rank_tokens=tokens, swap_fraction=swap, recompute_fraction=recompute,
+        part=_parts(stacks, data_ranks.num_ranks), rank_tokens=tokens, swap_fraction=swap, recompute_fraction=recompute,
         chunk_tokens=chunks,
     )
 
 
 def first_pass(
-    microbatches: SequenceOf[Microbatch], lengths: SequenceOf[int], setting: Setting
+    microbatches: SequenceOf[Microbatch], lengths: SequenceOf[int], data_ranks: DataRanks
 ) -> WaveShape | None:
     """What runs forward once more before the wave, since it runs in chunks."""
     chunked = [microbatch for microbatch in microbatches if microbatch.memory.chunk_tokens]
-    return wave_shape(chunked, lengths, setting) if chunked else None
+    return wave_shape(chunked, lengths, data_ranks) if chunked else None
 
 
 def _stacks(groups: Iterable[AttentionGroup]) -> list[list[AttentionGroup]]:
@@ -139,7 +139,7 @@ def free_links(wave: Wave) -> Wave:
 
 
 def contended(
-    wave: Wave, setting: Setting, windows: SequenceOf[tuple[SequenceOf[FloatArray], SequenceOf[FloatArray]]]
+    wave: Wave, data_ranks: DataRanks, windows: SequenceOf[tuple[SequenceOf[FloatArray], SequenceOf[FloatArray]]]
 ) -> Wave:
     """The wave with NICs shared between its groups. ``windows``: start and stop of each group of each run, for the
     forward and the backward of one layer, as they are with a NIC to themselves.
@@ -151,7 +151,7 @@ def contended(
     factors = []
     for (starts, stops), forward in zip(windows, (True, False), strict=True):
         traffic = [run.forward_traffic if forward else run.backward_traffic for run in wave.runs]
-        factors.append(_slowdowns(wave.runs, traffic, starts, stops, setting))
+        factors.append(_slowdowns(wave.runs, traffic, starts, stops, data_ranks))
     return replace(
         wave, runs=tuple(run.slowed(*both) for run, both in zip(wave.runs, zip(*factors, strict=True), strict=True))
     )
@@ -159,20 +159,20 @@ def contended(
 
 def _slowdowns(
     runs: SequenceOf[GroupRun], traffic: SequenceOf[Traffic], starts: SequenceOf[FloatArray],
-    stops: SequenceOf[FloatArray], setting: Setting,
+    stops: SequenceOf[FloatArray], data_ranks: DataRanks,
 ) -> list[FloatArray]:
     """Factor on the seconds a byte takes through the NIC of each rank of each run."""
     start, stop = np.concatenate(starts), np.concatenate(stops)
     length = np.maximum(stop - start, 1e-12)
-    nics = [setting.nic_of(run.ranks) for run in runs]
+    nics = [data_ranks.nic_of(run.ranks) for run in runs]
     num_nics = 1 + max(int(each.max()) for each in nics)
     first = np.cumsum([0, *(len(run.ranks) for run in runs)])
     used = np.zeros((2, len(start), num_nics))
     for index, (nic, flow) in enumerate(zip(nics, traffic, strict=True)):
         group = np.broadcast_to(np.arange(first[index], first[index + 1])[:, None], nic.shape)
         for direction, num_bytes in enumerate((flow.far_sent, flow.far_received)):
-            np.add.at(used[direction], (group, nic), setting.flows_per_rank * num_bytes)
-    used = np.minimum(1.0, used / setting.machine.nic_bytes_per_s / length[:, None])
+            np.add.at(used[direction], (group, nic), data_ranks.flows_per_rank * num_bytes)
+    used = np.minimum(1.0, used / data_ranks.machine.nic_bytes_per_s / length[:, None])
     overlap = np.minimum(stop[:, None], stop) - np.maximum(start[:, None], start)
     overlap = np.maximum(0.0, overlap) / length[:, None]
     np.fill_diagonal(overlap, 0.0)

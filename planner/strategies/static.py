@@ -1,8 +1,8 @@
-"""The baseline: one degree for the whole step, given or the best. What most training systems do by hand.
+"""The baseline: one degree for the whole step, given or the best one, as in most training systems.
 
-The ranks are cut into blocks of the degree; where it does not divide their number, the ranks left over form one more,
-smaller block (degree 3 on 4 ranks: blocks of 3 and 1). Sequences are packed longest first under memory, each into the
-block where it finishes earliest, best fit among that block's microbatches.
+The ranks are cut into blocks of that degree. Where it does not divide their number, the ranks left over form a smaller
+block (degree 3 on 4 ranks: blocks of 3 and 1). Sequences are packed longest first under memory: each goes to the block
+where it finishes earliest, and there by best fit into one of the block's microbatches.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from planner.errors import SpecError
 from planner.plan import AttentionKind, SolveStatus
 from planner.pricing.assemble import Found
 from planner.pricing.problem import StepProblem
-from planner.strategies.greedy import Lane, Schedule, as_played, fill_lanes
+from planner.strategies.greedy import RankBlock, Schedule, as_played, fill_blocks
 from planner.strategies.search.bounds import makespan_bound_s
 from planner.strategies.search.shapes import (
     GroupShape,
@@ -30,14 +30,14 @@ from planner.strategies.search.shapes import (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StaticResult:
-    """``bound_s``: lower bound on the makespan (seconds, ``step_fixed_s`` not included) of every layout tried."""
+    """``bound_s``: lower bound on the makespan of every layout tried (seconds, ``step_fixed_s`` left out)."""
 
     schedule: Schedule
     bound_s: float
     note: str
 
 
-Layout = tuple[GroupShape, ...]  # the shape of each block, in rank order
+Layout = tuple[GroupShape, ...]  # the shape of each block of ranks, in rank order
 
 
 def plan_static(problem: StepProblem, degree: int | None = None) -> Found:
@@ -49,7 +49,7 @@ def plan_static(problem: StepProblem, degree: int | None = None) -> Found:
 
 
 def static_schedule(problem: StepProblem, degree: int | None = None) -> StaticResult:
-    """Best homogeneous layout: of ``degree`` where it is given, else of FlexSP's degrees.
+    """The best homogeneous layout: of ``degree`` where it is given, else of FlexSP's degrees.
 
     Raises SpecError on an impossible degree, InfeasibleError where a sequence fits none of the layouts.
     """
@@ -65,7 +65,7 @@ def static_schedule(problem: StepProblem, degree: int | None = None) -> StaticRe
 
 
 def best_layout(problem: StepProblem, layouts: SequenceOf[Layout]) -> StaticResult | None:
-    """The quickest of these layouts, the first among equals; None where none fits every sequence."""
+    """The schedule of the quickest layout, the first among equals. None where no layout fits every sequence."""
     results = []
     for layout in layouts:
         distinct = tuple(dict.fromkeys(layout))
@@ -73,10 +73,12 @@ def best_layout(problem: StepProblem, layouts: SequenceOf[Layout]) -> StaticResu
         if not table.fits.any(axis=1).all():
             continue
         first_ranks = np.cumsum([0] + [shape.degree for shape in layout[:-1]])
-        lanes = [Lane(distinct.index(shape), int(first)) for shape, first in zip(layout, first_ranks, strict=True)]
-        places = np.arange(len(lanes))
+        blocks = [
+            RankBlock(distinct.index(shape), int(first)) for shape, first in zip(layout, first_ranks, strict=True)
+        ]
+        places = np.arange(len(blocks))
         order = np.lexsort((table.rows, -table.lengths))
-        schedule = fill_lanes(table, lanes, [(row, places) for row in order.tolist()], problem.num_ranks)
+        schedule = fill_blocks(table, blocks, [(row, places) for row in order.tolist()], problem.num_ranks)
         schedule = as_played(schedule, problem)
         results.append((schedule, makespan_bound_s(table, problem.num_ranks), describe_shapes(layout)))
     if not results:
@@ -86,13 +88,13 @@ def best_layout(problem: StepProblem, layouts: SequenceOf[Layout]) -> StaticResu
 
 
 def possible_degrees(problem: StepProblem) -> tuple[int, ...]:
-    """The degrees ``static_schedule`` takes here, ascending."""
+    """The degrees that ``static_schedule`` accepts for this problem, ascending."""
     priced = sorted({fit.degree for fit in problem.cost.times})
     return tuple(degree for degree in priced if _layouts_of_degree(degree, problem))
 
 
 def every_layout(problem: StepProblem) -> list[Layout]:
-    """The layouts of all degrees that ``static_schedule`` takes here, ascending."""
+    """The layouts of all degrees that ``static_schedule`` accepts for this problem, ascending."""
     degrees = sorted({fit.degree for fit in problem.cost.times})
     return [layout for degree in degrees for layout in _layouts_of_degree(degree, problem)]
 
@@ -104,7 +106,7 @@ def usual_layouts(problem: StepProblem) -> list[Layout]:
 
 
 def _layouts_of_degree(degree: int, problem: StepProblem) -> list[Layout]:
-    """One layout per kind; the smaller last block keeps the kind if it can."""
+    """One layout per attention kind. The smaller last block has the same kind where that is possible."""
     num_ranks, cost, limits = problem.num_ranks, problem.cost, problem.limits
     if not 1 <= degree <= num_ranks:
         return []

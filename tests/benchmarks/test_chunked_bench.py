@@ -90,8 +90,8 @@ def test_sizes_compare_within_turns(peak_bytes, met):
 
 
 def test_one_step_with_the_tier_moves_all_rows_out_and_back():
-    settings = {"num_layers": 3, "dim": 64, "repeats": 1, "chunk_tokens": 16}
-    told = {"job": "step", "way": "seco disk", "length": 64, "settings": settings}
+    workload = {"num_layers": 3, "dim": 64, "repeats": 1, "chunk_tokens": 16}
+    told = {"job": "step", "way": "seco disk", "length": 64, "workload": workload}
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.chunked_tier", "--worker", json.dumps(told)], capture_output=True, text=True,
         check=True,

@@ -24,9 +24,9 @@ from benchmarks.peers.planners import (
 from benchmarks.planner import (
     COLUMNS,
     PUBLISHED,
-    SETTINGS,
+    SCENARIOS,
     Result,
-    Setting,
+    Scenario,
     goal_lines,
     main,
     measure,
@@ -158,17 +158,17 @@ def test_ours_plans_what_megatron_core_cannot() -> None:
 
 
 def test_held_out_batches_differ_and_repeat() -> None:
-    tuned, held_out, again = (list(islice(read_batches(SETTINGS[0], "github", seed), 2)) for seed in (0, 1, 1))
+    tuned, held_out, again = (list(islice(read_batches(SCENARIOS[0], "github", seed), 2)) for seed in (0, 1, 1))
     assert held_out == again
     assert tuned != held_out
-    assert all(len(step) == SETTINGS[0].batch_sequences for step in tuned + held_out)
+    assert all(len(step) == SCENARIOS[0].batch_sequences for step in tuned + held_out)
     with pytest.raises(SystemExit):
         main(["--seed", "0"])
 
 
 def result_of(step_s: dict[str, list[float]], batches: str = "held out") -> Result:
     return Result(
-        setting=SETTINGS[0], batches=batches, lengths="made-up", steps=[[10, 20], [30]], step_s=step_s,
+        scenario=SCENARIOS[0], batches=batches, lengths="made-up", steps=[[10, 20], [30]], step_s=step_s,
         failures={"hdp": 1}, gaps=[0.0, 0.5], plan_s=[0.1, 0.3],
     )
 
@@ -193,10 +193,10 @@ def test_ratios_are_against_the_best_single_published_strategy() -> None:
 
 
 def test_a_small_row_has_every_strategy_and_peer() -> None:
-    setting = Setting(cluster="h200-64", model="llama-3-8b", num_ranks=16, batch_sequences=24, max_tokens=2**15,
+    scenario = Scenario(cluster="h200-64", model="llama-3-8b", num_ranks=16, batch_sequences=24, max_tokens=2**15,
                       num_batches=1)
-    steps = list(islice(read_batches(setting, "prolong", 3), setting.num_batches))
-    result = measure(setting, "held out", "prolong", steps, solver_s=0.3)
+    steps = list(islice(read_batches(scenario, "prolong", 3), scenario.num_batches))
+    result = measure(scenario, "held out", "prolong", steps, solver_s=0.3)
     assert set(result.step_s) | set(result.failures) == set(STRATEGIES) | set(PUBLISHED)
     assert set(PUBLISHED) <= set(result.step_s)
     assert result.headroom >= (result.least_ratio or 0.0)

@@ -30,7 +30,7 @@ SHARDED = pytest.mark.parametrize("sharding", list(Sharding))
 
 
 def setting(sharding: Sharding, **limits: Any) -> tuple[list[int], CostModel, PlanLimits]:
-    """Skewed lengths that no simple plan serves well, so that strategies with a solver ask it."""
+    """Skewed lengths for which no simple plan is proven good, so that strategies with a solver call it."""
     kinds = (ULYSSES, RING)
     cost = replace(make_cost(NUM_RANKS, kinds=kinds, fixed_s=0.03), sharding=sharding)
     return skewed_lengths(4, 40, 9000), cost, make_limits(kinds=kinds, max_nodes=30, relative_gap=0.0, **limits)

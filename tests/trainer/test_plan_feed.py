@@ -151,9 +151,10 @@ def break_solver(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     """Children of feeds made from here on run ``fault`` in place of the solver."""
     start = subprocess.Popen
     program = (
-        "from planner import flexsp, service\n"
+        "from planner import service\n"
+        "from planner.strategies.flexsp import strategy\n"
         f"def broken(*_, **__):\n    {fault}\n"
-        "flexsp.flexsp_schedule = broken\n"
+        "strategy.flexsp_schedule = broken\n"
         "service.main()\n"
     )
 

@@ -1,24 +1,24 @@
 """FlexSP (Wang et al., arXiv 2412.01523): rounds of sequence-parallel groups of different degree side by side.
 
-As published: for M = M_min .. M_min + M' - 1 rounds the blaster cuts the sorted sequences into M rounds; in each round
-lengths are bucketed and a mixed-integer program chooses groups and members for the smallest makespan; the M with the
-smallest sum of makespans wins. Degree 1 is among the choices.
+As published: for each M = M_min .. M_min + M' - 1 the blaster cuts the sorted sequences into M rounds. In each round
+lengths are bucketed, and a mixed-integer program chooses groups and their members for the smallest makespan. The M with
+the smallest sum of makespans wins. Degree 1 is among the choices.
 
 Where this differs, and why:
 
-- Every round first gets a packing without a solver; programs are solved only where that packing is further than the
-  relative gap from the round's proven bound, best M first, and only while the sum of the rounds' bounds could still
-  beat the best plan known. Programs larger than 64 ranks need are left alone (``round_program.MAX_VARIABLES``): on
-  1,024 ranks HiGHS ends the guard's seconds with the packing that it was given.
+- Every round first gets a packing without a solver. Its program is solved only where that packing is further than the
+  relative gap from the round's proven lower bound, best M first, and only while the sum of the rounds' bounds could
+  still beat the best plan known. Programs larger than 64 ranks need are not solved (``round_program.MAX_VARIABLES``):
+  on 1,024 ranks HiGHS uses up its time limit and returns the packing that it was given.
 - The paper's sum of makespans assumes that all ranks wait between rounds. With zero3 they do, and the smallest sum
-  wins as published. Else our runtime has no such barrier, so among the values of M the plan with the smallest
-  simulated time wins, never more than its sum.
-- M counts up past values that cannot be packed (sequences do not tile memory); the paper's code returns nothing there.
+  wins as published. Otherwise our runtime has no such barrier, so the M with the smallest simulated time wins; that
+  time never exceeds the sum.
+- M goes on past values that cannot be packed (sequences do not tile memory). The paper's code returns nothing there.
 - Sequences are dealt into their buckets' places by length, not at random: same inputs, same plan.
 
-Known limits of the method itself, kept: rounds are of equal token count although cost is quadratic in length; buckets
-price sequences too high (their longest member), so that even a program solved to the end may lose to another plan; all
-groups of a round start together, so a rank's spare time at the end of one round is not planned for.
+Known limits of the method that are kept: rounds have equal token counts although cost is quadratic in length; a bucket
+prices its sequences too high, by its longest, so even an optimal program may lose to another plan; all groups of a
+round start together, so the planner does not use a rank's idle time at the end of a round.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ from planner.strategies.static import best_layout, usual_layouts
 from planner.units import format_seconds
 
 MIN_SOLVE_S = 0.02
-WORK_PER_NODE = 1000  # max_nodes times this is the step's solver work: seconds at 64 ranks, less on small steps
+WORK_PER_NODE = 1000  # a step's solver work is this times max_nodes: seconds at 64 ranks, less for small steps
 
 
 @dataclass(slots=True)
 class _Trial:
-    """One value of M: a table, a packing and a bound for each round."""
+    """One value of M: a table, a packing and a lower bound for each round."""
 
     tables: list[PriceTable]
     packings: list[RoundPacking]
@@ -70,15 +70,15 @@ class _Trial:
 
     @property
     def bound_s(self) -> float:
-        """No packing of these rounds has a smaller published objective."""
+        """Lower bound of the published objective over all packings of these rounds."""
         return sum(self.bounds_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FlexspResult:
-    """The best rounds found. ``round_sizes``: how many of the schedule's groups each round holds, in order.
-    ``hit_limit``: a solver's work limit, the size of a program or the clock ended the search before the rounds were
-    closed to the relative gap."""
+    """The best rounds found. ``round_sizes``: how many of the schedule's groups are in each round, in order.
+    ``makespans_s``: their sum of makespans. ``hit_limit``: a solver's work limit, the size of a program or the clock
+    ended the search before all rounds were solved to the relative gap."""
 
     schedule: Schedule
     round_sizes: tuple[int, ...]
@@ -93,7 +93,7 @@ class FlexspResult:
 
 @dataclass(slots=True)
 class _Budget:
-    """Solver work left for the step (see ``planner.solver``), beside a wall-clock guard."""
+    """What is left of the step's solver work (see ``planner.solver``), with a wall-clock guard."""
 
     limits: PlanLimits
     deadline_s: float
@@ -103,7 +103,7 @@ class _Budget:
     hit_limit: bool = False
 
     def share(self, num_programs: int) -> WorkLimits | None:
-        """Limits for the next of ``num_programs`` programs still to solve, or None where nothing is left."""
+        """Limits for the next one of ``num_programs`` programs still to solve, or None where no work is left."""
         left_s = self.deadline_s - time.perf_counter()
         if self.work_left <= 0 or left_s < MIN_SOLVE_S:
             self.hit_limit = True
@@ -120,8 +120,8 @@ class _Budget:
 
 
 def plan_flexsp(problem: StepProblem) -> Found:
-    """The strategy ``flexsp``: the best of greedy, best static and FlexSP's rounds, which are not searched where
-    greedy is proven good.
+    """The strategy ``flexsp``: the best of the greedy plan, the best static plan and FlexSP's rounds. The last two are
+    skipped where the greedy plan is proven to be within the relative gap.
 
     Raises SpecError where no shape is priced, InfeasibleError where a sequence fits none.
     """
@@ -131,7 +131,7 @@ def plan_flexsp(problem: StepProblem) -> Found:
     require_fits(table, problem)
     layouts = usual_layouts(problem)
     shapes = dict.fromkeys((*table.shapes, *(shape for layout in layouts for shape in layout)))
-    bound_s = makespan_bound_s(price_table(lengths, tuple(shapes)), num_ranks)  # static's last block may be odd
+    bound_s = makespan_bound_s(price_table(lengths, tuple(shapes)), num_ranks)  # static's last block has its own shape
     best, winner = as_played(greedy_schedule(table, num_ranks), problem), "greedy"
     notes, hit_limit = [], False
     if not problem.is_proven(best.makespan_s, bound_s):
@@ -166,8 +166,8 @@ def plan_flexsp(problem: StepProblem) -> Found:
 
 
 def _longest_first(result: FlexspResult, problem: StepProblem) -> Schedule:
-    """The rounds in this order: a group that in lockstep starts a round early, its ranks being idle there, then finds
-    a round that is no shorter."""
+    """The schedule with its longest rounds first. In lockstep a group whose ranks are idle in the round before starts a
+    round early; in this order that round is no shorter than its own."""
     ends = list(accumulate(result.round_sizes))
     rounds = [result.schedule.groups[end - size : end] for end, size in zip(ends, result.round_sizes, strict=True)]
     rounds.sort(key=lambda groups: -max(price_choice(group, problem.lengths, problem.cost).seconds for group in groups))
@@ -178,12 +178,12 @@ def flexsp_schedule(
     table: PriceTable, *, num_ranks: int, max_local_tokens: int, limits: PlanLimits, incumbent_s: float,
     deadline_s: float, barriers: bool = False, max_variables: int = MAX_VARIABLES,
 ) -> FlexspResult | None:
-    """Best FlexSP plan of all rows, or None where no number of rounds could be packed.
+    """The best FlexSP plan of all rows, or None where no number of rounds could be packed.
 
     ``max_local_tokens``: tokens of a microbatch that one rank can hold. ``incumbent_s``: makespan of the best plan
-    known so far; ``deadline_s``: when to stop, by ``time.perf_counter``. ``barriers``: all ranks wait for each other
-    between rounds, as published, so the smallest sum of makespans wins. Programs of more than ``max_variables`` are
-    not solved. Raises SolverFailure.
+    known so far. ``deadline_s``: when to stop, by ``time.perf_counter``. ``barriers``: whether all ranks wait for each
+    other between rounds, as published; then the smallest sum of makespans wins. Programs of more than
+    ``max_variables`` variables are not solved. Raises SolverFailure where the solver breaks down.
     """
     trials = _trials(table, num_ranks, max_local_tokens, limits, deadline_s)
     if not trials:
@@ -207,6 +207,7 @@ def flexsp_schedule(
 def _trials(
     table: PriceTable, num_ranks: int, max_local_tokens: int, limits: PlanLimits, deadline_s: float
 ) -> list[_Trial]:
+    """A trial for each of the first M' values of M that can be packed, within the deadline."""
     trials: list[_Trial] = []
     tried: set[int] = set()
     longest = int(table.lengths.max())
@@ -220,13 +221,14 @@ def _trials(
             trials += [trial] if trial is not None else []
         tried.add(len(rounds))
         if max(int(table.lengths[rows].sum()) for rows in rounds) == longest:
-            break  # more rounds would be cut the same
+            break  # no cut has a smaller largest round, so more rounds would be cut the same
     return trials
 
 
 def _packed_rounds(
     table: PriceTable, rounds: tuple[IntArray, ...], num_ranks: int, deadline_s: float
 ) -> _Trial | None:
+    """Pack each round without a solver. None where one cannot be packed, or not before the deadline."""
     trial = _Trial([], [], [])
     for rows in rounds:
         part = one_kind_per_degree(table.take_rows(rows))
@@ -240,7 +242,8 @@ def _packed_rounds(
 
 
 def one_kind_per_degree(table: PriceTable) -> PriceTable:
-    """Keep one attention kind for each degree: of those that hold the most of these rows, the cheapest for all."""
+    """Keep one attention kind for each degree: of the kinds that hold the most rows, the one with the fewest seconds
+    for all of them."""
     best: dict[int, tuple[tuple[int, float], int]] = {}
     for column, degree in enumerate(table.degrees.tolist()):
         total_s = float(table.marginal_s[:, column].sum() + table.fixed_s[column])
@@ -251,7 +254,7 @@ def one_kind_per_degree(table: PriceTable) -> PriceTable:
 
 
 def _improve(trial: _Trial, num_ranks: int, budget: _Budget) -> None:
-    """Solve the rounds whose packing is not proven good enough, the widest gap first."""
+    """Solve the programs of the rounds whose packing is not proven within the relative gap, the widest gap first."""
     gaps_s = [packing.makespan_s - bound for packing, bound in zip(trial.packings, trial.bounds_s, strict=True)]
     threshold = budget.limits.relative_gap
     waiting = [i for i, gap_s in enumerate(gaps_s) if gap_s > threshold * trial.packings[i].makespan_s]
@@ -269,15 +272,15 @@ def _improve(trial: _Trial, num_ranks: int, budget: _Budget) -> None:
 
 
 def place_rounds(tables: list[PriceTable], packings: list[RoundPacking], num_ranks: int) -> Schedule:
-    """Ranks for every group: consecutive and aligned to the degree, larger degrees first; among the blocks still free
-    in the round the one whose ranks end their earlier rounds first."""
+    """Give every group consecutive ranks, aligned to its degree, larger degrees first. Of the blocks of ranks that are
+    still free in the round, a group takes the one that ends its earlier rounds first."""
     free_s = np.zeros(num_ranks)
     groups = []
     for table, packing in zip(tables, packings, strict=True):
         taken = np.zeros(num_ranks, dtype=np.bool_)
         for column, same in groupby(packing.groups, key=lambda group: group.column):
             shape, members = table.shapes[column], list(same)
-            # Groups of one shape only take blocks from each other, so they go to the free blocks in order.
+            # Groups of one shape take different blocks, so they can be given the free blocks in order.
             blocks = _free_blocks(taken, free_s, shape.degree)[: len(members)]
             for first, group in zip(blocks, members, strict=True):
                 block = slice(first, first + shape.degree)
@@ -289,7 +292,7 @@ def place_rounds(tables: list[PriceTable], packings: list[RoundPacking], num_ran
 
 
 def _free_blocks(taken: BoolArray, free_s: FloatArray, degree: int) -> list[int]:
-    """First ranks of the aligned blocks of which nothing is taken, those that are free first first."""
+    """First ranks of the aligned blocks of which no rank is taken, in the order in which they become free."""
     num_blocks = len(taken) // degree
     ends_s = free_s[: num_blocks * degree].reshape(num_blocks, degree).max(axis=1)
     open_blocks = np.flatnonzero(~taken[: num_blocks * degree].reshape(num_blocks, degree).any(axis=1))

@@ -74,7 +74,7 @@ def test_events_say_what_they_are() -> None:
 
 
 def replayed(strategy: str, num_steps: int) -> list[PlannedStep]:
-    """Over nodes of 4, so that rings and all-to-alls cross them."""
+    """A replayed plan on nodes of 4 ranks, so that rings and all-to-alls cross nodes."""
     cluster, model = replace(load_cluster("h200-64"), devices_per_node=4), replace(load_model("tiny"), num_layers=3)
     memory = make_cost(NUM_RANKS).memory
     return [

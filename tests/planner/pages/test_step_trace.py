@@ -99,13 +99,14 @@ def test_pipeline_stages_show_forward_and_backward_apart():
 
 
 def lane_of(event):
-    """(rank, lane) of a slice in a trace with copies; lane None: the rank's own."""
+    """(rank, lane) of a slice in a trace with copies. Lane None is the rank's own lane."""
     rank, place = divmod(place_of(event)[1], LANES_PER_RANK)
     return rank, None if place == 0 else LANES[place - 1]
 
 
 def recorded_lanes(plan, measured):
-    """Of every rank but the last: a layer as long as a pass, recomputing within the backward, copies beside them."""
+    """Recorded lanes of every rank but the last: a layer as long as a pass, recomputation inside the backward, and
+    copies at the same time."""
     ranks = []
     for rank, times in enumerate(measured.ranks[:-1]):
         found = []

@@ -25,7 +25,8 @@ LOCAL, ULYSSES, RING = AttentionKind.LOCAL, AttentionKind.ULYSSES, AttentionKind
 
 
 def second_cost() -> CostModel:
-    """One second a token alone, the same divided by the degree in a group; 10 bytes a token beside 100 fixed."""
+    """One second per token on one rank, and that divided by the degree in a group; 100 bytes, and 10 bytes per
+    token."""
     times = [TimeFit(kind=LOCAL, degree=1, s_per_token2=0.0, s_per_token=1.0, s_per_sequence=0.0, fixed_s=0.0)]
     times += [
         TimeFit(kind=kind, degree=d, s_per_token2=0.0, s_per_token=1.0 / d, s_per_sequence=0.0, fixed_s=0.0)

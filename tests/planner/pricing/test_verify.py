@@ -49,7 +49,7 @@ def pick(rng: random.Random, case: Case) -> tuple[int, int]:
 
 
 def change_group(case: Case, place: tuple[int, int], **changes: object) -> Case:
-    """One group changed, and its microbatch's ranks made the union of its groups' ranks again."""
+    """The plan with one group changed; the ranks of its microbatch are again the union of its groups' ranks."""
     index, which = place
     microbatch = case.plan.microbatches[index]
     groups = list(microbatch.groups)
@@ -120,7 +120,7 @@ def idle_rank(rng: random.Random, case: Case) -> Case | None:
 
 
 def foreign_rank(rng: random.Random, case: Case) -> Case | None:
-    """A group keeps a rank that its microbatch has lost."""
+    """A plan in which a group has a rank that its microbatch has not."""
     index, _ = pick(rng, case)
     microbatch = case.plan.microbatches[index]
     if len(microbatch.ranks) == 1:
@@ -129,7 +129,7 @@ def foreign_rank(rng: random.Random, case: Case) -> Case | None:
 
 
 def falsely_priced(case: Case) -> Case | None:
-    """The case, or None where the slack of a rank beside the slowest one leaves its stated prices true."""
+    """The case, or None where its stated prices are still true, because the change is hidden by a slower rank."""
     return None if repriced(case) == case else case
 
 
@@ -180,7 +180,7 @@ def step_of_other_lengths(rng: random.Random, case: Case) -> Case:
 
 
 def oversize_sequence(rng: random.Random, case: Case) -> Case:
-    """A longer sequence, truly priced, in the step too: only the budget is in its way."""
+    """A case with a longer sequence, in the step as well and priced correctly, so that only the budget is exceeded."""
     index = rng.randrange(len(case.lengths))
     size = case.lengths[index] + 2 * case.num_ranks * (sum(case.lengths) + 1)
     lengths = (*case.lengths[:index], size, *case.lengths[index + 1 :])
@@ -194,7 +194,7 @@ def smaller_budget(rng: random.Random, case: Case) -> Case:
 
 
 def move_sequence(rng: random.Random, case: Case) -> Case | None:
-    """A sequence in another group, prices as they were."""
+    """A plan with a sequence moved to another group and its prices unchanged."""
     source, target = pick(rng, case), pick(rng, case)
     sequences = case.plan.microbatches[source[0]].groups[source[1]].sequences
     if source == target or len(sequences) == 1:

@@ -1,4 +1,4 @@
-"""Executed steps made up for tests: real plans, and the times of a machine that works at another speed."""
+"""Made-up executed steps for tests: real plans, with the times of a machine of another speed."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def make_plan(step: int, cost: CostModel, seed: int = 0) -> StepPlan:
 
 
 def executed_on(plan: StepPlan, machine: CostModel, *, noise: random.Random | None = None) -> Executed:
-    """The plan run on a machine whose true prices are ``machine``'s, every microbatch off by up to 5 % with ``noise``.
-    A tenth of each microbatch is waiting for messages."""
+    """The plan as executed on a machine whose true prices are ``machine``'s; with ``noise`` each microbatch deviates by
+    up to 5 %. A tenth of each microbatch's time is waiting for messages."""
     lengths = step_lengths(plan)
     true = tuple(
         dataclasses.replace(

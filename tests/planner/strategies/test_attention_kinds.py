@@ -109,7 +109,7 @@ def test_each_kind_is_priced_for_what_it_is_good_at() -> None:
     token_s = cost.time_fit(LOCAL, 1).s_per_token
 
     def wire_s(kind: AttentionKind, degree: int) -> float:
-        """What sharing one token of the group adds to its compute, times the degree."""
+        """Seconds that sharing one token in the group adds to its compute, times the degree."""
         return cost.time_fit(kind, degree).s_per_token * degree - token_s
 
     assert wire_s(GROUP_CAST, 8) == pytest.approx(wire_s(RING, 8))  # one node: its last rank needs all keys as well

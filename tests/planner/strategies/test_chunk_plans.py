@@ -170,7 +170,7 @@ def test_bound_and_plan_agree_with_every_plan_there_is(
 
 
 def chunk_groups(num_ranks: int, rank_tokens: int, cost: CostModel, limits: PlanLimits) -> GroupsOf:
-    """``kept_groups``, and the same in chunks of each size that is searched, with about a token to spare."""
+    """``kept_groups``, and the same groups in chunks of each size that is searched, with about one token of slack."""
     shapes = every_shape(step_problem([1], num_ranks, cost, limits))
     kept, budget = kept_groups(shapes, num_ranks, rank_tokens), limits.device_budget_bytes
 

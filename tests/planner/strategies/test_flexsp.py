@@ -140,7 +140,7 @@ def test_large_programs_are_left_alone(seed: int, num_ranks: int, max_variables:
 
 
 def deal_plainly(table: PriceTable, columns: list[int]) -> RoundPacking | None:
-    """``deal_rows`` by looking at every group for every row."""
+    """``deal_rows`` without queues: for every row, every group is looked at."""
     ends_s = [float(table.fixed_s[column]) for column in columns]
     loads = [0] * len(columns)
     rows: list[list[int]] = [[] for _ in columns]

@@ -40,7 +40,7 @@ def hdp(
 
 
 def least_degree(length: int, num_ranks: int, rank_tokens: int) -> int:
-    """The published D(s), from the layout itself."""
+    """The published D(s), computed from the layout itself."""
     return next(
         degree for degree in range(1, num_ranks + 1)
         if max(local_token_counts(LOCAL if degree == 1 else RING, degree, [length])) <= rank_tokens

@@ -28,7 +28,7 @@ from tests.plans import step_problem
 
 
 def remap_cost(num_ranks: int, *, inter_s: float = 1e-6, node_size: int = 4) -> CostModel:
-    """``make_cost`` whose token-wise layers take 8e-5 of local's 1e-4 seconds a token."""
+    """``make_cost`` where the token-wise layers take 8e-5 of local's 1e-4 seconds per token."""
     fit = RemapFit(
         linear_s_per_token=8e-5, intra_s_per_token=1e-7, inter_s_per_token=inter_s, fixed_s=1e-5, node_size=node_size
     )

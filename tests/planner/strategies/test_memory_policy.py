@@ -74,7 +74,7 @@ def test_any_policies_give_legal_plans_and_adaptive_is_never_behind(
 
 
 def check_policies(found: StepPlan, lengths: list[int], cost: CostModel) -> None:
-    """Copies are hidden, and nothing is swapped or recomputed where all fits without."""
+    """Check that copies are hidden, and that nothing is swapped or recomputed where everything fits without it."""
     for microbatch in found.microbatches:
         kept = price_microbatch(replace(microbatch, memory=MemoryPolicy()), lengths, cost)
         share = max(sum(lengths[i] for i in group.sequences) / group.degree for group in microbatch.groups)
@@ -110,8 +110,8 @@ def policy_groups(
     shapes: tuple[GroupShape, ...], num_ranks: int, rank_tokens: int, host_tokens: int, limits: PlanLimits,
     fit: ActivationFit | None,
 ) -> GroupsOf:
-    """``kept_groups``, and the same with each recomputed fraction, swapping as much as hides sequence by sequence, with
-    about a token to spare."""
+    """``kept_groups``, and the same groups with each recomputed fraction, swapping as much of each sequence as hides,
+    with about one token of slack."""
     assert fit is not None
     kept, token_bytes = kept_groups(shapes, num_ranks, rank_tokens), 20_000
 

@@ -47,7 +47,7 @@ def staged_cost(num_ranks: int, num_stages: int, fixed_s: float = 2e-3) -> CostM
 
 
 def locals_plan(lengths: list[int], num_ranks: int, cost: CostModel) -> StepPlan:
-    """One local microbatch a sequence, dealt in turn."""
+    """One local microbatch for each sequence, dealt to the ranks in turn."""
     return assemble_plan(
         step=0, strategy="hand", num_ranks=num_ranks, lengths=lengths,
         groups=[GroupChoice(LOCAL, (index % num_ranks,), (index,)) for index in range(len(lengths))], cost=cost,

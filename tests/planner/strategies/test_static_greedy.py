@@ -158,8 +158,8 @@ def partitions(items: list[int]) -> Iterator[list[list[int]]]:
 def every_step_s(
     lengths: list[int], shapes: tuple[GroupShape, ...], num_ranks: int, cost: CostModel
 ) -> Iterator[float]:
-    """Step times of all plans: every partition into groups, every shape and aligned place. Larger groups come first,
-    which loses nothing: groups of nested blocks can be reordered so without a later finish."""
+    """Step times of all plans: every partition into groups, every shape and aligned block of ranks. Larger groups come
+    first without loss of generality: groups on nested blocks can be reordered so without a later finish."""
 
     def places(parts: list[list[int]]) -> Iterator[list[GroupChoice]]:
         if not parts:

@@ -27,7 +27,7 @@ def plan_zeppelin(lengths: list[int], num_ranks: int, node: int | None, rank_tok
 
 
 def held_tokens(plan: StepPlan) -> list[int]:
-    """Tokens each rank holds in the plan's first microbatch, rings shared evenly."""
+    """Tokens that each rank holds in the plan's first microbatch, with rings split evenly."""
     tokens = [0] * plan.num_ranks
     for group in plan.microbatches[0].groups:
         for rank in group.ranks:
