@@ -99,7 +99,7 @@ def plan_adaptive(problem: StepProblem) -> Found:
         shop = _workshop(choice.shapes, problem)
         like.append(_Search(shop, choice.aim_s, deadline_s, max_builds))
         if cost.sharding is Sharding.ZERO3:
-            like[-1].best, like[-1].num_builds = plan_rounds(shop, choice.aim_s, max_builds, deadline_s)
+            like[-1].best, like[-1].num_builds = plan_rounds(shop, max_builds, deadline_s)
         else:
             _search(like[-1])
     found = [min(like, key=lambda search: search.best_s) for like in searches.values() if like]
