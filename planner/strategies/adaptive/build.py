@@ -25,8 +25,6 @@ from planner.strategies.adaptive.workshop import Batch, Pool, Workshop, fullest_
 from planner.strategies.search.bounds import cheapest_columns
 from planner.strategies.search.shapes import FloatArray
 
-SLACK = 1 + 1e-9
-
 
 @dataclass(frozen=True, slots=True)
 class Draft:
@@ -36,43 +34,34 @@ class Draft:
     makespan_s: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Target:
-    """What a build aims at. ``makespan_s``: when all should end. ``alone_s``: a sequence's shape is the cheapest that
-    runs it alone in this time. ``packed``: which of the two ways."""
-
-    makespan_s: float
-    alone_s: float
-    packed: bool
-
-
-def build_draft(shop: Workshop, target: Target) -> Draft:
-    """Schedule all rows of the workshop."""
-    return _Builder(shop, target).run()
+def build_draft(shop: Workshop, target_s: float, *, packed: bool) -> Draft:
+    """Schedule all rows of the workshop so that they end by ``target_s``, as far as that is possible, in one of the two
+    ways. A sequence's shape is the cheapest that runs it alone in this time."""
+    return _Builder(shop, target_s, packed).run()
 
 
 class _Builder:
     """The state of one build."""
 
-    def __init__(self, shop: Workshop, target: Target) -> None:
+    def __init__(self, shop: Workshop, target_s: float, packed: bool) -> None:
         self.shop = shop
-        self.target = target
-        self.limit_s = target.makespan_s * SLACK
+        self.target_s, self.packed = target_s, packed
+        self.limit_s = target_s * (1 + 1e-9)
         self.free_s: FloatArray = np.zeros(shop.num_ranks)
         self.last: list[Batch | None] = [None] * shop.num_ranks
         self.groups: dict[int, list[Batch]] = {}  # by column
         self.batches: list[Batch] = []
 
     def run(self) -> Draft:
-        shop, target = self.shop, self.target
-        columns = cheapest_columns(shop.long, target.alone_s).tolist()
+        shop = self.shop
+        columns = cheapest_columns(shop.long, self.target_s).tolist()
         chosen = list(zip(shop.long_rows, columns, strict=True))
         shared = [(row, column) for row, column in chosen if shop.degree[column] > 1]
         pool = Pool(shop, [row for row, column in chosen if shop.degree[column] == 1] + shop.local_rows)
         shared.sort(key=lambda item: (-shop.degree[item[1]], -shop.marginal_s(*item), item[0]))
         for row, column in shared:
             self.add_shared(row, column)
-        if target.packed:
+        if self.packed:
             groups = [batch for batches in self.groups.values() for batch in batches]
             for batch in sorted(groups, key=lambda batch: (-batch.degree, -batch.seconds, batch.rows[0])):
                 self.put(batch, *self.best_start(batch.column, batch.seconds))
@@ -96,7 +85,7 @@ class _Builder:
         ]
         if found:
             self.join(max(found, key=lambda batch: batch.end_s), row)
-        elif self.target.packed:
+        elif self.packed:
             self.open(row, column)
         else:
             total_s = marginal_s + shop.fixed[column]
@@ -169,23 +158,23 @@ class _Builder:
         times its efficiency (local over shared rank seconds).
         """
         shop = self.shop
-        if not shop.has_local or not pool:
+        if not shop.has_local or not pool.rows:
             return
-        mean = sum(pool.sizes) / len(pool)
+        mean = sum(pool.sizes) / len(pool.sizes)
         local_s = shop.shapes[0].fit.sequence_s(mean)
         for batch in self.batches:
             shape = shop.shapes[batch.column]
             shared_s = shape.fit.sequence_s(mean)
             efficiency = local_s / (batch.degree * shared_s) if shared_s > 0 else 1.0
-            left_s = self.target.makespan_s - batch.end_s
+            left_s = self.target_s - batch.end_s
             if not batch.is_last or left_s * (1 - efficiency) >= shop.fixed[0]:
                 continue
-            while pool:
-                left_s = self.target.makespan_s - batch.end_s
-                row = pool.take_at_most(shape.longest_within(left_s, shop.room(batch)))
-                if row is None:
-                    break
+            while (row := pool.take_at_most(self.longest_for(batch))) is not None:
                 self.join(batch, row)
+
+    def longest_for(self, batch: Batch) -> int:
+        """Tokens of the longest row that the group takes within the target."""
+        return self.shop.shapes[batch.column].longest_within(self.target_s - batch.end_s, self.shop.room(batch))
 
     def deal(self, rows: list[int], stacks: list[list[Batch]]) -> None:
         """Each row to the rank that ends first, into the fullest of that rank's local microbatches with room."""

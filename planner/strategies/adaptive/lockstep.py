@@ -1,81 +1,79 @@
-"""``adaptive`` where all ranks move in lockstep (zero3): rounds of microbatches, filled, shortened and mended.
-
-All is counted, nothing depends on the clock but the guard of ``limits.time_limit_s``.
-"""
+"""``adaptive`` where all ranks move in lockstep (zero3)."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence as SequenceOf
+from itertools import product
+from math import inf
 
-from planner.strategies.adaptive.build import Draft, Target, build_draft
-from planner.strategies.adaptive.pour import WAYS, Pour, Pourer
-from planner.strategies.adaptive.rounds import Round, align, in_order, rounds_s, squeeze
-from planner.strategies.adaptive.swap import swap_rows
-from planner.strategies.adaptive.workshop import Workshop
+import numpy as np
 
-# In lockstep: (packed, target over the bound, share of the target in which a sequence alone is to run).
-ROUND_TARGETS = ((True, 1.06, 0.25), (False, 1.12, 0.25))
-NUM_SQUEEZED = 2
-NUM_FEW_SQUEEZED = 6
-FEW_ROUNDS = 2
-MAX_SWAPS = 150
-ALIGNED_WITHIN = 1.08  # of the best poured rounds' seconds: those that a squeeze may bring below them
+from planner.strategies.adaptive.build import Draft
+from planner.strategies.adaptive.rounds import Packer, Round, Way, rounds_s
+from planner.strategies.adaptive.shorten import Schedule
+from planner.strategies.adaptive.workshop import Batch, Workshop
 
-
-def plan_rounds(shop: Workshop, bound_s: float, max_builds: int, deadline_s: float) -> tuple[Draft, int]:
-    """Pour rounds in several ways and, where there are more than a few, align what is built without barriers for
-    several targets; squeeze the best of both and let sequences of the very best change places. Returns how often
-    rounds were built, too."""
-    found, num_poured = _poured(shop, max_builds, deadline_s)
-    num_aligned = 0
-    if len(found[0]) > FEW_ROUNDS:
-        most_s = ALIGNED_WITHIN * rounds_s(found[0])
-        aligned = _aligned(shop, bound_s, max_builds, deadline_s)
-        num_aligned = len(aligned)
-        found += [rounds for rounds in aligned if rounds_s(rounds) <= most_s]
-    found = [min(rounds, squeeze(shop, rounds), key=rounds_s) for rounds in found]
-    rounds = min(found, key=rounds_s)
-    rounds = min(rounds, swap_rows(shop, rounds, MAX_SWAPS), key=rounds_s)
-    ordered = in_order(rounds, num_ranks=shop.num_ranks, node_size=shop.node_size)
-    return Draft(tuple(ordered), rounds_s(rounds)), num_poured + num_aligned
+STRETCHES = (1.7, 1.0, 3.0, 1.3, 2.2)
+SLACKS = (1.1, 1.03, 1.2, 1.3)
+LEAST_DEGREES = (1, 2)
+WAYS_PER_BUILD = 4
+NUM_SHORTENED = 4
+LEAST_WASTE = 1.03
+SHARES = (0.7, 0.85, 0.93, 0.97, 0.99)
+MAX_VISITS = 30
 
 
-def _poured(shop: Workshop, max_builds: int, deadline_s: float) -> tuple[list[list[Round]], int]:
-    """The quickest pours of all ways, at least one, each once, the quickest first. A way is left where it cannot be
-    among them any more."""
-    pourer = Pourer(shop)
-    found: list[list[Round]] = []
-    num_builds = 0
-    seen: set[tuple[tuple[int, ...], ...]] = set()
-    for level, reach, least_degree in WAYS[:max_builds]:
+def plan_rounds(shop: Workshop, max_builds: int, deadline_s: float) -> tuple[Draft, int]:
+    """Pack rounds in several ways, shorten the quickest of them, and exchange sequences in the very best. Returns how
+    often rounds were packed, too."""
+    order = sorted(range(len(shop.lengths)), key=lambda row: (shop.lengths[row], -row))
+    lengths = np.array(shop.lengths, dtype=np.int64)[order]
+    packer = Packer(lengths, shop.shapes, num_ranks=shop.num_ranks, node_size=shop.node_size)
+    found, num_packed = _packed(packer, max_builds * WAYS_PER_BUILD, deadline_s)
+    schedules = [Schedule(packer.table, rounds) for rounds in found]
+    for schedule in schedules:
+        schedule.shorten(SHARES)
+    best = min(schedules, key=lambda schedule: schedule.seconds)
+    best.exchange(MAX_VISITS)
+    return Draft(tuple(_in_order(best, packer, order)), best.seconds), num_packed
+
+
+def _packed(packer: Packer, max_ways: int, deadline_s: float) -> tuple[list[list[Round]], int]:
+    """The quickest rounds of all ways, each once, the quickest first. A way is left where it cannot be among them any
+    more."""
+    found: dict[tuple[tuple[int, ...], ...], tuple[float, list[Round]]] = {}
+    num_packed, give_up_s = 0, inf
+    for stretch, slack, least_degree in tuple(product(STRETCHES, SLACKS, LEAST_DEGREES))[:max_ways]:
         if found and time.perf_counter() > deadline_s:
             break
-        wanted = _num_wanted(found)
-        give_up_s = rounds_s(found[wanted - 1]) if len(found) >= wanted else float("inf")
-        rounds = pourer.pour(Pour(level=level, reach=reach, least_degree=least_degree), give_up_s)
-        num_builds += 1
-        if rounds is None:
-            continue
-        content = tuple((batch.column, *batch.rows) for each in rounds for batch in each.batches)
-        if content not in seen:
-            seen.add(content)
-            found = sorted([*found, rounds], key=rounds_s)
-    return found[: _num_wanted(found)], num_builds
+        way = Way(slack=slack, stretch=stretch, least_degree=least_degree)
+        rounds = packer.pack(way, give_up_s, LEAST_WASTE)
+        num_packed += 1
+        if rounds is not None:
+            content = tuple((batch.column, *batch.rows) for each in rounds for batch in each.batches)
+            found[content] = rounds_s(rounds), rounds
+            if len(found) >= NUM_SHORTENED:
+                give_up_s = sorted(seconds for seconds, _ in found.values())[NUM_SHORTENED - 1]
+    quickest = sorted(found.values(), key=lambda each: each[0])
+    return [rounds for _, rounds in quickest[:NUM_SHORTENED]], num_packed
 
 
-def _num_wanted(found: SequenceOf[SequenceOf[Round]]) -> int:
-    """How many pours are worth squeezing: where rounds are few, one is cheap to squeeze, and it matters most."""
-    return NUM_FEW_SQUEEZED if not found or len(found[0]) <= FEW_ROUNDS else NUM_SQUEEZED
+def _in_order(schedule: Schedule, packer: Packer, order: list[int]) -> list[Batch]:
+    """All microbatches with their ranks, the longest round first.
 
-
-def _aligned(shop: Workshop, bound_s: float, max_builds: int, deadline_s: float) -> list[list[Round]]:
-    """Rounds of a build for each of the targets, the quickest first."""
-    found: list[list[Round]] = []
-    for packed, factor, share in ROUND_TARGETS[:max_builds]:
-        if time.perf_counter() > deadline_s:
-            break
-        target_s = factor * bound_s
-        way = Target(makespan_s=target_s, alone_s=share * target_s, packed=packed)
-        found.append(align(build_draft(shop, way).batches, num_ranks=shop.num_ranks, node_size=shop.node_size))
-    return sorted(found, key=rounds_s)
+    The runtime starts a microbatch in the first round in which its ranks have nothing else. With the longest round
+    first, one that moves up so finds a round at least as long: the step is never slower than planned here.
+    """
+    rows: dict[int, list[int]] = {}
+    for row, microbatch in zip(order, schedule.microbatch_of.tolist(), strict=True):
+        rows.setdefault(microbatch, []).append(row)
+    places = sorted(rows, key=lambda place: (-schedule.round_s[schedule.round[place]], schedule.round[place], place))
+    batches = []
+    for place in places:
+        column = int(schedule.column[place])
+        shape = packer.table.shapes[column]
+        batches.append(Batch(
+            packer.columns[column], shape.degree, shape.fit.fixed_s, rows=rows[place],
+            first_rank=int(schedule.first_rank[place]),
+        ))
+    return batches

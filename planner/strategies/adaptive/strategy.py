@@ -25,7 +25,7 @@ import numpy as np
 from planner.plan import AttentionKind, Sharding, SolveStatus
 from planner.pricing.assemble import Found, GroupChoice, MicrobatchChoice, makespan_s
 from planner.pricing.problem import StepProblem
-from planner.strategies.adaptive.build import Draft, Target, build_draft
+from planner.strategies.adaptive.build import Draft, build_draft
 from planner.strategies.adaptive.effort import CLOSE_ENOUGH, MAX_BUILDS, MIN_BUILDS, ROWS_AND_RANKS
 from planner.strategies.adaptive.lockstep import plan_rounds
 from planner.strategies.adaptive.rivals import beat_with_rivals
@@ -103,38 +103,34 @@ class _Search:
         return self.num_builds >= self.max_builds or self.is_close or time.perf_counter() > self.deadline_s
 
     def run(self, sharding: Sharding) -> None:
-        bound_s = self.choice.bound_s
         if sharding is Sharding.ZERO3:
-            self.best, self.num_builds = plan_rounds(self.shop, bound_s, self.max_builds, self.deadline_s)
+            self.best, self.num_builds = plan_rounds(self.shop, self.max_builds, self.deadline_s)
             return
-        found: list[tuple[float, Target]] = []
-        for packed in (False, True):
-            if not self.is_done:
-                target = Target(makespan_s=bound_s, alone_s=bound_s, packed=packed)
-                found.append((self.build(target).makespan_s, target))
-        found.sort(key=lambda item: item[0])
-        for number, (reached_s, target) in enumerate(found):
-            self.bisect(target, reached_s, -(-(self.max_builds - self.num_builds) // (len(found) - number)))
+        bound_s = self.choice.bound_s
+        found = sorted((self.build(bound_s, packed), packed) for packed in (False, True) if not self.is_done)
+        for number, (reached_s, packed) in enumerate(found):
+            self.bisect(packed, reached_s, -(-(self.max_builds - self.num_builds) // (len(found) - number)))
 
-    def bisect(self, target: Target, reached_s: float, num_builds: int) -> None:
+    def bisect(self, packed: bool, reached_s: float, num_builds: int) -> None:
         """Aim lower and lower as long as the aim is met, higher where it is not."""
         low_s, high_s = self.choice.bound_s, reached_s
         for _ in range(num_builds):
             if self.is_done:
                 return
             aim_s = (low_s + high_s) / 2
-            draft = self.build(replace(target, makespan_s=aim_s, alone_s=aim_s))
-            if draft.makespan_s <= aim_s * (1 + CLOSE_ENOUGH):
-                high_s = draft.makespan_s
+            reached_s = self.build(aim_s, packed)
+            if reached_s <= aim_s * (1 + CLOSE_ENOUGH):
+                high_s = reached_s
             else:
-                low_s, high_s = aim_s, min(high_s, draft.makespan_s)
+                low_s, high_s = aim_s, min(high_s, reached_s)
 
-    def build(self, target: Target) -> Draft:
-        draft = build_draft(self.shop, target)
+    def build(self, aim_s: float, packed: bool) -> float:
+        """The makespan of a schedule for this target."""
+        draft = build_draft(self.shop, aim_s, packed=packed)
         self.num_builds += 1
         if self.best is None or draft.makespan_s < self.best.makespan_s:
             self.best = draft
-        return draft
+        return draft.makespan_s
 
 
 def _choices(search: _Search, problem: StepProblem) -> tuple[MicrobatchChoice, ...]:

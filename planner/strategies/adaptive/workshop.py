@@ -6,7 +6,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -61,9 +61,7 @@ class Workshop:
         self.local_rows = [row for row, local in enumerate(runs_local) if local]
         self.long_rows = [row for row, local in enumerate(runs_local) if not local]
         sizes = [self.lengths[row] for row in self.long_rows]
-        self.long: PriceTable = replace(
-            price_table(np.array(sizes, dtype=np.int64), self.shapes), rows=np.array(self.long_rows, dtype=np.int64)
-        )
+        self.long: PriceTable = price_table(np.array(sizes, dtype=np.int64), self.shapes)  # of ``long_rows``
         local = price_table(self.lengths, self.shapes[:1])
         self.local_load: list[int] = local.load_tokens[:, 0].tolist()
         self.local_s: list[float] = local.marginal_s[:, 0].tolist()
@@ -96,30 +94,13 @@ class Pool:
         self.rows = sorted(rows, key=lambda row: (shop.lengths[row], -row))
         self.sizes = [shop.lengths[row] for row in self.rows]
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    @property
-    def shortest(self) -> int:
-        return self.sizes[0]
-
-    @property
-    def longest_row(self) -> int:
-        return self.rows[-1]
-
     def take_at_most(self, tokens: float) -> int | None:
         """Remove and return the longest row of at most so many tokens, or None."""
         place = bisect_right(self.sizes, tokens) - 1
         if place < 0:
             return None
-        self.last_size = self.sizes.pop(place)
+        self.sizes.pop(place)
         return self.rows.pop(place)
-
-    def put_back(self, row: int) -> None:
-        """Undo the last ``take_at_most``, which returned this row."""
-        place = bisect_right(self.sizes, self.last_size)
-        self.sizes.insert(place, self.last_size)
-        self.rows.insert(place, row)
 
 
 def fullest_with_room(batches: Iterable[Batch], most: int) -> Batch | None:
