@@ -64,7 +64,7 @@ def search_space(problem: StepProblem) -> SearchSpace:
         whole_s = _bound_s(whole, problem.without_chunks())
     choices: list[Choice] = []
     if whole_s < np.inf:
-        keeps = len(whole) == len(kept) or _bound_s(kept, problem) <= whole_s
+        keeps = whole == kept or _bound_s(kept, problem) <= whole_s
         sets = [kept] if keeps else _chosen(whole, whole_s, problem)
         choices = [Choice(shapes=each, bound_s=whole_s) for each in sets]
     if whole_s > bound_s:

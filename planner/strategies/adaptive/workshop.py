@@ -105,11 +105,8 @@ class Pool:
 
 def fullest_with_room(batches: Iterable[Batch], most: int) -> Batch | None:
     """The one with the largest load up to ``most``, the first among equals."""
-    best, best_load = None, -1
-    for batch in batches:
-        if best_load < batch.load <= most:
-            best, best_load = batch, batch.load
-    return best
+    fitting = [batch for batch in batches if batch.load <= most]
+    return max(fitting, key=lambda batch: batch.load, default=None)
 
 
 def first_ranks(degree: int, num_ranks: int, node_size: int) -> IntArray:
