@@ -97,23 +97,22 @@ class _Builder:
 
     def add_late(self, row: int, column: int) -> None:
         """Nothing takes it in time: to any group, or a new one of its shape or its quickest, where it ends first."""
-        shop = self.shop
-        long = shop.long
-        place = shop.long_rows.index(row)
+        shop, long, place = self.shop, self.shop.long, self.shop.place_of[row]
         alone_s = np.where(long.fits[place], long.marginal_s[place] + long.fixed_s, np.inf)
-        options: list[tuple[float, int, Batch | None]] = []
-        for group_column, batches in self.groups.items():
-            load, marginal_s = shop.load(row, group_column), shop.marginal_s(row, group_column)
-            options += [
-                (batch.end_s + marginal_s, 0, batch) for batch in batches if batch.is_last and load <= shop.room(batch)
-            ]
+        joined = [
+            (batch.end_s + shop.marginal_s(row, batch.column), batch) for batch in self.batches
+            if batch.is_last and shop.load(row, batch.column) <= shop.room(batch)
+        ]
+        opened = []
         for new in (column, int(np.argmin(alone_s))):
-            options.append((self.best_start(new, float(alone_s[new]))[1] + float(alone_s[new]), new, None))
-        _, new, batch = min(options, key=lambda option: option[0])
-        if batch is not None:
+            first, begin_s = self.best_start(new, float(alone_s[new]))
+            opened.append((begin_s + float(alone_s[new]), new, first, begin_s))
+        end_s, new, first, begin_s = min(opened)
+        best_s, batch = min(joined, key=lambda item: item[0], default=(np.inf, None))
+        if batch is not None and best_s <= end_s:
             self.join(batch, row)
         else:
-            self.put(self.open(row, new), *self.best_start(new, float(alone_s[new])))
+            self.put(self.open(row, new), first, begin_s)
 
     def best_start(self, column: int, total_s: float) -> tuple[int, float]:
         """First rank and begin of a new group: in time with the fewest rank seconds lost waiting, else the earliest."""

@@ -86,7 +86,7 @@ def _rivals(
                     name=f"hdp-pp, packs of {share:g} of the capacity", work=1,
                     plan=partial(plan_packs, pack_share=share, floor=floor),
                 )
-    yield Rival(name="flexsp round", plan=_one_round, work=2)
+    yield Rival(name="flexsp round", plan=_one_round, work=1)
     yield Rival(name="greedy", plan=plan_greedy, work=1)
     if is_open:
         yield Rival(name="flexsp", plan=plan_flexsp, work=16)

@@ -60,6 +60,7 @@ class Workshop:
         self.fixed = [shape.fit.fixed_s for shape in self.shapes]
         self.local_rows = [row for row, local in enumerate(runs_local) if local]
         self.long_rows = [row for row, local in enumerate(runs_local) if not local]
+        self.place_of = {row: place for place, row in enumerate(self.long_rows)}  # in ``long``
         sizes = [self.lengths[row] for row in self.long_rows]
         self.long: PriceTable = price_table(np.array(sizes, dtype=np.int64), self.shapes)  # of ``long_rows``
         local = price_table(self.lengths, self.shapes[:1])
