@@ -45,8 +45,9 @@ class Rival:
 
 def beat_with_rivals(
     found: Found, adaptive: Callable[[StepProblem], Found], problem: StepProblem, deadline_s: float
-) -> tuple[str, Found]:
-    """The best plan of ``found`` and of the rivals that were run, and the rival's name where it is one's."""
+) -> tuple[str, Found, float]:
+    """The best plan of ``found`` and of the rivals that were run, with the rival's name where it is one's, and its
+    makespan."""
     name, best, best_s = "", found, makespan_s(found.groups, problem)
     gap = min(best_s / found.bound_s - 1, MOST_GAP) + LEAST_GAP
     left = WORK_PER_GAP * gap / (len(problem.lengths) * problem.num_ranks)
@@ -69,7 +70,7 @@ def beat_with_rivals(
         new_s = makespan_s(new.groups, problem, new.moves)
         if new_s < best_s:
             name, best, best_s = rival.name, new, new_s
-    return name, best
+    return name, best, best_s
 
 
 def _rivals(

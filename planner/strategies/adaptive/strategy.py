@@ -46,9 +46,9 @@ def plan_adaptive(problem: StepProblem) -> Found:
     space = search_space(problem)
     groups, num_builds = _search(space, problem, deadline_s)
     found = Found(groups=groups, status=SolveStatus.FEASIBLE, bound_s=space.bound_s, note="")
-    name, found = beat_with_rivals(found, plan_adaptive, problem, deadline_s)
+    name, found, found_s = beat_with_rivals(found, plan_adaptive, problem, deadline_s)
     bound_s = remap_bound_s(problem, space.shapes) if any(found.moves) else space.bound_s
-    proven = problem.is_proven(makespan_s(found.groups, problem, found.moves), bound_s)
+    proven = problem.is_proven(found_s, bound_s)
     return replace(
         found, status=SolveStatus.OPTIMAL if proven else SolveStatus.FEASIBLE, bound_s=bound_s,
         note=f"{f'{name} plan, ' if name else ''}adaptive, {num_builds} builds",
@@ -68,7 +68,8 @@ def _search(space: SearchSpace, problem: StepProblem, deadline_s: float) -> tupl
         searches.append(_Search(choice, _workshop(choice, problem), deadline_s, max_builds))
         searches[-1].run(problem.cost.sharding)
     plans = [_choices(each, problem) for each in searches]
-    return min(plans, key=lambda groups: makespan_s(groups, problem)), sum(each.num_builds for each in searches)
+    best = plans[0] if len(plans) == 1 else min(plans, key=lambda groups: makespan_s(groups, problem))
+    return best, sum(each.num_builds for each in searches)
 
 
 def _workshop(choice: Choice, problem: StepProblem) -> Workshop:
