@@ -133,25 +133,31 @@ def _price(
     return price_groups(_ranks(attention), attention, lengths, cost, policies.pop(), moves)
 
 
-def makespan_s(groups: Iterable[MicrobatchChoice], problem: StepProblem) -> float:
-    """Seconds until the last rank ends, ``step_fixed_s`` left out, exactly as ``planner.pricing.simulate`` has it."""
+def makespan_s(
+    groups: Iterable[MicrobatchChoice], problem: StepProblem, moves: SequenceOf[tuple[Move, ...]] = ()
+) -> float:
+    """Seconds until the last rank ends, ``step_fixed_s`` left out, exactly as ``planner.pricing.simulate`` has it.
+    ``moves``: of each microbatch, or nothing at all."""
     lengths, num_ranks, cost = problem.lengths, problem.num_ranks, problem.cost
     choices = list(groups)
+    moved = list(moves) or [()] * len(choices)
     if cost.num_stages > 1:
-        prices = [price_choice(choice, lengths, cost) for choice in choices]
+        prices = [price_choice(choice, lengths, cost, part) for choice, part in zip(choices, moved, strict=True)]
         return run_schedule(prices, num_ranks=num_ranks, cost=cost).step_s - cost.step_fixed_s
-    work = [_work(choice, lengths, cost) for choice in choices]
+    work = [_work(choice, lengths, cost, part) for choice, part in zip(choices, moved, strict=True)]
     last_s = max((each.stop_s for each in play(work, sharding=cost.sharding, num_stages=1)), default=0.0)
     return last_s + cost.step_fixed_s - cost.step_fixed_s  # round as a whole step does, so that equal plans tie
 
 
-def _work(choice: MicrobatchChoice, lengths: SequenceOf[int], cost: CostModel) -> StageWork:
+def _work(
+    choice: MicrobatchChoice, lengths: SequenceOf[int], cost: CostModel, moves: tuple[Move, ...]
+) -> StageWork:
     """Ranks and seconds of a microbatch. Memory, which ``price_choice`` counts as well, is left out where the seconds
     do not depend on it."""
-    if isinstance(choice, GroupChoice) and choice.memory.is_keep:
+    if isinstance(choice, GroupChoice) and choice.memory.is_keep and not moves:
         sizes = [lengths[index] for index in choice.sequences]
         return StageWork(ranks=choice.ranks, seconds=lone_group_s(choice.kind, len(choice.ranks), sizes, cost))
-    price = price_choice(choice, lengths, cost)
+    price = price_choice(choice, lengths, cost, moves)
     return StageWork(ranks=price.ranks, seconds=price.seconds)
 
 

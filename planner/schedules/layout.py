@@ -12,9 +12,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence as SequenceOf
 from itertools import pairwise
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
 
 from planner.plan import AttentionGroup, AttentionKind, Span
 from planner.schedules.exchange import schedule_of
+
+Tokens = TypeVar("Tokens", int, npt.NDArray[np.int64])
 
 
 def head_degree(kind: AttentionKind, degree: int, inner_degree: int = 1) -> int:
@@ -53,6 +59,19 @@ def local_token_counts(
     if size == 1:
         return teams
     return tuple(stop - start for total in teams for start, stop in pairwise(_even_cuts(total, size)))
+
+
+def peak_team_tokens(num_tokens: Tokens, num_teams: Tokens) -> Tokens:
+    """The most tokens that one of so many teams holds of a sequence, for numbers or for arrays.
+
+    A sequence has 2 * num_teams chunks, and a remainder of r tokens makes r of them one token longer. A team holds a
+    chunk and its mirror image. Both are longer for some team exactly where r does not divide the number of chunks: only
+    then some multiple j / r of the whole, 0 < j < r, falls strictly inside a chunk.
+    """
+    chunks = 2 * num_teams
+    whole, rest = num_tokens // chunks, num_tokens % chunks
+    peak: Tokens = 2 * whole + (rest > 0) * (1 + (chunks % (rest + (rest == 0)) > 0))
+    return peak
 
 
 def _even_cuts(total: int, parts: int) -> list[int]:

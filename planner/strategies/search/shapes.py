@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
+from math import ceil
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +22,7 @@ from planner.errors import InfeasibleError, SpecError
 from planner.plan import AttentionKind
 from planner.pricing.microbatch import SequencePrices
 from planner.pricing.problem import StepProblem
-from planner.schedules.layout import head_degree
+from planner.schedules.layout import head_degree, peak_team_tokens
 from planner.units import format_bytes
 
 FloatArray = npt.NDArray[np.float64]
@@ -29,8 +30,9 @@ IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 
 UNLIMITED_TOKENS = 2**62
-HAIR = 1e-6
-"""Of a token: loads within it of a whole number are that number."""
+ROUNDING = 1e-6
+"""Tokens. Loads are rounded up, and one that is above a whole number by less than this is that number: the excess comes
+from floating point."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,12 +58,15 @@ ALL_HELD = HeldShare()
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupShape:
     """A group of ``fit.degree`` ranks of one attention kind, which form ``num_teams`` teams (see
-    ``planner.schedules.layout``). The loads of its sequences may add up to ``capacity_tokens``: a load is the most
-    tokens any one team gets of the sequence, the capacity is what one team can hold. So for local and ulysses (one
-    team) it is the sequence's tokens and the whole group's capacity, for a ring (teams of one) the fullest rank's
-    tokens and one rank's capacity. Of these tokens only the share ``held`` counts, rounded up. ``fit`` includes the
-    time to compute ``recompute_fraction`` of the tokens again, or to run in chunks of ``chunk_tokens`` a rank (0:
-    whole); the bytes of the chunk at work are not in the capacity."""
+    ``planner.schedules.layout``).
+
+    The loads of its sequences may add up to ``capacity_tokens``. A sequence's load is the most tokens that any one team
+    gets of it, and the capacity is what one team can hold. Local and ulysses are one team: all tokens of the sequence
+    and the capacity of the whole group. A ring has teams of one: the tokens of the fullest rank and the capacity of one
+    rank. Of these tokens only the share ``held`` counts, rounded up.
+
+    ``fit`` includes the time to compute ``recompute_fraction`` of the tokens again, or to run in chunks of
+    ``chunk_tokens`` a rank (0: whole). The capacity leaves out the bytes of the chunk at work."""
 
     fit: TimeFit
     capacity_tokens: int
@@ -74,6 +79,21 @@ class GroupShape:
     def policy(self) -> tuple[float, int]:
         """What shapes of one kind and degree differ in."""
         return self.recompute_fraction, self.chunk_tokens
+
+    def load_tokens(self, num_tokens: int) -> int:
+        """The load of a sequence of so many tokens."""
+        tokens = num_tokens if self.num_teams == 1 else peak_team_tokens(num_tokens, self.num_teams)
+        return tokens if self.held.is_all else ceil(tokens * self.held.of(num_tokens) - ROUNDING)
+
+    def short_tokens(self, load: int) -> int:
+        """Tokens of one team in short sequences whose loads add up to this: short ones free the least memory."""
+        return load if self.held.is_all else int(min(load / max(self.held.at_zero, 1e-9) * (1 - 1e-12), 2.0**60))
+
+    def longest_within(self, seconds: float, room: int) -> int:
+        """Tokens of a sequence that surely adds at most so many seconds and so much load: the longest one, but for the
+        zigzag's remainders and for what long sequences free."""
+        by_time, by_memory = min(self.fit.longest_within(seconds) * (1 - 1e-12), 2.0**60), self.short_tokens(room)
+        return min(int(by_time), by_memory if self.num_teams == 1 else (by_memory - 2) // 2 * 2 * self.num_teams)
 
     @property
     def kind(self) -> AttentionKind:
@@ -88,9 +108,9 @@ class GroupShape:
 class PriceTable:
     """Row per sequence (``rows[i]``: its index in the step), column per shape, degrees ascending.
 
-    ``marginal_s``: seconds the sequence adds to a group of the shape, whose first sequence pays ``fixed_s`` as well.
+    ``marginal_s``: seconds that the sequence adds to a group of the shape; the first one adds ``fixed_s`` as well.
     ``load_tokens``: what it takes of ``capacity_tokens``. ``memory_shares``: the share of a group's memory that it
-    certainly takes, remainders aside. ``fits``: it may run there alone.
+    takes where its tokens are spread evenly, so never more than it takes. ``fits``: it may run there alone.
     """
 
     shapes: tuple[GroupShape, ...]
@@ -161,8 +181,9 @@ def shapes_of_degree(degree: int, cost: CostModel, limits: PlanLimits) -> tuple[
 
 
 def _no_worse(shape: GroupShape, other: GroupShape) -> bool:
-    """Of two shapes of one degree, the first takes whatever the second takes, and never more seconds for it. Where its
-    teams are unions of the other's, its loads grow no more than its capacity."""
+    """Whether, of two shapes of one degree, the first holds whatever the second holds, and never takes more seconds for
+    it. It holds as much where each of its teams is made of whole teams of the other: then a team's load grows by no
+    more than its capacity."""
     here, there = shape.fit, other.fit
     teams_fit = other.num_teams % shape.num_teams == 0
     return teams_fit and here.adds_at_most(there) and here.fixed_s <= there.fixed_s
@@ -243,31 +264,17 @@ def price_table(lengths: SequenceOf[int] | IntArray, shapes: SequenceOf[GroupSha
     )
 
 
-def ring_peak_tokens(lengths: IntArray, degree: int | IntArray) -> IntArray:
-    """The most tokens one of ``degree`` teams gets of each sequence (``layout``'s zigzag); a ring's teams are ranks.
-
-    Of 2 * degree chunks a remainder of r tokens makes r one token longer. A team holds a chunk and its mirror image;
-    both are long for some team exactly where some multiple j / r of the whole, 0 < j < r, falls strictly inside a
-    chunk: where r does not divide 2 * degree. Lengths as a column and degrees as a row give a table.
-    """
-    chunks = 2 * degree
-    whole, rest = np.divmod(lengths, chunks)
-    longer = np.where(rest == 0, 0, np.where(chunks % np.maximum(rest, 1) == 0, 1, 2))
-    peaks: IntArray = 2 * whole + longer
-    return peaks
-
-
 def _load_tokens(sizes: IntArray, shapes: SequenceOf[GroupShape]) -> IntArray:
-    """``GroupShape`` loads, row per length, column per shape."""
+    """``GroupShape.load_tokens`` of every length (row) on every shape (column)."""
     loads = np.repeat(sizes[:, None], len(shapes), axis=1)
     cut = np.array([place for place, shape in enumerate(shapes) if shape.num_teams > 1], dtype=np.int64)
     if len(cut):
         teams, which = np.unique(np.array([shapes[place].num_teams for place in cut.tolist()]), return_inverse=True)
-        loads[:, cut] = ring_peak_tokens(sizes[:, None], teams[None, :])[:, which]
+        loads[:, cut] = peak_team_tokens(sizes[:, None], teams[None, :])[:, which]
     parted = np.array([place for place, shape in enumerate(shapes) if not shape.held.is_all], dtype=np.int64)
     if len(parted):
         shares = held_shares(sizes[:, None].astype(np.float64), [shapes[place] for place in parted.tolist()])
-        loads[:, parted] = np.ceil(loads[:, parted] * shares - HAIR).astype(np.int64)
+        loads[:, parted] = np.ceil(loads[:, parted] * shares - ROUNDING).astype(np.int64)
     return loads
 
 

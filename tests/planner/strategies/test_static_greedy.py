@@ -14,11 +14,11 @@ from planner.cost.model import CostModel
 from planner.errors import InfeasibleError, SpecError
 from planner.plan import AttentionKind, SolveStatus, StepPlan
 from planner.pricing.assemble import GroupChoice, assemble_plan
-from planner.schedules.layout import local_token_counts
+from planner.schedules.layout import local_token_counts, peak_team_tokens
 from planner.step_planner import greedy_step, plan_step
 from planner.strategies.greedy import greedy_schedule
 from planner.strategies.search.bounds import makespan_bound_s
-from planner.strategies.search.shapes import GroupShape, allowed_shapes, price_table, ring_peak_tokens
+from planner.strategies.search.shapes import GroupShape, allowed_shapes, price_table
 from planner.strategies.static import possible_degrees
 from tests.planner.step_cases import LOCAL, RING, ULYSSES, make_cost, make_limits, skewed_lengths
 from tests.plans import step_problem
@@ -47,8 +47,9 @@ def group_degrees(plan: StepPlan) -> set[int]:
 @given(st.lists(st.integers(1, 5000), min_size=1, max_size=20), st.integers(2, 9))
 @settings(max_examples=60, deadline=None)
 def test_ring_peak_is_the_layouts(lengths: list[int], degree: int) -> None:
-    peaks = ring_peak_tokens(np.array(lengths), degree)
+    peaks = peak_team_tokens(np.array(lengths), np.array(degree))
     assert peaks.tolist() == [max(local_token_counts(RING, degree, [size])) for size in lengths]
+    assert peaks.tolist() == [peak_team_tokens(size, degree) for size in lengths]
 
 
 @given(lengths_lists, st.integers(1, 9), st.sampled_from([(ULYSSES,), (RING,), BOTH]))

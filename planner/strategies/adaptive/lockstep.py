@@ -1,0 +1,79 @@
+"""``adaptive`` where all ranks move in lockstep (zero3)."""
+
+from __future__ import annotations
+
+import time
+from itertools import product
+from math import inf
+
+import numpy as np
+
+from planner.strategies.adaptive.build import Draft
+from planner.strategies.adaptive.rounds import Packer, Round, Way, rounds_s
+from planner.strategies.adaptive.shorten import Schedule
+from planner.strategies.adaptive.workshop import Batch, Workshop
+
+STRETCHES = (1.7, 1.0, 3.0, 1.3, 2.2)
+SLACKS = (1.1, 1.03, 1.2, 1.3)
+LEAST_DEGREES = (1, 2)
+WAYS_PER_BUILD = 4
+NUM_SHORTENED = 4
+LEAST_WASTE = 1.03
+SHARES = (0.7, 0.85, 0.93, 0.97, 0.99)
+MAX_VISITS = 30
+
+
+def plan_rounds(shop: Workshop, max_builds: int, deadline_s: float) -> tuple[Draft, int]:
+    """Pack rounds in several ways, shorten the quickest of them, and exchange sequences in the very best. Returns how
+    often rounds were packed, too."""
+    order = sorted(range(len(shop.lengths)), key=lambda row: (shop.lengths[row], -row))
+    lengths = np.array(shop.lengths, dtype=np.int64)[order]
+    packer = Packer(lengths, shop.shapes, num_ranks=shop.num_ranks, node_size=shop.node_size)
+    found, num_packed = _packed(packer, max_builds * WAYS_PER_BUILD, deadline_s)
+    schedules = [Schedule(packer.table, rounds) for rounds in found]
+    for schedule in schedules:
+        schedule.shorten(SHARES)
+    best = min(schedules, key=lambda schedule: schedule.seconds)
+    best.exchange(MAX_VISITS)
+    return Draft(tuple(_in_order(best, packer, order)), best.seconds), num_packed
+
+
+def _packed(packer: Packer, max_ways: int, deadline_s: float) -> tuple[list[list[Round]], int]:
+    """The quickest rounds of all ways, each once, the quickest first. A way is left where it cannot be among them any
+    more."""
+    found: dict[tuple[tuple[int, ...], ...], tuple[float, list[Round]]] = {}
+    num_packed, give_up_s = 0, inf
+    for stretch, slack, least_degree in tuple(product(STRETCHES, SLACKS, LEAST_DEGREES))[:max_ways]:
+        if found and time.perf_counter() > deadline_s:
+            break
+        way = Way(slack=slack, stretch=stretch, least_degree=least_degree)
+        rounds = packer.pack(way, give_up_s, LEAST_WASTE)
+        num_packed += 1
+        if rounds is not None:
+            content = tuple((batch.column, *batch.rows) for each in rounds for batch in each.batches)
+            found[content] = rounds_s(rounds), rounds
+            if len(found) >= NUM_SHORTENED:
+                give_up_s = sorted(seconds for seconds, _ in found.values())[NUM_SHORTENED - 1]
+    quickest = sorted(found.values(), key=lambda each: each[0])
+    return [rounds for _, rounds in quickest[:NUM_SHORTENED]], num_packed
+
+
+def _in_order(schedule: Schedule, packer: Packer, order: list[int]) -> list[Batch]:
+    """All microbatches with their ranks, the longest round first.
+
+    The runtime starts a microbatch in the first round in which its ranks have nothing else. With the longest round
+    first, one that moves up so finds a round at least as long: the step is never slower than planned here.
+    """
+    rows: dict[int, list[int]] = {}
+    for row, microbatch in zip(order, schedule.microbatch_of.tolist(), strict=True):
+        rows.setdefault(microbatch, []).append(row)
+    places = sorted(rows, key=lambda place: (-schedule.round_s[schedule.round[place]], schedule.round[place], place))
+    batches = []
+    for place in places:
+        column = int(schedule.column[place])
+        shape = packer.table.shapes[column]
+        batches.append(Batch(
+            packer.columns[column], shape.degree, shape.fit.fixed_s, rows=rows[place],
+            first_rank=int(schedule.first_rank[place]),
+        ))
+    return batches
