@@ -70,7 +70,8 @@ class Schedule:
         """Bring the round down to the limit by moving what takes longer; False, and nothing changed, where some of it
         has no other place."""
         before = self.microbatch_of, self.count, self.busy_s, self.room, self.round_s
-        self.microbatch_of, self.count, self.busy_s, self.room, self.round_s = (each.copy() for each in before)
+        self.microbatch_of, self.count, self.room = self.microbatch_of.copy(), self.count.copy(), self.room.copy()
+        self.busy_s, self.round_s = self.busy_s.copy(), self.round_s.copy()
         self.round_s[number] = limit_s
         late = self._members(number)
         late = late[self.busy_s[late] > limit_s]
