@@ -1,9 +1,9 @@
-"""``adaptive`` where all ranks move in lockstep (zero3): rounds are packed in several ways (``rounds``), the quickest of
-them shortened, and sequences of the very best exchanged (``shorten``). All is counted, nothing depends on the clock but
-the guard of ``limits.time_limit_s``.
+"""``adaptive`` where all ranks move in lockstep (zero3): rounds are packed in several ways (``rounds``), the quickest
+of them shortened, and sequences of the very best exchanged (``shorten``). All is counted, nothing depends on the clock
+but the guard of ``limits.time_limit_s``.
 
-The numbers below are what steers it. What each is worth was measured as the mean change of the step time without it, on
-152 searches over drawn batches (8 to 128 ranks, with and without memory policies) that none of them was fitted to.
+The numbers below steer it. What each is worth: by how much steps are slower without it, in the mean and in the worst of
+153 searches (8 to 128 ranks, with and without memory policies) over batches that none of them was chosen on.
 """
 
 from __future__ import annotations
@@ -20,15 +20,14 @@ from planner.strategies.adaptive.rounds import Packer, Round, rounds_s
 from planner.strategies.adaptive.shorten import Schedule
 from planner.strategies.adaptive.workshop import Batch, Workshop
 
-# Ways to pack, each with each (see ``rounds``): regular steps over the range in which rounds were ever the quickest. With
-# 12 ways instead of all 40, 0.3 %. Groups of at least two ranks: nothing in the mean, 14 % in one batch of 148.
-LEAST_DEGREES = (1, 2)
-STRETCHES = (1.7, 1.0, 3.0, 1.3, 2.2)
-SLACKS = (1.1, 1.03, 1.2, 1.3)
-WAYS_PER_BUILD = 4  # large steps, and those with several sets of shapes, are allowed fewer builds, so fewer ways
-NUM_SHORTENED = 3  # of the quickest ways; 4 instead: 0.02 % quicker
-SHARES = (0.7, 0.9, 0.98)  # of a round's time, down to which it is to be shortened: 0.15 %, above 1 % in 6 batches
-MAX_VISITS = 100  # exchanges a round: 0.56 %, above 1 % in 7 batches
+# Ways to pack rounds, each value with each (what they mean: ``rounds``); those listed first, where fewer are allowed.
+LEAST_DEGREES = (1, 2)  # 1 only: 0.08 %, 9 % in the worst
+STRETCHES = (1.7, 1.0, 3.0, 1.3, 2.2)  # the first only: 8 %, 68 %; the first three only: 0.3 %, 6 %
+SLACKS = (1.1, 1.03, 1.2, 1.3)  # the first only: 2 %, 35 %; 1.1 and 1.2 only: 0.9 %, 21 %
+WAYS_PER_BUILD = 4  # so 40 ways take as long as the 12 builds that most steps are allowed; large steps get fewer
+NUM_SHORTENED = 3  # of the quickest ways. 1: 0.09 %, 4 %
+SHARES = (0.7, 0.9, 0.98)  # of a round's time, to which it is shortened. None: 0.15 %, 4 %
+MAX_VISITS = 100  # exchanges in a round. None: 0.6 %, 3 %
 
 
 def plan_rounds(shop: Workshop, max_builds: int, deadline_s: float) -> tuple[Draft, int]:
