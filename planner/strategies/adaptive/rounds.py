@@ -15,7 +15,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
-from math import ceil
+from math import ceil, inf
 
 import numpy as np
 
@@ -25,15 +25,6 @@ from planner.strategies.search.shapes import FloatArray, GroupShape, IntArray, P
 
 NUM_ASKED = 64  # long sequences, and sequences of all lengths, that say which groups are worth opening
 TOLERANCE = 1 + 1e-9
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Way:
-    """How rounds are packed, see above."""
-
-    slack: float
-    stretch: float
-    least_degree: int
 
 
 @dataclass(slots=True)
@@ -113,31 +104,30 @@ class Packer:
         self.token_s = token_s.tolist()
         self.excess_s = np.maximum.accumulate(table.marginal_s - token_s * table.load_tokens, axis=0).T.tolist()
         self._allowed: dict[int, tuple[int, PriceTable]] = {}
-        self._packed: dict[tuple[tuple[int, ...], int, float, int], Round] = {}  # several ways pack like rounds
+        # Several ways pack like rounds: each one with its seconds and the rows that are left after it.
+        self._packed: dict[tuple[tuple[int, ...], int, float, int], tuple[Round, float, tuple[int, ...]]] = {}
 
-    def pack(self, way: Way, give_up_s: float, least_waste: float = 1.0) -> list[Round] | None:
-        """Rounds of all rows; None where they would take ``give_up_s`` or longer even if the rounds to come took only
-        ``least_waste`` times what their sequences need."""
+    def pack(self, slack: float, stretch: float, least_degree: int, give_up_s: float = inf) -> list[Round] | None:
+        """Rounds of all rows; None where they surely take longer than ``give_up_s``."""
         left: tuple[int, ...] = tuple(range(self.table.num_rows))
-        rest_s, rest_memory = float(self.work_s.sum()) / self.num_ranks, float(self.memory.sum()) / self.num_ranks
         fixed_s, spent_s = min(self.fixed_s), 0.0
         rounds: list[Round] = []
         while left:
-            num_left = max(1, ceil(rest_memory - 1e-9))
-            if spent_s + (num_left * fixed_s + rest_s) * least_waste > give_up_s * TOLERANCE:
+            rows = list(left)
+            rest_s = float(self.work_s[rows].sum()) / self.num_ranks
+            num_left = max(1, ceil(float(self.memory[rows].sum()) / self.num_ranks - 1e-9))
+            if spent_s + num_left * fixed_s + rest_s > give_up_s * TOLERANCE:
                 return None
-            level_s = way.slack * (fixed_s + rest_s / num_left)
-            column = int(cheapest_columns(self.table.take_rows(left[-1:]), way.stretch * level_s)[0])
+            level_s = slack * (fixed_s + rest_s / num_left)
+            column = int(cheapest_columns(self.table.take_rows(left[-1:]), stretch * level_s)[0])
             limit_s = max(level_s, float(self.alone_s[left[-1], column])) * TOLERANCE
-            key = left, column, limit_s, way.least_degree
+            key = left, column, limit_s, least_degree
             if key not in self._packed:
-                self._packed[key] = self._pack_round(list(left), column, limit_s, way.least_degree)
-            rounds.append(self._packed[key])
-            rows = [row for batch in rounds[-1].batches for row in batch.rows]
-            left = tuple(sorted(set(left).difference(rows)))
-            spent_s += rounds[-1].seconds
-            rest_s -= float(self.work_s[rows].sum()) / self.num_ranks
-            rest_memory -= float(self.memory[rows].sum()) / self.num_ranks
+                packed = self._pack_round(rows, column, limit_s, least_degree)
+                self._packed[key] = packed, packed.seconds, tuple(rows)
+            packed, seconds, left = self._packed[key]
+            rounds.append(packed)
+            spent_s += seconds
         return rounds
 
     def _pack_round(self, left: list[int], first_column: int, limit_s: float, least_degree: int) -> Round:

@@ -70,7 +70,8 @@ class Schedule:
         """Bring the round down to the limit by moving what takes longer; False, and nothing changed, where some of it
         has no other place."""
         before = self.microbatch_of, self.count, self.busy_s, self.room, self.round_s
-        self.microbatch_of, self.count, self.busy_s, self.room, self.round_s = (each.copy() for each in before)
+        self.microbatch_of, self.count, self.room = self.microbatch_of.copy(), self.count.copy(), self.room.copy()
+        self.busy_s, self.round_s = self.busy_s.copy(), self.round_s.copy()
         self.round_s[number] = limit_s
         late = self._members(number)
         late = late[self.busy_s[late] > limit_s]
@@ -80,7 +81,7 @@ class Schedule:
                 if taker < 0:
                     self.microbatch_of, self.count, self.busy_s, self.room, self.round_s = before
                     return False
-                self._add(row, taker)
+                self._change(row, taker, 1)
         self._measure(number)
         return True
 
@@ -102,24 +103,18 @@ class Schedule:
             place = min(int(np.searchsorted(marginal_s, too_long_s)), len(rows) - 1)
             marginal_s.pop(place)
             removed.append(rows.pop(place))
-            self._remove(removed[-1])
+            self._change(removed[-1], microbatch, -1)
         return sorted(removed, reverse=True)
 
-    def _remove(self, row: int) -> None:
-        giver = self.microbatch_of[row]
-        column = self.column[giver]
-        self.count[giver] -= 1
-        self.room[giver] += self.table.load_tokens[row, column]
-        self.busy_s[giver] -= self.table.marginal_s[row, column]
-        if self.count[giver] == 0:
-            self.busy_s[giver] = self.table.fixed_s[column]  # what a difference of sums leaves is rounding
-
-    def _add(self, row: int, taker: int) -> None:
-        column = self.column[taker]
-        self.count[taker] += 1
-        self.room[taker] -= self.table.load_tokens[row, column]
-        self.busy_s[taker] += self.table.marginal_s[row, column]
-        self.microbatch_of[row] = taker
+    def _change(self, row: int, microbatch: int, sign: int) -> None:
+        """Add the row to the microbatch (1), or take it out (-1)."""
+        column = self.column[microbatch]
+        self.count[microbatch] += sign
+        self.room[microbatch] -= sign * self.table.load_tokens[row, column]
+        self.busy_s[microbatch] += sign * self.table.marginal_s[row, column]
+        if self.count[microbatch] == 0:
+            self.busy_s[microbatch] = self.table.fixed_s[column]  # without what rounding leaves
+        self.microbatch_of[row] = microbatch
 
     def _cheapest_place(self, row: int) -> int:
         """The microbatch that takes the row within its round's time and its memory for the fewest rank seconds, of
@@ -161,10 +156,10 @@ class Schedule:
         best, other = np.unravel_index(int(np.argmax(gain_s)), gain_s.shape)
         if gain_s[best, other] <= LEAST_GAIN_S:
             return False
-        self._remove(int(rows[best]))
+        self._change(int(rows[best]), slowest, -1)
         if other < table.num_rows:
-            self._remove(int(other))
-            self._add(int(other), slowest)
-        self._add(int(rows[best]), int(takers[other]))
+            self._change(int(other), int(takers[other]), -1)
+            self._change(int(other), slowest, 1)
+        self._change(int(rows[best]), int(takers[other]), 1)
         self._measure(number)
         return True
