@@ -34,17 +34,17 @@ class Draft:
     makespan_s: float
 
 
-def build_draft(shop: Workshop, target_s: float, *, packed: bool) -> Draft:
+def build_draft(shop: Workshop, target_s: float, *, packed: bool, alone_s: float | None = None) -> Draft:
     """Schedule all rows of the workshop so that they end by ``target_s``, as far as that is possible, in one of the two
-    ways. A sequence's shape is the cheapest that runs it alone in this time."""
-    return _Builder(shop, target_s, packed).run()
+    ways. A sequence's shape is the cheapest that runs it alone within ``alone_s`` (None: the target)."""
+    return _Builder(shop, target_s, packed, target_s if alone_s is None else alone_s).run()
 
 
 class _Builder:
     """The state of one build."""
 
-    def __init__(self, shop: Workshop, target_s: float, packed: bool) -> None:
-        self.shop = shop
+    def __init__(self, shop: Workshop, target_s: float, packed: bool, alone_s: float) -> None:
+        self.shop, self.alone_s = shop, alone_s
         self.target_s, self.packed = target_s, packed
         self.limit_s = target_s * (1 + 1e-9)
         self.free_s: FloatArray = np.zeros(shop.num_ranks)
@@ -54,7 +54,7 @@ class _Builder:
 
     def run(self) -> Draft:
         shop = self.shop
-        columns = cheapest_columns(shop.long, self.target_s).tolist()
+        columns = cheapest_columns(shop.long, self.alone_s).tolist()
         chosen = list(zip(shop.long_rows, columns, strict=True))
         shared = [(row, column) for row, column in chosen if shop.degree[column] > 1]
         pool = Pool(shop, [row for row, column in chosen if shop.degree[column] == 1] + shop.local_rows)

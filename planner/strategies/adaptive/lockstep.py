@@ -1,5 +1,5 @@
-"""``adaptive`` where all ranks move in lockstep (zero3): rounds are packed in several ways (``rounds``), the quickest
-of them shortened, and sequences of the very best exchanged (``shorten``). All is counted, nothing depends on the clock
+"""``adaptive`` where all ranks move in lockstep (zero3): rounds are packed in several ways (``rounds``), or made of what
+is built without barriers; the quickest of them are shortened, and sequences of the very best exchanged (``shorten``). All is counted, nothing depends on the clock
 but the guard of ``limits.time_limit_s``.
 
 The numbers below steer it. What each is worth: by how much steps are slower without it, in the mean and in the worst of
@@ -15,7 +15,7 @@ from math import inf
 
 import numpy as np
 
-from planner.strategies.adaptive.build import Draft
+from planner.strategies.adaptive.build import Draft, build_draft
 from planner.strategies.adaptive.rounds import Packer, Round, rounds_s
 from planner.strategies.adaptive.shorten import Schedule
 from planner.strategies.adaptive.workshop import Batch, Workshop
@@ -27,6 +27,7 @@ SLACKS = (1.1, 1.03, 1.2, 1.3)  # the first only: 2 %, 35 %; 1.1 and 1.2 only: 0
 WAYS_PER_BUILD = 4  # so 40 ways take as long as the 12 builds that most steps are allowed; large steps get fewer
 NUM_SHORTENED = 3  # of the quickest ways. 1: 0.09 %, 4 %
 SHARES = (0.7, 0.9, 0.98)  # of a round's time, to which it is shortened. None: 0.15 %, 4 %
+ALONE_SHARE = 0.25  # of the best so far: what a sequence takes alone in builds to align. No such builds: 2.6 % in one
 MAX_VISITS = 100  # exchanges in a round. None: 0.6 %, 3 %
 
 
@@ -37,6 +38,8 @@ def plan_rounds(shop: Workshop, max_builds: int, deadline_s: float) -> tuple[Dra
     lengths = np.array(shop.lengths, dtype=np.int64)[order]
     packer = Packer(lengths, shop.shapes, num_ranks=shop.num_ranks, node_size=shop.node_size)
     found, num_packed = _packed(packer, max_builds * WAYS_PER_BUILD, deadline_s)
+    if len(found[0]) > 1:
+        found += _aligned(packer, shop, rounds_s(found[0]))
     schedules = [Schedule(packer.table, rounds) for rounds in found]
     for schedule in schedules:
         schedule.shorten(SHARES)
@@ -66,6 +69,26 @@ def _packed(packer: Packer, max_ways: int, deadline_s: float) -> tuple[list[list
                 give_up_s = sorted(seconds for seconds, _ in found.values())[NUM_SHORTENED - 1]
     quickest = sorted(found.values(), key=lambda each: each[0])
     return [rounds for _, rounds in quickest[:NUM_SHORTENED]], num_packed
+
+
+def _aligned(packer: Packer, shop: Workshop, target_s: float) -> list[list[Round]]:
+    """What is built without barriers, put into rounds: the longest microbatch first, each into the first round that has
+    ranks for it. Short microbatches are aimed at, so that rounds come out even."""
+    table = packer.table
+    none_local = [False] * table.num_rows
+    rows = Workshop(
+        table.lengths.tolist(), table.shapes, none_local, num_ranks=shop.num_ranks, node_size=shop.node_size
+    )
+    found = []
+    for packed in (True, False):
+        draft = build_draft(rows, target_s, packed=packed, alone_s=ALONE_SHARE * target_s)
+        rounds: list[Round] = []
+        for batch in sorted(draft.batches, key=lambda batch: (-batch.seconds, -batch.degree, batch.rows[0])):
+            if not any(each.take(batch) for each in rounds):
+                rounds.append(Round(shop.num_ranks, shop.node_size))
+                rounds[-1].take(batch)
+        found.append(rounds)
+    return found
 
 
 def in_order(schedule: Schedule) -> list[Batch]:
