@@ -1,6 +1,6 @@
-"""``adaptive`` where all ranks move in lockstep (zero3): rounds are packed in several ways (``rounds``), or made of what
-is built without barriers; the quickest of them are shortened, and sequences of the very best exchanged (``shorten``). All is counted, nothing depends on the clock
-but the guard of ``limits.time_limit_s``.
+"""``adaptive`` where ranks move in lockstep (zero3): rounds are packed in several ways (``rounds``), or made of what
+is built without barriers; the quickest are shortened, sequences of the very best exchanged (``shorten``). All is
+counted, nothing depends on the clock but the guard of ``limits.time_limit_s``.
 
 The numbers below steer it. What each is worth: by how much steps are slower without it, in the mean and in the worst of
 153 searches (8 to 128 ranks, with and without memory policies) over batches that none of them was chosen on.
