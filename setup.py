@@ -23,9 +23,12 @@ setup(
     },
     zip_safe=False,
     install_requires=[
-        "torch>=2.11,<2.14",
-        "megatron-core>=0.16,<0.17",
-        "pulp>=3.3,<4",
+        "torch>=2.11,<2.16",
+        "megatron-core>=0.16,<0.20",
+        # From 0.18 on, megatron-core (Python 3.12 and newer) imports triton without naming it as a requirement.
+        'triton>=3; platform_system == "Linux" and python_version >= "3.12"',
+        'megatron-core<0.18; platform_system != "Linux"',
+        "pulp>=3.3,<5",
         "highspy>=1.10,<2",
         "numpy>=1.26,<3",
         "nvidia-ml-py>=12",
@@ -46,7 +49,7 @@ setup(
             "types-PyYAML>=6",
         ],
         "packing": ["ortools>=9.10,<10"],
-        "report": ["plotly>=5.24,<7"],
+        "report": ["plotly>=5.24,<8"],
     },
     entry_points={"console_scripts": ["longhaul = launch.cli:main"]},
 )

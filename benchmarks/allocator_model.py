@@ -1,13 +1,14 @@
-"""A simulation of torch's CUDA caching allocator, from its published rules, to replay traces where there is no CUDA.
+"""A simulation of torch's CUDA caching allocator by its published rules, to replay traces where there is no CUDA.
 
-One stream, default settings. Requests are rounded to 512 B; those up to 1 MiB share
-segments of 2 MiB, those below 10 MiB take segments of 20 MiB, larger ones a segment of their own, rounded to 2 MiB. A
-request gets the smallest free block that holds it, at the lowest address among equals; what is left of that block stays
-free if it is at least 512 B (small pool) or more than 1 MiB (large pool). Free neighbours in a segment merge. With
-expandable segments each pool is one segment that grows by pages (2 MiB small, 20 MiB large) where no free block
-suffices, and whatever is left of a block stays free. With a memory limit (not for expandable segments here) a segment
-that would pass it makes the allocator give all its free segments back and try once more: a retry, which on a device
-also stops everything until it has done its work.
+It covers one stream and default settings. Requests are rounded up to 512 B. Those up to 1 MiB share segments of 2 MiB,
+those below 10 MiB take segments of 20 MiB, and larger ones take a segment of their own, rounded up to 2 MiB. A request
+gets the smallest free block that holds it, at the lowest address among equals. What is left of that block stays free if
+it is at least 512 B (small pool) or more than 1 MiB (large pool). Free neighbours in a segment merge.
+
+With expandable segments each pool is one segment, which grows by pages (2 MiB small, 20 MiB large) where no free block
+suffices, and whatever is left of a block stays free. With a memory limit (not supported here for expandable segments) a
+segment that would exceed it makes the allocator give all its free segments back and try once more. On a device such a
+retry also waits until all queued work is done.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ _ROUND_BYTES = 2 * MIB
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reserved:
-    """``reserved_bytes``: most taken from the device. ``allocated_bytes``: most in blocks at once, padding included.
-    ``num_device_mallocs``: times the device was asked. ``fits``: within the limit; else the trace was not finished.
-    """
+    """Result of a simulation. ``reserved_bytes``: peak bytes taken from the device. ``allocated_bytes``: peak bytes in
+    blocks, padding included. ``num_device_mallocs``: allocations from the device. ``fits``: whether the limit sufficed;
+    otherwise the trace was not finished."""
 
     reserved_bytes: int
     allocated_bytes: int
@@ -41,13 +42,14 @@ class Reserved:
 
     @property
     def fragmentation(self) -> float:
-        """Share of the reserved bytes that is no block at the peak."""
+        """Share of the peak reserved bytes that the peak of the blocks leaves unused."""
         return 1 - self.allocated_bytes / self.reserved_bytes if self.reserved_bytes else 0.0
 
 
 @dataclass(slots=True)
 class _Pool:
-    """Address ranges. ``free``: sorted (size, start); merging stops at ``borders`` between segments."""
+    """The address ranges of one pool. ``free``: sorted (size, start). Free ranges do not merge across ``borders``
+    between segments."""
 
     least_rest_bytes: int
     free: list[tuple[int, int]] = field(default_factory=list)
@@ -57,7 +59,7 @@ class _Pool:
     top: int = 0
 
     def add(self, start: int, end: int) -> None:
-        """A range becomes free; it merges with its free neighbours of the same segment."""
+        """Free a range and merge it with its free neighbours in the same segment."""
         if start not in self.borders and start in self.ends:
             start = self.remove(self.ends[start])[0]
         if end not in self.borders and end in self.starts:
@@ -66,7 +68,8 @@ class _Pool:
         bisect.insort(self.free, (end - start, start))
 
     def take(self, size: int) -> tuple[int, int] | None:
-        """Best fit: start and end of the block, which keeps what is not worth splitting off."""
+        """Start and end of a block for ``size`` bytes by best fit, or None. A rest too small to split off stays in the
+        block."""
         place = bisect.bisect_left(self.free, (size, -1))
         if place == len(self.free):
             return None
@@ -84,11 +87,11 @@ class _Pool:
 
 
 class LimitReached(Exception):
-    """Even with all free segments given back there is no room."""
+    """There is no room, even after all free segments were given back."""
 
 
 class CachingAllocator:
-    """The simulation. Addresses are numbers in one endless space per pool."""
+    """The simulated allocator. Addresses are numbers in one unbounded space per pool."""
 
     def __init__(self, *, expandable: bool, limit_bytes: float = math.inf) -> None:
         assert limit_bytes == math.inf or not expandable
@@ -102,7 +105,7 @@ class CachingAllocator:
         self.num_device_mallocs = self.num_retries = 0
 
     def allocate(self, name: int, num_bytes: int) -> tuple[int, int]:
-        """Start and end of the block."""
+        """Allocate a block. Returns its start and end; raises LimitReached."""
         size = max(ALIGNMENT_BYTES, rounded_bytes(num_bytes))
         pool = self._small if size <= _SMALL_BYTES else self._large
         block = pool.take(size)
@@ -138,7 +141,7 @@ class CachingAllocator:
 
 
     def _give_back(self) -> None:
-        """Segments without a block in them go back to the device."""
+        """Give segments without a block in them back to the device."""
         self.num_retries += 1
         kept = []
         for pool, start, end in self._segments:
@@ -153,7 +156,7 @@ class CachingAllocator:
 def simulate(
     traces: SequenceOf[SequenceOf[Request]], *, expandable: bool, limit_bytes: float = math.inf
 ) -> Reserved:
-    """Play traces one after the other through one allocator, as the microbatches of a run."""
+    """Play traces, one per microbatch of a run, one after the other through one allocator."""
     allocator = CachingAllocator(expandable=expandable, limit_bytes=limit_bytes)
     fits = True
     try:

@@ -1,12 +1,12 @@
 """A cluster in a box: nodes with shaped network cards and ranks of fixed speed on one Linux machine, for benchmarks
 and nightly tests.
 
-Every rank lives in a network namespace of its own, with one address and two ways out: to ranks of its node over an
-unshaped bridge (the node's NVLink), to all others through its node's network card. A card is a virtual link with a
-token bucket at both ends, so that it limits what leaves and what arrives; ranks share a card where there are fewer
-cards than ranks. A rank may be given a fixed share of one core (a CPU quota), so that it computes at its own speed
-whatever the others do: without that an idle rank lends its core to the busy ones, which no GPU does. Nothing leaves
-the machine, and all of it is torn down at the end, also on failure.
+Every rank has a network namespace of its own, with one address and two routes: to ranks of its node over an unshaped
+bridge (which stands for NVLink), and to all other ranks through a network card of its node. A card is a virtual link
+with a token bucket at both ends, so that it limits what leaves and what arrives. Ranks share a card where there are
+fewer cards than ranks. A rank may be given a fixed share of one core (a CPU quota), so that its speed does not depend
+on the others: without it an idle rank would lend its core to busy ones, which no GPU does. Nothing leaves the machine,
+and everything is torn down at the end, also on failure.
 
     with Box(BoxSpec(num_nodes=2, ranks_per_node=4, nics_per_node=4, nic_bytes_per_s=25e6)) as box:
         outputs = box.run([sys.executable, "-m", "my.worker"], timeout_s=120)
@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-SUBNET = "10.213"  # used inside the box's own namespaces only
+SUBNET = "10.213"  # used only inside the box's own namespaces
 INTRA, NIC = "intra", "nic0"
 BURST_BYTES = 64 * 1024
 CPU_PERIOD_US = 10_000
@@ -40,9 +40,9 @@ QUEUE_S = 0.2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BoxSpec:
-    """``nic_bytes_per_s``: each card's rate, each way. Ranks are dealt to the cards of their node in blocks:
-    ``ranks_per_node`` must be a multiple of ``nics_per_node``. ``cpu_share``: of one core, for every rank (None: no
-    limit)."""
+    """The cluster to build. ``nic_bytes_per_s``: rate of each card, each way. Consecutive ranks share a card, so
+    ``ranks_per_node`` must be a multiple of ``nics_per_node``. ``cpu_share``: share of one core that each rank gets
+    (None: no limit). Raises ValueError on impossible numbers."""
 
     num_nodes: int
     ranks_per_node: int
@@ -66,7 +66,7 @@ class BoxSpec:
         return rank // self.ranks_per_node
 
     def nic(self, rank: int) -> int:
-        """The card of the node that this rank uses."""
+        """The card of its node that this rank uses."""
         return rank % self.ranks_per_node * self.nics_per_node // self.ranks_per_node
 
     def address(self, rank: int) -> str:
@@ -74,11 +74,11 @@ class BoxSpec:
 
 
 class BoxError(RuntimeError):
-    """The box could not be built, or a rank in it failed. One line."""
+    """The box could not be built, or a rank in it failed."""
 
 
 def box_problem() -> str | None:
-    """Why a box cannot be built on this machine, or None."""
+    """Why a box cannot be built on this machine, in one line, or None."""
     if not sys.platform.startswith("linux"):
         return "network namespaces need Linux"
     if os.geteuid() != 0:
@@ -101,7 +101,7 @@ def box_problem() -> str | None:
 
 
 class Box:
-    """The cluster, from entry to exit of a ``with`` block. Raises BoxError where it cannot be built."""
+    """The cluster, which exists inside a ``with`` block. Entering raises BoxError where it cannot be built."""
 
     def __init__(self, spec: BoxSpec) -> None:
         self.spec = spec
@@ -125,9 +125,9 @@ class Box:
     def run(
         self, command: Sequence[str], *, env: Mapping[str, str] | None = None, timeout_s: float, port: int = 29500
     ) -> list[str]:
-        """Run ``command`` on every rank with torchrun's variables set; what each rank printed, by rank.
+        """Run ``command`` on every rank with torchrun's variables set. Returns what each rank printed, by rank.
 
-        The first rank to fail ends the others. Raises BoxError with the last lines of its output, or on a timeout.
+        The first rank to fail ends the others. Raises BoxError with the last lines of its output, also on a timeout.
         """
         with tempfile.TemporaryDirectory(prefix="longhaul-box-") as folder:
             logs = [Path(folder) / f"rank{rank}.log" for rank in range(self.spec.num_ranks)]
@@ -146,7 +146,7 @@ class Box:
         return outputs
 
     def rank_env(self, rank: int, port: int) -> dict[str, str]:
-        """torchrun's variables for this rank, and the interface gloo must use."""
+        """torchrun's variables for this rank, and the network interface that gloo must use."""
         spec = self.spec
         return {
             "RANK": str(rank), "WORLD_SIZE": str(spec.num_ranks), "LOCAL_RANK": str(rank % spec.ranks_per_node),
@@ -158,7 +158,7 @@ class Box:
         return f"{self._prefix}-r{rank}"
 
     def shape_nic(self, node: int, nic: int, bytes_per_s: float) -> None:
-        """Change a card's rate, both ways: a slow card in the middle of a run."""
+        """Change a card's rate, both ways, for instance to slow it down in the middle of a run."""
         switch = f"{self._prefix}-switch"
         for device in (f"up{node}-{nic}", f"down{node}-{nic}"):
             _sh("tc", "-n", switch, "qdisc", "change", "dev", device, "root", *_bucket(bytes_per_s))
@@ -176,7 +176,8 @@ class Box:
         return process
 
     def _build(self) -> None:
-        """All bridges stand in one namespace: one bridge per node, one per card, one core between the cards."""
+        """Build the network. All bridges are in one namespace: one per node, one per card, and one between the cards
+        (``core``)."""
         spec, switch = self.spec, self._namespace("switch")
         _bridge(switch, "core")
         for node in range(spec.num_nodes):
@@ -230,7 +231,8 @@ def _bridge(namespace: str, name: str) -> None:
 
 
 def _make_quota(name: str, share: float) -> Path:
-    """A control group that gives its processes this share of one core. Raises BoxError where there is no controller."""
+    """Make a control group that limits its processes to this share of one core. Raises BoxError where there is no CPU
+    controller."""
     for root in CPU_ROOTS:
         group, quota_us = root / name, int(CPU_PERIOD_US * share)
         with suppress(OSError):
@@ -259,7 +261,8 @@ def _sh(*command: str) -> None:
 
 
 def _wait_all(processes: Sequence[subprocess.Popen[bytes]], timeout_s: float) -> tuple[int, str] | None:
-    """The first rank that failed, or that was still running at the end, and how; None where all ended well."""
+    """Wait for all ranks. Returns the first rank that failed, or one that still ran at the timeout, and what happened;
+    None where all ended well."""
     waiting = dict(enumerate(processes))
     deadline_s = time.monotonic() + timeout_s
     while waiting:

@@ -1,16 +1,17 @@
-"""Chunked training against whole microbatches and full checkpointing: peak memory, time, and what sampling costs.
+"""Chunked training compared with whole microbatches and checkpointing: peak memory, time, and the noise of sampling.
 
     python -m benchmarks.chunked [--tokens N] [--chunks K] [--layers N] [--hidden N] [--repeats N] [--out FILE]
 
-One rank trains one document of ``--tokens`` tokens, each way in a process of its own: kept whole, every layer
-recomputed (``torch.utils.checkpoint``), SeCO in ``--chunks`` chunks, SpaCO with every eighth chunk, SeCO with the last
-eighth of the chunks kept. All ways take turns, ``--repeats`` times: seconds are medians, and a ratio of two ways is the
-median of the ratios within each turn, so that what else the machine does meanwhile weighs on both. Peaks are over what
-the process holds just before the step (its shard of the weights, libraries, and what the first small step loads); on
-CPU they are resident memory, which no CPU program holds to the byte. Beside each chunked peak stands what it should be:
-gathered weights and gradients, K/V and dK/dV (fp32), and the saved activations of one chunk (of as many tokens as are
-kept). The second table enumerates all samples of a small case: how far the mean of each way of sampling is from the
-exact gradient, and its spread, both relative to the exact gradient's norm.
+One rank trains one document of ``--tokens`` tokens, each way in a process of its own: all activations kept, every layer
+recomputed (``torch.utils.checkpoint``), SeCO in ``--chunks`` chunks, SpaCO with every eighth chunk, and SeCO with the
+last eighth of the chunks kept. All ways take turns, ``--repeats`` times. Seconds are medians, and a ratio of two ways
+is the median of the turns' ratios, so that other load on the machine affects both.
+
+Peaks are over what the process holds just before the step (its shard of the weights, libraries, and what the first
+small step loads). On CPU they are resident memory, which is never exact to the byte. Next to each chunked peak is its
+ideal: gathered weights and gradients, K/V and dK/dV (fp32), and the saved activations of one chunk (or of the tokens
+that are kept). The second table enumerates all samples of a small case: the distance of each sampling's mean gradient
+from the exact gradient, and the standard deviation, both relative to the exact gradient's norm.
 """
 
 from __future__ import annotations
@@ -60,14 +61,14 @@ _WARM_UP_CHUNKS = 3
 _MOST_OVER = 0.1
 _LEAST_RATE = 2.5
 _SPREAD_CHUNKS = 6
-"""Of which the first half has no loss, like a prompt."""
+"""Chunks of the small case; the first half carries no loss, like a prompt."""
 _SPREAD_CHUNK_TOKENS = 16
 _SPREAD_FRACTION = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """What is trained. ``num_chunks`` divides ``num_tokens``."""
+    """The document and the model. ``num_chunks`` divides ``num_tokens``."""
 
     num_tokens: int
     num_chunks: int
@@ -87,7 +88,7 @@ class Case:
         return self.num_tokens // self.num_chunks
 
     def policy(self, way: str) -> ChunkPolicy | None:
-        """How ``way`` trains; None for whole microbatches."""
+        """How ``way`` runs in chunks; None where it runs whole microbatches."""
         keep_rows = self.num_tokens // _SHARE if way.endswith("kept") else 0
         sampler = ChunkSampler(kind=Sampling.EVEN, fraction=1 / _SHARE, seed=0) if way.startswith("spaco") else None
         if not way.startswith(("seco", "spaco")):
@@ -95,13 +96,13 @@ class Case:
         return ChunkPolicy(chunk_tokens=self.chunk_tokens, keep_rows=keep_rows, sampler=sampler)
 
     def stored_bytes(self, way: str) -> int:
-        """K/V and dK/dV, fp32."""
+        """Bytes of stored K/V and dK/dV in fp32."""
         _, num_rows, num_carried = place_rows(*self._scheduled(way), member=None)
         spec = self.spec
         return (num_rows + num_carried) * spec.num_layers * 2 * spec.num_kv_heads * spec.head_dim * 4
 
     def kept_tokens(self, way: str) -> int:
-        """Tokens whose activations exist at once."""
+        """Tokens whose activations exist at the same time."""
         chunks, schedule = self._scheduled(way)
         return sum(chunks[index].num_tokens for index in schedule.kept)
 
@@ -116,8 +117,8 @@ class Case:
 
 
 def measure(case: Case, way: str) -> dict[str, float]:
-    """Of one step in this process: seconds, processor seconds, peak bytes over what it holds before the step, and what
-    the chunked ways' peak should be made of."""
+    """Measure one step in this process: seconds, CPU seconds, peak bytes over what the process holds before the step,
+    and, for chunked ways, the parts of the ideal peak."""
     with _runtime(case.spec) as runtime:
         map_large_blocks(fine=case.policy(way) is not None)  # as a run of this policy does
         if way == "checkpoint":
@@ -125,12 +126,12 @@ def measure(case: Case, way: str) -> dict[str, float]:
                 layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
         read, policy = _Reader(case.num_tokens, runtime.mesh.device), case.policy(way)
         chunked = dataclasses.replace(runtime, chunking=policy)
-        _peak(runtime, _program(case.chunk_tokens), read)  # what loads once is loaded
+        _peak(runtime, _program(case.chunk_tokens), read)  # load everything that is loaded once
         _peak(chunked, _program(min(_WARM_UP_CHUNKS * case.chunk_tokens, case.num_tokens)), read)
         weight_bytes = sum(local_shard(each).nbytes for each in runtime.model.parameters())
         found: dict[str, float] = {}
         if policy is not None:
-            found["weight_bytes"] = 2 * weight_bytes  # gathered, and their gradients
+            found["weight_bytes"] = 2 * weight_bytes  # gathered weights and their gradients
             found["stored_bytes"] = case.stored_bytes(way)
             token_bytes = case.spec.num_layers * case.spec.saved_bytes_per_token(4)
             found["chunk_bytes"] = case.kept_tokens(way) * token_bytes
@@ -144,23 +145,24 @@ def measure(case: Case, way: str) -> dict[str, float]:
 
 @dataclass(frozen=True, slots=True)
 class Rounds:
-    """What every way measured, turn by turn."""
+    """The measurements of every way, turn by turn."""
 
     rounds: tuple[dict[str, dict[str, float]], ...]
 
     def typical(self, way: str) -> dict[str, float]:
-        """Medians, and the highest peak."""
+        """Medians over the turns; of the peak, the highest."""
         turns = [each[way] for each in self.rounds]
         found = {name: statistics.median(turn[name] for turn in turns) for name in turns[0]}
         return {**found, "peak_bytes": max(turn["peak_bytes"] for turn in turns)}
 
     def ratio(self, way: str, other: str, name: str) -> float:
-        """``way`` over ``other``: the median of the turns' ratios."""
+        """The figure ``name`` of ``way`` over that of ``other``: the median of the turns' ratios."""
         return statistics.median(each[way][name] / each[other][name] for each in self.rounds)
 
 
 def spread() -> dict[str, tuple[float, float]]:
-    """By way of sampling: relative error of the mean gradient, relative standard deviation. All samples enumerated."""
+    """For each kind of sampling, over all samples: relative error of the mean gradient, and relative standard
+    deviation."""
     spec = Case(num_tokens=1, num_chunks=1, num_layers=3, hidden_dim=64).spec
     num_tokens, half = _SPREAD_CHUNKS * _SPREAD_CHUNK_TOKENS, _SPREAD_CHUNKS // 2
     loss_tokens = [0] * half + [_SPREAD_CHUNK_TOKENS] * (_SPREAD_CHUNKS - half)
@@ -184,7 +186,7 @@ def spread() -> dict[str, tuple[float, float]]:
 
 @dataclass(frozen=True, slots=True)
 class _Told:
-    """A sampler with one outcome."""
+    """A sampler that always draws these weights."""
 
     weights: tuple[ChunkWeight, ...]
     needs_loss_tokens: bool = False
@@ -195,7 +197,7 @@ class _Told:
 
 @contextmanager
 def _runtime(spec: ModelSpec) -> Iterator[Runtime]:
-    """A rank alone."""
+    """The runtime of a single rank."""
     env = RankEnv(rank=0, world_size=1, local_rank=0, local_world_size=1)
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -217,7 +219,7 @@ def _program(num_tokens: int) -> RankProgram:
 
 
 class _Reader:
-    """Random tokens, the same for every way; the first ones may carry no loss."""
+    """Reads random tokens, the same for every way. The first ``num_without_loss`` carry no loss."""
 
     def __init__(self, num_tokens: int, device: torch.device, num_without_loss: int = 0) -> None:
         self._ids = np.random.default_rng(7).integers(0, 256, size=num_tokens + 1)
@@ -230,7 +232,7 @@ class _Reader:
 
 
 def _gradient(runtime: Runtime, program: RankProgram, read: _Reader) -> torch.Tensor:
-    """One step's gradients as one float64 vector; ``.grad`` is empty afterwards."""
+    """Run a step and return its gradients as one float64 vector; ``.grad`` is empty afterwards."""
     accumulate_gradients(runtime, program, read, num_tokens=1)
     grads = [parameter.grad for parameter in runtime.model.parameters()]
     runtime.optimizer.zero_grad()
@@ -238,7 +240,7 @@ def _gradient(runtime: Runtime, program: RankProgram, read: _Reader) -> torch.Te
 
 
 def _peak(runtime: Runtime, program: RankProgram, read: _Reader) -> int:
-    """Peak bytes of one step, over what the process holds before it."""
+    """Run a step and return its peak bytes over what the process holds before it."""
     if runtime.mesh.device.type == "cpu":
         give_back_freed_memory()
     runtime.peak.reset()
@@ -269,7 +271,7 @@ def report(case: Case, measured: Rounds, spreads: dict[str, tuple[float, float]]
             f"{format_seconds(found['cpu_s'])} | {measured.ratio(way, 'whole', 'cpu_s'):.2f} | "
             f"{format_bytes(found['peak_bytes'])} | {parts} |"
         )
-        if way.startswith("seco"):  # of what SpaCO leaves out, its products outside the kernel's blocks take a part
+        if way.startswith("seco"):  # SpaCO has no goal: its products outside the kernel's blocks take memory as well
             over = found["peak_bytes"] / sum(sizes) - 1
             goals.append((f"{way}: peak at most {_MOST_OVER:.0%} over what it should be (here {over:+.1%})",
                           over <= _MOST_OVER))
@@ -287,16 +289,16 @@ def report(case: Case, measured: Rounds, spreads: dict[str, tuple[float, float]]
 
 
 def _ideal_bytes(found: dict[str, float]) -> tuple[int, ...]:
-    """Weights and gradients, stored K/V and dK/dV, activations; empty for ways without chunks."""
+    """Bytes of weights and gradients, of stored K/V and dK/dV, and of activations; empty for ways without chunks."""
     if "chunk_bytes" not in found:
         return ()
     return int(found["weight_bytes"]), int(found["stored_bytes"]), int(found["chunk_bytes"])
 
 
 def _measured(arguments: Sequence[str], way: str) -> dict[str, float]:
-    """One step in a process of its own."""
+    """Measure one step in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.chunked", *arguments, "--way", way]
-    # huge pages as ``longhaul train`` has them on Linux (launch.environment)
+    # huge pages, as ``longhaul train`` sets them on Linux (launch.environment)
     environ = {**os.environ, "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
     answer = subprocess.run(command, check=True, capture_output=True, text=True, env=environ).stdout
     found: dict[str, float] = json.loads(answer.splitlines()[-1])

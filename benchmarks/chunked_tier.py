@@ -1,16 +1,17 @@
-"""K/V and dK/dV of earlier chunks in a tier: what it saves, what it costs, how long a sequence it makes room for.
+"""K/V and dK/dV of earlier chunks in a tier: the memory it saves, the time it costs, the longest sequence it allows.
 
     python -m benchmarks.chunked_tier --part sizes     SeCO with and without the tier at several chunk sizes
     python -m benchmarks.chunked_tier --part longest   longest sequence of every way under one limit (RLIMIT_DATA)
 
-``sizes``: every chunk reads K/V of all earlier ones twice and adds to their dK/dV once, so what moves grows with tokens
-times chunks, and what computes beside it with tokens squared: the table shows from which chunk size on copies hide.
-Beside a peak (over what the process holds before the step) stands what it should be: weights gathered and their
-gradients, two layers' K/V and three layers' dK/dV (with the host tier on CPU: all of both besides, for the tier is in
-the same memory), the activations of one chunk. Ways take turns; seconds are medians, ratios medians within a turn.
+``sizes``: every chunk reads the K/V of all earlier chunks twice and adds to their dK/dV once. So copies grow with
+tokens times chunks while computation grows with tokens squared, and the table shows from which chunk size on copies
+hide. Next to each peak (over what the process holds before the step) is its ideal: gathered weights and their
+gradients, two layers' K/V, three layers' dK/dV and the activations of one chunk; with the host tier on CPU also all K/V
+and dK/dV, because the tier is in the same memory. Ways take turns. Seconds are medians, and ratios are medians of the
+turns' ratios.
 
-``longest``: the limit is what a process has after its first small step and ``--budget-mib`` over it, enforced by the
-system. Of every way the longest sequence is found by doubling and halving, one step in a process of its own each.
+``longest``: the limit, enforced by the system, is ``--budget-mib`` over what a process has after a first small step.
+The longest sequence of each way is found by doubling and bisection, with each step in a process of its own.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.memory_run import Bench, Measured, Settings, bench, data_bytes, measure
+from benchmarks.memory_run import Bench, Measured, MemoryWorkload, bench, data_bytes, measure
 from memory.chunked_tier import NUM_DKV_BUFFERS, NUM_KV_BUFFERS
 from memory.peak import give_back_freed_memory
 from memory.tiers import HOST
@@ -41,13 +42,13 @@ LONGEST = ("recompute", "swap 0", "seco", "seco disk")
 _WARM_UP_CHUNKS = 3
 _MOST_OVER = 0.1
 _FINENESS = 16
-"""The longest sequence is found to a 16th of itself."""
+"""The longest sequence is found to within this fraction (1/16) of its length."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TierStep:
-    """One step of one way. ``moved_bytes``: written to the tier and read from it; ``hidden_share``: of the seconds in
-    which copies ran, those in which the computing thread did not wait for any."""
+    """One step of one way. ``moved_bytes``: written to the tier and read from it. ``hidden_share``: share of the
+    copies' seconds in which the computing thread did not wait for a copy."""
 
     seconds: float
     cpu_s: float
@@ -57,10 +58,10 @@ class TierStep:
     hidden_share: float = 1.0
 
 
-def measure_step(way: str, length: int, settings: Settings) -> TierStep:
-    """One step over a sequence of ``length`` tokens, after a short one."""
-    with bench(way, length, settings) as made:
-        made.step(min(length, _WARM_UP_CHUNKS * settings.chunk_tokens))
+def measure_step(way: str, length: int, workload: MemoryWorkload) -> TierStep:
+    """Measure one step over a sequence of ``length`` tokens, after a short one."""
+    with bench(way, length, workload) as made:
+        made.step(min(length, _WARM_UP_CHUNKS * workload.chunk_tokens))
         memory, tier = made.runtime.memory, made.runtime.memory.tier
         moved_bytes = 0 if tier is None else -tier.written_bytes - tier.read_bytes
         memory.record(True)
@@ -81,10 +82,10 @@ def measure_step(way: str, length: int, settings: Settings) -> TierStep:
 
 
 def _ideal_bytes(made: Bench, length: int) -> int:
-    """What a step of ``length`` tokens should add to the process."""
-    runtime, chunk_tokens = made.runtime, made.settings.chunk_tokens
+    """Bytes that a step of ``length`` tokens should add to the process."""
+    runtime, chunk_tokens = made.runtime, made.workload.chunk_tokens
     num_layers, kv_bytes, dkv_bytes = layer_row_bytes(runtime)
-    rows = (length - 1) // chunk_tokens * chunk_tokens  # nothing reads the last chunk's
+    rows = (length - 1) // chunk_tokens * chunk_tokens  # without the last chunk, whose K/V no other chunk reads
     tier = runtime.memory.tier
     stored_bytes = num_layers * (kv_bytes + dkv_bytes) * rows
     buffer_bytes = rows * (min(NUM_KV_BUFFERS, num_layers) * kv_bytes + min(NUM_DKV_BUFFERS, num_layers) * dkv_bytes)
@@ -96,7 +97,7 @@ def _ideal_bytes(made: Bench, length: int) -> int:
 
 
 def sizes_table(found: dict[int, list[dict[str, TierStep]]]) -> tuple[list[str], bool]:
-    """Markdown and whether all goals are met. ``found``: by chunk tokens the turns, in each all ways."""
+    """Markdown, and whether the goal is met. ``found``: the turns by chunk size; each turn has all ways."""
     lines = [
         "| chunk | way | seconds | over seco | CPU over seco | peak over start | should be | moved | copies hidden |",
         "|--:|---|--:|--:|--:|--:|--:|--:|--:|",
@@ -123,7 +124,7 @@ def sizes_table(found: dict[int, list[dict[str, TierStep]]]) -> tuple[list[str],
 
 
 def part_sizes(options: argparse.Namespace) -> tuple[list[str], bool]:
-    """Chunk sizes by ways."""
+    """Measure every way at every chunk size."""
     ways = SIZES if options.ways is None else options.ways.split(",")
     found: dict[int, list[dict[str, TierStep]]] = {}
     for chunk_tokens in map(int, options.chunk_tokens.split(",")):
@@ -137,7 +138,8 @@ def part_sizes(options: argparse.Namespace) -> tuple[list[str], bool]:
 
 
 def longest_fit(fits: Callable[[int], Measured], start: int, most: int) -> Measured | None:
-    """The longest of at most ``most`` tokens that fits, to a 16th of itself; None where ``start`` does not."""
+    """The longest sequence of at most ``most`` tokens that fits, to within 1/16 of its length. None where ``start``
+    tokens do not fit."""
     low, high = None, start
     while high <= most:
         found = fits(high)
@@ -154,7 +156,7 @@ def longest_fit(fits: Callable[[int], Measured], start: int, most: int) -> Measu
 
 
 def longest_table(found: dict[str, Measured | None], most: int) -> list[str]:
-    """Markdown."""
+    """Markdown: the longest sequence of each way."""
     lines = ["| way | longest | of recompute's | seconds | seconds a 1,000 tokens |", "|---|--:|--:|--:|--:|"]
     base = found.get("recompute")
     for way, each in found.items():
@@ -171,7 +173,7 @@ def longest_table(found: dict[str, Measured | None], most: int) -> list[str]:
 
 
 def part_longest(options: argparse.Namespace) -> tuple[list[str], bool]:
-    """One limit for all ways."""
+    """Find the longest sequence of each way under one limit."""
     (chunk_tokens,) = map(int, options.chunk_tokens.split(","))
     budget_bytes = int(options.budget_mib * MIB)
     limit_bytes = budget_bytes + _worker(options, chunk_tokens, job="start", way="keep", length=options.start)
@@ -194,17 +196,17 @@ def part_longest(options: argparse.Namespace) -> tuple[list[str], bool]:
 
 PARTS = {"sizes": part_sizes, "longest": part_longest}
 _SHAPES = {"sizes": (16, 128, 8192, "256,512,1024,2048"), "longest": (32, 128, 32768, "256")}
-"""Layers, hidden size, (most) tokens, chunk tokens."""
+"""Layers, hidden size, tokens (of ``longest``: at most) and chunk sizes of each part."""
 
 
 def _worker(options: argparse.Namespace, chunk_tokens: int, **told: Any) -> Any:
-    """One measurement in a process of its own."""
-    settings = Settings(num_layers=options.layers, dim=options.dim, repeats=1, chunk_tokens=chunk_tokens)
-    told["settings"] = asdict(settings)
+    """Take one measurement in a process of its own and return its answer."""
+    workload = MemoryWorkload(num_layers=options.layers, dim=options.dim, repeats=1, chunk_tokens=chunk_tokens)
+    told["workload"] = asdict(workload)
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.chunked_tier", "--worker", json.dumps(told)],
         capture_output=True, text=True, check=False,
-        # huge pages as ``longhaul train`` has them on Linux (launch.environment)
+        # the environment that ``longhaul train`` sets on Linux (launch.environment)
         env={**os.environ, "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "OMP_NUM_THREADS": "1"},
     )
     if done.returncode:
@@ -213,12 +215,12 @@ def _worker(options: argparse.Namespace, chunk_tokens: int, **told: Any) -> Any:
 
 
 def _work(told: dict[str, Any]) -> Any:
-    way, length, settings = told["way"], told["length"], Settings(**told["settings"])
+    way, length, workload = told["way"], told["length"], MemoryWorkload(**told["workload"])
     if told["job"] == "step":
-        return asdict(measure_step(way, length, settings))
+        return asdict(measure_step(way, length, workload))
     if told["job"] == "fit":
-        return asdict(measure(way, length, settings, limit_bytes=told["limit_bytes"]))
-    with bench(way, length, settings) as made:
+        return asdict(measure(way, length, workload, limit_bytes=told["limit_bytes"]))
+    with bench(way, length, workload) as made:
         made.step(length)
         return data_bytes()
 

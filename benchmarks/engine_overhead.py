@@ -1,14 +1,14 @@
-"""What the engine adds to the attention kernel: rings and zones, every rank of them run here, against one flash call.
+"""What the engine adds to the attention kernel's time: rings and zones on one device, compared with one flash call.
 
     python -m benchmarks.engine_overhead [--tokens 4096 16384 32768] [--out benchmarks/results/engine_overhead.md]
 
-A ring of 8 cuts one causal triangle into the rounds of 8 ranks; zones give a cluster ring, two node rings and local
-documents to the same 8 ranks, as Zeppelin does. All ranks run on this one device, one at a time, through the engine's
-own walk over rounds and a wire that copies. Together they do exactly the work of one kernel call on the whole
-documents, forward and backward, so the ratio of the two times is what cutting, copying, merging and smaller calls
-cost. The same kernel calls, played again alone, tell the smaller calls from the rest, and the wire counts its copies,
-which a network would make. All of it shrinks as sequences grow, so several sizes are shown. On a CPU everything runs on
-one core and CPU seconds are counted, which other programs disturb least; with a CUDA device it runs there, in bf16.
+A ring of 8 cuts one causal triangle into the rounds of 8 ranks. Zones give the same 8 ranks a cluster ring, two node
+rings and local documents, as Zeppelin does. All ranks run on this one device, one at a time, through the engine's own
+walk over rounds, and messages are copied in memory. Together they do exactly the work of one kernel call on the whole
+documents, forward and backward. So the ratio of the two times is the cost of cutting, copying, merging and smaller
+calls. To tell these apart, the same kernel calls are run once more by themselves, and the copies, which a network would
+make, are timed. The overhead falls as sequences grow, so several sizes are shown. On a CPU everything runs on one core
+and CPU seconds count, which other programs disturb least; with a CUDA device it runs there, in bf16.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.peers.kernel import packed_pairs
-from benchmarks.step_report import this_setting
+from benchmarks.step_report import conditions_here
 from launch import environment
 from parallel.comm import Message
 from parallel.engine import AttentionEngine, MicrobatchAttention
@@ -50,8 +50,8 @@ from planner.plan import (
 GOAL_OVERHEAD = 0.10
 _ZONE_RANKS = 8
 _FORWARD_AND_BACKWARD = 3.5
-"""Matrix products of forward and backward over those of the forward: 2 there, 5 in the backward, which computes the
-scores again (FlashAttention-2, arXiv 2307.08691, section 4.1)."""
+"""Matrix products of forward and backward over those of the forward: 2 in the forward and 5 in the backward, which
+recomputes the scores (FlashAttention-2, arXiv 2307.08691, section 4.1)."""
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
@@ -60,7 +60,7 @@ Tensors = tuple[torch.Tensor, ...]
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """Documents (tokens) and the groups that share them."""
+    """Documents, by their lengths in tokens, and the groups that run them."""
 
     name: str
     lengths: tuple[int, ...]
@@ -70,9 +70,9 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """``ratio``: median over repeats of engine / one call; ``pieces_ratio``: of its kernel calls alone / one call;
-    ``copies_ratio``: of the copies that stand in for the wire (0 on CUDA, where they are not timed apart).
-    ``difference``: largest, of any result, relative."""
+    """What was measured: medians over the repeats. ``ratio``: engine / one call. ``pieces_ratio``: the engine's kernel
+    calls alone / one call. ``copies_ratio``: copies in place of messages / one call (0 on CUDA, where they are not
+    timed). ``difference``: largest relative difference of any result."""
 
     case: Case
     dtype: torch.dtype
@@ -92,7 +92,7 @@ def ring_case(num_tokens: int, degree: int) -> Case:
 
 
 def zone_case(num_tokens: int) -> Case:
-    """Half of the tokens in one document over all ranks, a quarter over two node rings, the rest local."""
+    """Half of the tokens in one document over all ranks, a quarter in two node rings, the rest local."""
     node, rank_tokens = _ZONE_RANKS // 2, num_tokens // (4 * _ZONE_RANKS)
     lengths = (num_tokens // 2, num_tokens // 8, num_tokens // 8, *[rank_tokens] * _ZONE_RANKS)
     ring, ranks = AttentionKind.RING, tuple(range(_ZONE_RANKS))
@@ -106,7 +106,7 @@ def zone_case(num_tokens: int) -> Case:
 
 
 class Turn:
-    """The device: one rank at a time holds it, and hands it on while it waits for a message."""
+    """The turn to use the device: one rank at a time has it, and passes it on while it waits for a message."""
 
     def __init__(self) -> None:
         self.changed = threading.Condition()
@@ -135,7 +135,7 @@ class _PendingCopies:
 
 @dataclass(frozen=True, slots=True)
 class LoopbackWire:
-    """An exchange between ranks of this process; a message is copied once, into its receiver's buffer."""
+    """An exchange between ranks of this process. A message is copied once, into its receiver's buffer."""
 
     turn: Turn
     rank: int
@@ -158,7 +158,7 @@ class Rank:
 
 
 class RecordingKernel:
-    """Runs a kernel and keeps its calls, to play them again."""
+    """Runs a kernel and records its calls, so that they can be run again."""
 
     def __init__(self, kernel: AttentionKernel) -> None:
         self.name = kernel.name
@@ -185,7 +185,7 @@ class RecordingKernel:
 
 
 def make_ranks(case: Case, kernel: AttentionKernel, inputs: Tensors, turn: Turn) -> list[Rank]:
-    """``inputs``: q, k, v and the output's gradient of all packed documents."""
+    """The ranks of a case. ``inputs``: q, k, v and the output's gradient of all packed documents."""
     device = inputs[0].device
     sequences = tuple(Sequence(number, size) for number, size in enumerate(case.lengths))
     ranks = tuple(range(case.num_ranks))
@@ -213,14 +213,14 @@ def _rows(span: Span, edges: list[int]) -> torch.Tensor:
 
 
 def run_ranks(ranks: list[Rank], turn: Turn) -> list[Tensors]:
-    """out, dq, dk, dv of every rank, the ranks taking turns. Raises what the first rank to fail raised."""
+    """Run the ranks in turns. Returns out, dq, dk, dv of each; raises what the first rank to fail raised."""
     results: list[Tensors] = [()] * len(ranks)
 
     def body(number: int) -> None:
         with turn.changed:
             try:
                 results[number] = _attend(ranks[number])
-            except Exception as error:  # it belongs to the thread that waits for this one
+            except Exception as error:  # raised again in the thread that waits for this one
                 turn.errors.append(error)
                 turn.changed.notify_all()
 
@@ -252,7 +252,7 @@ def _attend(rank: Rank) -> Tensors:
 def measure(
     case: Case, *, device: torch.device, dtype: torch.dtype, heads: tuple[int, int], head_dim: int, repeats: int
 ) -> Outcome:
-    """Time all ways in turn. Raises ValueError where their results differ: they did not do the same work."""
+    """Time one call, its pieces and the engine in turn. Raises ValueError where their results differ."""
     kernel, turn = choose_kernel(device, dtype), Turn()
     torch.manual_seed(0)
     num_tokens, (num_queries, num_keys) = sum(case.lengths), heads
@@ -269,7 +269,7 @@ def measure(
 
     recorder = RecordingKernel(kernel)
     recorded = run_ranks(make_ranks(case, recorder, (q, k, v, dout), turn), turn)
-    difference = _difference(one_call(), recorded, ranks)  # this is the warm-up, too
+    difference = _difference(one_call(), recorded, ranks)  # also the warm-up
     if not difference <= _TOLERANCE[dtype]:
         raise ValueError(f"{case.name}, {dtype}: results differ by {difference:.1e}")
     times: list[tuple[float, float, float, float]] = []
@@ -298,7 +298,8 @@ def _difference(whole: Tensors, parts: list[Tensors], ranks: list[Rank]) -> floa
 
 
 def _timed(run: Callable[[], object], device: torch.device) -> float:
-    """Seconds of the device; on a CPU those of this process alone, of which one thread runs at a time."""
+    """Seconds of ``run`` on a CUDA device; on a CPU, CPU seconds of this process, of which one thread runs at a
+    time."""
     clock = time.perf_counter if device.type == "cuda" else time.process_time
     start_s = clock()
     run()
@@ -370,7 +371,7 @@ def main(arguments: SequenceOf[str] | None = None) -> int:
 
 
 def _sizes(options: argparse.Namespace, device: torch.device) -> list[tuple[str, int]]:
-    """(dtype, tokens) of what is measured, in the report's order."""
+    """The (dtype, tokens) to measure, in the report's order."""
     if options.dtypes is not None or device.type == "cuda":
         return [(dtype, num_tokens) for dtype in options.dtypes or ("bf16",) for num_tokens in options.tokens]
     smaller = [num_tokens for num_tokens in options.tokens if num_tokens < max(options.tokens)]
@@ -395,11 +396,11 @@ def _facts(
 ) -> list[str]:
     words = sys.argv[1:] if arguments is None else arguments
     command = " ".join(("python -m benchmarks.engine_overhead", *words))
-    setting = this_setting(command, num_cores=environment.num_cores())
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{setting.cpu}, one core"
+    conditions = conditions_here(command, num_cores=environment.num_cores())
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{conditions.cpu}, one core"
     return [
-        f"`{setting.command}`, {setting.day}",
-        f"{where}, torch {setting.torch_version}, kernel {choose_kernel(device, outcomes[0].dtype).name}",
+        f"`{conditions.command}`, {conditions.day}",
+        f"{where}, torch {conditions.torch_version}, kernel {choose_kernel(device, outcomes[0].dtype).name}",
         f"{options.heads} query and {options.kv_heads} KV heads of {options.head_dim}; "
         "forward and backward of one layer's attention",
         f"all ways ran in turn, {options.repeats} times; times are medians, ratios the median of the repeats' own",

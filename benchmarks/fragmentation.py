@@ -1,16 +1,16 @@
-"""Planned addresses against torch's caching allocator: memory reserved, fragmentation, share of requests served.
+"""Planned addresses compared with torch's caching allocator: reserved memory, fragmentation, share of requests served.
 
     python -m benchmarks.fragmentation [--model NAME] [--layers N] [--budget TOKENS] [--microbatches K] [--out FILE]
 
 Without CUDA the requests of the trainer's own decoder (bf16, weights and activations kept, one rank) are recorded on
-the meta device, where tensors have sizes but no contents, so real sizes cost nothing; the caching allocator is then
+the meta device, where tensors have sizes but no contents, so models can have real sizes. The caching allocator is then
 *simulated* (``benchmarks.allocator_model``), without a memory limit and with one of 5 % over the plan. With CUDA the
-same microbatches run on it, each way in a process of its own: torch's allocator, the same with expandable segments, and
-the arena.
+same microbatches run on the device, each way in a process of its own: torch's allocator, the same with expandable
+segments, and the arena.
 
 Microbatches: one of ``--budget`` tokens, repeated (the fixed shape that MEMO plans for), and ``--microbatches`` ragged
-ones of log-normal documents. Fragmentation: share of the reserved bytes that is no block when most are live. Weights
-are in none of the figures, gradients are, as each microbatch leaves none behind.
+ones of log-normal documents. Fragmentation is the share of the reserved bytes that is in no block when the most bytes
+are live. Weights are in none of the figures. Gradients are in all of them; each microbatch drops its own at the end.
 """
 
 from __future__ import annotations
@@ -59,12 +59,12 @@ WAYS = ("torch", "torch, expandable segments", "arena")
 _SEED = 3
 _REPEATS = 3
 _RUN_FACTOR = 5
-"""Microbatches of the run whose served share is measured, by ragged one of the first table."""
+"""Microbatches of the run whose served share is measured, for each ragged one of the first table."""
 _RUN_LAYERS = 2
 
 
 class _AllLabelled(TorchDispatchMode):
-    """On meta nobody knows which tokens carry a loss: all do."""
+    """Makes all tokens carry a loss, because the meta device does not know the labels."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         if func is torch.ops.aten.nonzero.default and args[0].is_meta:
@@ -73,7 +73,7 @@ class _AllLabelled(TorchDispatchMode):
 
 
 class Microbatches:
-    """A decoder without sharding, and forward and backward of any microbatch of whole documents through it."""
+    """An unsharded decoder that runs forward and backward of any microbatch of whole documents."""
 
     def __init__(
         self, spec: ModelSpec, device: torch.device, kernel: AttentionKernel | None = None,
@@ -86,7 +86,7 @@ class Microbatches:
             for weight in self.model.parameters():
                 torch.nn.init.normal_(weight, std=0.02)
         self._device = device
-        wire = GroupExchange(self.model.tensor.group)  # one rank: nothing is ever sent
+        wire = GroupExchange(self.model.tensor.group)  # with one rank nothing is ever sent
         self._engine = AttentionEngine(kernel or CudaFlashKernel(), wire, device)
 
     def program(self, lengths: SequenceOf[int]) -> RankMicrobatch:
@@ -95,7 +95,7 @@ class Microbatches:
         return found
 
     def run(self, lengths: SequenceOf[int]) -> None:
-        """Forward and backward; no gradients are left."""
+        """Run forward and backward, and drop the gradients."""
         spec, microbatch = self.model.spec, self.program(lengths)
         tokens_T = torch.zeros(microbatch.num_rows, dtype=torch.int64, device=self._device)
         with _AllLabelled():
@@ -103,7 +103,7 @@ class Microbatches:
                 microbatch, num_query_heads=spec.num_query_heads, num_kv_heads=spec.num_kv_heads,
                 head_dim=spec.head_dim,
             )
-            self.model(tokens_T, tokens_T, tokens_T, attention).backward()  # any positions do
+            self.model(tokens_T, tokens_T, tokens_T, attention).backward()  # positions and labels do not matter
         for weight in self.model.parameters():
             weight.grad = None
 
@@ -113,7 +113,7 @@ class Microbatches:
 
 @contextmanager
 def lone_rank() -> Iterator[None]:
-    """A process group of one."""
+    """A process group of one rank."""
     with tempfile.TemporaryDirectory() as folder:
         try:
             comm.init_process_group(
@@ -125,7 +125,7 @@ def lone_rank() -> Iterator[None]:
 
 
 def reserved_table(cases: dict[str, list[AllocationTrace]]) -> list[str]:
-    """Memory by way. The slab of ragged microbatches is that of the one which needs most."""
+    """Markdown: memory of each case by way. Ragged microbatches need the slab of the largest plan."""
     lines = [
         "| case | most live | torch (simulated) | fragmentation | device mallocs | with planned + 5% | "
         "expandable (simulated) | fragmentation | planned | fragmentation | bi-level | over one-shot |",
@@ -151,7 +151,7 @@ def reserved_table(cases: dict[str, list[AllocationTrace]]) -> list[str]:
 
 
 def planning_table(trace: AllocationTrace, what: str, *, with_solvers: bool) -> list[str]:
-    """Who plans how well, and in what time (wall)."""
+    """Markdown: peak, gap and wall time of each planner of addresses."""
     lines = [
         f"Planning {what}: {len(trace.requests):,} requests, {len(trace.sections)} sections", "",
         "| plan | peak | over the bound | who found it | seconds |", "|---|--:|--:|---|--:|",
@@ -178,7 +178,7 @@ def planning_table(trace: AllocationTrace, what: str, *, with_solvers: bool) -> 
 
 
 def served_lines(microbatches: Microbatches, lengths: SequenceOf[tuple[int, ...]]) -> list[str]:
-    """A run of ragged microbatches through the real arena, on addresses that nothing stands behind."""
+    """Run ragged microbatches through the real arena, on addresses without memory, and report what it served."""
     try:
         library = build_arena()
     except ArenaError as error:
@@ -219,7 +219,8 @@ def served_lines(microbatches: Microbatches, lengths: SequenceOf[tuple[int, ...]
 
 
 def _use_numbers_for_memory(library) -> object:  # type: ignore[no-untyped-def]
-    """Device functions that hand out addresses without memory. Keep what is returned as long as they are used."""
+    """Make the arena's device functions hand out addresses without memory. The caller must keep the returned value
+    alive while they are used."""
     handle, integer = ctypes.c_void_p, ctypes.c_int
     top = [2**40]
 
@@ -236,7 +237,7 @@ def _use_numbers_for_memory(library) -> object:  # type: ignore[no-untyped-def]
 
 
 def on_cuda(way: str, spec: ModelSpec, lengths: SequenceOf[tuple[int, ...]]) -> dict[str, float]:
-    """Run the microbatches on this process's device, several times; the last round is timed."""
+    """Run the microbatches on this process's device several times; the last round is timed."""
     arena = install_on_cuda(0) if way == "arena" else None
     device = torch.device("cuda", 0)
     with lone_rank():

@@ -1,4 +1,4 @@
-"""Made-up sequence lengths with the long tail of real documents: most are short, a few are as long as allowed."""
+"""Random sequence lengths with the long tail of real documents: most are short, a few are as long as allowed."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ _SIGMA = 1.5
 def skewed_batches(
     *, num_batches: int, tokens_per_batch: int, max_length: int, seed: int
 ) -> tuple[tuple[int, ...], ...]:
-    """Batches of lengths (tokens) from one log-normal: median ``max_length / 32``, sigma 1.5, so that about one in
-    a hundred reaches ``max_length``, where it is cut off. A batch ends before it would pass ``tokens_per_batch``.
+    """Batches of lengths (tokens) drawn from one log-normal of median ``max_length / 32`` and sigma 1.5. About one in a
+    hundred reaches ``max_length``, where it is cut off. A batch ends before it would exceed ``tokens_per_batch``.
 
     The same arguments give the same lengths. ``tokens_per_batch`` must be at least ``max_length``.
     """

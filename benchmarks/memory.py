@@ -1,7 +1,7 @@
-"""Activation memory on a CPU-only machine: what every way to keep less costs and saves, beside torch's own ways.
+"""Activation memory on a CPU-only machine: what each way to keep fewer activations saves and costs, ours and torch's.
 
-One rank, one local sequence per step; every figure comes from a process of its own, and what is compared runs in turn
-in the same call. Parts, each with its verdicts (the exit code says whether all goals were met):
+One rank runs one local sequence per step. Every figure comes from a process of its own, and what is compared runs in
+turn in the same call. Each part has its goals; the exit code says whether all of them were met:
 
     python -m benchmarks.memory --part ways      peak and step time of ours and of torch's ways
     python -m benchmarks.memory --part predict   calibrated prediction of the peak beside the measured one
@@ -30,8 +30,8 @@ from benchmarks.memory_run import (
     AMPLE,
     Course,
     Measured,
+    MemoryWorkload,
     Predicted,
-    Settings,
     course,
     longest_dense,
     measure,
@@ -53,7 +53,7 @@ _TIMES_DENSE = 8
 _MOST_OVER = 1.05
 _MOST_SLOWER = 1.4
 _HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "OMP_NUM_THREADS": "1"}
-"""What ``longhaul train`` sets for its ranks on Linux (``launch.environment``)."""
+"""The environment that ``longhaul train`` sets for its ranks on Linux (``launch.environment``)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,8 +71,8 @@ Report = tuple[list[str], list[Goal]]
 """Markdown lines and goals."""
 
 
-def part_ways(options: argparse.Namespace, settings: Settings) -> Report:
-    """Every way at one length."""
+def part_ways(options: argparse.Namespace, workload: MemoryWorkload) -> Report:
+    """Measure every way at one length."""
     rounds: dict[str, list[Measured]] = {}
     for _ in range(options.rounds):
         for way in WAYS if options.ways is None else ("keep", *options.ways.split(",")):
@@ -86,7 +86,7 @@ def part_ways(options: argparse.Namespace, settings: Settings) -> Report:
 
 
 def ways_table(found: dict[str, Measured]) -> list[str]:
-    """Ours, then torch's, relative to plain autograd."""
+    """Markdown: our ways, then torch's, relative to plain autograd (``keep``)."""
     base = found["keep"]
     lines = ["| way | peak | of keep | step | over keep | CPU | over keep | swapped |",
              "|---|--:|--:|--:|--:|--:|--:|--:|"]
@@ -108,9 +108,9 @@ def best(several: SequenceOf[Measured]) -> Measured:
     )
 
 
-def part_predict(options: argparse.Namespace, settings: Settings) -> Report:
-    """Whole resident sets: calibrated in one process, then steps of several lengths in it. All ways but the last as in
-    a run whose memory may bind; the last shows what it takes where nothing turns on it."""
+def part_predict(options: argparse.Namespace, workload: MemoryWorkload) -> Report:
+    """Predicted and measured resident sets: one process calibrates, then runs steps of several lengths. All ways but
+    the last run as where memory may bind; the last one (``keep ample``) as where memory is ample."""
     lengths = [options.tokens // 2, options.tokens]
     rows = []
     for _ in range(options.rounds):
@@ -120,7 +120,7 @@ def part_predict(options: argparse.Namespace, settings: Settings) -> Report:
 
 
 def predict_table(rows: SequenceOf[Predicted]) -> Report:
-    """Lines and the goal: never below, at most 5 % above, where memory may bind."""
+    """Markdown and the goal: where memory may bind, predictions are never too low and at most 5 % too high."""
     lines = ["| way | tokens | predicted | measured | over | tier predicted | tier measured | over |",
              "|---|--:|--:|--:|--:|--:|--:|--:|"]
     ratios = [1.0] if all(row.way == AMPLE for row in rows) else []
@@ -143,8 +143,8 @@ def predict_table(rows: SequenceOf[Predicted]) -> Report:
     )]
 
 
-def part_longest(options: argparse.Namespace, settings: Settings) -> Report:
-    """The longest dense sequence within a limit, then 8 times as many tokens within the same limit."""
+def part_longest(options: argparse.Namespace, workload: MemoryWorkload) -> Report:
+    """Find the longest dense sequence within a limit, then run 8 times as many tokens within the same limit."""
     budget_bytes = int(options.budget_mib * MIB)
     dense = _worker(options, "longest", lengths=[options.tokens], budget_bytes=budget_bytes)
     length, limit_bytes = _TIMES_DENSE * dense["length"], dense["limit_bytes"]
@@ -159,7 +159,7 @@ def part_longest(options: argparse.Namespace, settings: Settings) -> Report:
 
 
 def longest_table(dense_tokens: int, limit_bytes: int, budget_bytes: int, found: dict[str, Measured]) -> Report:
-    """Lines and the two goals."""
+    """Markdown and the two goals."""
     lines = [
         f"RLIMIT_DATA {format_bytes(limit_bytes)}: {format_bytes(budget_bytes)} over what a process has after a first "
         f"small step; longest dense sequence: {dense_tokens:,} tokens", "",
@@ -183,8 +183,8 @@ def longest_table(dense_tokens: int, limit_bytes: int, budget_bytes: int, found:
     ]
 
 
-def part_course(options: argparse.Namespace, settings: Settings) -> Report:
-    """One step over time; picture and trace where asked for."""
+def part_course(options: argparse.Namespace, workload: MemoryWorkload) -> Report:
+    """Record one step over time for each way; write picture and trace where asked for."""
     ways = _COURSE if options.ways is None else options.ways.split(",")
     courses = []
     for way in ways:
@@ -207,11 +207,11 @@ def part_course(options: argparse.Namespace, settings: Settings) -> Report:
     return lines, []
 
 
-PARTS: dict[str, Callable[[argparse.Namespace, Settings], Report]] = {
+PARTS: dict[str, Callable[[argparse.Namespace, MemoryWorkload], Report]] = {
     "ways": part_ways, "predict": part_predict, "longest": part_longest, "course": part_course,
 }
 _SHAPES = {"ways": (8, 256, 2048), "predict": (8, 256, 4096), "longest": (64, 128, 1024), "course": (12, 256, 1024)}
-"""Layers, hidden size and tokens (of ``longest``: more than fits dense)."""
+"""Layers, hidden size and tokens of each part (of ``longest``: more tokens than fit dense)."""
 
 
 def _measured(options: argparse.Namespace, **arguments: Any) -> Measured:
@@ -222,8 +222,8 @@ def _measured(options: argparse.Namespace, **arguments: Any) -> Measured:
 
 
 def _worker(options: argparse.Namespace, job: str, **arguments: Any) -> Any:
-    """One measurement in a process of its own."""
-    told = {"job": job, "settings": asdict(_settings(options)), **arguments}
+    """Take one measurement in a process of its own and return its answer."""
+    told = {"job": job, "workload": asdict(_workload(options)), **arguments}
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.memory", "--worker", json.dumps(told)], capture_output=True, text=True,
         check=False, env={**os.environ, **_HUGE_PAGES},
@@ -234,20 +234,20 @@ def _worker(options: argparse.Namespace, job: str, **arguments: Any) -> Any:
 
 
 def _work(told: dict[str, Any]) -> None:
-    settings, lengths = Settings(**told["settings"]), tuple(told["lengths"])
+    workload, lengths = MemoryWorkload(**told["workload"]), tuple(told["lengths"])
     if told["job"] == "measure":
-        answer: Any = asdict(measure(told["way"], lengths[0], settings, limit_bytes=told.get("limit_bytes", 0)))
+        answer: Any = asdict(measure(told["way"], lengths[0], workload, limit_bytes=told.get("limit_bytes", 0)))
     elif told["job"] == "longest":
-        answer = longest_dense(settings, told["budget_bytes"], lengths[0])
+        answer = longest_dense(workload, told["budget_bytes"], lengths[0])
     elif told["job"] == "predict":
-        answer = [asdict(row) for row in predict(told["way"], lengths, settings)]
+        answer = [asdict(row) for row in predict(told["way"], lengths, workload)]
     else:
-        answer = asdict(course(told["way"], lengths[0], settings))
+        answer = asdict(course(told["way"], lengths[0], workload))
     print(json.dumps(answer))
 
 
-def _settings(options: argparse.Namespace) -> Settings:
-    return Settings(
+def _workload(options: argparse.Namespace) -> MemoryWorkload:
+    return MemoryWorkload(
         num_layers=options.layers, dim=options.dim, repeats=options.repeats, chunk_tokens=options.chunk_tokens,
         mlp_chunk_tokens=options.mlp_chunk_tokens,
     )
@@ -260,9 +260,10 @@ def main(arguments: SequenceOf[str] | None = None) -> int:
     parser.add_argument("--ways", help=f"some of: {', '.join(WAYS)}")
     parser.add_argument("--layers", type=int)
     parser.add_argument("--dim", type=int, help="hidden size, a multiple of 64")
-    parser.add_argument("--chunk-tokens", type=int, default=Settings().chunk_tokens, help="of seco")
-    parser.add_argument("--mlp-chunk-tokens", type=int, default=Settings().mlp_chunk_tokens, help="of ways with MLP")
-    parser.add_argument("--repeats", type=int, default=Settings().repeats, help="steps in a process")
+    default = MemoryWorkload()
+    parser.add_argument("--chunk-tokens", type=int, default=default.chunk_tokens, help="of seco")
+    parser.add_argument("--mlp-chunk-tokens", type=int, default=default.mlp_chunk_tokens, help="of ways with MLP")
+    parser.add_argument("--repeats", type=int, default=default.repeats, help="steps in a process")
     parser.add_argument("--rounds", type=int, default=1, help="processes for each way")
     parser.add_argument("--budget-mib", type=float, default=128, help="of longest")
     parser.add_argument("--out", type=Path, help="file of the report")
@@ -276,7 +277,7 @@ def main(arguments: SequenceOf[str] | None = None) -> int:
     layers, dim, tokens = _SHAPES[options.part]
     options.layers, options.dim = options.layers or layers, options.dim or dim
     options.tokens = options.tokens or tokens
-    lines, goals = PARTS[options.part](options, _settings(options))
+    lines, goals = PARTS[options.part](options, _workload(options))
     head = (f"`--part {options.part}`: {options.layers} layers, hidden {options.dim}, {options.tokens:,} tokens, fp32, "
             "one rank, one thread, disk tier; quickest step, highest peak")
     text = "\n".join([head, "", *lines, "", *map(str, goals)]) + "\n"

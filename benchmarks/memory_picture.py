@@ -1,5 +1,5 @@
-"""A step over time, drawn: resident memory of several ways above, layers and copies of a swapping one below (SVG), and
-the latter as a Chrome trace for ui.perfetto.dev."""
+"""Pictures of one step over time: an SVG with the resident memory of several ways above and the layers and copies of a
+swapping way below, and the latter as a Chrome trace for ui.perfetto.dev."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MOST_POINTS = 300
 
 
 def trace(course: Course) -> dict[str, Any]:
-    """Trace Event Format, complete events: a thread per lane."""
+    """The step in Chrome's Trace Event Format, as complete events with a thread per lane."""
     events: list[dict[str, Any]] = [
         {"ph": "M", "name": "process_name", "pid": 0, "args": {"name": f"{course.way}, {course.length} tokens"}}
     ]
@@ -41,7 +41,7 @@ def trace(course: Course) -> dict[str, Any]:
 
 
 def picture(courses: SequenceOf[Course]) -> str:
-    """SVG. Above, each course runs from its own start to its own end, for on a busy machine seconds say little."""
+    """The SVG. Above, every way is drawn over its own step's duration, because seconds on a busy machine say little."""
     swapped = next((each for each in courses if each.intervals), None)
     height = _TOP + _PLOT + 54 + (len(LANES) * _LANE + 62 if swapped else 0)
     most_mib = max(size for each in courses for _, size in each.samples) / MIB
@@ -112,7 +112,7 @@ def _seconds_axis(most_s: float, y: float) -> Iterator[str]:
 
 
 def _thinned(samples: SequenceOf[tuple[float, int]]) -> list[tuple[float, int]]:
-    """The highest sample of each of a few hundred slices: peaks stay."""
+    """At most a few hundred samples: the highest one of each slice, so that peaks stay."""
     slices = max(1, -(-len(samples) // _MOST_POINTS))
     return [max(samples[start : start + slices], key=lambda each: each[1]) for start in range(0, len(samples), slices)]
 

@@ -1,5 +1,5 @@
-"""One measurement of activation memory in one process: a rank alone, a local sequence, the trainer's own model, engine
-and memory code. ``benchmarks.memory`` starts a fresh process for each and compares them."""
+"""One measurement of activation memory in this process: a single rank and a local sequence, with the trainer's model,
+engine and memory code. ``benchmarks.memory`` starts a fresh process for each measurement and compares them."""
 
 from __future__ import annotations
 
@@ -37,22 +37,22 @@ from trainer.step.runtime import Runtime
 
 VOCABULARY = 512
 MLP_IN_PIECES = " + MLP"
-"""Ending of a way whose MLP runs in pieces."""
+"""Suffix of ways whose MLP runs in pieces."""
 _WARM_UP_TOKENS = 64
 _ALONE = MeasuredShape(AttentionKind.LOCAL, 1)
 _SAMPLE_S = 0.004
 _PADDING_BYTES = 16 * 4 * KIB
-"""Of a layer's tensors in the tier: at most so many, each to the next 4 KiB."""
+"""Padding of a layer in the tier: at most 16 tensors, each padded by at most 4 KiB."""
 AMPLE = "keep ample"
-"""Of ``predict``: as ``keep``, in a run whose steps are far below what the device may use."""
+"""A way of ``predict``: ``keep`` in a run whose steps take far less than the device budget."""
 _SCARCE_BUDGET = "1 MiB"
-"""A budget that no step is far below."""
+"""A device budget so small that memory may bind in every step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """``dim``: hidden size; heads of 64, MLP of three times that. ``chunk_tokens``: of seco; ``mlp_chunk_tokens``: of
-    the ways with MLP."""
+class MemoryWorkload:
+    """The model and how it runs. ``dim``: hidden size; heads have 64, the MLP has three times ``dim``. ``repeats``:
+    steps in a process. ``chunk_tokens``: of seco. ``mlp_chunk_tokens``: of ways whose MLP runs in pieces."""
 
     num_layers: int = 8
     dim: int = 256
@@ -64,8 +64,9 @@ class Settings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """``peak_bytes``: highest resident set over that of the same process just before the steps; ``resident_bytes``: the
-    whole of it. ``fits`` False: an allocation met the limit, other figures mean nothing."""
+    """What one way took. ``peak_bytes``: peak resident set over that of the process just before the steps;
+    ``resident_bytes``: the whole peak. ``fits`` False: an allocation hit the limit, and the other figures mean
+    nothing."""
 
     way: str
     length: int
@@ -81,7 +82,7 @@ class Measured:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Predicted:
-    """Whole resident set, and bytes in the tier (0 without one): what plan and set-up say, and what a step took."""
+    """Predicted and measured peaks of the whole resident set, and of bytes in the tier (0 without one)."""
 
     way: str
     length: int
@@ -93,10 +94,10 @@ class Predicted:
 
 @dataclass(slots=True)
 class Bench:
-    """A runtime for one way of keeping less, ready to run steps."""
+    """A runtime for one way, ready to run steps."""
 
     way: str
-    settings: Settings
+    workload: MemoryWorkload
     runtime: Runtime
     ids: np.ndarray
     hooks: Callable[[], contextlib.AbstractContextManager[Any]] = field(default=contextlib.nullcontext)
@@ -106,7 +107,7 @@ class Bench:
         return token_rows([self.ids[span.start_token : span.stop_token + 1]], spans, torch.device("cpu"))
 
     def step(self, length: int) -> float:
-        """Forward and backward; the mean loss. Gradients are dropped."""
+        """Run forward and backward and return the mean loss. Gradients are dropped."""
         program = compile_rank_program(design_plan(1, _ALONE, (length,)), 0)
         with self.hooks():
             loss, _ = accumulate_gradients(self.runtime, program, self.read, num_tokens=length)
@@ -114,8 +115,8 @@ class Bench:
         return loss / length
 
     def whole_step(self, length: int) -> int:
-        """Two microbatches of one sequence each, so that the second one meets the gradients of the first, and the
-        optimizer at learning rate zero; the peak resident set."""
+        """Run a step with the optimizer at learning rate 0 and return the peak resident set in bytes. It has two
+        microbatches of one sequence each, so that the second one runs beside the gradients of the first."""
         plan = design_plan(1, _ALONE, (length, length))
         groups = [replace(plan.microbatches[0].groups[0], sequences=(number,)) for number in range(2)]
         plan = replace(plan, microbatches=tuple(replace(plan.microbatches[0], groups=(group,)) for group in groups))
@@ -125,27 +126,27 @@ class Bench:
 
 
 @contextlib.contextmanager
-def bench(way: str, length: int, settings: Settings, *, scarce: bool = False) -> Iterator[Bench]:
-    """``length``: the longest sequence that will run. ``scarce``: as in a run whose memory may not do, where blocks are
-    mapped finely whatever the policy."""
+def bench(way: str, length: int, workload: MemoryWorkload, *, scarce: bool = False) -> Iterator[Bench]:
+    """A runtime for ``way``, for sequences of at most ``length`` tokens. ``scarce``: as in a run where memory may bind,
+    in which blocks are mapped finely whatever the policy."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix=".bench-", dir=Path.cwd()) as folder:
         env = RankEnv(rank=0, world_size=1, local_rank=0, local_world_size=1)
         config = TrainConfig(
-            run=RunConfig(dir=folder, seed=settings.seed, world_size=1, device="cpu"),
-            data=DataConfig(max_length=length, tokens_per_step=length), memory=_memory(way, settings),
+            run=RunConfig(dir=folder, seed=workload.seed, world_size=1, device="cpu"),
+            data=DataConfig(max_length=length, tokens_per_step=length), memory=_memory(way, workload),
             plan=PlanConfig(device_budget=_SCARCE_BUDGET if scarce else "auto"),
         )
-        heads = settings.dim // 64
+        heads = workload.dim // 64
         spec = replace(
-            load_model("tiny"), num_layers=settings.num_layers, hidden_dim=settings.dim, ffn_dim=3 * settings.dim,
+            load_model("tiny"), num_layers=workload.num_layers, hidden_dim=workload.dim, ffn_dim=3 * workload.dim,
             num_query_heads=heads, num_kv_heads=max(1, heads // 2), head_dim=64, vocab_size=VOCABULARY,
         )
         runtime = build_runtime(config, env, spec, init_method=f"file://{folder}/store")
-        ids = np.random.default_rng(settings.seed).integers(0, VOCABULARY, size=length + 1)
+        ids = np.random.default_rng(workload.seed).integers(0, VOCABULARY, size=length + 1)
         if way != "keep":
-            map_large_blocks(fine=True)  # torch's ways as well: none shall look worse for the allocator's sake
-        made = Bench(way, settings, runtime, ids)
+            map_large_blocks(fine=True)  # for torch's ways as well, so that the allocator favours none
+        made = Bench(way, workload, runtime, ids)
         _add_peer(made, Path(folder))
         try:
             yield made
@@ -154,21 +155,21 @@ def bench(way: str, length: int, settings: Settings, *, scarce: bool = False) ->
             comm.shutdown()
 
 
-def _memory(way: str, settings: Settings) -> MemoryConfig:
+def _memory(way: str, workload: MemoryWorkload) -> MemoryConfig:
     plain = way.removesuffix(MLP_IN_PIECES)
     if plain != way:
-        return replace(_memory(plain, settings), mlp_chunk_tokens=settings.mlp_chunk_tokens)
-    policy, _, detail = way.partition(" ")  # of swap the fraction, of seco the tier
+        return replace(_memory(plain, workload), mlp_chunk_tokens=workload.mlp_chunk_tokens)
+    policy, _, detail = way.partition(" ")  # detail: the fraction of swap, the tier of seco
     if policy == "swap":
         swap_fraction = None if detail == "measured" else float(detail)
         return MemoryConfig(policy="swap", tier="disk", swap_fraction=swap_fraction)
     if policy == "seco":
-        return MemoryConfig(policy="seco", chunk_tokens=settings.chunk_tokens, tier=detail or None)
+        return MemoryConfig(policy="seco", chunk_tokens=workload.chunk_tokens, tier=detail or None)
     return MemoryConfig(policy="recompute" if way == "recompute" else "keep")
 
 
 def _add_peer(made: Bench, folder: Path) -> None:
-    """What is not ours: torch's own ways, put around plain autograd."""
+    """Put torch's own way, where ``made`` is for one, around plain autograd."""
     layers = made.runtime.model.layers.values()
     if made.way == "checkpoint":
         for layer in layers:
@@ -190,7 +191,7 @@ def _save_attention(context: Any, operator: Any, *arguments: Any, **options: Any
 
 @contextlib.contextmanager
 def _offload_everything(folder: Path) -> Iterator[None]:
-    """Torch's saved-tensor hooks with a file for each tensor, the way its documentation shows; parameters stay."""
+    """Torch's saved-tensor hooks with a file for each tensor, as its documentation shows; parameters stay."""
     numbers = iter(range(1 << 60))
 
     def pack(tensor: torch.Tensor) -> Any:
@@ -212,13 +213,13 @@ def _offload_everything(folder: Path) -> Iterator[None]:
         yield
 
 
-def measure(way: str, length: int, settings: Settings, *, limit_bytes: int = 0) -> Measured:
-    """Steps over one sequence of ``length`` tokens; the quickest counts. ``limit_bytes``: of all writable memory of the
-    process, enforced by the system (RLIMIT_DATA)."""
+def measure(way: str, length: int, workload: MemoryWorkload, *, limit_bytes: int = 0) -> Measured:
+    """Run steps over one sequence of ``length`` tokens; the quickest counts. ``limit_bytes``: limit of the process's
+    writable memory, enforced by the system (RLIMIT_DATA); 0: none."""
     limit_data(limit_bytes)
     try:
-        with bench(way, length, settings) as made:
-            made.step(min(length, _WARM_UP_TOKENS))  # what loads once is loaded
+        with bench(way, length, workload) as made:
+            made.step(min(length, _WARM_UP_TOKENS))  # load everything that is loaded once
             give_back_freed_memory()
             peak = made.runtime.peak
             peak.reset()
@@ -226,12 +227,12 @@ def measure(way: str, length: int, settings: Settings, *, limit_bytes: int = 0) 
             tier = made.runtime.memory.tier
             written_bytes = tier.written_bytes if tier is not None else 0
             walls, cpus, loss = [], [], 0.0
-            for _ in range(settings.repeats):
+            for _ in range(workload.repeats):
                 began_s, began_cpu_s = time.perf_counter(), time.process_time()
                 loss = made.step(length)
                 walls.append(time.perf_counter() - began_s)
                 cpus.append(time.process_time() - began_cpu_s)
-            swapped_bytes = (tier.written_bytes - written_bytes) // settings.repeats if tier is not None else 0
+            swapped_bytes = (tier.written_bytes - written_bytes) // workload.repeats if tier is not None else 0
             return Measured(
                 way=way, length=length, peak_bytes=peak.read_bytes() - start_bytes, resident_bytes=peak.read_bytes(),
                 step_s=min(walls), cpu_s=min(cpus), loss=loss, note=made.runtime.memory.note,
@@ -244,7 +245,7 @@ def measure(way: str, length: int, settings: Settings, *, limit_bytes: int = 0) 
 
 
 def limit_data(limit_bytes: int) -> None:
-    """Let this process have no more writable memory than that; 0: no limit."""
+    """Limit this process's writable memory; 0: no limit."""
     if limit_bytes:
         resource.setrlimit(resource.RLIMIT_DATA, (limit_bytes, limit_bytes))
 
@@ -261,10 +262,10 @@ def data_bytes() -> int:
     raise OSError("no VmData in /proc/self/status: this needs Linux")
 
 
-def longest_dense(settings: Settings, budget_bytes: int, most_tokens: int) -> dict[str, int]:
-    """Bisection for the longest sequence that trains with everything kept within ``budget_bytes`` over what the process
-    has after its first small step. Returns it with the limit that is the same for every other way."""
-    with bench("keep", most_tokens, settings) as made:
+def longest_dense(workload: MemoryWorkload, budget_bytes: int, most_tokens: int) -> dict[str, int]:
+    """Bisect for the longest sequence that trains with all activations kept, within ``budget_bytes`` over what the
+    process has after a first small step. Returns its length and the limit, which the other ways get as well."""
+    with bench("keep", most_tokens, workload) as made:
         map_large_blocks(fine=True)
         made.step(_WARM_UP_TOKENS)
         limit_bytes = data_bytes() + budget_bytes
@@ -291,13 +292,13 @@ def _trains(made: Bench, length: int) -> bool:
     return True
 
 
-def predict(way: str, lengths: tuple[int, ...], settings: Settings) -> list[Predicted]:
-    """What a run's own calibration predicts for steps of these lengths, and what they take."""
+def predict(way: str, lengths: tuple[int, ...], workload: MemoryWorkload) -> list[Predicted]:
+    """The peaks that a run's own calibration predicts for steps of these lengths, and the measured ones."""
     found = []
-    with bench("keep" if way == AMPLE else way, max(lengths), settings, scarce=way != AMPLE) as made:
+    with bench("keep" if way == AMPLE else way, max(lengths), workload, scarce=way != AMPLE) as made:
         cost = calibrate(made.runtime, (_ALONE,), max_length=max(lengths), machine="here").cost
         tier = made.runtime.memory.tier
-        made.whole_step(min(lengths))  # the first step has no optimizer state until it ends
+        made.whole_step(min(lengths))  # the first step lacks optimizer state until its end
         for length in lengths:
             measured_bytes = made.whole_step(length)
             found.append(Predicted(
@@ -309,7 +310,7 @@ def predict(way: str, lengths: tuple[int, ...], settings: Settings) -> list[Pred
 
 
 def _tier_bytes(runtime: Runtime, length: int) -> int:
-    """What a sequence alone leaves in the tier: a layer's profile times the policy's shares, places padded."""
+    """Bytes that one sequence puts into the tier: a layer's profile times the policy's fractions, with padding."""
     profile, policy = profile_layer(runtime, num_tokens=length), runtime.memory.policy
     layer = sum(each.bytes_per_token * policy.split(each.name, length)[0] for each in profile.tensors)
     if policy.swap_pair:
@@ -319,7 +320,7 @@ def _tier_bytes(runtime: Runtime, length: int) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Course:
-    """One step over time. ``samples``: (seconds since the step began, resident bytes over its start)."""
+    """One step over time. ``samples``: (seconds since the step began, resident bytes over those at its start)."""
 
     way: str
     length: int
@@ -328,9 +329,9 @@ class Course:
     hidden_share: float = 1.0
 
 
-def course(way: str, length: int, settings: Settings) -> Course:
-    """Run one step (after a first one) and sample the resident set every few milliseconds."""
-    with bench(way, length, settings) as made:
+def course(way: str, length: int, workload: MemoryWorkload) -> Course:
+    """Run a step after a first one, and sample the resident set every few milliseconds."""
+    with bench(way, length, workload) as made:
         made.step(length)
         memory = made.runtime.memory
         memory.record(True)

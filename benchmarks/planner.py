@@ -1,25 +1,29 @@
-"""How good and how fast step plans are: every strategy and every peer on the same lengths under the same cost models.
+"""How good step plans are and how fast they are made: all strategies and peers on the same steps and cost models.
 
     OMP_NUM_THREADS=1 python -m benchmarks.planner [--out FILE] [--seed N] [--batches N] [--lengths FILE] [--quick]
         [--solver-seconds S]
 
-For each setting (cluster, model, ranks, sequences a step) and each length set it plans the same batches with every
-strategy of ``planner`` and with the peers of ``benchmarks.peers.planners`` (which says how each of those is run), and
-prints, in markdown: the best single published strategy and its mean step time over adaptive's, the least of these
-ratios in one batch against whichever published strategy was best there, adaptive's mean and worst gap to the proven
-bound, and its mean and worst planning time, verification included. Then, by setting, the mean ratio over the length
-sets beside the goal, and how often planners fail at numbers of ranks that are no power of two.
+For each scenario (cluster, model, ranks, sequences per step) and each length set it plans the same batches with every
+strategy of ``planner`` and with the peers of ``benchmarks.peers.planners`` (which says how each of them is run). It
+prints a Markdown table with
 
-Every length set comes twice: ``tuned`` batches are among those on which adaptive's constants were chosen (seed 0; for
-zero3 seeds 11 to 16 as well), ``held out`` ones are drawn from the same corpora with another seed (``--seed``), so the
-second are the ones to quote. Step times are predicted, from cost models derived from data sheets
-(``planner.cost.data_sheet``), with the barriers of those peers that have them, and for every plan those of zero3;
-planning times are this machine's. Nothing is asserted.
+- the best single published strategy, and its mean step time over adaptive's;
+- the least ratio in one batch, against the published strategy that was best in that batch;
+- adaptive's mean and worst gap to the proven lower bound, and its mean and worst planning time with verification.
 
-``flexsp`` and ``megatron`` in the last column are our strategies of these names, stronger than what was published: the
-first falls back on a list schedule without rounds, the second packs sequences and has no barriers. On 12,288 ranks
-only adaptive is planned, for its planning time: one long sequence sets the step time there, so a gap of 0 says little
-about balance.
+Then it prints, by scenario, the mean ratio over the length sets beside the goal, and how often planners fail at numbers
+of ranks that are no power of two.
+
+Every length set comes twice. ``tuned`` batches are among those on which adaptive's constants were chosen (seed 0; for
+zero3 seeds 11 to 16 as well). ``held out`` batches are drawn from the same corpora with another seed (``--seed``);
+these are the ones to quote. Step times are predictions of cost models derived from data sheets
+(``planner.cost.data_sheet``). They include the barriers of peers that have them and, for every plan, those of zero3.
+Planning times are this machine's. Nothing is asserted.
+
+``flexsp`` and ``megatron`` in the last column are our strategies of these names, which are stronger than the published
+ones: the first falls back on a list schedule without rounds, the second packs sequences and has no barriers. On 12,288
+ranks only adaptive runs, for its planning time: one long sequence dominates the step time there, so a gap of 0 says
+little about balance.
 """
 
 from __future__ import annotations
@@ -45,26 +49,28 @@ from planner.inputs.files import load_cluster, load_model
 from planner.inputs.length_generators import generate_lengths
 from planner.inputs.lengths_file import read_lengths
 from planner.plan import AttentionKind, Sharding, StepPlan
+from planner.pricing.problem import StepProblem
 from planner.step_planner import STRATEGIES, plan_step
 
 CORPORA = ("wikipedia", "prolong", "github", "byted")
 TUNED_SEED = 0
-CHOSEN_ON = (TUNED_SEED, *range(11, 17))  # seeds that constants were chosen on: none of them is held out
+CHOSEN_ON = (TUNED_SEED, *range(11, 17))  # seeds on which constants were chosen, so none of them is held out
 PUBLISHED = ("flexsp-published", "hdp", "hdp-naive", "karmarkar-karp", "megatron-core", "static", "zeppelin")
-ROUNDING = 1e-9  # of a ratio: the same plan's time is added up in another order
-GOAL = 1.15  # adaptive over the best single published strategy, mean over the length sets
+ROUNDING = 1e-9  # tolerance of a ratio: the times of equal plans may be summed in different orders
+GOAL = 1.15  # the best single published strategy's time over adaptive's, mean over the length sets
 ANY_RANKS_BATCHES = 100
 COLUMNS = (
-    "setting", "batches", "lengths", "tokens a step", "longest", "best published", "its time / adaptive",
+    "scenario", "batches", "lengths", "tokens a step", "longest", "best published", "its time / adaptive",
     "least in a batch", "mean gap", "worst gap", "plan ms", "worst plan ms", "published / adaptive",
     "our others / adaptive",
 )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Setting:
-    """A machine, a model and a step. ``batch_tokens``: a step ends with the sequence that reaches it; else it has
-    ``batch_sequences``. ``max_tokens``: longer sequences are dropped. ``num_batches``: of each length set."""
+class Scenario:
+    """A cluster, a model and the size of a step: ``batch_sequences`` sequences, or, where ``batch_tokens`` is set, as
+    many as are needed to reach these tokens. ``max_tokens``: longer sequences are dropped. ``num_batches``: batches of
+    each length set."""
 
     cluster: str
     model: str
@@ -82,19 +88,19 @@ class Setting:
         return f"{self.cluster}, {self.model}, {self.sharding}, {self.num_ranks} ranks, {size}"
 
 
-SETTINGS = (
-    Setting(
+SCENARIOS = (
+    Scenario(
         cluster="h200-64", model="llama-3-8b", num_ranks=64, batch_sequences=512, max_tokens=2**19, num_batches=3
     ),
-    Setting(
+    Scenario(
         cluster="a100-40g-64", model="gpt-7b", num_ranks=64, batch_sequences=512, max_tokens=192 * 2**10,
         sharding=Sharding.ZERO3, num_batches=3,
     ),
-    Setting(
+    Scenario(
         cluster="h100-1024", model="llama-3-8b", num_ranks=1024, batch_tokens=2**23, max_tokens=2**20,
         num_batches=2,
     ),
-    Setting(
+    Scenario(
         cluster="h100-12288", model="llama-3-8b", num_ranks=12288, batch_tokens=2**25, max_tokens=2**21,
         adaptive_only=True, num_batches=1,
     ),
@@ -103,10 +109,11 @@ SETTINGS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """One length set in one setting. ``step_s``: predicted seconds by strategy and batch, of those that planned every
-    batch; ``failures``: in how many batches the others failed. ``plan_s``: adaptive's planning time by batch."""
+    """One length set in one scenario. ``step_s``: predicted seconds by strategy and batch, for strategies that planned
+    every batch. ``failures``: in how many batches each of the others failed. ``plan_s``: adaptive's planning time by
+    batch."""
 
-    setting: Setting
+    scenario: Scenario
     batches: str
     lengths: str
     steps: list[list[int]]
@@ -123,26 +130,26 @@ class Result:
 
     @property
     def best_published(self) -> tuple[str, float] | None:
-        """Name and ratio."""
+        """Name and ratio of the published strategy with the smallest ratio; None where none planned every batch."""
         ratios = {name: ratio for name, ratio in self.ratios.items() if name in PUBLISHED}
         return min(ratios.items(), key=lambda item: item[1]) if ratios else None
 
     @property
     def headroom(self) -> float:
-        """``best_published``'s ratio if adaptive's plans took no longer than what no plan can beat; 1 without one."""
+        """``best_published``'s ratio if adaptive's plans reached the proven lower bound; 1 without a published one."""
         bound_s = sum(ours * (1 - gap) for ours, gap in zip(self.step_s["adaptive"], self.gaps, strict=True))
         return sum(self.step_s[self.best_published[0]]) / bound_s if self.best_published else 1.0
 
     @property
     def least_ratio(self) -> float | None:
-        """The least ratio in one batch, against the published strategy that is best there."""
+        """The least ratio in one batch, against the published strategy that is best in that batch."""
         published = [found for name, found in self.step_s.items() if name in PUBLISHED]
         best_s = [min(times) for times in zip(*published, strict=True)]
         ratios = [best / ours for best, ours in zip(best_s, self.step_s["adaptive"], strict=False)]
         return min(ratios) if ratios else None
 
     def others(self, published: bool) -> str:
-        """Ratios of the published strategies, or of our own."""
+        """Ratios of the published strategies, or of our own ones."""
         names = sorted(self.ratios.items(), key=lambda item: item[1])
         told = [f"{name} {ratio:.3f}" for name, ratio in names if (name in PUBLISHED) == published]
         told += [
@@ -155,7 +162,7 @@ class Result:
     def row(self) -> str:
         best, least = self.best_published, self.least_ratio
         cells = (
-            self.setting.name,
+            self.scenario.name,
             self.batches,
             self.lengths,
             f"{sum(map(sum, self.steps)) / len(self.steps) / 1000:,.0f}K",
@@ -183,12 +190,12 @@ def main(arguments: Sequence[str]) -> None:
              f"FlexSP: {options.solver_seconds:g} s a step\n")
     out.head(COLUMNS)
     results = []
-    for setting in SETTINGS[:1] if options.quick else SETTINGS:
+    for scenario in SCENARIOS[:1] if options.quick else SCENARIOS:
         for batches, seed in (("file", 0),) if options.lengths else (("tuned", TUNED_SEED), ("held out", options.seed)):
             for name in (options.lengths,) if options.lengths else CORPORA:
-                num_batches = options.batches or (1 if options.quick else setting.num_batches)
-                steps = list(islice(read_batches(setting, name, seed), num_batches))
-                results.append(measure(setting, batches, Path(name).name, steps, solver_s=options.solver_seconds))
+                num_batches = options.batches or (1 if options.quick else scenario.num_batches)
+                steps = list(islice(read_batches(scenario, name, seed), num_batches))
+                results.append(measure(scenario, batches, Path(name).name, steps, solver_s=options.solver_seconds))
                 out.line(results[-1].row)
     if not options.lengths:
         out.line("")
@@ -207,11 +214,11 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.planner", description=__doc__.splitlines()[0])
     parser.add_argument("--out", metavar="FILE", help="write the tables here as well")
     parser.add_argument("--lengths", metavar="FILE", help="one length a line, instead of the named corpora")
-    parser.add_argument("--batches", type=int, metavar="N", help="steps of each kind (default: 1 to 3 by setting)")
+    parser.add_argument("--batches", type=int, metavar="N", help="steps of each kind (default: 1 to 3 by scenario)")
     parser.add_argument("--seed", type=int, default=1, metavar="N", help="of the held-out batches (default: 1)")
     parser.add_argument("--solver-seconds", type=float, default=10.0, metavar="S",
                         help="time limit of the published FlexSP for a step (default: 10)")
-    parser.add_argument("--quick", action="store_true", help="the first setting only, one batch of each kind")
+    parser.add_argument("--quick", action="store_true", help="the first scenario only, one batch of each kind")
     options = parser.parse_args(arguments)
     if options.seed in CHOSEN_ON:
         parser.error(f"seeds {CHOSEN_ON} are those that constants were chosen on: choose another for held-out batches")
@@ -220,7 +227,7 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
 
 @dataclass(frozen=True, slots=True)
 class _Printer:
-    """Lines go out at once and are kept for the file."""
+    """Prints lines at once and keeps them for the file."""
 
     lines: list[str]
 
@@ -237,11 +244,11 @@ def _row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def measure(setting: Setting, batches: str, name: str, steps: list[list[int]], *, solver_s: float) -> Result:
+def measure(scenario: Scenario, batches: str, name: str, steps: list[list[int]], *, solver_s: float) -> Result:
     """Plan these steps with every strategy and peer."""
-    cost, limits = model_of(setting)
+    cost, limits = model_of(scenario)
     work = [
-        Step(number=number, lengths=lengths, num_ranks=setting.num_ranks, cost=cost, limits=limits)
+        Step(number, StepProblem(lengths=tuple(lengths), num_ranks=scenario.num_ranks, cost=cost, limits=limits))
         for number, lengths in enumerate(steps)
     ]
     ours, plan_s = [], []
@@ -252,7 +259,7 @@ def measure(setting: Setting, batches: str, name: str, steps: list[list[int]], *
         plan_s.append(time.perf_counter() - started_s)
     step_s = {"adaptive": [plan.predicted_s for plan in ours]}
     failures: dict[str, int] = {}
-    for other, predict in {} if setting.adaptive_only else _others(solver_s).items():
+    for other, predict in {} if scenario.adaptive_only else _others(solver_s).items():
         times = []
         for step in work:
             try:
@@ -262,13 +269,14 @@ def measure(setting: Setting, batches: str, name: str, steps: list[list[int]], *
         if other not in failures:
             step_s[other] = times
     return Result(
-        setting=setting, batches=batches, lengths=name, steps=steps, step_s=step_s, failures=failures,
+        scenario=scenario, batches=batches, lengths=name, steps=steps, step_s=step_s, failures=failures,
         gaps=[plan.solver.gap for plan in ours], plan_s=plan_s,
     )
 
 
 def _others(solver_s: float) -> dict[str, Callable[[Step], float]]:
-    """How each of the others predicts the seconds of its plan. A peer takes the place of a strategy of its name."""
+    """By name, a function that plans a step with another strategy or a peer and predicts its seconds. A peer replaces
+    the strategy of the same name."""
     found: dict[str, Callable[[Step], float]] = {
         name: lambda step, name=name: _plan(step, name).predicted_s for name in STRATEGIES if name != "adaptive"
     }
@@ -278,24 +286,21 @@ def _others(solver_s: float) -> dict[str, Callable[[Step], float]]:
 
 
 def _plan(step: Step, strategy: str) -> StepPlan:
-    return plan_step(
-        step.lengths, step=step.number, num_ranks=step.num_ranks, cost=step.cost, limits=step.limits,
-        strategy=strategy,
-    )
+    return plan_step(step.problem, step=step.number, strategy=strategy)
 
 
 def goal_lines(results: Sequence[Result]) -> list[str]:
-    """By setting and kind of batch, the mean ratio over the length sets beside the goal and beside what it would be at
-    the proven bound, which no planner can pass, and the least in a batch."""
+    """For each scenario and kind of batch: the mean ratio over the length sets, the goal, the mean ratio at the proven
+    lower bound, and the least ratio in a batch."""
     lines = []
-    for setting, batches in dict.fromkeys((result.setting, result.batches) for result in results):
-        group = [result for result in results if (result.setting, result.batches) == (setting, batches)]
+    for scenario, batches in dict.fromkeys((result.scenario, result.batches) for result in results):
+        group = [result for result in results if (result.scenario, result.batches) == (scenario, batches)]
         ratios = [result.best_published[1] for result in group if result.best_published]
         if not ratios:
             continue
         mean, least = fmean(ratios), min(result.least_ratio or 0.0 for result in group)
         lines.append(
-            f"- {setting.name}, {batches}: best single published strategy / adaptive {mean:.3f} in the mean over "
+            f"- {scenario.name}, {batches}: best single published strategy / adaptive {mean:.3f} in the mean over "
             f"{len(ratios)} length sets, goal {GOAL} {'met' if mean >= GOAL else 'NOT met'} (at the proven bound it "
             f"would be {fmean(result.headroom for result in group):.3f}); least in a batch {least:.4f}, never below 1: "
             f"{'yes' if least >= 1 - ROUNDING else 'NO'}"
@@ -303,10 +308,10 @@ def goal_lines(results: Sequence[Result]) -> list[str]:
     return lines
 
 
-def model_of(setting: Setting) -> tuple[CostModel, PlanLimits]:
-    """The setting's derived cost model, and its limits with both attention kinds."""
-    cluster, model = load_cluster(setting.cluster), load_model(setting.model)
-    cost = derive_cost(cluster, model, num_ranks=setting.num_ranks, sharding=setting.sharding)
+def model_of(scenario: Scenario) -> tuple[CostModel, PlanLimits]:
+    """The scenario's derived cost model, and its limits with ulysses and rings allowed."""
+    cluster, model = load_cluster(scenario.cluster), load_model(scenario.model)
+    cost = derive_cost(cluster, model, num_ranks=scenario.num_ranks, sharding=scenario.sharding)
     limits = PlanLimits(
         device_budget_bytes=cluster.device.memory_bytes - cluster.device.reserved_bytes,
         max_ulysses_degree=model.num_query_heads, kinds=(AttentionKind.ULYSSES, AttentionKind.RING),
@@ -315,15 +320,15 @@ def model_of(setting: Setting) -> tuple[CostModel, PlanLimits]:
     return cost, limits
 
 
-def read_batches(setting: Setting, name: str, seed: int) -> Iterator[list[int]]:
-    """The setting's steps from a corpus and its seed, or from a file of lengths."""
+def read_batches(scenario: Scenario, name: str, seed: int) -> Iterator[list[int]]:
+    """The scenario's steps from a corpus and its seed, or from a file of lengths."""
     drawn = generate_lengths(name, seed=seed) if name in CORPORA else iter(read_lengths(name))
     step: list[int] = []
     for length in drawn:
-        if length > setting.max_tokens:
+        if length > scenario.max_tokens:
             continue
         step.append(length)
-        if len(step) == setting.batch_sequences or 0 < setting.batch_tokens <= sum(step):
+        if len(step) == scenario.batch_sequences or 0 < scenario.batch_tokens <= sum(step):
             yield step
             step = []
 

@@ -1,7 +1,7 @@
-"""Does a planner plan every step, whatever the number of ranks? Ours and Megatron's own scheduler on random batches.
+"""How often ``adaptive`` and Megatron's own scheduler fail to plan random batches at any number of ranks.
 
-A batch is feasible by construction: lengths are log-uniform from 1 token up to what all ranks hold together, less two
-tokens a rank for uneven splits. Megatron's ``BalancedCPScheduler`` forms groups of powers of two and of all ranks.
+A batch is feasible by construction: lengths are log-uniform from 1 token up to what all ranks can hold together, less
+two tokens a rank for uneven splits. Megatron's ``BalancedCPScheduler`` forms groups of powers of two and of all ranks.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from planner.cost.limits import PlanLimits
 from planner.errors import InfeasibleError, SpecError
 from planner.inputs.files import load_cluster, load_model
 from planner.plan import AttentionKind
+from planner.pricing.problem import StepProblem
 from planner.step_planner import plan_step
 
 NUM_RANKS = (6, 12, 24, 100)
@@ -27,7 +28,7 @@ COLUMNS = ("ranks", "batches", "longest allowed", "adaptive fails", "megatron-co
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tally:
-    """``peer_failures``: how often by exception name."""
+    """Failures at one number of ranks. ``peer_failures``: number of failures by exception name."""
 
     num_ranks: int
     num_batches: int
@@ -46,7 +47,7 @@ class Tally:
 
 
 def tally(num_ranks: int, num_batches: int, *, seed: int) -> Tally:
-    """Plan random batches on so many devices of the ``h100-1024`` cluster with ``llama-3-8b``."""
+    """Plan random batches on ``num_ranks`` devices of the ``h100-1024`` cluster with ``llama-3-8b``."""
     cluster, model = load_cluster("h100-1024"), load_model("llama-3-8b")
     cost = derive_cost(cluster, model, num_ranks=num_ranks)
     limits = PlanLimits(
@@ -59,7 +60,11 @@ def tally(num_ranks: int, num_batches: int, *, seed: int) -> Tally:
     our_failures, peer_failures = 0, Counter[str]()
     for number, lengths in enumerate(random_batches(num_batches, max_tokens, seed=seed)):
         try:
-            plan_step(lengths, step=number, num_ranks=num_ranks, cost=cost, limits=limits, strategy="adaptive")
+            plan_step(
+                StepProblem(lengths=lengths, num_ranks=num_ranks, cost=cost, limits=limits),
+                step=number,
+                strategy="adaptive",
+            )
         except (SpecError, InfeasibleError):
             our_failures += 1
         try:
@@ -73,7 +78,7 @@ def tally(num_ranks: int, num_batches: int, *, seed: int) -> Tally:
 
 
 def random_batches(num_batches: int, max_tokens: int, *, seed: int) -> Iterator[list[int]]:
-    """``BATCH_SEQUENCES`` lengths each, log-uniform from 1 to ``max_tokens``."""
+    """Batches of ``BATCH_SEQUENCES`` lengths, log-uniform from 1 to ``max_tokens``."""
     rng = np.random.Generator(np.random.Philox(seed))
     for _ in range(num_batches):
         drawn = np.exp(rng.uniform(0.0, np.log(max_tokens), BATCH_SEQUENCES))

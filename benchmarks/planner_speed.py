@@ -1,11 +1,11 @@
-"""How long each strategy plans, beside the greedy plan that stands in when a planner is late; and the command's start.
+"""Planning time of each strategy, compared with the greedy plan's (which runs when a planner is late), and start-up.
 
     OMP_NUM_THREADS=1 python -m benchmarks.planner_speed [--out FILE] [--repeats N] [--quick]
 
-For each setting and strategy: milliseconds of CPU time of this process for one step, the least of some repeats, and
-its ratio to the greedy plan's of the same step in the same run; below them what every plan goes through, verification
-and simulation. Then the start of ``longhaul plan --help`` over that of a bare interpreter. Ratios carry over from
-machine to machine, milliseconds do not. Nothing is asserted: tests count calls (``tests/work.py``).
+For each case and strategy: milliseconds of CPU time of this process for one step, the least of some repeats, and the
+ratio to the greedy plan's time for the same step in the same run. Below them are verification and simulation, which
+every plan goes through. Last comes the start-up time of ``longhaul plan --help`` over a bare interpreter's. Ratios
+carry over from machine to machine, milliseconds do not. Nothing is asserted: tests count calls (``tests/work.py``).
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from pathlib import Path
 
 from planner.cost.data_sheet import derive_cost
 from planner.cost.limits import PlanLimits
-from planner.cost.model import CostModel
 from planner.inputs.files import load_cluster, load_model
 from planner.inputs.length_generators import generate_lengths
 from planner.plan import AttentionKind
+from planner.pricing.problem import StepProblem
 from planner.pricing.simulate import simulate
 from planner.pricing.verify import verify_plan
 from planner.step_planner import STRATEGIES, greedy_step, plan_step
@@ -36,17 +36,14 @@ COLUMNS = ("what", "ms", "times the greedy plan")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """One step on one cluster; what ``plan_step`` takes."""
+    """One step on one cluster."""
 
     name: str
-    lengths: tuple[int, ...]
-    num_ranks: int
-    cost: CostModel
-    limits: PlanLimits
+    problem: StepProblem
 
 
 def make_case(cluster_name: str, num_sequences: int) -> Case:
-    """``num_sequences`` of the longest set that fits everywhere, on this cluster with the usual budget."""
+    """A step of ``num_sequences`` sequences of at most ``LONGEST`` tokens on this cluster, with its whole budget."""
     cluster, model = load_cluster(cluster_name), load_model(MODEL)
     device = cluster.device
     limits = PlanLimits(
@@ -56,11 +53,12 @@ def make_case(cluster_name: str, num_sequences: int) -> Case:
     lengths = tuple(islice((size for size in generate_lengths(LENGTHS) if size <= LONGEST), num_sequences))
     cost = derive_cost(cluster, model, num_ranks=cluster.num_ranks)
     name = f"{cluster_name}, {MODEL}, {cluster.num_ranks} ranks, {num_sequences} sequences of {LENGTHS}"
-    return Case(name=name, lengths=lengths, num_ranks=cluster.num_ranks, cost=cost, limits=limits)
+    problem = StepProblem(lengths=lengths, num_ranks=cluster.num_ranks, cost=cost, limits=limits)
+    return Case(name=name, problem=problem)
 
 
 def cpu_s(action: Callable[[], object], repeats: int) -> float:
-    """Least CPU seconds of this process over the repeats, after one more that warms caches."""
+    """Least CPU seconds of this process over the repeats, after a first run that warms caches."""
     action()
     seconds = []
     for _ in range(repeats):
@@ -71,21 +69,20 @@ def cpu_s(action: Callable[[], object], repeats: int) -> float:
 
 
 def measure(case: Case, repeats: int) -> dict[str, float]:
-    """CPU seconds by what is done, the greedy plan first."""
-    step = {"step": 0, "num_ranks": case.num_ranks, "cost": case.cost, "limits": case.limits}
-    found = {"greedy": cpu_s(lambda: greedy_step(case.lengths, **step), repeats)}
+    """CPU seconds by name of what is measured, the greedy plan first."""
+    found = {"greedy": cpu_s(lambda: greedy_step(case.problem, step=0), repeats)}
     for name in STRATEGIES:
-        found[name] = cpu_s(lambda name=name: plan_step(case.lengths, strategy=name, **step), repeats)
-    plan = plan_step(case.lengths, strategy="adaptive", **step)
+        found[name] = cpu_s(lambda name=name: plan_step(case.problem, step=0, strategy=name), repeats)
+    plan = plan_step(case.problem, step=0, strategy="adaptive")
     found["verify an adaptive plan"] = cpu_s(
-        lambda: verify_plan(plan, case.lengths, num_ranks=case.num_ranks, cost=case.cost, limits=case.limits), repeats
+        lambda: verify_plan(plan, case.problem), repeats
     )
-    found["simulate an adaptive plan"] = cpu_s(lambda: simulate(plan, case.cost), repeats)
+    found["simulate an adaptive plan"] = cpu_s(lambda: simulate(plan, case.problem.cost), repeats)
     return found
 
 
 def start_ratio(repeats: int) -> float:
-    """Wall seconds of ``longhaul plan --help`` over those of an interpreter that does nothing, least of the repeats."""
+    """Wall seconds of ``longhaul plan --help`` over those of an interpreter that does nothing; least of the repeats."""
     commands = ([sys.executable, "-c", "pass"], [sys.executable, "-m", "launch.cli", "plan", "--help"])
     least = [float("inf")] * 2
     for _ in range(repeats):
@@ -97,7 +94,7 @@ def start_ratio(repeats: int) -> float:
 
 
 def report(cases: Sequence[Case], repeats: int) -> Iterator[str]:
-    """Markdown, line by line as it is measured."""
+    """The report in Markdown, line by line while it is measured."""
     yield f"{platform.machine()}, Python {platform.python_version()}, one process, least of {repeats}"
     for case in cases:
         yield f"\n{case.name}\n"
@@ -113,7 +110,7 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.planner_speed", description=__doc__.splitlines()[0])
     parser.add_argument("--out", metavar="FILE", help="write the tables here as well")
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="of each measurement (default: 3)")
-    parser.add_argument("--quick", action="store_true", help="the small setting only")
+    parser.add_argument("--quick", action="store_true", help="the small case only")
     options = parser.parse_args(arguments)
     if options.repeats < 1:
         parser.error("--repeats must be at least 1")

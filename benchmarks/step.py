@@ -1,4 +1,4 @@
-"""Tokens per second of planned strategies against the best static layout, in one run on CPU ranks that it starts.
+"""Tokens per second of planned strategies against the best static layout, measured in one run on CPU ranks.
 
     python -m benchmarks.step [--steps 12] [--out benchmarks/results/step.md]
     python -m benchmarks.step --box 2x4 --strategies adaptive,flexsp,hdp,zeppelin --attention auto \\
@@ -8,15 +8,16 @@
 The second needs root and about ten minutes on two quiet cores.
 
 Memory is part of the comparison, as in the FlexSP paper: with the default ``--capacity-tokens`` the longest sequence
-needs all ranks, so a static degree has to serve every sequence with the group that only the longest ones need.
+needs all ranks, so a static degree runs every sequence on the group that only the longest ones need.
 
 ``--box`` runs in a cluster in a box (``benchmarks.box``, root on Linux): nodes with shaped network cards, ranks of a
-fixed speed. The machine must be quiet: shares of a core that others take are seconds that nobody predicted. The default
-card gives each of four ranks 6 MB/s. At a rank's 5 GFLOP/s or so, for a model 128 wide, messages then take about as
-long against products as for a 7B model on the FlexSP paper's cluster (5 to 10 GB/s between nodes for each A100).
+fixed speed. The machine must be quiet, because core time that other programs take makes steps longer than predicted.
+The default card gives each of four ranks 6 MB/s. With a rank's roughly 5 GFLOP/s and a model 128 wide, the ratio of
+message time to matrix-product time is then about that of a 7B model on the FlexSP paper's cluster (5 to 10 GB/s between
+nodes for each A100).
 
 ``--peers deepspeed,verl,ring-flash-attn`` adds public systems to the same run; ``benchmarks.peers.systems`` says what
-is theirs, what is shared, and how they are installed.
+is theirs, what is shared, and how to install them.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from pathlib import Path
 from benchmarks.box import Box, BoxError, BoxSpec, box_problem
 from benchmarks.peers.report import goal_lines
 from benchmarks.peers.systems import PEERS
-from benchmarks.step_report import markdown, this_setting
+from benchmarks.step_report import conditions_here, markdown
 from benchmarks.step_results import FLEXSP, StepRun, StepSettings
 from launch import environment
 from launch.worker import die_with_parent, leave
@@ -73,12 +74,13 @@ def main(arguments: SequenceOf[str] | None = None) -> int:
         if code != EXIT_OK:
             return code
         result = from_plain(StepRun, json.loads((Path(folder) / "result.json").read_text()), where="result")
-    setting = this_setting(" ".join(("python -m benchmarks.step", *words)), num_cores=num_cores, peers=settings.peers)
-    report = markdown(result, setting)
+    command = " ".join(("python -m benchmarks.step", *words))
+    conditions = conditions_here(command, num_cores=num_cores, peers=settings.peers)
+    report = markdown(result, conditions)
     if options.out is not None:
         options.out.write_text(report, encoding="utf-8")
     if options.json is not None:
-        facts = {"setting": to_plain(setting), "run": to_plain(result)}
+        facts = {"setting": to_plain(conditions), "run": to_plain(result)}
         options.json.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     print(report)
     print("\n".join(goal_lines(result)))
@@ -113,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _settings(options: argparse.Namespace) -> StepSettings:
-    """Raises SpecError on numbers that cannot work together."""
+    """The benchmark's settings. Raises SpecError on options that do not fit together."""
     for name, lowest in (("ranks", 2), ("steps", 1), ("max_length", 32), ("seed", 0)):
         if getattr(options, name) < lowest:
             raise SpecError(f"--{name.replace('_', '-')} {getattr(options, name)}: at least {lowest}")
@@ -168,12 +170,12 @@ def _box(options: argparse.Namespace) -> BoxSpec:
 
 
 def _run_in_box(settings: StepSettings, folder: Path) -> int:
-    """Run all ranks in their box; the exit code."""
+    """Run all ranks in a box. Returns the exit code."""
     assert settings.box is not None
     path = folder / "settings.json"
     path.write_text(json.dumps(to_plain(settings)), encoding="utf-8")
     command = [sys.executable, "-m", "benchmarks.step_worker", str(path), str(folder)]
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(_EXIT_TERMINATED))  # so that the box is torn down then, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(_EXIT_TERMINATED))  # so that the box is torn down on SIGTERM
     try:
         with Box(settings.box) as box:
             box.run(command, env={"OMP_NUM_THREADS": "1"}, timeout_s=_BOX_TIMEOUT_S)
@@ -184,7 +186,7 @@ def _run_in_box(settings: StepSettings, folder: Path) -> int:
 
 
 def _run_ranks(settings: StepSettings, folder: Path) -> int:
-    """Start all ranks and wait. The first that fails ends the others; its exit code is returned."""
+    """Start all ranks and wait for them. The first one to fail ends the others, and its exit code is returned."""
     context = multiprocessing.get_context("spawn")
     ranks = [
         context.Process(target=run_rank, args=(settings, rank, folder, os.getpid()), daemon=True)
@@ -213,7 +215,7 @@ def _first_failure(ranks: SequenceOf[BaseProcess]) -> int:
 
 
 def run_rank(settings: StepSettings, rank: int, folder: Path, parent_pid: int) -> None:
-    """A rank's process. Rank 0 says what went wrong: the planner's errors reach all ranks."""
+    """The process of one rank. Only rank 0 prints an error, since the planner's errors reach all ranks."""
     die_with_parent(parent_pid)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent, which kills the ranks
     warnings.filterwarnings("ignore", message="Transformer Engine and Apex")  # megatron-core, once per module

@@ -1,4 +1,4 @@
-"""The step benchmark's result as Markdown, with everything that is needed to judge it or to repeat it."""
+"""The step benchmark's result as Markdown, with everything that is needed to judge and repeat it."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from planner.units import format_bytes, format_seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Setting:
-    """Where and how a run was made."""
+class RunConditions:
+    """Where, when and with what a run was made."""
 
     command: str
     day: str
@@ -38,9 +38,9 @@ class Setting:
     peer_versions: tuple[str, ...] = ()
 
 
-def this_setting(command: str, *, num_cores: int, peers: SequenceOf[str] = ()) -> Setting:
-    """The setting of a run made here and now. ``peers``: names of installed distributions."""
-    return Setting(
+def conditions_here(command: str, *, num_cores: int, peers: SequenceOf[str] = ()) -> RunConditions:
+    """The conditions of a run on this machine, now. ``peers``: names of installed distributions."""
+    return RunConditions(
         command=command, day=date.today().isoformat(), cpu=_cpu_name(), num_cores=num_cores,
         torch_version=metadata.version("torch"),
         peer_versions=tuple(f"{name} {metadata.version(name)}" for name in peers),
@@ -56,8 +56,8 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def markdown(run: StepRun, setting: Setting) -> str:
-    """The report: result, batch by batch, what it was made with. Ratios only ever compare within the run."""
+def markdown(run: StepRun, conditions: RunConditions) -> str:
+    """The report: the result, each batch, and how it was made. All ratios are between times of the same run."""
     sections = [
         f"# Training steps: {', '.join(run.settings.strategies)} against one layout for all, in one run on "
         f"{run.settings.num_ranks} ranks",
@@ -67,7 +67,7 @@ def markdown(run: StepRun, setting: Setting) -> str:
         "## Batch by batch: predicted / measured seconds" + (" (peers: measured)" if run.peers() else ""),
         _table(*_batch_table(run)),
         "## How it was made",
-        "\n".join(f"- {line}" for line in _circumstances(run, setting)),
+        "\n".join(f"- {line}" for line in _circumstances(run, conditions)),
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -143,19 +143,19 @@ def _batch_table(run: StepRun) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     return ("batch", "sequences", "tokens", "longest", *names, *run.peers()), rows
 
 
-def _circumstances(run: StepRun, setting: Setting) -> list[str]:
+def _circumstances(run: StepRun, conditions: RunConditions) -> list[str]:
     given, origin = run.settings, run.cost_origin
     lengths = [length for batch in run.batches for length in batch]
-    shared = "" if setting.num_cores >= given.num_ranks * run.num_threads else (
-        f"; {given.num_ranks} ranks share {setting.num_cores} cores: a rank that waits lends its core to the others, "
-        "so an idle rank costs less than the cost model says"
+    shared = "" if conditions.num_cores >= given.num_ranks * run.num_threads else (
+        f"; {given.num_ranks} ranks share {conditions.num_cores} cores: a rank that waits lends its core to the "
+        "others, so an idle rank costs less than the cost model says"
     )
     return [
-        f"`{setting.command}`, {setting.day}",
-        f"{setting.cpu}, {setting.num_cores} cores, {run.num_threads} thread(s) a rank, torch "
-        f"{setting.torch_version}, gloo{shared if given.box is None else ''}",
+        f"`{conditions.command}`, {conditions.day}",
+        f"{conditions.cpu}, {conditions.num_cores} cores, {run.num_threads} thread(s) a rank, torch "
+        f"{conditions.torch_version}, gloo{shared if given.box is None else ''}",
         *_box_facts(given.box),
-        *peer_facts(run, setting.peer_versions),
+        *peer_facts(run, conditions.peer_versions),
         f"machine's load (1 min) before the first measured step {run.load_before:.2f}, after the last "
         f"{run.load_after:.2f}; what exceeds {given.num_ranks} at the end came from elsewhere",
         f"model {given.model}, attention {given.attention}, learning rate 0 (the weights stay as they are), random "
@@ -187,7 +187,7 @@ def _box_facts(box: BoxSpec | None) -> list[str]:
 
 
 def _degree_needed(run: StepRun) -> str:
-    """How many sequences fit one rank, and how many ranks the longest needs (ulysses: memory is shared evenly)."""
+    """How many sequences fit on one rank, and how many ranks the longest needs (ulysses shares memory evenly)."""
     capacity = run.settings.capacity_tokens
     lengths = [length for batch in run.batches for length in batch]
     alone = sum(length <= capacity for length in lengths)

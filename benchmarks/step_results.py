@@ -1,4 +1,4 @@
-"""What a step benchmark measured, and the arithmetic on it: throughput, ratios within the run, error of prediction."""
+"""What the step benchmark measured, and figures from it: throughput, ratios within the run, prediction errors."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ RING_ALL = "one ring of all ranks"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepSettings:
-    """What to run. ``capacity_tokens``: tokens of one microbatch that a rank can hold; everything else follows.
+    """What to run. ``capacity_tokens``: tokens of one microbatch that a rank can hold; it sets the device budget.
 
-    ``strategies``: compared with the static ones, and with ``peers`` (names in ``benchmarks.peers.systems.PEERS``).
-    ``box``: run in a cluster in a box instead of on the bare machine.
+    ``strategies`` are compared with static layouts and with ``peers`` (names in ``benchmarks.peers.systems.PEERS``).
+    ``box``: run in this cluster in a box (None: on the bare machine).
     """
 
     num_ranks: int
@@ -40,8 +40,8 @@ class StepSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeasuredStep:
-    """One batch, planned by one strategy and executed once. ``winner``: which search found the plan.
-    ``work``: digest of the microbatches; two steps of a batch with the same one executed the very same thing."""
+    """One batch, planned by one strategy and executed once. ``winner``: the search that found the plan. ``work``:
+    digest of the microbatches; steps of a batch with equal digests executed exactly the same work."""
 
     batch: int
     strategy: str
@@ -57,13 +57,13 @@ class MeasuredStep:
 
     @property
     def error(self) -> float:
-        """Relative error of the prediction; above 0: predicted too slow."""
+        """Relative error of the prediction; positive where the step was faster than predicted."""
         return self.predicted_s / self.measured_s - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeasuredPeerStep:
-    """One batch, packed and run the way a peer does it. ``num_microbatches``: of the group with the most."""
+    """One batch, packed and run as a peer does it. ``num_microbatches``: those of the group with the most."""
 
     batch: int
     peer: str
@@ -77,8 +77,8 @@ class MeasuredPeerStep:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeerCheck:
-    """The first batch by a peer against Longhaul: relative errors of the loss and, of the worst parameter, of the
-    gradient. ``gradients_meant_right``: not where the peer is known to compute wrong ones."""
+    """A peer's first batch compared with Longhaul's: relative errors of the loss and of the worst parameter's gradient.
+    ``gradients_meant_right``: False where the peer is known to compute wrong gradients."""
 
     name: str
     loss_error: float
@@ -88,7 +88,7 @@ class PeerCheck:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeerMisfit:
-    """A peer's degree that cannot run, and what does not fit."""
+    """A degree at which a peer cannot run, and the reason."""
 
     name: str
     reason: str
@@ -96,8 +96,8 @@ class PeerMisfit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepRun:
-    """A whole run. ``misfits``: strategies that cannot run every batch, with the number of batches they cannot.
-    ``num_threads``: compute threads of each rank."""
+    """A whole run. ``misfits``: strategies that cannot run every batch, with the number of batches that they cannot
+    run. ``num_threads``: compute threads of each rank."""
 
     settings: StepSettings
     batches: tuple[tuple[int, ...], ...]
@@ -137,7 +137,7 @@ def peer_name(peer: str, degree: int) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StrategySummary:
-    """Means over batches, except ``tokens_per_s`` (all tokens / all seconds) and ``median_tokens_per_s``."""
+    """Means over the batches, except ``tokens_per_s`` (all tokens / all seconds) and ``median_tokens_per_s``."""
 
     strategy: str
     tokens_per_s: float
@@ -151,7 +151,7 @@ class StrategySummary:
 
 
 def summarise(run: StepRun, strategy: str) -> StrategySummary:
-    """One line of the result. ``absolute_error``: mean of |predicted / measured - 1|."""
+    """One strategy's line of the result. ``absolute_error``: mean of |predicted / measured - 1|."""
     steps = run.of(strategy)
     mean = statistics.fmean
     return StrategySummary(
@@ -168,19 +168,19 @@ def summarise(run: StepRun, strategy: str) -> StrategySummary:
 
 
 def best_static(run: StepRun) -> str:
-    """The fixed layout with the most tokens per second over the whole run."""
+    """The static layout with the most tokens per second over the whole run."""
     degrees = [name for name in run.strategies() if name not in (*run.settings.strategies, BATCH_BEST)]
     return max(degrees, key=lambda name: summarise(run, name).tokens_per_s)
 
 
 def speedups(run: StepRun, strategy: str, baseline: str) -> tuple[float, ...]:
-    """How many times faster than ``baseline`` each batch ran: the two shared the batch and the minute."""
+    """How many times faster than ``baseline`` each batch ran; the two ran it shortly after each other."""
     pairs = zip(run.of(strategy), run.of(baseline), strict=True)
     return tuple(other.measured_s / mine.measured_s for mine, other in pairs)
 
 
 def peer_tokens_per_s(run: StepRun, peer: str) -> float:
-    """Real tokens: padding is not counted."""
+    """Tokens per second of a peer over the whole run; padding is not counted."""
     steps = run.of_peer(peer)
     return sum(step.num_tokens for step in steps) / sum(step.measured_s for step in steps)
 
@@ -191,15 +191,15 @@ def best_peer(run: StepRun) -> str:
 
 
 def peer_speedups(run: StepRun, strategy: str, peer: str | None = None) -> tuple[float, ...]:
-    """How many times faster than ``peer`` each batch ran; None: than the peer that was the fastest in that batch."""
+    """How many times faster than ``peer`` each batch ran. ``peer`` None: than the batch's fastest peer."""
     names = run.peers() if peer is None else (peer,)
     fastest_s = [min(step.measured_s for step in batch) for batch in zip(*map(run.of_peer, names), strict=True)]
     return tuple(other_s / mine.measured_s for mine, other_s in zip(run.of(strategy), fastest_s, strict=True))
 
 
 def planned_errors(run: StepRun) -> tuple[float, ...]:
-    """Relative errors of the predictions of the compared strategies' plans. A plan that several of them chose for a
-    batch counts once, with its mean time."""
+    """Relative errors of the predicted times of the compared strategies' plans. A plan that several strategies chose
+    for a batch counts once, with its mean measured time."""
     found: dict[tuple[int, str], list[MeasuredStep]] = {}
     for step in run.steps:
         if step.strategy in run.settings.strategies:
@@ -210,13 +210,13 @@ def planned_errors(run: StepRun) -> tuple[float, ...]:
 
 
 def predicted_speedups(run: StepRun, strategy: str, baseline: str) -> tuple[float, ...]:
-    """The same as the cost model foresaw it."""
+    """``speedups`` by predicted instead of measured times."""
     pairs = zip(run.of(strategy), run.of(baseline), strict=True)
     return tuple(other.predicted_s / mine.predicted_s for mine, other in pairs)
 
 
 def repeat_differences(run: StepRun) -> tuple[float, ...]:
-    """Relative differences of the measured seconds of steps that executed the very same plan: nothing but noise."""
+    """Relative differences of the measured seconds of steps that executed exactly the same work, so only noise."""
     differences = []
     for number, mine in enumerate(run.steps):
         for other in run.steps[number + 1 :]:
@@ -226,7 +226,7 @@ def repeat_differences(run: StepRun) -> tuple[float, ...]:
 
 
 def loss_spread(run: StepRun) -> float:
-    """Largest relative difference of the losses of one batch: strategies and peers must have done the same work."""
+    """Largest relative difference of losses within a batch. A small one shows that all did the same work."""
     spreads = []
     for batch in range(len(run.batches)):
         losses = [step.loss for step in run.steps if step.batch == batch]

@@ -1,4 +1,4 @@
-"""One rank of the step benchmark: calibrate, plan everything, then run every batch with every strategy in turn."""
+"""One rank of the step benchmark: calibrate, plan all batches, then run every batch with every strategy in turn."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ from planner.cost.model import CostModel
 from planner.errors import EXIT_BAD_CONFIG, InfeasibleError, LonghaulError, NumericError
 from planner.inputs.files import load_model
 from planner.plan import AttentionKind, Span, StepPlan, digest_of
+from planner.pricing.problem import StepProblem
 from planner.pricing.verify import verify_plan
 from planner.step_planner import plan_step
 from planner.strategies.static import possible_degrees
@@ -54,7 +55,7 @@ _LOSS_TOLERANCE = 1e-4
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Progress:
-    """Rank 0's word on how far the run is, with the seconds since its start. In a box it goes to the rank's log."""
+    """Prints rank 0's progress with the seconds since the start, to stderr (in a box: the rank's log)."""
 
     is_on: bool
     start_s: float = dataclasses.field(default_factory=time.perf_counter)
@@ -65,9 +66,10 @@ class _Progress:
 
 
 def measure_rank(settings: StepSettings, rank: int, folder: Path) -> None:
-    """Take part as ``rank``; rank 0 writes ``folder/result.json``, a StepRun. Collective.
+    """Run the benchmark as ``rank``; rank 0 writes ``folder/result.json``, a StepRun. Collective.
 
-    Raises the planner's SpecError or InfeasibleError on all ranks, NumericError where strategies disagree on a loss.
+    Raises the planner's SpecError or InfeasibleError on all ranks, and NumericError where strategies differ in the loss
+    of a batch.
     """
     config = TrainConfig(
         run=RunConfig(dir=str(folder), seed=settings.seed, world_size=settings.num_ranks, device="cpu"),
@@ -88,11 +90,11 @@ def measure_rank(settings: StepSettings, rank: int, folder: Path) -> None:
 
 
 def _measure(settings: StepSettings, config: TrainConfig, runtime: Runtime, folder: Path) -> StepRun:
-    limits = plan_limits(  # the budget comes with the cost model
+    limits = plan_limits(  # the device budget is set below, from the cost model
         config, runtime.model.spec, device_budget_bytes=0, devices_per_node=settings.ranks_per_node
     )
     say = _Progress(is_on=runtime.mesh.rank == 0)
-    cost, how = obtain_cost(config, runtime, limits, folder)  # an empty folder: measured now, as a training run would
+    cost, how = obtain_cost(config, runtime, limits, folder)  # the folder is empty, so it is measured now
     say(how)
     limits = dataclasses.replace(limits, device_budget_bytes=cost.device_bytes(settings.capacity_tokens))
     batches = skewed_batches(
@@ -119,7 +121,8 @@ def _measure(settings: StepSettings, config: TrainConfig, runtime: Runtime, fold
 def _check_peers(
     settings: StepSettings, runtime: Runtime, peers: tuple[PeerSystem, ...], plan: StepPlan, lengths: tuple[int, ...]
 ) -> tuple[PeerCheck, ...]:
-    """Raises NumericError where a peer's loss or gradients are not those of Longhaul's ``plan`` of the first batch."""
+    """Compare peers with Longhaul's ``plan`` of the first batch. Raises NumericError where a peer's gradients differ
+    that are meant to be right."""
     documents = _documents(settings, lengths, 0, runtime)
     checks = check_gradients(
         peers, runtime, compile_stage_program(runtime, plan), _reader(documents, runtime),
@@ -134,10 +137,11 @@ def _check_peers(
 def _plan_all(
     settings: StepSettings, runtime: Runtime, cost: CostModel, limits: PlanLimits, batches: tuple[tuple[int, ...], ...]
 ) -> tuple[dict[str, tuple[StepPlan, ...]], tuple[tuple[str, int], ...]]:
-    """The plans of every strategy that fits all batches, by batch; and of the others, how many batches do not fit."""
-    degrees = [  # as for the peers: groups that leave no rank over
-        degree for degree in possible_degrees(settings.num_ranks, cost, limits) if settings.num_ranks % degree == 0
-    ]
+    """The plans, by batch, of every strategy that fits all batches; and for each of the others, the number of batches
+    that do not fit."""
+    problem = StepProblem(lengths=batches[0], num_ranks=settings.num_ranks, cost=cost, limits=limits)
+    # As for the peers, only degrees that leave no rank over.
+    degrees = [degree for degree in possible_degrees(problem) if settings.num_ranks % degree == 0]
     choices: dict[str, tuple[str, int | None, PlanLimits]] = {}
     choices |= {name: (name, None, limits) for name in settings.strategies}
     choices[BATCH_BEST] = ("static", None, limits)
@@ -151,7 +155,7 @@ def _plan_all(
         rings = dataclasses.replace(limits, kinds=(AttentionKind.RING,))
         choices[RING_ALL] = ("static", settings.num_ranks, rings)
         if settings.num_ranks not in cost.degrees(AttentionKind.ULYSSES):
-            choices.pop(static_name(settings.num_ranks), None)  # the same thing
+            choices.pop(static_name(settings.num_ranks), None)  # the same layout under another name
     plans, misfits = {}, []
     for name, (strategy, degree, allowed) in choices.items():
         found: list[StepPlan] = []
@@ -159,7 +163,7 @@ def _plan_all(
             try:
                 found.append(_plan(runtime, cost, allowed, lengths, number, strategy, degree))
             except InfeasibleError:
-                if degree is None:  # not even all degrees together can hold it: nothing to compare
+                if degree is None:  # not even all degrees together can hold the batch, so nothing can be compared
                     raise
         if len(found) == len(batches):
             plans[name] = tuple(found)
@@ -172,21 +176,25 @@ def _plan(
     runtime: Runtime, cost: CostModel, limits: PlanLimits, lengths: tuple[int, ...], step: int, strategy: str,
     degree: int | None,
 ) -> StepPlan:
-    """Rank 0 plans, all agree, as in training."""
+    """Rank 0 plans and all ranks agree on the plan, as in training."""
     mesh = runtime.mesh
     plan: StepPlan | InfeasibleError | None = None
     if mesh.rank == 0:
         try:
             plan = plan_step(
-                lengths, step=step, num_ranks=mesh.data_size, cost=cost, limits=limits, strategy=strategy,
+                StepProblem(lengths=lengths, num_ranks=mesh.data_size, cost=cost, limits=limits),
+                step=step,
+                strategy=strategy,
                 degree=degree,
             )
         except InfeasibleError as error:
             plan = error
     return agree_on_plan(
-        plan, source=0, group=mesh.control_group,
+        plan,
+        source=0,
+        group=mesh.control_group,
         verify=lambda received: verify_plan(
-            received, lengths, num_ranks=mesh.data_size, cost=cost, limits=limits
+            received, StepProblem(lengths=lengths, num_ranks=mesh.data_size, cost=cost, limits=limits)
         ),
     )
 
@@ -218,8 +226,8 @@ def _run_all(
 
 
 def turn_order(names: list[str], number: int) -> list[str]:
-    """Who goes when in batch ``number``: everyone is first in turn, and every second batch runs backwards, because a
-    step after one of the same shape is quicker (its memory is already there)."""
+    """The order of ``names`` in batch ``number``. It rotates from batch to batch and every second one is reversed,
+    because a step is quicker after one of the same shape (its memory is already allocated)."""
     first = number % len(names)
     turned = names[first:] + names[:first]
     return turned[::-1] if number % 2 else turned
@@ -244,7 +252,7 @@ def _measure_peer(name: str, number: int, step: PeerStep, read: ReadSpans) -> Me
 
 
 def _run(runtime: Runtime, program: RankProgram, read: ReadSpans, num_tokens: int) -> tuple[StepOutcome, float]:
-    """The step's outcome and the seconds of the slowest rank."""
+    """Run a step. Returns its outcome and the seconds of the slowest rank."""
     comm.barrier(runtime.mesh.control_group)
     outcome = train_step(runtime, program, read, num_tokens=num_tokens, lr=0.0)
     slowest = comm.all_reduce_max(torch.tensor([outcome.measured_s], dtype=torch.float64), runtime.mesh.control_group)
@@ -254,7 +262,7 @@ def _run(runtime: Runtime, program: RankProgram, read: ReadSpans, num_tokens: in
 def _documents(
     settings: StepSettings, lengths: tuple[int, ...], number: int, runtime: Runtime
 ) -> list[npt.NDArray[np.int64]]:
-    """Random documents, each with the token that follows its last; every rank draws the same ones."""
+    """Random documents of one token more than their length (the last label). Every rank draws the same ones."""
     rng = np.random.default_rng((settings.seed, number))
     return [rng.integers(0, runtime.model.spec.vocab_size, size=length + 1) for length in lengths]
 
@@ -268,7 +276,7 @@ def _reader(documents: list[npt.NDArray[np.int64]], runtime: Runtime) -> ReadSpa
 
 
 def main() -> int:
-    """A rank of a run in a box: ``python -m benchmarks.step_worker SETTINGS.json FOLDER``, its rank in RANK."""
+    """Run one rank in a box: ``python -m benchmarks.step_worker SETTINGS.json FOLDER``, with its rank in RANK."""
     settings = from_plain(StepSettings, json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), where="settings")
     env = environment.detect()
     if env is None:

@@ -1,1 +1,1 @@
-"""The command line and the processes behind it: environment, local launch, calibration, health checks."""
+"""The command line and the processes it starts: environment, local launch, calibration, health checks."""

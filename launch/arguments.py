@@ -1,4 +1,4 @@
-"""The argument parser of the commands that have flags of their own."""
+"""The argument parser for commands with flags of their own."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from planner.errors import SpecError
 
 
 class CommandParser(argparse.ArgumentParser):
-    """``command``: such as ``longhaul plan``. A mistake raises SpecError, one line, instead of ending the process; help
-    is the command's own to print."""
+    """``command``: for example ``longhaul plan``. A mistake raises SpecError with one line instead of ending the
+    process; ``--help`` only sets a flag, and the command prints the help."""
 
     def __init__(self, command: str, description: str) -> None:
         super().__init__(prog=command, description=description, add_help=False, allow_abbrev=False)

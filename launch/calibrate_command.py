@@ -1,4 +1,4 @@
-"""``longhaul calibrate``: measure this machine for a model, and write what was found to a file that runs can name."""
+"""``longhaul calibrate``: measure this machine for a model and write a file that runs can use."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from planner.errors import EXIT_OK, SpecError
 
 
 def run(arguments: list[str]) -> int:
-    """Start the ranks, measure, write ``--out``. All other arguments are those of ``longhaul train``. Returns the exit
-    code; raises SpecError on bad arguments or an output file that cannot be written."""
+    """Start the ranks, measure, and write ``--out``. All other arguments are those of ``longhaul train``. Returns the
+    exit code; raises SpecError for wrong arguments or an output file that cannot be written."""
     parser = argparse.ArgumentParser(
         prog="longhaul calibrate",
         description="Measure this machine: attention, linear layers, all-to-all and point-to-point by size, and whole "

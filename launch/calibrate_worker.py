@@ -1,4 +1,4 @@
-"""One rank of ``longhaul calibrate``: as ``launch.worker``, but it measures instead of training."""
+"""One rank of ``longhaul calibrate``: like ``launch.worker``, but it measures instead of training."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from trainer.settings.tree import TrainConfig
 
 
 def _calibrate(config: TrainConfig, env: RankEnv) -> int:
-    # Imported here: torch reads its variables when it is imported, and the worker sets them first.
+    # Imported here because torch reads environment variables at import, and the worker must set them before.
     from trainer.calibrate_run import calibrate_rank
 
     return calibrate_rank(config, env)

@@ -1,4 +1,4 @@
-"""The ``longhaul`` command. Verbs are looked up by hand and imported on use: help and planning never load torch."""
+"""The ``longhaul`` command. Each verb is imported only when used, so help and planning never load torch."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _EXIT_BROKEN_PIPE = 141
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command and return its exit code (see ``planner.errors``); errors for people are one line on stderr."""
+    """Run one command and return its exit code (see ``planner.errors``). User errors are lines on stderr."""
     arguments = sys.argv[1:] if argv is None else argv
     try:
         code = _dispatch(arguments)
-        if sys.stdout is not None:  # closed by whoever started us
+        if sys.stdout is not None:  # None if the parent process closed it
             sys.stdout.flush()
         return code
     except LonghaulError as error:
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
         print("longhaul: interrupted", file=sys.stderr)
         return _EXIT_INTERRUPTED
     except BrokenPipeError:
-        _discard_output()  # the reader (head, less) has left
+        _discard_output()  # the reader (head, less) has closed the pipe
         return _EXIT_BROKEN_PIPE
     except OSError as error:
         if error.errno != errno.ENOSPC:
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _discard_output() -> None:
-    """Python would complain again when it flushes stdout at exit."""
+    """Redirect stdout to nowhere: otherwise Python would report the error again when it flushes at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -69,7 +69,7 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def help_text() -> str:
-    """What ``longhaul --help`` prints."""
+    """The text that ``longhaul --help`` prints."""
     lines = ["usage: longhaul COMMAND ...", "", "commands (longhaul COMMAND --help says more):"]
     lines += [f"  {name:<10} {what}" for name, (_, what) in _VERBS.items()]
     lines += ["", "coming:"]
@@ -99,7 +99,7 @@ def _train(arguments: list[str]) -> int:
 
     if env is None:
         config = with_free_run_dir(config)
-    if env is None or env.local_rank == 0:  # the other ranks of a node would find the same
+    if env is None or env.local_rank == 0:  # other ranks of the node would find the same problems
         preflight(config, environment.cache_root())
     from launch import local, worker
 
@@ -112,7 +112,7 @@ def _train(arguments: list[str]) -> int:
 
 
 def _resolve(arguments: list[str], env: RankEnv | None) -> TrainConfig:
-    """The settings of the run. Under torchrun the number of ranks is torchrun's; a flag that differs is an error."""
+    """The settings of the run. Under torchrun, torchrun sets the number of ranks; a flag that differs is an error."""
     from trainer.settings.resolve import resolve_config
 
     if env is None:

@@ -1,4 +1,4 @@
-"""The terminal as commands print to it."""
+"""How commands print to the terminal."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ if TYPE_CHECKING:
 
 
 def output_console() -> Console:
-    """Prints text as it is, without colours for numbers or markup. Where the reader has left (head, less) it raises
-    BrokenPipeError as print does, for ``launch.cli`` to end with; rich alone would end the process with 1."""
+    """A console that prints text unchanged, without markup or colours for numbers. If the reader (head, less) closes
+    the pipe, it raises BrokenPipeError, as print does, which ``launch.cli`` handles; rich alone would exit with code
+    1."""
     from rich.console import Console
 
     class OutputConsole(Console):
@@ -23,5 +24,5 @@ def output_console() -> Console:
 
 
 def error_lines(error: LonghaulError) -> str:
-    """What a person reads: each problem on its own line, each marked as ours."""
+    """The lines a user sees: each problem on its own line, marked as an error of longhaul."""
     return "\n".join(f"longhaul: error: {line}" for line in str(error).splitlines())

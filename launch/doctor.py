@@ -1,4 +1,4 @@
-"""Is this machine fit to train? Versions, devices, and whether our import names are ours."""
+"""Checks whether this machine can train: versions, devices, and whether our import names are really ours."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _OPTIONAL = ("flash-attn", "nvidia-ml-py")
 
 
 def run(arguments: list[str]) -> int:
-    """``longhaul doctor``: print the findings and a one-line verdict. Returns 0 when training can start, else 1."""
+    """``longhaul doctor``: print the findings and a one-line verdict. Returns 0 if training can start, else 1."""
     if arguments:
         raise SpecError(f"longhaul doctor takes no arguments, got {arguments[0]!r}")
     problems = check_import_names()
@@ -36,10 +36,10 @@ def run(arguments: list[str]) -> int:
 
 
 def check_import_names() -> list[str]:
-    """One line for each of our import names that another distribution owns or that comes from another folder.
+    """One line for each of our import names that another distribution owns or that resolves to another folder.
 
-    Several distributions can install a folder of the same name over each other without a word from pip. Imports
-    nothing; works from an installed package and from a checkout that is on the path.
+    pip lets several distributions install folders of the same name over each other without a warning. Imports nothing;
+    works for an installed package and for a checkout on the path.
     """
     owners = metadata.packages_distributions()
     root = Path(__file__).resolve().parent.parent
@@ -94,7 +94,7 @@ def _machine() -> list[tuple[str, str]]:
 
 
 def _memory() -> str:
-    """Total and available bytes of host memory, where the system says (Linux)."""
+    """Total and available bytes of host memory, if the system reports them (Linux)."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError:
@@ -110,7 +110,7 @@ def _devices(problems: list[str]) -> list[tuple[str, str]]:
     try:
         import torch
         import torch.distributed as dist
-    except (ImportError, OSError) as error:  # OSError: a shared library of another CUDA release
+    except (ImportError, OSError) as error:  # OSError: a shared library for another CUDA release
         problems.append(f"torch cannot be imported: {error}")
         return []
     if not dist.is_available():
@@ -146,7 +146,7 @@ def _cuda_rows() -> list[tuple[str, str]]:
 
 
 def refuse_foreign_names() -> None:
-    """For the start of a run: one error line, before anything else is imported. Raises LonghaulError."""
+    """Called at the start of a run, before anything else is imported. Raises LonghaulError with one line."""
     problems = check_import_names()
     if problems:
         raise LonghaulError(problems[0])

@@ -1,4 +1,4 @@
-"""Environment variables: read and written here and nowhere else."""
+"""The only module that reads or writes environment variables."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _SAVE_GRACE_S = 120
 
 
 def detect(environ: Mapping[str, str] | None = None) -> RankEnv | None:
-    """This process's place in a run that ``torchrun`` (or our own launcher) started; None outside of one.
+    """This process's ranks in a run that ``torchrun`` (or our own launcher) started; None outside of one.
 
-    Raises SpecError when the variables are incomplete or contradict each other.
+    Raises SpecError if the variables are incomplete or contradict each other.
     """
     environ = os.environ if environ is None else environ
     if "RANK" not in environ:
@@ -46,19 +46,19 @@ def _integer(environ: Mapping[str, str], name: str, *, default: int | None = Non
 
 
 def rank_process_settings(*, local_world_size: int, is_single_node: bool, num_cores: int) -> dict[str, str]:
-    """Variables that every rank's process needs before torch is imported in it."""
+    """Variables that every rank's process needs before it imports torch."""
     settings = {
-        # Ranks that share cores must not each start a thread per core: they would wait for each other all the time.
+        # Ranks share the cores. With one thread per core in every rank, threads would constantly wait for each other.
         "OMP_NUM_THREADS": str(max(1, num_cores // local_world_size)),
-        # With torch's shared store a restarted group still finds the addresses of the dead one and never connects.
+        # With torch's shared store, restarted ranks would find the addresses of the dead ones and never connect.
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         "TORCH_CPP_LOG_LEVEL": "ERROR",
         "TOKENIZERS_PARALLELISM": "false",
-        # After a stop signal torch's launcher kills the ranks at 30 s by default; writing a checkpoint may take longer.
+        # After a stop signal torch's launcher kills ranks after 30 s by default; a checkpoint may take longer.
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(_SAVE_GRACE_S),
     }
     if sys.platform == "linux":
-        # Large tensors are mapped one by one (memory.peak): with huge pages that costs few page faults.
+        # Large tensors are mapped one by one (memory.peak); huge pages keep the number of page faults low.
         settings["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
     if is_single_node and sys.platform in _LOOPBACK:
         # A laptop without a network, or with a VPN, resolves its own name to an address that gloo cannot reach.
@@ -67,7 +67,7 @@ def rank_process_settings(*, local_world_size: int, is_single_node: bool, num_co
 
 
 def apply(settings: Mapping[str, str]) -> None:
-    """Set these variables for this process and its children; what the user has set already stays."""
+    """Set these variables for this process and its children, except those that the user has set."""
     for name, value in settings.items():
         os.environ.setdefault(name, value)
 
@@ -80,13 +80,13 @@ def num_cores() -> int:
 
 
 def error_file() -> Path | None:
-    """Where torch's elastic launcher wants this rank to write why it failed."""
+    """The file in which torch's elastic launcher expects this rank's reason for a failure."""
     text = os.environ.get("TORCHELASTIC_ERROR_FILE", "")
     return Path(text) if text else None
 
 
 def cache_root() -> Path:
-    """Folder for what can be computed again (calibrations, indices): LONGHAUL_CACHE, else the user's cache folder."""
+    """Folder for data that can be recomputed (calibrations, indices): LONGHAUL_CACHE, else the user's cache folder."""
     own = os.environ.get("LONGHAUL_CACHE", "")
     if own:
         return Path(own)

@@ -1,4 +1,4 @@
-"""All ranks of a run on this machine, through torch's elastic launcher; one clear line when one of them fails."""
+"""Runs all ranks on this machine through torch's elastic launcher, and prints one clear line if one of them fails."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ if TYPE_CHECKING:
 
     from trainer.settings.tree import TrainConfig
 
-# What a script can act on. The highest wins: a rank that says "do not requeue" outweighs one that saved.
+# Codes that a script can act on. The highest wins: "do not requeue" from one rank outweighs "saved" from another.
 KNOWN_CODES = frozenset(
     {EXIT_BAD_CONFIG, EXIT_PREEMPTED, EXIT_DO_NOT_REQUEUE, EXIT_INFEASIBLE, EXIT_NUMERIC, EXIT_NO_CHECKPOINT}
 )
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
-# torch's agent polls ten times a second and kills ranks that do not stop 30 s after the first failure. A rank found
-# dead sooner than this after the first report was not killed by the agent.
+# torch's agent polls ten times a second and kills ranks that do not stop within 30 s of the first failure. A rank found
+# dead earlier than this was not killed by the agent.
 _AGENT_KILLS_AFTER_S = 20.0
 _OUTSIDE_SIGNALS = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL)
 _SHOW_CURSOR = "\x1b[?25h"
@@ -48,7 +48,7 @@ _SHOW_CURSOR = "\x1b[?25h"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankFailure:
-    """How one rank ended. ``exit_code`` is negative for a signal; ``message`` is empty where the rank left none."""
+    """How one rank ended. ``exit_code`` is negative for a signal; ``message`` is empty if the rank left none."""
 
     rank: int
     exit_code: int
@@ -61,9 +61,9 @@ class RankFailure:
 def launch(config: TrainConfig, *, worker_module: str = "launch.worker") -> int:
     """Start ``config.run.world_size`` ranks, wait for them, and return the command's exit code.
 
-    Ctrl-C, SIGTERM, SIGHUP, SIGQUIT and SIGUSR1 reach the ranks as SIGTERM: they finish the step, save and leave with
+    Ctrl-C, SIGTERM, SIGHUP, SIGQUIT and SIGUSR1 reach the ranks as SIGTERM: they finish the step, save and exit with
     75, and so does this process. A second Ctrl-C stops at once. Rank 0 writes to this terminal; stdout and stderr of
-    the others lie below ``RUN_DIR/logs``. Raises SpecError when the run folder cannot be written.
+    the others go to ``RUN_DIR/logs``. Raises SpecError if the run folder cannot be written.
     """
     config_path = write_config(config)
     logs_dir = config_path.parent / "logs"
@@ -71,7 +71,7 @@ def launch(config: TrainConfig, *, worker_module: str = "launch.worker") -> int:
         local_world_size=config.run.world_size, is_single_node=True, num_cores=environment.num_cores()
     )
     environment.apply(settings)
-    # torch reads its variables when it is imported, and not before here are they set.
+    # Imported here because torch reads environment variables at import.
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
@@ -87,7 +87,7 @@ def launch(config: TrainConfig, *, worker_module: str = "launch.worker") -> int:
             folders = _rank_folders(logs_dir, run_id)
             failures = [_from_agent(rank, failure, folders.get(rank)) for rank, failure in error.failures.items()]
         except SignalException:
-            # The agent does not hand on exit codes when a signal ends it; the ranks' own files say how they ended.
+            # After a signal the agent passes no exit codes on; the ranks' own files say how they ended.
             failures = reported_failures(_rank_folders(logs_dir, run_id))
         finally:
             _restore_terminal()
@@ -99,7 +99,7 @@ def launch(config: TrainConfig, *, worker_module: str = "launch.worker") -> int:
 def write_config(config: TrainConfig) -> Path:
     """Write ``RUN_DIR/config.yaml``, every setting resolved, and return its path. Raises SpecError.
 
-    Its paths are absolute: whoever goes on with the run from that file may stand in another folder.
+    Paths in it are absolute, so that the run can be resumed with that file from another folder.
     """
     from trainer.settings.resolve import config_to_yaml
 
@@ -142,24 +142,24 @@ def _agent_config(world_size: int, logs_dir: Path, run_id: str) -> LaunchConfig:
         run_id=run_id,
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
-        local_addr="localhost",  # without it torch asks the resolver for this machine's name, which may not exist
+        local_addr="localhost",  # otherwise torch resolves this machine's name, which may fail
         max_restarts=0,
         logs_specs=DefaultLogsSpecs(
             log_dir=str(logs_dir), redirects={rank: Std.ALL for rank in range(1, world_size)}
         ),
-        signals_to_handle="SIGUSR2",  # the agent wants one; StopSignals handles those that matter
+        signals_to_handle="SIGUSR2",  # the agent needs at least one; StopSignals handles the others
     )
 
 
 class StopSignals(HandledSignals):
-    """Turns the first stop signal into the exception on which torch's agent stops the ranks with SIGTERM.
+    """On the first stop signal, raises the exception on which torch's agent stops the ranks with SIGTERM.
 
-    ``received``: the first signal, or None. A second Ctrl-C ends this process, and with it the ranks, at once; other
-    repeats are ignored, because schedulers repeat themselves while the ranks save.
+    ``received``: the first signal, or None. A second Ctrl-C ends this process, and with it the ranks, at once. Other
+    repeated signals are ignored, because schedulers repeat them while the ranks save.
     """
 
     def __init__(self, agent_exception: type[Exception]) -> None:
-        # nohup ignores SIGHUP: then the run outlives the terminal
+        # nohup ignores SIGHUP: then the run must outlive the terminal
         nohup = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
         super().__init__(number for number in _STOP_SIGNALS if number not in nohup)
         self._agent_exception = agent_exception
@@ -169,16 +169,16 @@ class StopSignals(HandledSignals):
         if self.received is None:
             self.received = signal.Signals(number)
             hint = " (Ctrl-C again: stop now)" if number == signal.SIGINT else ""
-            # Not print: the handler may interrupt a print of this very stream.
+            # Not print: the handler may have interrupted a print to the same stream.
             os.write(2, f"\nlonghaul: {self.received.name}: stopping after this step and saving{hint}\n".encode())
             raise self._agent_exception(f"stopped by {self.received.name}", signal.SIGTERM)
         if number == signal.SIGINT:
             _restore_terminal()
-            os._exit(EXIT_INTERRUPTED)  # the kernel kills the ranks with us, see launch.worker.die_with_parent
+            os._exit(EXIT_INTERRUPTED)  # the kernel then kills the ranks, see launch.worker.die_with_parent
 
 
 def exit_code_of(failures: Iterable[RankFailure], *, stopped_by: signal.Signals | None) -> int:
-    """The highest code that scripts know, from any rank; else 128 + the signal that stopped us; else 1."""
+    """The highest known code of any rank; else 128 + the signal that stopped the run; else 1."""
     known = KNOWN_CODES.intersection(failure.exit_code for failure in failures)
     if known:
         return max(known)
@@ -186,11 +186,11 @@ def exit_code_of(failures: Iterable[RankFailure], *, stopped_by: signal.Signals 
 
 
 def root_cause(failures: Iterable[RankFailure]) -> RankFailure | None:
-    """The failure that the others followed from; None without failures.
+    """The failure that caused the others; None without failures.
 
-    A rank that reports a known code knows best. Then a rank that something outside killed (out of memory, ``kill
-    -9``, a crash), because its peers only saw the connection break; then the first to report. Ranks that aborted, or
-    that the agent stopped with SIGTERM or killed because they did not stop, explain the least.
+    First choice is a rank that reports a known code. Next is a rank that was killed from outside (out of memory, ``kill
+    -9``, a crash), because its peers only saw the connection break; then the first rank to report. Last are ranks that
+    aborted, or that the agent stopped with SIGTERM or SIGKILL.
     """
     ordered = sorted(failures, key=lambda failure: (failure.time_s, failure.rank))
     if not ordered:
@@ -210,7 +210,7 @@ def root_cause(failures: Iterable[RankFailure]) -> RankFailure | None:
 
 
 def describe(failure: RankFailure) -> str:
-    """One line: which rank, what happened, where more is to be found."""
+    """One line: which rank, what happened, and where to find more."""
     where = failure.traceback_path or failure.log_path
     place = f" ({'traceback' if failure.traceback_path else 'log'}: {where})" if where else ""
     if failure.message:
@@ -234,12 +234,12 @@ def _tell(
         line = f"stopped by {stopped_by.name} before the ranks could save"
     else:
         root = root_cause(failures)
-        line = "error: " + ("the ranks failed without a word" if root is None else describe(root))
+        line = "error: " + ("the ranks failed and left no message" if root is None else describe(root))
     print(f"longhaul: {line}", file=sys.stderr)
 
 
 def reported_failures(folders: Mapping[int, Path]) -> list[RankFailure]:
-    """The reports that ranks left in their folders; a rank that ended well, or without a word, is not in it."""
+    """The reports that ranks left in their folders. Ranks that succeeded or left no report are not included."""
     found = []
     for rank, folder in folders.items():
         path = folder / "error.json"
@@ -249,12 +249,12 @@ def reported_failures(folders: Mapping[int, Path]) -> list[RankFailure]:
 
 
 def _rank_folders(logs_dir: Path, run_id: str) -> dict[int, Path]:
-    """Folder by rank of this launch, as torch's DefaultLogsSpecs makes them."""
+    """This launch's log folder of each rank, as torch's DefaultLogsSpecs names them."""
     return {int(path.name): path for path in sorted(logs_dir.glob(f"{run_id}_*/attempt_0/*")) if path.is_dir()}
 
 
 def _from_agent(rank: int, failure: Any, folder: Path | None) -> RankFailure:
-    """``failure`` is torch's ProcessFailure; the rank's error file, if it left one, is in our form."""
+    """``failure``: torch's ProcessFailure. If the rank wrote an error file, its content has our own format."""
     reason = failure.error_file_data.get("message")
     if folder is not None and isinstance(reason, dict) and "time_s" in reason:
         return _from_reason(rank, reason, folder)
@@ -280,13 +280,13 @@ def _from_reason(rank: int, reason: dict[str, Any], folder: Path) -> RankFailure
 
 
 def _silence_agent() -> None:
-    """torch's agent logs each signal and failure over many lines; ``_tell`` says the same in one."""
+    """torch's agent logs each signal and failure over many lines; ``_tell`` reports them in one."""
     agent_log = logging.getLogger("torch.distributed.elastic")
     agent_log.addHandler(logging.NullHandler())
     agent_log.propagate = False
 
 
 def _restore_terminal() -> None:
-    """Rank 0 hides the cursor under its live panel; a rank that is killed cannot show it again."""
+    """Show the cursor again, which rank 0 hides under its live panel and cannot restore if it is killed."""
     if sys.stdout.isatty():
         os.write(1, _SHOW_CURSOR.encode())

@@ -1,4 +1,4 @@
-"""From the flags of ``longhaul plan`` to what is to be planned: machine, model, cost model, limits, batches."""
+"""Reads the flags of ``longhaul plan`` into what is to be planned: cluster, model, cost model, limits, batches."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ POLICIES = {
     "auto": tuple(MemoryAction),
 }
 _MAX_DRAWN = 10_000_000
-_MAX_DEVICES = 1_000_000  # some seconds of planning; a typing error beyond
+_MAX_DEVICES = 1_000_000  # takes some seconds to plan; more is probably a typing error
 
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """The devices of one data rank: ``tensor_parallel`` next to each other, on each of ``num_stages`` stages."""
+    """The devices of one data rank: ``tensor_parallel`` adjacent ones on each of ``num_stages`` pipeline stages."""
 
     tensor_parallel: int
     num_stages: int
@@ -51,21 +51,21 @@ class Grid:
         return cluster.num_ranks // self.num_devices
 
     def remarks(self, cluster: ClusterSpec) -> tuple[str, ...]:
-        """What the devices of the cluster are used for, where a data rank has several."""
+        """How the devices of the cluster are used; empty if a data rank is one device."""
         if self.num_devices == 1:
             return ()
         words = f"{self.num_ranks(cluster)} data ranks x {self.tensor_parallel} tensor-parallel devices"
         return (f"{words} x {self.num_stages} pipeline stages",)
 
     def node_size(self, cluster: ClusterSpec) -> int:
-        """Data ranks of a node, or rather of one of their stages: ranks are numbered stage by stage."""
+        """Data ranks of one pipeline stage on a node: ranks are numbered stage by stage."""
         return max(1, cluster.devices_per_node // self.tensor_parallel)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """Everything the flags asked for, read and checked. ``grid``: devices of a data rank. ``sources``: (part, source)
-    of the numbers used."""
+    """What the flags describe, read and checked. ``grid``: devices of a data rank. ``sources``: (part, source) of the
+    numbers used."""
 
     cluster: ClusterSpec
     grid: Grid
@@ -79,17 +79,17 @@ class Job:
     sources: tuple[tuple[str, str], ...]
 
     def price(self, cluster: ClusterSpec, budget_bytes: int, longest: int) -> CostModel:
-        """The cost model of this model on another cluster, or the measured one, which knows no other."""
+        """The cost model for the same model on another cluster. A measured cost model is returned unchanged."""
         return self.cost if self.is_measured else _derive(cluster, self.grid, self.model, budget_bytes, longest)[0]
 
     @property
     def num_ranks(self) -> int:
-        """Data ranks."""
+        """Number of data ranks."""
         return self.grid.num_ranks(self.cluster)
 
     @property
     def free_cost(self) -> CostModel | None:
-        """The cost model without communication, None where the cost model was measured as a whole."""
+        """The cost model without communication; None if the cost model was measured, which has no such part."""
         if self.is_measured:
             return None
         cluster = free_links(self.cluster)
@@ -100,14 +100,14 @@ class Job:
 
 
 def read_job(flags: argparse.Namespace) -> Job:
-    """Raises SpecError on the first flag or file that is wrong."""
+    """Read and check all flags. Raises SpecError for the first flag or file that is wrong."""
     kinds = attention_kinds(flags.attention)
     if flags.memory not in POLICIES:
         raise SpecError(f"--memory: {flags.memory!r} is none of {', '.join(POLICIES)}")
     if flags.lengths is None:
         raise SpecError(
-            "longhaul plan: --lengths FILE|NAME is needed: a file of one sequence length (tokens) a line, or one of "
-            f"{', '.join(length_names())}"
+            "longhaul plan: --lengths FILE|NAME is needed: a file with one sequence length (tokens) per line, or one "
+            f"of {', '.join(length_names())}"
         )
     cluster, model = load_cluster(flags.cluster), load_model(flags.model)
     if cluster.num_ranks > _MAX_DEVICES:
@@ -150,7 +150,7 @@ def read_job(flags: argparse.Namespace) -> Job:
 
 
 def _is_priced(limits: PlanLimits, cost: CostModel) -> bool:
-    """Whether one of the policies that may be used is."""
+    """Whether the cost model has prices for at least one of the allowed policies."""
     others = set(limits.policies) - {MemoryAction.KEEP}
     priced = {MemoryAction.CHUNK} if cost.chunks is not None else set()
     if cost.activation is not None:
@@ -159,7 +159,7 @@ def _is_priced(limits: PlanLimits, cost: CostModel) -> bool:
 
 
 def count(text: str | None, flag: str) -> int | None:
-    """A whole number of at least 1 from a flag, None where it was not given. Raises SpecError."""
+    """A flag's value as a whole number of at least 1; None if it was not given. Raises SpecError."""
     if text is None:
         return None
     if not (text.isascii() and text.isdigit() and len(text) < 16 and int(text) > 0):
@@ -185,23 +185,23 @@ def _grid(flags: argparse.Namespace, cluster: ClusterSpec) -> Grid:
 def _derive(
     cluster: ClusterSpec, grid: Grid, model: ModelSpec, budget_bytes: int, longest: int
 ) -> tuple[CostModel, str]:
-    """Priced for gather_once, the default of training; where the longest sequence does not fit beside a whole copy of
-    the model, and there are no pipeline stages, priced for zero3, and the remark says so."""
+    """The data sheet's cost model, and a remark for the user. It is priced for gather_once, the default of training; if
+    the longest sequence does not fit next to a full copy of the model, and there are no stages, for zero3."""
     num_ranks, tensor = grid.num_ranks(cluster), grid.tensor_parallel
     cost = derive_cost(cluster, model, num_ranks=num_ranks, tensor_parallel=tensor, num_stages=grid.num_stages)
     if grid.num_stages > 1 or cost.max_local_tokens(budget_bytes) * num_ranks >= longest:
         return cost, ""
     lean = derive_cost(cluster, model, num_ranks=num_ranks, tensor_parallel=tensor, sharding=Sharding.ZERO3)
     remark = (
-        f"priced with zero3: gather_once needs {format_bytes(cost.memory.fixed_bytes)} a device before the first token "
-        f"and leaves too little of {format_bytes(budget_bytes)} for {longest} tokens; train with "
+        f"priced with zero3: gather_once needs {format_bytes(cost.memory.fixed_bytes)} per device before the first "
+        f"token and leaves too little of {format_bytes(budget_bytes)} for {longest} tokens; train with "
         "--parallel.sharding zero3"
     )
     return lean, remark
 
 
 def _batches(flags: argparse.Namespace) -> tuple[tuple[tuple[int, ...], ...], list[str]]:
-    """The steps to plan, and what to say about sequences that were left out."""
+    """The batches to plan, and remarks on sequences that were dropped."""
     if flags.batch_sequences is not None and flags.batch_tokens is not None:
         raise SpecError("longhaul plan: give --batch-sequences or --batch-tokens, not both")
     num_steps = count(flags.steps, "--steps") or 1
@@ -226,8 +226,8 @@ def _batches(flags: argparse.Namespace) -> tuple[tuple[tuple[int, ...], ...], li
 
 
 def _is_name(text: str) -> bool:
-    """Whether ``--lengths`` names a corpus. A file of that name in the current folder is reached as ``./name``.
-    Raises SpecError where it is neither name nor file."""
+    """Whether ``--lengths`` names a built-in length distribution; a file of the same name can be given as ``./name``.
+    Raises SpecError if it is neither a name nor a file."""
     if text in length_names():
         return True
     if "/" not in text and not Path(text).exists():
@@ -238,7 +238,7 @@ def _is_name(text: str) -> bool:
 def _drawn(
     flags: argparse.Namespace, num_steps: int, num_sequences: int, num_tokens: int | None, max_tokens: int | None
 ) -> tuple[tuple[int, ...], int]:
-    """As many lengths as the steps take, and how many longer ones were passed over on the way."""
+    """As many lengths as the steps need, and how many longer ones were dropped."""
     table = length_table(flags.lengths)
     if max_tokens is not None and max_tokens < table.shortest:
         raise SpecError(
@@ -252,8 +252,8 @@ def _drawn(
             num_dropped += 1
         else:
             kept.append(length)
-            total += min(length, num_tokens or length)  # a longer sequence is one batch
-        # A batch of tokens ends where the next sequence does not fit: one batch more than asked ends the last one.
+            total += min(length, num_tokens or length)  # a longer sequence is a batch of its own
+        # A batch of tokens ends where the next sequence does not fit, so one more batch than requested is drawn.
         enough = total >= (num_steps + 1) * num_tokens if num_tokens else len(kept) == num_steps * num_sequences
         if enough:
             break
@@ -264,7 +264,7 @@ def _drawn(
 
 def _length_source(name: str) -> tuple[tuple[str, str], ...]:
     if name not in length_names():
-        return ((f"lengths {name}", "a file of yours"),)
+        return ((f"lengths {name}", "your own file"),)
     table = length_table(name)
     lines = ((f"lengths {name}", table.source),)
     return (*lines, (f"lengths {name}", table.note)) if table.note else lines

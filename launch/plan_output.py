@@ -1,4 +1,4 @@
-"""What ``longhaul plan`` says about its plans: JSON for scripts, lines and tables for people, a page to look at."""
+"""Shows the result of ``longhaul plan``: JSON for scripts, lines and tables for people, an HTML page."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ PLAN_JSON_SCHEMA = 1
 MAX_GROUP_ROWS = 32
 _COLUMN_FRAME = 3  # a blank on both sides and a line
 _DROPPED_FIRST = ("start", "longest", "bound", "own gap", "plan ms", "idle", "peak", "status")
-"""Columns that a narrow terminal does without, in this order."""
+"""Columns that are left out on a narrow terminal, in this order."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """``steps``: the plans told in detail. ``strategy``: what was asked for. ``candidates``: of ``all``, else none.
-    ``knobs``: for people only."""
+    """``steps``: the plans shown in detail. ``strategy``: as requested. ``candidates``: all strategies with ``all``,
+    else empty. ``knobs``: lines on what would help, shown to people only."""
 
     job: Job
     strategy: str
@@ -56,14 +56,14 @@ class Result:
 
     @property
     def memory(self) -> MemorySplit:
-        """Of the fullest rank of all steps."""
+        """The memory of the rank with the highest peak in all steps."""
         fullest = max(self.steps, key=lambda step: step.simulation.peak_bytes)
         return memory_split(fullest.simulation, self.job.cost, self.job.limits.device_budget_bytes)
 
 
 def as_json(result: Result) -> dict[str, Any]:
-    """Schema 1. With ``all``, ``steps`` and ``summary`` are those of the fastest strategy as predicted, and
-    ``comparison`` has them all, with the replay of their first step where that was made."""
+    """Schema 1. With ``all``, ``steps`` and ``summary`` are those of the strategy with the shortest predicted time, and
+    ``comparison`` has all strategies, with the replay of their first step if there was one."""
     job = result.job
     value = {
         "schema": PLAN_JSON_SCHEMA,
@@ -125,7 +125,7 @@ def _step_json(step: PlannedStep) -> dict[str, Any]:
 
 
 def _replay_json(step: PlannedStep) -> dict[str, Any] | None:
-    """The other model's view, None where the step was not replayed. Seconds by part are means over the ranks."""
+    """The replay's figures; None if the step was not replayed. Seconds by part are means over the ranks."""
     replay = step.replay
     if replay is None:
         return None
@@ -146,10 +146,10 @@ def _replay_json(step: PlannedStep) -> dict[str, Any] | None:
 
 
 def show(result: Result) -> None:
-    """Print everything for people, the answer first."""
+    """Print everything for people, most important lines first."""
     console = output_console()
     if not console.is_terminal:
-        console.width = max(console.width, 120)  # a pipe has no width of its own
+        console.width = max(console.width, 120)  # a pipe has no width
     job, first = result.job, result.steps[0]
     for line in headline(result):
         console.print(line, style="bold", soft_wrap=True)
@@ -176,13 +176,13 @@ def show(result: Result) -> None:
 
 
 def headline(result: Result) -> tuple[str, str]:
-    """Whether it fits, and how fast it is."""
+    """Two lines: whether the plan fits, and how fast it is."""
     speed = speed_line(result.steps, result.job.cluster.num_ranks, result.job.cost)
     return verdict(result.steps, result.memory), speed
 
 
 def page(result: Result) -> Page:
-    """The same for ``planner.pages.plan_html``."""
+    """The same content for ``planner.pages.plan_html``."""
     from planner.pages.plan_html import Page
 
     job, first = result.job, result.steps[0]
@@ -209,17 +209,17 @@ def _time_line(result: Result) -> str:
 
 
 def knobs_of(job: Job, strategy: str, degree: int | None) -> tuple[str, ...]:
-    """What would help most, in words: the first step planned again several times, with one thing changed."""
+    """What would help most, in words: plans the first step again several times, each with one change."""
     from rich.console import Console
 
-    from planner.pages.knobs import Setting, best_knobs, usual_planner
+    from planner.pages.knobs import Scenario, best_knobs, usual_planner
 
     lengths = job.batches[0]
-    start = Setting(
+    start = Scenario(
         change="", cluster=job.cluster, limits=job.limits, lengths=lengths, rank_devices=job.grid.num_devices,
         strategy=usual_planner(strategy, job.num_ranks, len(lengths)), degree=degree,
     )
-    with Console(stderr=True).status("trying what would help"):  # seen on a terminal only
+    with Console(stderr=True).status("trying what would help"):  # visible on a terminal only
         return tuple(knob_lines(best_knobs(start, job.price), start.strategy))
 
 
@@ -258,12 +258,12 @@ def _show_table(console: Console, title: str, columns: tuple[str, ...], rows: li
     console.print(table)
     left_out = [name for place, name in enumerate(columns) if place not in shown]
     if left_out:
-        console.print(f"(a wider terminal or a pipe has {', '.join(left_out)} as well)", soft_wrap=True)
+        console.print(f"(too narrow for {', '.join(left_out)}: use a wider terminal or a pipe)", soft_wrap=True)
 
 
 def fitting_columns(columns: SequenceOf[str], rows: SequenceOf[SequenceOf[str]], width: int) -> tuple[int, ...]:
-    """The places of the columns that ``width`` characters take without breaking a word, in order: of those in
-    ``_DROPPED_FIRST`` as few are left out as that needs."""
+    """Indices of the columns that fit into ``width`` characters without breaking a word, in order. Leaves out as few
+    columns of ``_DROPPED_FIRST`` as necessary."""
     widths = [max(len(cells[place]) for cells in (columns, *rows)) + _COLUMN_FRAME for place in range(len(columns))]
     shown = list(range(len(columns)))
     for name in _DROPPED_FIRST:

@@ -1,4 +1,4 @@
-"""Which steps of ``longhaul plan`` are replayed operation by operation: the best strategy's all, the others' first."""
+"""Decides which steps of ``longhaul plan`` are replayed: all of the best strategy, the first one of the others."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from planner.plan import Sharding
 from planner.units import format_seconds
 
 MAX_COMPARING_S, MAX_REPLAYING_S = 2.0, 60.0
-"""Estimated seconds that replaying the first steps of the other strategies may take, and the steps of the best one."""
+"""Largest estimated seconds for replaying the first steps of other strategies, and all steps of the best one."""
 
 
 def with_replays(job: Job, candidates: tuple[Candidate, ...], *, draw: bool) -> tuple[Job, tuple[Candidate, ...]]:
-    """The candidates with what was replayed, and the job with its sources, or with a remark that says what was not
-    replayed and why. A measured cost model stands for itself. ``draw``: keep lanes of the best one's for a trace."""
+    """The candidates with their replays, and the job with the replay's sources, or with a remark that says what was not
+    replayed and why. Nothing is replayed for a measured cost model. ``draw``: keep the best strategy's lanes for a
+    trace."""
     from planner.replay.operations import load_curves, scale_note
     from planner.replay.step import MAX_RANKS, SCHEME, ZERO3_SCHEME, estimated_s, replay_step
 

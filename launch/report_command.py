@@ -1,4 +1,4 @@
-"""``longhaul report RUN_DIR``: what a run predicted and what it measured. Reads files only; no torch."""
+"""``longhaul report RUN_DIR``: what a run predicted and what it measured. Only reads files; does not import torch."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from planner.pages.run_report import RunReport
     from trainer.record.run_records import RunRecords
 
-MOST_RANKS = 16
+MAX_RANKS = 16
 _FILES = ("json", "html", "trace", "refit")
 
 
 def run(arguments: list[str]) -> int:
-    """Read, print, write what was asked for; returns 0. Raises SpecError (2) with one line for people."""
+    """Read, print, and write the requested files; returns 0. Raises SpecError (2) with one line."""
     parser = _parser()
     flags, unknown = parser.parse_known_args(arguments)
     if flags.help:
@@ -119,7 +119,7 @@ def _shown(records: RunRecords, step: int | None) -> Executed | None:
 
 
 def _trace(records: RunRecords, shown: Executed | None, step: int | None) -> dict[str, Any]:
-    """A step that was not recorded still has its plan."""
+    """The trace of a step. If its times were not recorded, the trace shows only the plan."""
     from planner.pages.step_trace import step_trace
     from trainer.record.run_records import read_plans
 
@@ -147,7 +147,7 @@ def _no_refit(records: RunRecords) -> str:
 
 
 def report_lines(records: RunRecords, report: RunReport) -> list[str]:
-    """The answer in words, the step time first."""
+    """The report in words, step time first."""
     first, last = report.steps[0], report.steps[-1]
     of = "" if report.num_planned is None else f" of {report.num_planned}"
     losses = " -> ".join("not finite" if loss is None else f"{loss:.4f}" for loss in (first.loss, last.loss))
@@ -165,7 +165,7 @@ def report_lines(records: RunRecords, report: RunReport) -> list[str]:
         words = {"plan_wait_s": "plan wait", "gather_s": "gather", "compute_s": "computing",
                  "exchange_wait_s": "waiting for messages", "reduce_s": "reduce", "update_s": "update"}
         parts = ", ".join(f"{words[key]} {format_seconds(value)}" for key, value in report.parts_s.items())
-        lines.append(f"a step: {parts} (means)")
+        lines.append(f"per step: {parts} (means)")
     peaks = f"predicted {format_bytes(predicted_bytes)}, measured {format_bytes(peak_bytes)}"
     lines.append(f"peak memory: {peaks}; plans: {statuses}")
     if report.copies is not None:
@@ -185,8 +185,8 @@ def _copies_line(copies: CopySummary) -> str:
         ) if seconds > 0
     ]
     return (
-        f"copies of activations: {format_seconds(copies.copy_s)} a step, {copies.hidden_share:.1%} of it hidden behind "
-        f"layers, {format_seconds(copies.wait_s)} waited for copies; {', '.join(parts)} ({where})"
+        f"copies of activations: {format_seconds(copies.copy_s)} per step, {copies.hidden_share:.1%} of it hidden "
+        f"behind layers, {format_seconds(copies.wait_s)} waited for copies; {', '.join(parts)} ({where})"
     )
 
 
@@ -205,7 +205,7 @@ def _show(records: RunRecords, report: RunReport) -> None:
 
     console = output_console()
     if not console.is_terminal:
-        console.width = max(console.width, 120)  # a pipe has no width of its own
+        console.width = max(console.width, 120)  # a pipe has no width
     for index, line in enumerate(report_lines(records, report)):
         console.print(line, style="bold" if index == 0 else None, soft_wrap=True)
     _show_shapes(console, report)
@@ -229,14 +229,14 @@ def _show_shapes(console: Console, report: RunReport) -> None:
 
 
 def _show_ranks(console: Console, report: RunReport) -> None:
-    lines = sorted(sorted(report.ranks, key=lambda line: -line.compute_s)[:MOST_RANKS], key=lambda line: line.rank)
+    lines = sorted(sorted(report.ranks, key=lambda line: -line.compute_s)[:MAX_RANKS], key=lambda line: line.rank)
     rows = [
         (str(line.rank), format_seconds(line.predicted_busy_s), format_seconds(line.compute_s + line.wait_s),
          format_seconds(line.wait_s), format_seconds(line.predicted_idle_s), format_seconds(line.idle_s))
         for line in lines
     ]
-    title = "ranks, seconds a step" + (
-        f" (the {MOST_RANKS} busiest of {len(report.ranks)})" if len(report.ranks) > MOST_RANKS else ""
+    title = "ranks, seconds per step" + (
+        f" (the {MAX_RANKS} busiest of {len(report.ranks)})" if len(report.ranks) > MAX_RANKS else ""
     )
     columns = ("rank", "busy predicted", "busy measured", "of it waiting", "idle predicted", "idle measured")
     _show_table(console, title, columns, rows)

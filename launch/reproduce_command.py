@@ -1,4 +1,4 @@
-"""``longhaul reproduce SYSTEM``: a published table rebuilt here, row by row, with a verdict as the exit code."""
+"""``longhaul reproduce SYSTEM``: rebuilds a published table row by row; the exit code is the verdict."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ EXIT_MISSED = 1
 
 
 def run(arguments: list[str]) -> int:
-    """Rebuild, print, return 0 where every tolerance is met and 1 where not. Raises SpecError (2) on bad input."""
+    """Rebuild and print; returns 0 if every tolerance is met, else 1. Raises SpecError (2) for wrong input."""
     parser = _parser()
     flags = parser.parse_args(arguments)
     if flags.help:
@@ -38,7 +38,7 @@ def run(arguments: list[str]) -> int:
 
 
 def show(result: Reproduction) -> None:
-    """Table, assumptions and verdict for people."""
+    """Print table, assumptions and verdict."""
     from rich.table import Table
 
     console = output_console()
@@ -60,7 +60,7 @@ def show(result: Reproduction) -> None:
 
 
 def verdict(result: Reproduction) -> str:
-    """The last line: met or missed, how many rows, mean and worst error."""
+    """The last line: met or missed, number of rows, mean and worst error."""
     num_met = sum(row.within for row in result.rows)
     errors = f"mean error {result.mean_error:.1%}, worst {result.worst_error:.1%}"
     if result.met:

@@ -1,5 +1,4 @@
-"""Files that commands write their results to: refused before the work where they cannot be, whole or not there after.
-"""
+"""Files that commands write results to: checked before the work begins, and written completely or not at all."""
 
 from __future__ import annotations
 
@@ -10,7 +9,7 @@ from planner.errors import SpecError
 
 
 def check_target(flag: str, target: str | None) -> None:
-    """Raises SpecError where ``target`` (None: not asked for) is no place for a file, before anything is computed."""
+    """Raise SpecError, before anything is computed, if no file can be written at ``target`` (None: not requested)."""
     if target is None:
         return
     path = Path(target)
@@ -23,8 +22,8 @@ def check_target(flag: str, target: str | None) -> None:
 
 
 def write_result(flag: str, target: str, text: str) -> None:
-    """Write beside the file and rename, so that whoever stops us leaves the old file or the new one; devices and pipes
-    are written as they are. Raises SpecError where that fails."""
+    """Write a temporary file and rename it, so that an interruption leaves either the old file or the new one. Devices
+    and pipes are written directly. Raises SpecError on failure."""
     path = Path(os.path.realpath(target))
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -1,7 +1,7 @@
 """One rank's process: ``python -m launch.worker CONFIG.yaml LAUNCHER_PID``, started by ``launch.local``.
 
-Under plain torchrun the command line calls ``run`` and ``leave`` itself. Whatever ends the rank is written to the file
-that torch's elastic launcher names, in its own format, so that either launcher can say which rank failed and why.
+Under plain torchrun the command line calls ``run`` and ``leave`` itself. The reason for a failure is written to the
+file that torch's elastic launcher names, in its own format, so that either launcher can say which rank failed and why.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def main(work: Work | None = None) -> NoReturn:
-    """Run the rank that the environment names, on the configuration that the launcher wrote. ``work``: what a rank
+    """Run the rank that the environment names, with the configuration that the launcher wrote. ``work``: what the rank
     does (default: train)."""
     try:
         config_path, launcher_pid = sys.argv[1:]
@@ -52,9 +52,9 @@ def main(work: Work | None = None) -> NoReturn:
 def run(config: TrainConfig | Path, env: RankEnv, *, is_watched: bool, work: Work | None = None) -> int:
     """Train (or do other ``work``) as rank ``env.rank`` and return the exit code.
 
-    ``config``: may be the path of a resolved configuration. ``is_watched``: our own launcher reads the failure file
-    and reports; otherwise rank 0 reports on stderr.
-    An exception nobody expected is reported by the same path and ends the process from the exception hook.
+    ``config``: the configuration, or the path of a resolved one. ``is_watched``: our own launcher reads the failure
+    file and reports; otherwise rank 0 reports on stderr. An unexpected exception is reported in the same way, and the
+    exception hook ends the process.
     """
 
     def report_unexpected(
@@ -91,8 +91,8 @@ def run(config: TrainConfig | Path, env: RankEnv, *, is_watched: bool, work: Wor
 
 
 def _train(config: TrainConfig, env: RankEnv) -> int:
-    # Imported here: torch reads its variables when it is imported, and run() sets them first.
-    # megatron-core: once per module, and advice for GPUs that it gives on CPUs too
+    # Imported here because torch reads environment variables at import, and run() sets them before.
+    # megatron-core warns once per module, and gives advice for GPUs on CPUs too
     warnings.filterwarnings("ignore", message="Transformer Engine and Apex")
     warnings.filterwarnings("ignore", message="When using async grad allreduce")
     from trainer.loop import run_rank
@@ -101,8 +101,8 @@ def _train(config: TrainConfig, env: RankEnv) -> int:
 
 
 def _report(message: str, code: int, *, trace: str = "") -> None:
-    """Leave the reason of a nonzero exit where torch's launcher looks for it. Replaces the file in one step: the
-    launcher must never read half of it."""
+    """Write the reason of a nonzero exit where torch's launcher looks for it. The file is replaced atomically, because
+    the launcher must never read half of it."""
     path = environment.error_file()
     if path is None or not path.parent.is_dir():
         return
@@ -135,8 +135,8 @@ def die_with_parent(parent_pid: int | None = None) -> None:
 def leave(code: int) -> NoReturn:
     """End the process with ``code``.
 
-    After a failure without the interpreter's own shutdown: a process group that is still open aborts there (SIGABRT)
-    and the code would be lost.
+    After a failure it skips the interpreter's shutdown, in which an open process group would abort (SIGABRT) and hide
+    the code.
     """
     if code == EXIT_OK:
         sys.exit(code)

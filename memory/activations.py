@@ -1,4 +1,4 @@
-"""The run's memory policy, the tier it swaps to and that tier's accounts, the arena it allocates from."""
+"""The run's activation memory: its policy, the tier it swaps to with that tier's ledger, and its allocator."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from memory.timeline import Timeline
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ActivationMemory:
-    """``policy`` holds for every microbatch whose plan does not say otherwise; ``tier_bytes_per_token``: what it puts
-    into the tier for a token that a rank holds. ``kept_layers``: last layers of the model that stay whole in
-    microbatches whose plan swaps or recomputes (None: as few as possible). ``ledger``: where the tier reserves.
-    ``note``: one line for the log. ``arena``: planned addresses (None: torch's own allocator). ``timeline``: where
-    layers and copies note their times while ``record`` says so.
+    """What a run uses to keep, swap or recompute activations.
+
+    ``policy``: for every microbatch whose plan names no other. ``tier_bytes_per_token``: bytes that this policy swaps
+    per token of a rank. ``kept_layers``: last layers of the model that are kept whole in microbatches whose plan swaps
+    or recomputes (None: as few as possible). ``ledger``: where the tier reserves its bytes. ``note``: one line for the
+    log. ``arena``: allocator with planned addresses (None: torch's own). ``timeline``: where the times of layers and
+    copies are recorded while ``record(True)`` holds.
     """
 
     policy: ActivationPolicy = KEEP_ALL
@@ -30,24 +32,24 @@ class ActivationMemory:
     timeline: Timeline = field(default_factory=Timeline)
 
     def record(self, on: bool) -> None:
-        """From now on, or no longer, layers and copies note their times."""
+        """Start or stop recording the times of layers and copies."""
         self.timeline.is_on = on
         if self.tier is not None:
             self.tier.timeline = self.timeline if on else None
 
     @property
     def recorder(self) -> Timeline | None:
-        """Where to note times now; None: nowhere."""
+        """The timeline while times are recorded, else None."""
         return self.timeline if self.timeline.is_on else None
 
     def restart_peak(self) -> None:
-        """Count the tier's peak anew."""
+        """Start a new peak of the tier's bytes."""
         if self.tier is not None:
             self.ledger.restart_peak(self.tier.name)
 
     @property
     def peak_tier_bytes(self) -> int:
-        """Most bytes in the tier since ``restart_peak``, padding of its places included."""
+        """Most bytes in the tier since ``restart_peak``, including alignment padding."""
         return 0 if self.tier is None else self.ledger.peak_bytes(self.tier.name)
 
     def close(self) -> None:

@@ -1,9 +1,10 @@
-"""Which blocks of memory a computation asks for, in what order, and when it gives them back.
+"""Records which memory blocks a computation allocates, in what order, and when it frees them.
 
-On CPU (and on the meta device, which computes nothing and so traces any size) a dispatch mode sees every tensor
-storage that an operator returns and, by its finalizer, the moment it dies. Two things differ from a run without it:
-what a kernel allocates and frees inside one operator is not seen, and where autograd would add a gradient in place it
-adds out of place while a dispatch mode is active, so some blocks more are. On CUDA the allocator's own history is read.
+On CPU, and on the meta device, which computes nothing and so can trace any size, a dispatch mode sees every tensor
+storage that an operator returns; the storage's finalizer tells when it is freed. The trace differs from a normal run in
+two ways: memory that a kernel allocates and frees inside one operator is not seen; and while a dispatch mode is active,
+autograd adds gradients out of place instead of in place, which makes some extra blocks. On CUDA
+``requests_from_snapshot`` reads the allocator's own history instead.
 """
 
 from __future__ import annotations
@@ -27,15 +28,15 @@ from planner.addresses.plan import Request, requests_from_events
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AllocationTrace:
-    """``requests`` in the order of their allocation; ``sections``: parts of the trace, in order."""
+    """``requests`` in the order of allocation; ``sections``: named parts of the trace, in order."""
 
     requests: tuple[Request, ...]
     sections: tuple[Section, ...]
 
 
 class AllocationRecorder(TorchDispatchMode):
-    """Records storages that are made while it is active. Storages are counted with the size they are made with; those
-    that exist already, and views of them, are not counted."""
+    """Records the storages that operators create while it is active, with their size at creation. Storages that already
+    existed, and views of them, are not recorded."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,19 +65,19 @@ class AllocationRecorder(TorchDispatchMode):
         self._events.append((block, -1))
 
     def begin_section(self, name: str) -> None:
-        """A section begins here; one that is open ends."""
+        """Begin a section; an open one ends."""
         self.end_section()
         self._opened = name, len(self._events)
 
     def end_section(self, name: str | None = None) -> None:
-        """The open section ends, if there is one (of this name)."""
+        """End the open section, if there is one and it has this name (None: any name)."""
         if self._opened is not None and name in (None, self._opened[0]):
             opened, start = self._opened
             self._sections.append(Section(name=opened, start=start, stop=len(self._events)))
             self._opened = None
 
     def finish(self) -> AllocationTrace:
-        """The trace so far. Blocks that still live are free to die unseen afterwards."""
+        """The trace so far. Blocks freed after this call are not recorded."""
         self.end_section()
         for finalizer in self._live.values():
             finalizer.detach()
@@ -88,7 +89,7 @@ def record_allocations(run: Callable[[], object], layers: Iterable[nn.Module] = 
     """The trace of ``run()``, with a section for the forward and one for the backward of each of ``layers``.
 
     A layer's first positional argument and its result are tensors; a layer whose input needs no gradient has no
-    backward section. The collector of reference cycles is off meanwhile: it would free blocks at any time.
+    backward section. Garbage collection is off during the run, because it would free blocks at arbitrary times.
     """
     recorder = AllocationRecorder()
     handles = [handle for number, layer in enumerate(layers) for handle in _mark(recorder, layer, f"layer {number}")]
@@ -102,9 +103,9 @@ def record_allocations(run: Callable[[], object], layers: Iterable[nn.Module] = 
 
 
 def requests_from_snapshot(trace: SequenceOf[Mapping[str, Any]]) -> tuple[Request, ...]:
-    """Requests out of one device's ``torch.cuda.memory._snapshot()["device_traces"][device]``.
+    """Requests from one device's ``torch.cuda.memory._snapshot()["device_traces"][device]``.
 
-    A block is free for the next one when the allocator says ``free_completed``, not when it is asked to free.
+    A block can be reused from the event ``free_completed`` on, not from the request to free it.
     """
     events = []
     for entry in trace:
@@ -119,7 +120,7 @@ def _mark(recorder: AllocationRecorder, layer: nn.Module, name: str) -> Iterator
     def before(_: nn.Module, inputs: tuple[Any, ...]) -> None:
         recorder.begin_section(f"{name} forward")
         if inputs[0].requires_grad:
-            # the layer before, whose output this is, may have begun its section already
+            # the previous layer, whose output this is, may have begun its section already
             inputs[0].register_hook(lambda _: recorder.end_section(f"{name} backward"))
 
     def after(_: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> None:

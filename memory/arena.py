@@ -1,10 +1,10 @@
-"""Planned addresses at run time: an allocator that learns a microbatch's requests, then serves them from one slab.
+"""Planned addresses at run time: an allocator that records a microbatch's requests, then serves them from one slab.
 
-``native/arena.cpp`` decides request by request and is safe whatever happens: it uses a planned address only where
-nothing alive overlaps it. This module builds it at first use, feeds it plans and counts what became of them. On CUDA it
-replaces torch's caching allocator for the whole process (``install_on_cuda``): a ``torch.cuda.MemPool`` would not do,
-its allocator is asked for segments and not for blocks. What the plan does not hold comes from the driver's stream-
-ordered pool, the same as torch's own backend ``cudaMallocAsync``.
+``native/arena.cpp`` decides request by request and is always safe: it uses a planned address only if no live block
+overlaps it. This module builds it at first use, gives it plans and counts the outcomes. On CUDA it replaces torch's
+caching allocator for the whole process (``install_on_cuda``); a ``torch.cuda.MemPool`` would not do, because its
+allocator is asked for segments and not for blocks. Requests outside the plan are served from the driver's
+stream-ordered pool, the one that torch's backend ``cudaMallocAsync`` uses.
 """
 
 from __future__ import annotations
@@ -29,27 +29,28 @@ from planner.units import format_bytes
 
 _COMPILERS = ("c++", "g++", "clang++")
 _NUM_UNITS = 256
-"""Kinds of microbatches that are remembered; the one unused for longest is forgotten."""
+"""How many kinds of microbatches are remembered; the least recently used one is dropped."""
 _CUDA_FUNCTIONS = (
     "cudaMallocAsync", "cudaFreeAsync", "cudaEventCreateWithFlags", "cudaEventRecord", "cudaStreamWaitEvent",
     "cudaEventDestroy",
 )
 _RELEASE_THRESHOLD = 4
-"""cudaMemPoolAttrReleaseThreshold: bytes that the driver's pool keeps instead of giving them back."""
+"""cudaMemPoolAttrReleaseThreshold: how many free bytes the driver's pool keeps instead of releasing them."""
 
 PlanRequests = Callable[[SequenceOf[Request]], AddressPlan]
 
 
 class ArenaError(LonghaulError):
-    """The arena cannot be had here: no compiler, or CUDA is in use already. One line."""
+    """The arena cannot be used: there is no compiler, or CUDA is already in use. The text is one line."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ArenaStats:
-    """Requests so far. ``num_hits``: at their planned address. ``num_misses``: not what the plan expected.
-    ``num_refused``: expected, but something alive was in the way. ``num_unplanned``: expected, without a place, because
-    it outlives the microbatch or its size is not known. ``num_outside``: while no plan was served. All but hits went to
-    the fallback. Bytes are those of all blocks, padding included, without the slab's unused part."""
+    """Counts of all requests so far. ``num_hits``: served at their planned address. ``num_misses``: not the request
+    that the plan expected. ``num_refused``: expected, but a live block was in the way. ``num_unplanned``: expected, but
+    without an address, because it outlives the microbatch or its size is not known. ``num_outside``: made while no plan
+    was active. All but hits were served by the fallback. Bytes count all live blocks with padding, but not the unused
+    part of the slab."""
 
     num_hits: int
     num_misses: int
@@ -63,15 +64,15 @@ class ArenaStats:
 
     @property
     def hit_fraction(self) -> float:
-        """Share of the requests inside microbatches with a plan that were served at their address."""
+        """Share of the requests in microbatches with a plan that were served at their planned address."""
         served = self.num_hits + self.num_misses + self.num_refused + self.num_unplanned
         return self.num_hits / served if served else 0.0
 
 
 class ArenaLibrary:
-    """The compiled allocator, loaded. Its state belongs to the library file: load a file once per process.
+    """The compiled and loaded allocator. Its state belongs to the library file, so load a file once per process.
 
-    Raises ArenaError where there is no C++ compiler or it fails.
+    Raises ArenaError where there is no C++ compiler or compilation fails.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -93,7 +94,7 @@ class ArenaLibrary:
         f.longhaul_arena_stats.argtypes = [integers]
 
     def use_host_memory(self) -> None:
-        """malloc and free: for tests, and to replay traces where there is no CUDA."""
+        """Use malloc and free: for tests, and to replay traces without CUDA."""
         self.functions.longhaul_arena_device(*([None] * len(_CUDA_FUNCTIONS)))
 
     def begin(self, sizes: SequenceOf[int], offsets: SequenceOf[int], slab_bytes: int, stream: int) -> bool:
@@ -108,7 +109,7 @@ class ArenaLibrary:
         self.functions.longhaul_arena_begin_log()
 
     def end_log(self) -> list[tuple[int, int]]:
-        """``(block, bytes)`` or ``(block, -1)`` for its free, in order."""
+        """Events in order: ``(block, bytes)`` for an allocation, ``(block, -1)`` for its free."""
         count = self.functions.longhaul_arena_end_log(None, 0)
         array = (ctypes.c_int64 * count)()
         self.functions.longhaul_arena_end_log(array, count)
@@ -129,8 +130,8 @@ class ArenaLibrary:
 
 @dataclass(slots=True)
 class _Unit:
-    """What is known of one kind of microbatch: its largest trace, and how sizes follow the rows (None: not known yet,
-    then only ``num_rows`` itself is served). The plan is made when it is first wanted."""
+    """What is known of one kind of microbatch: its largest trace, and how request sizes depend on the number of rows
+    (None: not known yet, so only ``num_rows`` itself can be served). The plan is made when it is first needed."""
 
     num_rows: int
     requests: tuple[Request, ...]
@@ -148,7 +149,7 @@ class _Unit:
         return self.lines.sizes(num_rows)
 
     def plan(self, plan_requests: PlanRequests) -> None:
-        """Blocks that outlive the microbatch, such as gradients, get no place: it would be taken next time."""
+        """Blocks that outlive the microbatch, such as gradients, get no address, which the next one would need."""
         inside = [index for index, request in enumerate(self.requests) if request.stop < self.num_events]
         plan = plan_requests([self.requests[index] for index in inside])
         places = dict(zip(inside, plan.offsets, strict=True))
@@ -164,9 +165,10 @@ def _greedy(requests: SequenceOf[Request]) -> AddressPlan:
 class AddressArena:
     """Call ``begin`` and ``end`` around each microbatch's forward and backward.
 
-    ``key`` names the kind of microbatch: equal keys promise the same requests up to their sizes, which follow the
-    number of rows. The first time, requests are recorded; later they are served from a plan. A key with a second number
-    of rows is recorded once more, after which every smaller number is served too. A wrong promise costs misses.
+    ``key`` names the kind of microbatch: equal keys promise the same sequence of requests, with sizes that depend on
+    the number of rows. The first microbatch of a key is recorded; later ones are served from a plan. A key that appears
+    with a second number of rows is recorded once more; after that every smaller number is served too. If the promise
+    does not hold, requests miss the plan but are still served correctly.
     """
 
     library: ArenaLibrary
@@ -177,7 +179,7 @@ class AddressArena:
     _recording: tuple[Hashable, int] | None = None
 
     def begin(self, key: Hashable, num_rows: int, stream: int = 0) -> None:
-        """A microbatch begins on the CUDA stream with this handle."""
+        """Begin a microbatch that runs on the CUDA stream with this handle."""
         unit = self._units.get(key)
         if unit is None or not unit.covers(num_rows):
             self._recording = key, num_rows
@@ -190,7 +192,7 @@ class AddressArena:
         self.num_served += self.library.begin(unit.sizes(num_rows), unit.offsets, unit.slab_bytes, stream)
 
     def end(self) -> None:
-        """The microbatch that began is over."""
+        """End the microbatch that ``begin`` began."""
         if self._recording is None:
             self.library.end()
             return
@@ -214,23 +216,23 @@ class AddressArena:
             f"static plan: {stats.hit_fraction:.1%} of the requests of {self.num_served:,} planned microbatches at "
             f"their address in a slab of {format_bytes(stats.slab_bytes)} ({stats.num_misses:,} unexpected, "
             f"{stats.num_refused:,} refused, {stats.num_unplanned:,} outlive their microbatch); "
-            f"{self.num_recorded:,} microbatches ran without a plan, being new"
+            f"{self.num_recorded:,} microbatches ran without a plan, because their kind was new"
         )
 
 
 def build_arena() -> ArenaLibrary:
-    """Compile and load a library of its own. Raises ArenaError."""
+    """Compile and load a new library. Raises ArenaError."""
     with tempfile.TemporaryDirectory(prefix="longhaul-arena-") as folder:
-        return ArenaLibrary(Path(folder))  # stays loaded when its file is gone
+        return ArenaLibrary(Path(folder))  # the loaded library outlives its file
 
 
 def install_on_cuda(device_index: int) -> AddressArena:
-    """Make an arena this process's CUDA allocator. Before anything touches CUDA; for good.
+    """Make an arena this process's CUDA allocator, permanently. Call it before anything uses CUDA.
 
-    torch has no memory statistics afterwards: the arena has its own. Raises ArenaError.
+    torch's memory statistics stop working; the arena has its own. Raises ArenaError.
     """
     if torch.cuda.is_initialized():
-        raise ArenaError("CUDA is in use already: the allocator can only be changed before")
+        raise ArenaError("CUDA is already in use: the allocator must be installed before that")
     with tempfile.TemporaryDirectory(prefix="longhaul-arena-") as folder:
         library = ArenaLibrary(Path(folder))
         allocator = torch.cuda.memory.CUDAPluggableAllocator(
@@ -250,8 +252,8 @@ def install_on_cuda(device_index: int) -> AddressArena:
 
 
 def replay(requests: SequenceOf[Request], plan: AddressPlan) -> int:
-    """Do what the plan says in one real buffer: fill each block with its own pattern at its allocation, and look
-    whether it is still there at its free. Returns the number of bytes checked; raises PlanError where one is not."""
+    """Check a plan in one real buffer: fill each block with its own pattern when it is allocated, and compare when it
+    is freed. Returns the number of bytes checked; raises PlanError if a block was overwritten."""
     buffer = torch.zeros(plan.peak_bytes, dtype=torch.uint8)
     moments = [(r.start, 1, index) for index, r in enumerate(requests)]
     moments += [(r.stop, 0, index) for index, r in enumerate(requests)]

@@ -1,8 +1,8 @@
-"""The memory blocks behind one layer's saved tensors, and how each is put away and brought back.
+"""The memory blocks behind one layer's saved tensors, and how each is swapped, kept or dropped and then restored.
 
-A block is one tensor storage that the layer's backward needs in some view. Blocks that hold one record per token are
-split by rows: a prefix goes to the tier, the next rows stay, the rest is dropped and computed again. All others are
-whole: they go to the tier or stay.
+A block is one tensor storage that the layer's backward reads through views. Blocks that hold one record per token are
+split by rows: the first rows are swapped to the tier, the next rows are kept, the rest is dropped and recomputed. All
+other blocks are split by elements or not at all, into swapped and kept; they are never recomputed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class View:
 
 class Block:
     """One storage. ``base`` covers all of it while it is on the device: ``[rows, elements per row]``, or ``[1, all]``
-    for a whole block. ``num_uses`` counts who will still ask for it."""
+    for an unsplit block. ``num_uses``: how many reads are still to come."""
 
     __slots__ = ("base", "num_rows", "num_kept", "num_swapped", "num_uses", "shape", "_dtype", "_device", "_kept",
                  "_loading", "_stored")
@@ -53,7 +53,7 @@ class Block:
 
     @property
     def num_held(self) -> int:
-        """Rows that come back without computing: swapped or kept."""
+        """Rows that are swapped or kept, and so need no recomputation."""
         return self.num_swapped + self.num_kept
 
     @property
@@ -61,7 +61,7 @@ class Block:
         return self.shape[0] * self.shape[1] * self._dtype.itemsize
 
     def put_away(self, num_swapped: int, num_kept: int, tier: Tier | None) -> Transfer | None:
-        """Free the device of all but ``num_kept`` rows. The returned copy reads the base: keep it until it is done."""
+        """Free all but ``num_kept`` rows on the device. Keep the old base until the returned copy is done."""
         assert self.base is not None
         self.num_swapped, self.num_kept = num_swapped, num_kept
         if num_kept == self.num_rows:
@@ -75,7 +75,7 @@ class Block:
         return self._stored.transfer if self._stored is not None else None
 
     def start_load(self, tier: Tier | None) -> None:
-        """Start bringing the swapped rows back, into memory for all rows. Does nothing the second time."""
+        """Start loading the swapped rows into a new base with room for all rows. A second call does nothing."""
         if self._stored is None or self._loading is not None or not self.num_uses:
             return
         assert tier is not None
@@ -83,7 +83,7 @@ class Block:
         self._loading = tier.load(self._stored, self.base[: self.num_swapped])
 
     def finish_load(self, tier: Tier | None) -> None:
-        """Held rows are in ``base`` afterwards; it is None where there are none."""
+        """Wait until all held rows are in ``base``, which is None if no row is held."""
         self.start_load(tier)
         if self._loading is not None and self._stored is not None:
             assert tier is not None
@@ -98,7 +98,7 @@ class Block:
             self._kept = None
 
     def fill(self, rows: torch.Tensor) -> None:
-        """Take the recomputed rows: those after the held ones. Afterwards the block is complete."""
+        """Take the recomputed rows, which follow the held ones. The block is then complete."""
         if self.base is None:
             self.base = rows
         else:
@@ -110,8 +110,8 @@ class Block:
 
 
 def whole_base(tensor: torch.Tensor) -> torch.Tensor:
-    """All elements of the tensor's storage, ``[1, elements]``. A tensor of its own, not a view: version counters of
-    views are shared, and filling rows must not look like a change to what autograd saved elsewhere."""
+    """All elements of the tensor's storage, ``[1, elements]``. It is a new tensor and not a view: views share a version
+    counter, and filling rows must not look to autograd like a change of what it saved."""
     storage = tensor.untyped_storage()
     num_elements = storage.nbytes() // tensor.dtype.itemsize
     empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
@@ -119,7 +119,7 @@ def whole_base(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def row_base(tensor: torch.Tensor, num_rows: int) -> torch.Tensor | None:
-    """The storage as ``[rows, elements per row]``, None where it does not hold one record per row."""
+    """The storage as ``[rows, elements per row]``; None if it does not hold one record per row."""
     base = whole_base(tensor)
     row_elements, rest = divmod(base.numel(), num_rows)
     fits = not rest and tensor.dim() > 0 and tensor.shape[0] == num_rows and tensor.storage_offset() < row_elements

@@ -1,15 +1,15 @@
-"""Chunked training: which tokens make a chunk, which chunks run when, and where their K/V and dK/dV are stored.
+"""Chunked training: which tokens form a chunk, in what order chunks run, and where their K/V and dK/dV are stored.
 
-A group's documents, packed one behind the other, are cut into chunks of consecutive tokens; documents may cross chunk
-borders. Chunks run forward in order; attention of a chunk reads the stored K/V of the document it continues. The
-backward takes the chunks in reverse: everything that reads a chunk's K/V lies behind it, so its dK/dV are complete
-when its turn comes (SeCO, arXiv 2505.16710). What the first pass leaves out, beyond the paper:
+A group's packed documents are cut into chunks of consecutive tokens; a document may cross chunk borders. Chunks run
+forward in order, and a chunk's attention reads the stored K/V of the document it continues. The backward takes chunks
+in reverse order: every chunk that reads a chunk's K/V comes after it, so its dK/dV are complete when its turn comes
+(SeCO, arXiv 2505.16710). Beyond the paper, the first forward pass leaves out work:
 
-- Only the last document of a chunk can go on in the next one, so only its rows run (the "tail") and leave their K/V.
+- Only the last document of a chunk can continue in the next one, so only its rows (the "tail") run and store their K/V.
 - A chunk that no later selected chunk reads is not run at all.
-- The trailing chunks that fit a budget run forward once, with their graph.
+- The last chunks that fit a budget run forward once and keep their graph.
 
-Pure integers here, the same on every rank of a group.
+Everything here is pure integers, the same on every rank of a group.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ Rows = tuple[int, int]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chunk:
-    """Consecutive tokens of a group. ``members[i]``: the consecutive part of them that the group's member i works on,
-    as spans. ``continues``: the last document goes on in the next chunk."""
+    """Consecutive tokens of a group. ``members[i]``: the spans that the group's member i works on, consecutive as well.
+    ``continues``: the chunk's last document continues in the next chunk."""
 
     index: int
     members: tuple[tuple[Span, ...], ...]
@@ -36,7 +36,7 @@ class Chunk:
 
     @property
     def spans(self) -> tuple[Span, ...]:
-        """All the chunk's tokens, one span for each document."""
+        """All of the chunk's tokens, one span per document."""
         return merge_spans(span for member in self.members for span in member)
 
     @property
@@ -45,18 +45,18 @@ class Chunk:
 
     @property
     def most_rows(self) -> int:
-        """Rows of the member that has the most."""
+        """Rows of the member with the most rows."""
         return max(sum(span.num_tokens for span in member) for member in self.members)
 
     def tail(self) -> Chunk:
-        """The chunk with its last document only. Every token stays with its member."""
+        """This chunk reduced to its last document. Every token stays with its member."""
         last = self.spans[-1].sequence
         members = tuple(tuple(span for span in member if span.sequence == last) for member in self.members)
         return replace(self, members=members)
 
 
 def merge_spans(spans: Iterable[Span]) -> tuple[Span, ...]:
-    """Neighbouring spans of one sequence that touch become one."""
+    """Merge adjacent spans of the same sequence."""
     merged: list[Span] = []
     for span in spans:
         if merged and merged[-1].sequence == span.sequence and merged[-1].stop_token == span.start_token:
@@ -67,8 +67,8 @@ def merge_spans(spans: Iterable[Span]) -> tuple[Span, ...]:
 
 
 def cut_chunks(documents: SequenceOf[Span], *, degree: int, chunk_tokens: int) -> tuple[Chunk, ...]:
-    """Chunks in which every one of ``degree`` members has at most ``chunk_tokens`` rows, members differing by at most
-    one; the last chunk is what is left. ``documents``: the group's whole sequences in packing order."""
+    """Cut into chunks that give each of ``degree`` members at most ``chunk_tokens`` rows; row counts of members differ
+    by at most one. The last chunk may be smaller. ``documents``: the group's whole sequences in packing order."""
     total, step = sum(span.num_tokens for span in documents), chunk_tokens * degree
     edges = [*range(0, total, step), total] if total else []
     chunks = []
@@ -93,9 +93,9 @@ def _slice(documents: SequenceOf[Span], start: int, stop: int) -> tuple[Span, ..
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChunkSchedule:
-    """``forward``: in order, the chunks that run before the backward begins. ``backward``: in order, the selected
-    chunks from last to first. A chunk in ``kept`` runs forward once and its graph waits for the backward; of the
-    others in ``forward`` only the tail runs, without a graph. ``needed[i]``: a later chunk reads chunk i's K/V."""
+    """``forward``: the chunks that run before the backward begins, in order. ``backward``: the selected chunks, last
+    first. A chunk in ``kept`` runs forward once and keeps its graph for the backward; of the other chunks in
+    ``forward`` only the tail runs, without a graph. ``needed[i]``: a later chunk reads chunk i's K/V."""
 
     forward: tuple[int, ...]
     backward: tuple[int, ...]
@@ -104,15 +104,15 @@ class ChunkSchedule:
 
 
 def schedule_chunks(chunks: SequenceOf[Chunk], selected: SequenceOf[bool], *, keep_rows: int = 0) -> ChunkSchedule:
-    """When each chunk runs if the loss of the ``selected`` ones counts.
+    """In what order chunks run if only the loss of the ``selected`` ones counts.
 
-    ``keep_rows``: rows of a member whose activations may stay; the last selected chunk stays whatever its size, for
-    its backward comes at once.
+    ``keep_rows``: how many rows of a member may keep their activations. The last selected chunk is kept whatever its
+    size, because its backward follows at once.
     """
     needed = [False] * len(chunks)
     for index in range(len(chunks) - 2, -1, -1):
         if chunks[index].continues:
-            # past the end of the document nobody reads it; a chunk inside is a single span that goes on as well
+            # nothing after the end of the document reads it; a chunk within the document passes the need on
             inside = chunks[index + 1].continues and len(chunks[index + 1].spans) == 1
             needed[index] = selected[index + 1] or (inside and needed[index + 1])
     backward = tuple(index for index in range(len(chunks) - 1, -1, -1) if selected[index])
@@ -128,9 +128,9 @@ def schedule_chunks(chunks: SequenceOf[Chunk], selected: SequenceOf[bool], *, ke
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredRows:
-    """A chunk's places in this rank's stores. ``parts``: K/V of its first document's tokens in earlier chunks, run by
-    run without gaps, each with the rows where its dK/dV gather (None: nowhere, for they are not wanted). ``tail``:
-    where the K/V of its own last document goes; ``carried``: where the dK/dV of it gather.
+    """A chunk's row ranges in this rank's stores. ``parts``: K/V of its first document in earlier chunks, contiguous
+    range by range, each with the range that accumulates its dK/dV (None: these are not wanted). ``tail``: where the K/V
+    of its own last document is stored; ``carried``: where the dK/dV of that tail accumulate.
     """
 
     parts: tuple[tuple[Rows, Rows | None], ...]
@@ -141,15 +141,15 @@ class StoredRows:
 def place_rows(
     chunks: SequenceOf[Chunk], schedule: ChunkSchedule, *, member: int | None
 ) -> tuple[tuple[StoredRows, ...], int, int]:
-    """Places for every chunk, and the rows of the K/V store and of the dK/dV store.
+    """Row ranges for every chunk, and the number of rows of the K/V store and of the dK/dV store.
 
-    ``member``: the group member whose own tokens are stored; None where a rank holds all tokens (of some heads).
-    dK/dV have places only for chunks that are selected: of the others they are not wanted.
+    ``member``: the group member whose tokens this rank stores; None if the rank stores all tokens (of some heads).
+    Only selected chunks have rows for dK/dV: those of other chunks are not wanted.
     """
     selected = set(schedule.backward)
     placed: list[StoredRows] = []
     num_rows = num_carried = 0
-    parts: list[tuple[Rows, Rows | None]] = []  # of the document that runs on, in the chunks so far
+    parts: list[tuple[Rows, Rows | None]] = []  # of the document that continues, in the chunks so far
     for chunk, needed in zip(chunks, schedule.needed, strict=True):
         spans = chunk.spans
         prefix = parts if spans[0].start_token > 0 else []
@@ -173,7 +173,7 @@ def _tail_rows(chunk: Chunk, member: int | None) -> int:
 def _joined(
     parts: SequenceOf[tuple[Rows, Rows | None]], tail: Rows, carried: Rows | None
 ) -> list[tuple[Rows, Rows | None]]:
-    """``parts`` and one more run, which is joined to the last one where both its places follow on."""
+    """``parts`` and one more range, merged into the last one if it continues that one in both stores."""
     if tail[0] == tail[1]:
         return list(parts)
     if parts:

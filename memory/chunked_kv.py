@@ -1,4 +1,4 @@
-"""K/V of earlier chunks and the gradients that later chunks leave for them, for every layer of one group's run.
+"""K/V of earlier chunks and the gradients that later chunks accumulate for them, for all layers of one group.
 
 Shapes: S stored rows, G rows whose gradients are carried, K KV heads of this rank, H head dim.
 """
@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 
 import torch
 
-Rows = tuple[int, int]
+from memory.chunked import Rows
 
 
 @dataclass(slots=True)
 class ChunkStore:
-    """One buffer of K/V and one of dK/dV a layer, made when the layer first needs them, by the row places of
-    ``memory.chunked.place_rows``. dK/dV are at least fp32 whatever the K/V are: many chunks add to them."""
+    """One K/V buffer and one dK/dV buffer per layer, allocated on first use, with the rows that
+    ``memory.chunked.place_rows`` assigns. dK/dV are at least fp32 for any K/V dtype, as many chunks add to them."""
 
     num_rows: int
     num_carried: int
@@ -23,7 +23,7 @@ class ChunkStore:
     _dkv: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def prepare(self, layer: int, rows: Rows, carried: Rows, following: int | None) -> None:
-        """Nothing to do: all rows are here."""
+        """Does nothing: all rows are on the device."""
 
     def write(self, layer: int, rows: Rows, k_TKH: torch.Tensor, v_TKH: torch.Tensor) -> None:
         """Store the K/V of these rows."""
@@ -33,14 +33,14 @@ class ChunkStore:
         place[:, 0], place[:, 1] = k_TKH, v_TKH
 
     def keys_values(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """All stored K and V ``[S, K, H]`` of a layer; only rows that were written mean anything."""
+        """All stored K and V ``[S, K, H]`` of a layer; only rows that were written are valid."""
         kv_S2KH = self._kv[layer]
         return kv_S2KH[:, 0], kv_S2KH[:, 1]
 
     def add_gradients(
         self, layer: int, rows: Rows, dk_TKH: torch.Tensor, dv_TKH: torch.Tensor
     ) -> None:
-        """Add what one chunk has for the carried rows ``rows``."""
+        """Add one chunk's gradients to the carried rows ``rows``."""
         if layer not in self._dkv:
             wide = torch.promote_types(dk_TKH.dtype, torch.float32)
             self._dkv[layer] = dk_TKH.new_zeros((self.num_carried, 2, *dk_TKH.shape[1:]), dtype=wide)
@@ -49,14 +49,14 @@ class ChunkStore:
         place[:, 1] += dv_TKH
 
     def gradients(self, layer: int, rows: Rows) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """(dK, dV) that later chunks left for these rows; None where none left any."""
+        """(dK, dV) that later chunks accumulated for these rows; None if there are none."""
         if layer not in self._dkv:
             return None
         place = self._dkv[layer][rows[0] : rows[1]]
         return place[:, 0], place[:, 1]
 
     def close(self) -> None:
-        """Drop all rows. The store is at its end."""
+        """Free all rows. The store cannot be used afterwards."""
         self._kv.clear()
         self._dkv.clear()
 

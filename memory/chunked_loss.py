@@ -1,8 +1,8 @@
-"""Output head and cross-entropy, chunk by chunk: logits of all tokens never exist at once.
+"""Output head and cross-entropy, chunk by chunk: the logits of all tokens never exist at once.
 
-The gradient of a chunk's logits is known as soon as its loss is (softmax minus one-hot), so each chunk's logits are
-made once, turned into d(hidden) and d(weight), and dropped: no recomputation in the backward and memory of one chunk.
-With a vocabulary split over tensor ranks three small reductions per chunk complete the softmax.
+The gradient of a chunk's logits (softmax minus one-hot) is known together with its loss. So each chunk's logits are
+computed once, turned into d(hidden) and d(weight), and freed: the backward recomputes nothing, and memory holds one
+chunk. With a vocabulary split over tensor ranks, three small reductions per chunk complete the softmax.
 Shapes: T tokens, C tokens of a chunk, D hidden, V vocabulary rows of this tensor rank.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 IGNORE = -100
-"""Label of a token that carries no loss."""
+"""Label of a token whose loss is not counted."""
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]
 

@@ -1,8 +1,8 @@
-"""The MLP of a layer, piece by piece: what lies between its input and its output never exists for all rows at once.
+"""The MLP of a layer, piece by piece: its intermediate activations never exist for all rows at once.
 
-Forward and backward go over pieces of rows. The forward keeps the input only; the backward makes a piece's
-intermediates again, takes them through to that piece's gradients and drops them (Mini-Sequence Transformer, arXiv
-2407.15892, section 3). The last matrix product is not made twice, nor is the sum over tensor ranks behind it.
+Forward and backward run over pieces of rows. The forward saves only the input. For each piece the backward recomputes
+the intermediates, computes that piece's gradients and frees them (Mini-Sequence Transformer, arXiv 2407.15892,
+section 3). The last matrix product and its sum over tensor ranks are not recomputed.
 Shapes: T rows, C rows of a piece, D hidden, F columns of this tensor rank.
 """
 
@@ -23,10 +23,10 @@ def chunked_mlp(
 ) -> torch.Tensor:
     """``rows + outer(inner(rows))`` ``[T, D]``, ``chunk_tokens`` rows at a time, differentiable once.
 
-    ``inner``: token-wise, ``[C, D]`` to ``[C, F]``, reaches exactly ``inner_parameters``, which all need gradients.
+    ``inner``: token-wise, ``[C, D]`` to ``[C, F]``; it uses exactly ``inner_parameters``, which all need gradients.
     ``outer``: ``x @ outer_weight^T`` without bias, summed over the tensor ranks if there are several; the gradient of
     the result is the same on all of them. Parameter gradients are summed over pieces in fp32 or wider. Zero rows run as
-    one piece of none: every parameter has a gradient, and tensor ranks, whose rows are equal, meet in the same
+    one empty piece, so that every parameter gets a gradient and tensor ranks, which have equal rows, run the same
     collectives.
     """
     result: torch.Tensor = _ChunkedMLP.apply(rows_TD, inner, outer, chunk_tokens, outer_weight_DF, *inner_parameters)
@@ -40,8 +40,7 @@ class _ChunkedMLP(torch.autograd.Function):
         outer_weight_DF: torch.Tensor, *inner_parameters: torch.Tensor,
     ) -> torch.Tensor:
         ctx.inner, ctx.chunk_tokens = inner, chunk_tokens
-        # not saved for backward: what a saved-tensor hook returns is another tensor, and these are to be the ones that
-        # ``inner`` reaches
+        # not saved for backward: a saved-tensor hook would return other tensors than those that ``inner`` uses
         ctx.outer_weight_DF, ctx.inner_parameters = outer_weight_DF, inner_parameters
         ctx.save_for_backward(rows_TD)
         result_TD = torch.empty_like(rows_TD)
@@ -74,7 +73,7 @@ def _pieces(rows_TD: torch.Tensor, chunk_tokens: int) -> Iterator[slice]:
 
 
 def _add(sums: list[torch.Tensor], gradients: list[torch.Tensor]) -> None:
-    """Add one piece's gradients to the sums, which the first piece begins."""
+    """Add one piece's gradients to the sums; the first piece creates them."""
     if sums:
         for total, gradient in zip(sums, gradients, strict=True):
             total += gradient

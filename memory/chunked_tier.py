@@ -1,9 +1,9 @@
-"""K/V of earlier chunks and their dK/dV in a tier: on the device are the layer at work and the next one.
+"""K/V of earlier chunks and their dK/dV in a tier: only the current layer's and the next layer's are on the device.
 
-Same rows and same arithmetic as ``memory.chunked_kv.ChunkStore``, so the same bits. A chunk's K/V of a layer are
-written once, when that layer has made them; a later chunk reads those of its document before its attention, while the
-layer before computes (``prepare``). dK/dV are read the same way, added to, and written back over what was there while
-the next layer computes. Two buffers for K/V: computing, coming. Three for dK/dV: computing, coming, going.
+Rows and arithmetic are those of ``memory.chunked_kv.ChunkStore``, so the results are bit for bit the same. A chunk's
+K/V of a layer are written once, when the layer has computed them. A later chunk reads those of its document before its
+attention, while the previous layer computes (``prepare``). dK/dV are read in the same way, added to, and written back
+while the next layer computes. K/V have two buffers (in use, loading), dK/dV three (in use, loading, storing).
 Shapes: S stored rows, G rows whose gradients are carried, K KV heads of this rank, H head dim.
 """
 
@@ -25,13 +25,13 @@ from planner.units import format_bytes
 NUM_KV_BUFFERS = 2
 NUM_DKV_BUFFERS = 3
 _STORES_IN_FLIGHT = 1
-"""K/V of layers that are being written beside the layer that computes."""
+"""How many layers' K/V may still be in flight to the tier while the next layer computes."""
 
 
 @dataclass(slots=True, eq=False)
 class _Buffer:
-    """``rows`` of one layer on the device, or on their way in (``loads``) or out (``stores``). ``dirty``: pieces, by
-    first row, that were added to since."""
+    """``rows`` of one layer on the device, or being copied in (``loads``) or out (``stores``). ``dirty``: first rows of
+    the pieces that changed since they were loaded."""
 
     tensor: torch.Tensor
     layer: int = -1
@@ -42,17 +42,17 @@ class _Buffer:
 
 
 class _TieredRows:
-    """One kind of rows of all layers. ``pieces``: row ranges that are written and read whole. A piece that was never
-    written reads as zeros."""
+    """One kind of rows (K/V or dK/dV) of all layers. ``pieces``: row ranges that are always written and read whole. A
+    piece that was never written reads as zeros."""
 
     def __init__(self, tier: Tier, pieces: Iterable[Rows], *, num_buffers: int, what: str) -> None:
         self._tier, self.pieces, self._num_buffers, self._what = tier, tuple(pieces), num_buffers, what
         self.num_rows = max((stop for _, stop in self.pieces), default=0)
         self._stored: dict[tuple[int, int], Stored] = {}  # by layer and first row
-        self._buffers: list[_Buffer] = []  # the least recently wanted first
+        self._buffers: list[_Buffer] = []  # least recently requested first
 
     def put(self, layer: int, rows: Rows, source: torch.Tensor) -> Transfer:
-        """Start writing the piece ``rows``; ``source`` stays as it is until that is done."""
+        """Start writing the piece ``rows``; ``source`` must not change until the copy is done."""
         key = (layer, rows[0])
         old = self._stored.get(key)
         self._name_copies(layer)
@@ -60,12 +60,12 @@ class _TieredRows:
         return self._stored[key].transfer
 
     def want(self, layer: int, rows: Rows, like: torch.Tensor) -> None:
-        """Start reading ``rows`` of a layer unless they are here. ``like``: a row ``[1, 2, K, H]`` of the same kind."""
+        """Start reading ``rows`` of a layer if they are not loaded. ``like``: one row ``[1, 2, K, H]`` of this kind."""
         buffer = next((buffer for buffer in self._buffers if buffer.layer == layer), None)
         if buffer is not None and buffer.rows[0] <= rows[0] and rows[1] <= buffer.rows[1]:
             self._buffers.remove(buffer)
             self._buffers.append(buffer)
-            self._wait(buffer.stores)  # what is being written must not change
+            self._wait(buffer.stores)  # rows must not change while they are being written
             return
         if buffer is not None:
             self._buffers.remove(buffer)
@@ -84,11 +84,11 @@ class _TieredRows:
             if stored is None:
                 buffer.tensor[start:stop].zero_()
                 continue
-            self._wait([stored.transfer])  # on CUDA the stream that reads is not the one that writes
+            self._wait([stored.transfer])  # on CUDA different streams read and write
             buffer.loads.append(self._tier.load(stored, buffer.tensor[start:stop]))
 
     def ready(self, layer: int) -> torch.Tensor:
-        """The buffer ``[S or G, 2, K, H]`` of a layer; only rows that were wanted mean anything."""
+        """The buffer ``[S or G, 2, K, H]`` of a layer; only rows that were requested are valid."""
         buffer = self._buffer_of(layer)
         self._wait(buffer.loads)
         return buffer.tensor
@@ -98,13 +98,13 @@ class _TieredRows:
         self._buffer_of(layer).dirty.update(start for start, _ in self._inside(rows))
 
     def write_back(self, *, but: int) -> None:
-        """Start writing what was changed, of all layers but this one."""
+        """Start writing all changed pieces of layers other than ``but``."""
         for buffer in self._buffers:
             if buffer.layer != but:
                 self._write_back(buffer)
 
     def close(self) -> None:
-        """Wait for all copies and free the places; what was not written back is lost."""
+        """Wait for all copies and free the tier's places. Changes that were not written back are lost."""
         for buffer in self._buffers:
             self._wait(buffer.loads)
             self._wait(buffer.stores)
@@ -132,7 +132,7 @@ class _TieredRows:
         buffer.dirty.clear()
 
     def _wait(self, transfers: list[Transfer]) -> None:
-        """Until these copies are done; the list is empty then."""
+        """Wait until these copies are done, and empty the list."""
         if transfers:
             with waiting(self._tier.timeline, f"for {self._what}"):
                 for transfer in transfers:
@@ -145,9 +145,9 @@ class _TieredRows:
 
 
 class TieredChunkStore:
-    """The stores of one group's run on one rank, by the row places of ``memory.chunked.place_rows``.
+    """K/V and dK/dV of one group on one rank, with the rows that ``memory.chunked.place_rows`` assigns.
 
-    Raises MemoryFullError, before the first byte is written, where the tier has not room for all of it.
+    Raises MemoryFullError, before the first byte is written, if the tier cannot hold all of it.
     """
 
     def __init__(self, places: SequenceOf[StoredRows], tier: Tier, *, num_layers: int) -> None:
@@ -161,7 +161,7 @@ class TieredChunkStore:
         self._dkv_row: torch.Tensor | None = None
 
     def prepare(self, layer: int, rows: Rows, carried: Rows, following: int | None) -> None:
-        """This layer is about to read these rows of K/V and of dK/dV, and layer ``following`` after it."""
+        """This layer will now read these rows of K/V and of dK/dV; layer ``following`` comes after it."""
         self._dkv.write_back(but=layer)
         for place in (layer,) if following is None else (layer, following):
             if rows[0] < rows[1] and self._kv_row is not None:
@@ -173,40 +173,40 @@ class TieredChunkStore:
         """Store the K/V of these rows."""
         if self._kv_row is None:
             self._begin(k_TKH)
-        self._settle(_STORES_IN_FLIGHT)
+        self._limit_in_flight(_STORES_IN_FLIGHT)
         both_T2KH = torch.stack((k_TKH, v_TKH), dim=1)
         self._outgoing.append((self._kv.put(layer, rows, both_T2KH), both_T2KH))
 
     def keys_values(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V ``[S, K, H]`` of a layer; only rows that were prepared mean anything."""
+        """K and V ``[S, K, H]`` of a layer; only rows that were prepared are valid."""
         kv_S2KH = self._kv.ready(layer)
         return kv_S2KH[:, 0], kv_S2KH[:, 1]
 
     def add_gradients(self, layer: int, rows: Rows, dk_TKH: torch.Tensor, dv_TKH: torch.Tensor) -> None:
-        """Add what one chunk has for the carried rows ``rows``, which were prepared."""
+        """Add one chunk's gradients to the carried rows ``rows``, which must have been prepared."""
         place = self._dkv.ready(layer)[rows[0] : rows[1]]
         place[:, 0] += dk_TKH
         place[:, 1] += dv_TKH
         self._dkv.mark(layer, rows)
 
     def gradients(self, layer: int, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
-        """(dK, dV) that later chunks left for these rows, which were prepared; zeros where none left any."""
+        """(dK, dV) that later chunks accumulated for these rows, which must have been prepared; zeros if none did."""
         place = self._dkv.ready(layer)[rows[0] : rows[1]]
         return place[:, 0], place[:, 1]
 
     def close(self) -> None:
-        """Wait for what is under way and free the tier's places. The store is at its end."""
-        self._settle(0)
+        """Wait for copies in flight and free the tier's places. The store cannot be used afterwards."""
+        self._limit_in_flight(0)
         self._kv.close()
         self._dkv.close()
 
     @property
     def num_bytes(self) -> int:
-        """Bytes on the device: the buffers, and K/V on their way out."""
+        """Bytes on the device: the buffers, and K/V in flight to the tier."""
         return self._kv.num_bytes + self._dkv.num_bytes + sum(source.nbytes for _, source in self._outgoing)
 
-    def _settle(self, most_in_flight: int) -> None:
-        """Wait for the oldest K/V on their way out."""
+    def _limit_in_flight(self, most_in_flight: int) -> None:
+        """Wait for the oldest copies until at most ``most_in_flight`` K/V are in flight to the tier."""
         while len(self._outgoing) > most_in_flight:
             with waiting(self._tier.timeline, "for copies out"):
                 self._outgoing.popleft()[0].wait()

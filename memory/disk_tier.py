@@ -1,12 +1,12 @@
-"""The disk below the host: one file per rank, written behind by one worker thread and read ahead by another.
+"""The disk tier: one file per rank, written by one worker thread and read ahead of use by another.
 
-Direct reads and writes at offsets where the file system has them: pages never enter the page cache, so host memory
-really stays free and nothing needs flushing (several times the speed of writing through the cache and flushing it).
-They need aligned memory, so every piece passes through one small buffer per thread (``memory.staging``); so does what
-lies on a CUDA device, whose way to the disk leads through pinned host memory. Elsewhere the page cache is used and
-given back as we go. No memory map: pages of a map count as this process's memory, and an input/output error in one
-arrives as a signal that kills the process without saying which file. The file has no name after it is opened: however
-the process ends, SIGKILL included, the space is free again and nothing is left for a restart to trip over.
+Reads and writes are direct (O_DIRECT) where the file system supports it. They bypass the page cache, so host memory
+stays free and nothing needs flushing, which is several times faster than writing through the cache. Direct access needs
+aligned memory, so all data passes through one small buffer per thread (``memory.staging``), which is also pinned for
+copies to and from a CUDA device. Elsewhere pages are dropped from the page cache as the copy proceeds. A memory map is
+not used: its pages count as this process's memory, and an input/output error would be a signal that kills the process
+without naming the file. The file is unlinked right after it is opened, so its space is freed however the process ends,
+even by SIGKILL, and nothing is left over for a restart.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ _CPU = torch.device("cpu")
 _ALIGNMENT_BYTES = 4096
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _PIECE_BYTES = 4 * MIB
-"""Of one direct read or write, and of each thread's buffer for it."""
+"""Size of one direct read or write, and of each thread's buffer."""
 _GIVE_BACK_BYTES = 64 * MIB
-"""Without direct writes: bytes after which they are flushed and dropped from the page cache."""
+"""Without direct writes: after this many bytes, written pages are flushed and dropped from the page cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +48,12 @@ class _FileCopy:
 
 
 class DiskTier(Tier):
-    """``capacity_bytes`` of disk in ``path``, reserved when made, for tensors on ``device``. ``direct``: bypass the
-    page cache where the file system can. On CUDA ``Transfer.wait`` holds up the host until the copy is done: the disk
-    sets the pace there.
+    """``capacity_bytes`` of disk in ``path``, reserved at creation, for tensors on ``device``. ``direct``: bypass the
+    page cache where the file system can. On CUDA ``Transfer.wait`` blocks the host until the copy is done, because the
+    disk is the bottleneck.
 
-    Raises MemoryFullError where the disk has not that much room, TierError where the file cannot be made and, from
-    ``Transfer.wait``, where a read or write failed. All name the file.
+    Raises MemoryFullError if the disk has too little space, and TierError if the file cannot be created or, from
+    ``Transfer.wait``, if a read or write failed. Every message names the file.
     """
 
     name = DISK
@@ -73,7 +73,7 @@ class DiskTier(Tier):
         self._out, self._in = (
             Staging(_PIECE_BYTES if self._is_staged else 0, device, alignment_bytes=_ALIGNMENT_BYTES) for _ in range(2)
         )
-        self._dirty_bytes = 0  # of the writing thread
+        self._dirty_bytes = 0  # used by the writing thread only
 
     def close(self) -> None:
         self._writer.shutdown(wait=True)
@@ -95,7 +95,7 @@ class DiskTier(Tier):
 
         def copy() -> None:
             if after is not None:
-                after.wait()  # another thread writes: never read what is not there yet
+                after.wait()  # another thread writes this place: wait until it is done before reading
             staging.wait(mark)
             start = timeline.stamp(staging.stream) if timeline is not None else None
             work(data, offset)
@@ -130,7 +130,7 @@ class DiskTier(Tier):
             os.posix_fadvise(self._descriptor, offset, data.numel(), os.POSIX_FADV_DONTNEED)
 
     def _put(self, view: memoryview, offset: int) -> None:
-        """Write all of ``view``. What the system left over is written again, from a whole unit on."""
+        """Write all of ``view``. After a short write, continue at the last whole unit that was written."""
         done = 0
         while done < len(view):
             try:
@@ -159,7 +159,7 @@ class DiskTier(Tier):
             done = got if got >= needed else whole
 
     def _give_back(self) -> None:
-        """Only pages that are on the disk can leave the page cache, so they are flushed first."""
+        """Flush pages, then drop them: the page cache can only drop pages that are on the disk."""
         try:
             os.fdatasync(self._descriptor)
         except OSError as error:
@@ -175,11 +175,11 @@ class DiskTier(Tier):
 
 
 def _open_reserved(path: Path, capacity_bytes: int) -> FileIO:
-    """A file of this size whose blocks are reserved, already without a name."""
+    """A file of this size with its blocks reserved, already unlinked."""
     free_bytes = free_disk_bytes(path)
     file = None
     try:
-        if capacity_bytes > free_bytes:  # known to fail: do not fill the disk to find out
+        if capacity_bytes > free_bytes:  # reserving would fail only after it has filled the disk
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("w+b", buffering=0)
@@ -200,8 +200,8 @@ def _open_reserved(path: Path, capacity_bytes: int) -> FileIO:
 
 
 def _make_direct(descriptor: int) -> bool:
-    """Switch the file to direct reads and writes; False where the file system has none (some say so only at the first
-    one). The file has at least one block."""
+    """Switch the file to direct reads and writes; False if the file system does not support them. Some file systems
+    report that only at the first access, so one block is written; the file has at least one."""
     flag = getattr(os, "O_DIRECT", 0)
     if not flag:
         return False
@@ -217,7 +217,7 @@ def _make_direct(descriptor: int) -> bool:
 
 
 def free_disk_bytes(path: Path) -> int:
-    """Bytes an ordinary user may still write on the file system of ``path`` (which need not exist)."""
+    """Bytes an ordinary user can still write on the file system of ``path``, which need not exist."""
     folder = path.parent
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent

@@ -1,4 +1,4 @@
-"""Who may hold how many bytes where: reserve first, allocate after."""
+"""Memory accounts: reserve bytes first, allocate after. Also a first-fit allocator of places in a range."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from planner.units import format_bytes
 
 
 class MemoryFullError(LonghaulError):
-    """A reservation does not fit: ``needed_bytes`` of ``account`` were asked for, ``available_bytes`` are left."""
+    """A reservation does not fit: ``needed_bytes`` were requested from ``account``, ``available_bytes`` are left."""
 
     exit_code = EXIT_INFEASIBLE
 
@@ -22,8 +22,8 @@ class MemoryFullError(LonghaulError):
 
 
 class MemoryLedger:
-    """Accounts with a fixed capacity (bytes). ``reserve`` comes before the allocation it pays for, so a limit is met
-    as an error with numbers and never as a failed allocation. Safe to use from several threads."""
+    """Accounts with a fixed capacity (bytes). Every allocation is reserved first, so exceeding a limit is an error with
+    numbers and never a failed allocation. Safe to use from several threads."""
 
     def __init__(self, capacity_bytes: Mapping[str, int]) -> None:
         self._capacity_bytes = dict(capacity_bytes)
@@ -32,7 +32,7 @@ class MemoryLedger:
         self._lock = threading.Lock()
 
     def reserve(self, account: str, num_bytes: int, what: str, remedy: str = "") -> None:
-        """Take ``num_bytes`` of the account for ``what``. Raises MemoryFullError with need, have and ``remedy``."""
+        """Reserve ``num_bytes`` for ``what``. Raises MemoryFullError with needed and available bytes and ``remedy``."""
         with self._lock:
             available = self._capacity_bytes[account] - self._used_bytes[account]
             if num_bytes > available:
@@ -45,7 +45,7 @@ class MemoryLedger:
             self._peak_bytes[account] = max(self._peak_bytes[account], self._used_bytes[account])
 
     def release(self, account: str, num_bytes: int) -> None:
-        """Give back what was reserved."""
+        """Return reserved bytes to the account."""
         with self._lock:
             if num_bytes > self._used_bytes[account]:
                 raise ValueError(f"{account}: release of {num_bytes} bytes, only {self._used_bytes[account]} are used")
@@ -56,18 +56,18 @@ class MemoryLedger:
         return self._used_bytes[account]
 
     def peak_bytes(self, account: str) -> int:
-        """Most bytes reserved at once since ``restart_peak`` (or ever)."""
+        """Most bytes reserved at once since ``restart_peak``, or since the start."""
         return self._peak_bytes[account]
 
     def restart_peak(self, account: str) -> None:
-        """Count the peak anew, from what is reserved now."""
+        """Start a new peak at the bytes reserved now."""
         with self._lock:
             self._peak_bytes[account] = self._used_bytes[account]
 
 
 class Regions:
-    """Places in one range of ``capacity_bytes``: first fit, neighbours merge when freed. Places start at multiples of
-    ``alignment_bytes``, and ``size_bytes`` says what a request takes with its padding."""
+    """First-fit allocation in one range of ``capacity_bytes``; adjacent free places merge. Places start at multiples of
+    ``alignment_bytes``; ``size_bytes`` is the size of a request with its padding."""
 
     def __init__(self, capacity_bytes: int, *, alignment_bytes: int) -> None:
         self._alignment_bytes = alignment_bytes
@@ -78,7 +78,7 @@ class Regions:
         return -(-max(num_bytes, 1) // self._alignment_bytes) * self._alignment_bytes
 
     def take(self, num_bytes: int) -> int | None:
-        """Offset of a free place, None where no free place is large enough."""
+        """Offset of a free place; None if no free place is large enough."""
         size = self.size_bytes(num_bytes)
         for place, (start, stop) in enumerate(self._free):
             if stop - start >= size:
@@ -87,7 +87,7 @@ class Regions:
         return None
 
     def give(self, offset: int, num_bytes: int) -> None:
-        """Free what ``take`` returned for the same ``num_bytes``."""
+        """Free the place that ``take`` returned for the same ``num_bytes``."""
         spans = sorted([*self._free, (offset, offset + self.size_bytes(num_bytes))])
         merged = [spans[0]]
         for start, stop in spans[1:]:

@@ -11,18 +11,20 @@ import torch
 from memory.arena import AddressArena
 from planner.units import KIB, MIB
 
-_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # glibc's names for mallopt, man 3 mallopt
+_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # glibc's constants for mallopt, man 3 mallopt
 _LARGE_BYTES = 2 * MIB  # a huge page
-_FINE_BYTES = 64 * KIB  # glibc begins with 128 KiB and raises that up to 32 MiB as blocks are freed
+_FINE_BYTES = 64 * KIB  # glibc starts at 128 KiB and raises the threshold to 32 MiB as blocks are freed
 _KEPT_TOP_BYTES = 8 * MIB
 
 
 def map_large_blocks(*, fine: bool) -> None:
-    """From now on this process maps every block of 2 MiB and more (``fine``: 64 KiB) by itself and unmaps it when it
-    is freed (glibc; does nothing elsewhere). By default glibc carves blocks of up to 32 MiB out of its heap: aligned
-    tensors of equal size often do not fit the holes they left, the resident set grows though nothing leaks, by a third
-    where activations are recomputed, and no plan can predict it. The price is a page fault per page of each block; huge
-    pages (``glibc.malloc.hugetlb=1``, see ``launch.environment``) make that small for blocks of 2 MiB and more."""
+    """From now on this process maps every block of 2 MiB and more (``fine``: 64 KiB) on its own and unmaps it when it
+    is freed (glibc; does nothing elsewhere).
+
+    By default glibc takes blocks of up to 32 MiB from its heap. Aligned tensors often do not fit the holes that freed
+    ones of equal size left, so the resident set grows without a leak, by a third where activations are recomputed, and
+    no plan can predict it. Mapping costs one page fault per page of each block; huge pages
+    (``glibc.malloc.hugetlb=1``, see ``launch.environment``) make that cheap for blocks of 2 MiB and more."""
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
         if mallopt is not None:
@@ -31,8 +33,8 @@ def map_large_blocks(*, fine: bool) -> None:
 
 
 def give_back_freed_memory() -> None:
-    """Return the C library's free memory to the system: before a peak is measured, what was freed earlier must not
-    count (glibc; does nothing elsewhere)."""
+    """Return the C library's free memory to the system, so that memory freed earlier does not count in the next peak
+    (glibc; does nothing elsewhere)."""
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
@@ -42,8 +44,8 @@ def give_back_freed_memory() -> None:
 class PeakMemory:
     """``reset`` before a step, ``read_bytes`` after it.
 
-    CUDA: the allocator's peak, the arena's own where there is one (torch then counts nothing). CPU: the process's peak
-    resident set, which Linux can reset; elsewhere it is the peak since the process began.
+    CUDA: the allocator's peak, or the arena's where there is one, because torch then counts nothing. CPU: the process's
+    peak resident set, which Linux can reset; on other systems it is the peak since the process began.
     """
 
     def __init__(self, device: torch.device, arena: AddressArena | None = None) -> None:

@@ -1,27 +1,27 @@
-"""What happens to the saved activations of a microbatch's layers: a value, equal on all ranks that share a layer."""
+"""What happens to the saved activations of a microbatch's layers; the same on all ranks that share a layer."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 SWAP_KEEPS_LAYERS = 2
-"""Their backwards start at once: what they swapped out would be in the way of coming back (MEMO, section 4)."""
+"""The backward of the last layers starts at once, so their copies out would delay the copies back (MEMO, section 4)."""
 RECOMPUTE_KEEPS_LAYERS = 1
-"""Its backward would rebuild at once what its forward has just dropped."""
+"""The last layer's backward would recompute at once what its forward has just dropped."""
 
 _NEARLY = 1e-9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ActivationPolicy:
-    """Token-wise swap and recomputation (MEMO, section 4). Fractions are of a microbatch's local rows.
+    """Token-wise swap and recompute (MEMO, section 4). Fractions are shares of a microbatch's local rows.
 
-    Of every tensor that a token-wise step makes and the backward needs, the first ``swap_fraction`` of the rows goes
-    to a tier, the next ``keep_fraction`` stays, the rest is recomputed before the layer's backward. ``by_step`` holds
-    other fractions for single steps: ``((step name, swap, keep), ...)``. The pair (layer input and what
-    attention saved: its output and log-sum-exp) is never recomputed: of its bytes ``pair_fraction`` is swapped
-    (``swap_pair``), or all stays. ``row_multiple``: splits fall on multiples of this, for kernels that like even sizes.
-    ``kept_layers``: how many of the last layers stay whole; None: as few as what is done to the others allows.
+    Of every tensor that a token-wise step makes and the backward needs, the first ``swap_fraction`` of the rows goes to
+    a tier, the next ``keep_fraction`` is kept, and the rest is recomputed before the layer's backward. ``by_step``
+    overrides the fractions for single steps: ``((step name, swap, keep), ...)``. The *pair*, which is the layer input
+    and what attention saved (its output and LSE), is never recomputed: ``pair_fraction`` of its bytes is swapped if
+    ``swap_pair``, else all of it is kept. ``row_multiple``: splits fall on multiples of it, for kernels that prefer
+    even sizes. ``kept_layers``: how many of the last layers are kept whole; None: as few as the policy allows.
     """
 
     swap_fraction: float = 0.0
@@ -59,14 +59,14 @@ class ActivationPolicy:
         return SWAP_KEEPS_LAYERS if self.swaps else RECOMPUTE_KEEPS_LAYERS
 
     def split(self, step: str, num_rows: int) -> tuple[int, int]:
-        """(rows swapped, rows kept) of what ``step`` makes, counted from row 0; the other rows are recomputed."""
+        """(rows swapped, rows kept) of what ``step`` makes, from row 0 on; the other rows are recomputed."""
         own = {name: (swap, keep) for name, swap, keep in self.by_step}
         swap, keep = own.get(step, (self.swap_fraction, self.keep_fraction))
         num_swapped = self._rounded(swap, num_rows)
         return num_swapped, self._rounded(swap + keep, num_rows) - num_swapped
 
     def split_pair(self, num_elements: int) -> tuple[int, int]:
-        """(elements swapped, elements kept) of a tensor of the pair, whatever its layout."""
+        """(elements swapped, elements kept) of a tensor of the pair; it may have any layout."""
         num_swapped = round(self.pair_fraction * num_elements) if self.swap_pair else 0
         return num_swapped, num_elements - num_swapped
 

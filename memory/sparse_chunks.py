@@ -1,16 +1,16 @@
-"""SpaCO: backward through a sample of the chunks, with weights that make the gradient's mean right.
+"""SpaCO: backward through a sample of the chunks, weighted so that the expected gradient is right.
 
-The gradient is a sum over paths: the loss of a chunk, then from K/V to K/V of ever earlier chunks, then a parameter.
-A path counts if every chunk on it was sampled. Each chunk's backward multiplies the loss by ``loss_weight`` and the
-dK/dV that later chunks left for it by ``hop_weight``: a path through chunks i, j, .. gets the product.
+The gradient is a sum over paths: from the loss of a chunk through K/V of ever earlier chunks to a parameter. A path
+counts if every chunk on it was sampled. Each chunk's backward multiplies its loss by ``loss_weight`` and the dK/dV that
+later chunks accumulated for it by ``hop_weight``, so a path is weighted with the product over its chunks.
 
-``bernoulli``, ``importance``: chunks are drawn independently, chunk i with probability p_i > 0, both weights 1 / p_i.
-Then the expectation of (all drawn) times (product of weights) is 1 for every path: the mean is the exact gradient.
-The update of the weights need not be right in the mean: clipping and Adam are not linear in the gradient.
-``published``: what the paper describes (arXiv 2505.16710, sections 4 and 6.4): a fixed number t of k chunks without
-replacement, weights k / t, those of hops at most 2. Drawing a chunk makes the others less likely, and the cap shrinks
-long paths: its mean is *not* the gradient. It is here to compare with.
-``even``: every n-th chunk, always the same ones. Not an estimate of anything; it measures time and memory.
+``bernoulli``, ``importance``: chunks are drawn independently, chunk i with probability p_i > 0; both weights are
+1 / p_i. The expected weight of every path is then 1, so the expected gradient is the exact gradient. The expected
+parameter update may still differ, because gradient clipping and Adam are not linear in the gradient.
+``published``: the method of the paper (arXiv 2505.16710, sections 4 and 6.4): t of k chunks without replacement,
+weights k / t, and hop weights at most 2. Drawing one chunk makes the others less likely, and the cap gives long paths
+less weight: its expected gradient is *not* the gradient. It is included for comparison.
+``even``: every n-th chunk, always the same ones. It estimates nothing; it serves to measure time and memory.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ import torch
 
 _HOP_CAP = 2.0
 _UNIFORM_SHARE = 0.5
-"""Of importance weights: chunks without loss tokens lie on paths too, so none may become unlikely."""
+"""Share of importance weights that is equal for all chunks. Chunks without loss tokens lie on paths too, so no chunk
+may become unlikely."""
 
 
 class Sampling(StrEnum):
@@ -45,7 +46,7 @@ class Sampling(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChunkWeight:
-    """Of one chunk: whether its backward runs, and what its loss and the gradients left for it are multiplied by."""
+    """One chunk: whether its backward runs, and the factors of its loss and of the gradients carried for it."""
 
     selected: bool
     loss_weight: float = 1.0
@@ -53,12 +54,12 @@ class ChunkWeight:
 
 
 EXACT = ChunkWeight(selected=True)
-"""SeCO: every chunk, nothing scaled."""
+"""SeCO: every chunk runs, nothing is scaled."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChunkSampler:
-    """Draws chunks. ``fraction``: expected share of the chunks, in (0, 1]. ``seed``: of the run."""
+    """Draws chunks. ``fraction``: expected share of chunks drawn, in (0, 1]. ``seed``: the run's seed."""
 
     kind: Sampling
     fraction: float
@@ -66,12 +67,13 @@ class ChunkSampler:
 
     @property
     def needs_loss_tokens(self) -> bool:
-        """Whether draws depend on where the labelled tokens are."""
+        """Whether draws depend on the number of labelled tokens per chunk."""
         return self.kind is Sampling.IMPORTANCE
 
     def draw(self, loss_tokens: SequenceOf[int], key: tuple[int, ...]) -> tuple[ChunkWeight, ...]:
-        """Weights by chunk: a pure function of seed, ``key`` (what names the group in the run) and ``loss_tokens[i]``,
-        the labelled tokens of chunk i (any numbers unless ``needs_loss_tokens``). All ranks of a group draw the same.
+        """Weights by chunk: a pure function of the seed, ``key`` (identifies the group within the run) and
+        ``loss_tokens[i]``, the labelled tokens of chunk i (ignored unless ``needs_loss_tokens``). All ranks of a group
+        draw the same chunks.
         """
         uniforms = [_uniform(self.seed, *key, chunk) for chunk in range(len(loss_tokens))]
         if self.kind.is_unbiased:
@@ -85,9 +87,9 @@ class ChunkSampler:
         return self.weigh([chunk in chosen for chunk in range(total)], loss_tokens)
 
     def probabilities(self, loss_tokens: SequenceOf[int]) -> tuple[float, ...]:
-        """Of drawing each chunk, 0 < p <= 1, adding up to ``fraction`` times the chunks.
+        """Probability of drawing each chunk, 0 < p <= 1; the sum is ``fraction`` times the number of chunks.
 
-        ``importance``: half of the weight is equal for all, half follows the loss tokens.
+        ``importance``: half of the weight is equal for all chunks, half is proportional to their loss tokens.
         """
         total = sum(loss_tokens)
         if self.kind is not Sampling.IMPORTANCE or not total:
@@ -96,7 +98,7 @@ class ChunkSampler:
         return _capped(shares, self.fraction * len(loss_tokens))
 
     def weigh(self, selected: SequenceOf[bool], loss_tokens: SequenceOf[int]) -> tuple[ChunkWeight, ...]:
-        """The weights that go with this outcome."""
+        """The weights for this outcome of the draw."""
         if self.kind.is_unbiased:
             factors = [(1 / p, 1 / p) for p in self.probabilities(loss_tokens)]
         else:
@@ -109,7 +111,7 @@ class ChunkSampler:
         )
 
     def outcomes(self, loss_tokens: SequenceOf[int]) -> Iterator[tuple[tuple[ChunkWeight, ...], float]]:
-        """Every outcome with its probability: 2^k of them. For tests and for measuring the spread on small cases."""
+        """Every outcome of 2^k with its probability, for tests and for measuring variance on small cases."""
         total = len(loss_tokens)
         chances, size = self.probabilities(loss_tokens), self._fixed_size(total)
         for selected in itertools.product((False, True), repeat=total):
@@ -123,7 +125,7 @@ class ChunkSampler:
                 yield self.weigh(selected, loss_tokens), chance
 
     def describe(self) -> str:
-        """What the gradients are, for people."""
+        """One line for users about how exact the gradients are."""
         biased = "" if self.kind.is_unbiased else ", biased"
         return f"gradients are estimates (SpaCO, fraction {self.fraction:g}, {self.kind} sampling{biased})"
 
@@ -140,21 +142,21 @@ class Moments:
 
 
 def moments(outcomes: Iterable[tuple[torch.Tensor, float]]) -> Moments:
-    """Of a vector from (value, probability) pairs whose probabilities add up to 1; float64."""
+    """Mean and variance of a vector from (value, probability) pairs whose probabilities sum to 1; in float64."""
     pairs = [(value.to(torch.float64), chance) for value, chance in outcomes]
     mean = torch.stack([value * chance for value, chance in pairs]).sum(0)
     return Moments(mean, sum(chance * float((value - mean).square().sum()) for value, chance in pairs))
 
 
 def _uniform(*key: int) -> float:
-    """A number in [0, 1) that depends on nothing but ``key``: the same on every rank and machine."""
+    """A number in [0, 1) that depends only on ``key``, so it is the same on every rank and machine."""
     digest = hashlib.sha256(",".join(map(str, key)).encode()).digest()
     return (int.from_bytes(digest[:8], "big") >> 11) / 2**53  # 53 bits: exact in a float, never 1
 
 
 def _capped(shares: SequenceOf[float], total: float) -> tuple[float, ...]:
-    """Proportional to ``shares``, none above 1, adding up to ``total`` (at most their number): what the capped ones
-    cannot take goes to the others."""
+    """Values proportional to ``shares``, none above 1, that sum to ``total`` (at most their number). What is cut from
+    capped values goes to the others."""
     capped: set[int] = set()
     while True:
         free = sum(share for place, share in enumerate(shares) if place not in capped)

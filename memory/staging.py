@@ -1,4 +1,4 @@
-"""Memory that pieces pass through on their way between a tensor, on whatever device, and a file."""
+"""A buffer that data passes through between a tensor on any device and a file."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import torch
 
 
 class Staging:
-    """``num_bytes`` of one worker thread, aligned for direct reads and writes. On CUDA they are pinned, and copies run
-    on a stream of their own; either way a copy is over when the call returns."""
+    """A buffer of ``num_bytes`` for one worker thread, aligned for direct reads and writes. On CUDA it is pinned, and
+    copies run on their own stream. On every device a copy has finished when the call returns."""
 
     def __init__(self, num_bytes: int, device: torch.device, *, alignment_bytes: int) -> None:
         on_cuda = device.type == "cuda"
@@ -19,7 +19,7 @@ class Staging:
         self.bytes: memoryview = self._buffer.numpy().data
 
     def mark(self) -> torch.cuda.Event | None:
-        """Where the computing stream is now, for ``wait``; the computing thread's call."""
+        """The computing stream's current position, for ``wait``. Call it on the computing thread."""
         if self.stream is None:
             return None
         event = torch.cuda.Event()
@@ -27,8 +27,8 @@ class Staging:
         return event
 
     def wait(self, mark: torch.cuda.Event | None) -> None:
-        """Later copies run after all that the computing stream had been given at ``mark``: it makes what is copied out,
-        and may still use the memory that is copied into."""
+        """Make later copies wait for everything queued on the computing stream before ``mark``: it computes the source
+        of copies out, and may still read memory that copies back will fill."""
         if self.stream is not None and mark is not None:
             self.stream.wait_event(mark)
 

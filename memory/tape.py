@@ -1,11 +1,10 @@
-"""One layer's forward, recorded step by step so that its backward can be given each saved tensor again.
+"""Records one layer's forward step by step, so that its backward can be given each saved tensor again.
 
-The layer calls ``step(name, function, *inputs)`` for everything that works token by token and ``attention`` for what
-does not. The autograd graph is built by the one ordinary forward; saved-tensor hooks replace what it holds by views of
-blocks. Before the backward uses a view, its block comes back: rows from the tier, rows that stayed, and the remaining
-rows from running the step again on just these rows. So a recomputed layer runs no product twice that it does not need
-(the last one of the MLP is never repeated), attention is never recomputed, and the gradients come from the same kernel
-calls over the same rows as without any of this.
+The layer calls ``step(name, function, *inputs)`` for all token-wise work and ``attention`` for the rest. One ordinary
+forward builds the autograd graph; saved-tensor hooks replace what the graph holds by views of blocks. Before the
+backward uses a view, its block is restored: swapped rows from the tier, kept rows, and the remaining rows by running
+the step again on just these rows. Recompute therefore runs only what is needed (never the last matrix product of the
+MLP, never attention), and gradients come from the same kernel calls over the same rows as without swap or recompute.
 """
 
 from __future__ import annotations
@@ -25,29 +24,29 @@ from planner.errors import LonghaulError
 from planner.measured.copy_times import LAYERS
 
 PAIR = "pair"
-"""Name under which the bytes of layer input and attention's saved tensors are counted."""
+"""Name for the bytes of the layer input and attention's saved tensors in ``saved_bytes``."""
 TokenWise = Callable[..., Any]
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor | None]
-"""None where it only wanted the keys and values: the layer then ends there."""
+"""Returns None if only keys and values were wanted; the layer then ends there."""
 
 
 class TapeError(LonghaulError):
-    """A layer broke the tape's rules: a step that is not token-wise, or a second backward."""
+    """A layer broke the tape's rules: a step is not token-wise, or there is a second backward."""
 
 
 class Tape(Protocol):
-    """What a decoder layer calls."""
+    """The calls that a decoder layer makes."""
 
     def step(self, name: str, function: TokenWise, *inputs: torch.Tensor) -> Any:
-        """``function(*inputs)``: a tensor or a tuple of tensors. Every input and output has a row per token, and rows
-        do not mix. Parameters are reached through the function."""
+        """``function(*inputs)``: a tensor or a tuple of tensors. Every input and output has one row per token, and rows
+        are computed independently. Parameters are not inputs; the function holds them."""
 
     def attention(self, function: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor | None:
-        """``function(q, k, v)``, which may mix rows and talk to other ranks."""
+        """``function(q, k, v)``, which may mix rows and communicate with other ranks."""
 
 
 class PlainTape:
-    """Everything stays: autograd as usual."""
+    """Keeps everything: ordinary autograd."""
 
     def step(self, name: str, function: TokenWise, *inputs: torch.Tensor) -> Any:
         return function(*inputs)
@@ -58,8 +57,8 @@ class PlainTape:
 
 @dataclass(slots=True)
 class _Step:
-    """``inputs``: views of blocks, or constants (tensors without gradient). ``packed``: blocks that this step made, by
-    the number of the save inside it; ``outputs``: those behind its outputs, by place."""
+    """``inputs``: views of blocks, or constants (tensors without gradient). ``packed``: blocks that this step created
+    for saved tensors, by the running number of the save; ``outputs``: blocks behind its outputs, by position."""
 
     name: str
     function: TokenWise
@@ -72,8 +71,9 @@ class _Step:
 
 
 class LayerTape:
-    """A tape that puts saved tensors away. ``constants``: tensors that are saved but never put away (the parameters);
-    read when the first step runs, for ``zero3`` gathers them when the layer begins. One forward, one backward."""
+    """A tape that swaps, keeps or drops saved tensors. ``constants``: tensors that are saved but left alone (the
+    parameters). They are read when the first step runs, because ``zero3`` gathers them when the layer begins. Allows
+    one forward and one backward."""
 
     def __init__(
         self, policy: ActivationPolicy, tier: Tier | None, constants: Iterable[torch.Tensor], num_rows: int,
@@ -91,7 +91,7 @@ class LayerTape:
         self._maker: dict[int, _Step] = {}  # by id of the block
         self.recomputed_rows = 0
         self.unsplit_bytes = 0
-        """Bytes that token-wise steps saved in a form that cannot be split by rows; they stay."""
+        """Bytes that token-wise steps saved in a form that cannot be split by rows; they are kept."""
 
     # ---- forward
 
@@ -136,11 +136,11 @@ class LayerTape:
             return function(q, k, v)
 
     def finish(self) -> tuple[tuple[Transfer, torch.Tensor], ...]:
-        """The forward is over: put everything away. Returns copies under way with the memory they read from."""
+        """End the forward and apply the policy to all blocks. Returns copies in flight with the memory they read."""
         for step in self._steps:
             for block in step.blocks():
                 self._maker[id(block)] = step
-        for step in reversed(self._steps):  # who must run again needs its inputs again
+        for step in reversed(self._steps):  # a step that runs again needs its inputs once more
             if self._split(step)[0] + self._split(step)[1] < self._num_rows and any(b.num_uses for b in step.blocks()):
                 for view in step.inputs:
                     if isinstance(view, View):
@@ -159,7 +159,7 @@ class LayerTape:
         return tuple(transfers)
 
     def saved_bytes(self) -> dict[str, int]:
-        """Bytes that the backward needs, by the step that makes them; PAIR for layer input and attention."""
+        """Bytes that the backward needs, by the step that made them; PAIR for layer input and attention."""
         found = {PAIR: sum(block.num_bytes for block in self._pair if block.num_uses)}
         for step in self._steps:
             num_bytes = sum(block.num_bytes for block in step.blocks() if block.num_uses)
@@ -191,7 +191,7 @@ class LayerTape:
     # ---- backward
 
     def start_loads(self) -> None:
-        """Prefetch: start bringing back all that was swapped."""
+        """Prefetch: start loading everything that was swapped."""
         for block in (*self._pair, *(block for step in self._steps for block in step.blocks())):
             block.start_load(self._tier)
 
@@ -199,10 +199,10 @@ class LayerTape:
         return self._take(saved) if isinstance(saved, View) else saved
 
     def _take(self, view: View) -> torch.Tensor:
-        """The view's tensor; the block is dropped after its last use."""
+        """The view's tensor; its block is freed after the last use."""
         block = view.block
         if not block.num_uses:
-            raise TapeError("a saved activation is asked for again: swapping and recomputing allow one backward")
+            raise TapeError("a saved activation is asked for again: swap and recompute allow only one backward")
         block.finish_load(self._tier)
         step = self._maker.get(id(block))
         if step is not None and block.num_held < block.num_rows:
@@ -215,7 +215,7 @@ class LayerTape:
         return tensor
 
     def _run_again(self, step: _Step) -> None:
-        """Fill the blocks that the step made with the rows that were not held."""
+        """Recompute the rows that the step's blocks do not hold."""
         num_held = sum(self._split(step))
         num_rows = self._num_rows - num_held
         inputs = []
@@ -240,7 +240,7 @@ class LayerTape:
                     continue
                 rows = row_base(source[place].detach(), num_rows) if place < len(source) else None
                 if rows is None or rows.shape[1] != block.shape[1]:
-                    raise TapeError(f"step {step.name}: gives other tensors for {num_rows} of its rows than for all")
+                    raise TapeError(f"step {step.name}: returns other tensors for {num_rows} of its rows than for all")
                 block.finish_load(self._tier)
                 block.fill(rows)
 

@@ -1,8 +1,8 @@
-"""Where swapped activations go: places with a bounded number of bytes below the device.
+"""Tiers: memory of bounded size below the device, to which activations are swapped.
 
-A tier is asked to ``store`` a tensor and later to ``load`` it into another one. Both only start the work: the copy runs
-beside the computation (a worker thread, or a CUDA stream of its own) and ``Transfer.wait`` is where it must be done.
-``memory.disk_tier`` is the tier below this one.
+``store`` copies a tensor out, ``load`` copies it back into another tensor. Both only start the copy, which runs in
+parallel with the computation (on a worker thread or its own CUDA stream); ``Transfer.wait`` waits for it.
+``memory.disk_tier`` is the tier below the host tier of this module.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ _REMEDY = ": raise --memory.tier-budget, lower --swap-fraction or use shorter sa
 
 
 class TierError(LonghaulError):
-    """A tier cannot do its work: a full disk, a failed or short read or write. The text names file and offset."""
+    """A tier failed: the disk is full, or a read or write failed or was short. The text names file and offset."""
 
 
 class Transfer(Protocol):
-    """A copy under way."""
+    """A copy in flight."""
 
     def wait(self) -> None:
         """Return when the copy is done (CPU), or make the current stream wait for it (CUDA). Raises TierError."""
@@ -39,9 +39,9 @@ class Transfer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """What ``store`` put away: ``num_bytes`` at ``offset``; ``transfer`` is the copy out of the device. The source
-    tensor must neither change nor be freed before it is done. ``generation``: of all that was ever stored in the tier;
-    the place may be given to something else only after this was released."""
+    """What ``store`` copied out: ``num_bytes`` at ``offset``; ``transfer`` is the copy from the device. The source
+    tensor must not change or be freed until it is done. ``generation``: running number of all stores of the tier; it
+    tells a place that was released and reused from the original one."""
 
     offset: int
     num_bytes: int
@@ -50,14 +50,14 @@ class Stored:
 
 
 class Places:
-    """A tier's bookkeeping: the ledger decides whether bytes fit, regions decide where."""
+    """A tier's bookkeeping: the ledger decides whether bytes fit, ``Regions`` decides where."""
 
     def __init__(self, account: str, capacity_bytes: int, ledger: MemoryLedger, *, alignment_bytes: int) -> None:
         self._account = account
         self._ledger = ledger
         self._regions = Regions(capacity_bytes, alignment_bytes=alignment_bytes)
         self._generations = itertools.count()
-        self._live: dict[int, int] = {}  # by offset
+        self._live: dict[int, int] = {}  # generation by offset
 
     def take(self, num_bytes: int) -> tuple[int, int]:
         """(offset, generation) of a reserved place. Raises MemoryFullError."""
@@ -76,8 +76,9 @@ class Places:
         return offset, self._live[offset]
 
     def check(self, stored: Stored, num_bytes: int | None = None) -> None:
-        """Raises TierError unless ``stored`` still owns its place: a place that was used again would come back as other
-        numbers of the right shape, a wrong gradient without an error. ValueError where it has not ``num_bytes``."""
+        """Raise TierError unless ``stored`` still owns its place: loading a reused place would return wrong numbers of
+        the right shape, and so a wrong gradient without an error. Raise ValueError if it does not have
+        ``num_bytes``."""
         if num_bytes not in (None, stored.num_bytes):
             raise ValueError(f"{stored.num_bytes} bytes were stored, {num_bytes} are asked for")
         if self._live.get(stored.offset) != stored.generation:
@@ -91,8 +92,8 @@ class Places:
 
 
 class Tier(ABC):
-    """One level below the device: ``capacity_bytes`` that ``name``'s account of the ledger has. Tensors are contiguous,
-    of any dtype and shape with at least one element. ``timeline``: where copies note their time, if it is set."""
+    """One level below the device, with the ``capacity_bytes`` of the ledger's account ``name``. Tensors are contiguous,
+    of any dtype and shape, with at least one element. ``timeline``: where copies record their times, if it is set."""
 
     name: str
 
@@ -104,35 +105,35 @@ class Tier(ABC):
         self._places = Places(self.name, capacity_bytes, ledger, alignment_bytes=alignment_bytes)
 
     def store(self, source: torch.Tensor) -> Stored:
-        """Start copying ``source`` out. Raises MemoryFullError, before any copy, where it does not fit."""
+        """Start copying ``source`` out. Raises MemoryFullError, before any copy, if it does not fit."""
         data = flat_bytes(source)
         offset, generation = self._places.take(data.numel())
         self.written_bytes += data.numel()
         return Stored(offset, data.numel(), generation, self._write_behind(data, offset))
 
     def overwrite(self, stored: Stored, source: torch.Tensor) -> Stored:
-        """Start copying as many bytes into the same place, no copy in or out of which is under way. ``stored`` must not
-        be used any more. Raises TierError where it was released before."""
+        """Start copying the same number of bytes into the same place, which no copy may be using. ``stored`` must not
+        be used afterwards. Raises TierError if it was released before."""
         data = flat_bytes(source)
         self._places.check(stored, data.numel())
         self.written_bytes += data.numel()
         return replace(stored, transfer=self._write_behind(data, stored.offset))
 
     def load(self, stored: Stored, into: torch.Tensor) -> Transfer:
-        """Start copying back into ``into`` (as many bytes as were stored). Raises TierError where ``stored`` was
-        released before: its place may hold something else by now."""
+        """Start copying back into ``into`` (as many bytes as were stored). Raises TierError if ``stored`` was released:
+        its place may hold other data by now."""
         data = flat_bytes(into)
         self._places.check(stored, data.numel())
         self.read_bytes += data.numel()
         return self._read_ahead(stored, data)
 
     def release(self, stored: Stored) -> None:
-        """Free the place. The transfers in and out of it have been waited for."""
+        """Free the place. All transfers to and from it must have been waited for."""
         self._places.give(stored)
 
     @abstractmethod
     def close(self) -> None:
-        """Give everything back. Waits for copies under way, swallows their errors: nobody needs the data any more."""
+        """Free everything. Waits for copies in flight and ignores their errors, as the data is no longer needed."""
 
     @abstractmethod
     def _write_behind(self, data: torch.Tensor, offset: int) -> Transfer:
@@ -140,7 +141,7 @@ class Tier(ABC):
 
     @abstractmethod
     def _read_ahead(self, stored: Stored, data: torch.Tensor) -> Transfer:
-        """Start copying what is stored into ``data``, as many bytes."""
+        """Start copying the stored bytes into ``data``, which has the same size."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +152,7 @@ class _Done:
 
 @dataclass(frozen=True, slots=True)
 class _StreamCopy:
-    """A copy on another CUDA stream: the stream that asks waits for its event, the host does not."""
+    """A copy on another CUDA stream: ``wait`` makes the current stream wait for it, not the host."""
 
     event: torch.cuda.Event
     device: torch.device
@@ -161,12 +162,12 @@ class _StreamCopy:
 
 
 class HostTier(Tier):
-    """One pinned buffer, allocated once, with separate CUDA streams for the way out and the way back.
+    """One pinned buffer, allocated once, with separate CUDA streams for copies out and copies back.
 
-    The source's memory may be freed after ``transfer.wait()``: the caching allocator hands it out again in the order of
-    the computing stream, which by then waits for the copy. A place that was released may be written to again at once:
-    the store runs on the offload stream, after the computing stream's event, which is after the wait for the place's
-    load. On CPU the buffer is plain memory and copies are immediate.
+    The source's memory may be freed after ``transfer.wait()``: the caching allocator reuses it in the order of the
+    computing stream, which by then waits for the copy. A released place may be reused at once: the next store runs on
+    the offload stream after the computing stream's event, which comes after the wait for the place's load. On CPU the
+    buffer is ordinary memory and copies are immediate.
     """
 
     name = HOST
@@ -196,13 +197,13 @@ class HostTier(Tier):
     ) -> Transfer:
         timeline = self.timeline
         if stream is None:
-            with waiting(timeline, "for a copy to host memory"):  # what computes does it itself
+            with waiting(timeline, "for a copy to host memory"):  # the computing thread makes the copy itself
                 start = timeline.stamp() if timeline is not None else None
                 target.copy_(source)
                 if timeline is not None:
                     timeline.add(lane, timeline.subject, start, source.numel())
             return _Done()
-        stream.wait_stream(torch.cuda.current_stream(self._device))  # the source is made there, the target freed there
+        stream.wait_stream(torch.cuda.current_stream(self._device))  # it computes the source and frees the target
         start = timeline.stamp(stream) if timeline is not None else None
         with torch.cuda.stream(stream):
             target.copy_(source, non_blocking=True)
@@ -214,7 +215,7 @@ class HostTier(Tier):
 
 
 def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """The bytes of a contiguous tensor, one dimension, same memory."""
+    """The bytes of a contiguous tensor as one dimension, sharing its memory."""
     if not tensor.is_contiguous() or not tensor.numel():
         raise ValueError(f"a tier takes contiguous tensors with elements, got {tuple(tensor.shape)}")
     return tensor.detach().view(-1).view(torch.uint8)

@@ -1,8 +1,8 @@
-"""When layers computed and when copies ran beside them: begin and end, for a trace. Nothing is recorded unless asked.
+"""When layers computed and when copies ran alongside them, for a trace. Nothing is recorded unless requested.
 
-A tier whose ``timeline`` is set notes its copies there, and the microbatches that use it note their layers. On CPU a
-stamp is the host's clock. On CUDA it is an event recorded on the stream that works (the computing one, or a copy's
-own), so begin and end are when the device was there; they are read once, at the end of the step.
+A tier whose ``timeline`` is set records its copies there, and the microbatches that use it record their layers. On CPU
+a stamp is the host's clock. On CUDA it is an event recorded on the stream that does the work (the computing stream or a
+copy's own), so times are those of the device; they are read once, at the end of the step.
 """
 
 from __future__ import annotations
@@ -16,20 +16,21 @@ import torch
 
 from planner.measured.copy_times import LAYERS, WAIT, Interval
 
-MOST_INTERVALS = 4096
-"""Of one rank and step; later ones are counted only."""
+MAX_INTERVALS = 4096
+"""Most intervals recorded per rank and step; further ones are only counted."""
 Stamp = Any
 """A float (CPU) or a recorded ``torch.cuda.Event``."""
 
 
 class Timeline:
-    """Intervals as they end. Threads may add at the same time; ``begin`` and ``end`` are those of what computes.
+    """Collects intervals as they end. Any thread may call ``add``; only the computing thread calls ``begin`` and
+    ``end``.
 
-    ``is_on``: whether anybody is to note anything. ``subject``: whose activations are copied next; tiers name their
-    copies by it. ``zero_s``: the host's clock when the times began.
+    ``is_on``: whether to record at all. ``subject``: name of the activations that the next copies move; tiers label
+    their copies with it. ``zero_s``: the host's clock at time zero.
     """
 
-    def __init__(self, *, most_intervals: int = MOST_INTERVALS) -> None:
+    def __init__(self, *, most_intervals: int = MAX_INTERVALS) -> None:
         self.is_on = False
         self.subject = ""
         self.zero_s = 0.0
@@ -41,14 +42,14 @@ class Timeline:
         self.num_left_out = 0
 
     def restart(self, device: torch.device, zero: Stamp | None = None) -> None:
-        """All times count from now on, or from ``zero``, a stamp of this kind. What was recorded is forgotten."""
+        """Discard what was recorded and count times from now, or from ``zero``, a stamp of the same kind."""
         self._on_cuda = device.type == "cuda"
         self._found, self._open, self.num_left_out = [], None, 0
         self._zero = self.stamp() if zero is None else zero
         self.zero_s = time.perf_counter() if self._on_cuda else float(self._zero)
 
     def stamp(self, stream: torch.cuda.Stream | None = None) -> Stamp:
-        """Now; on CUDA when ``stream`` (the current one) gets there."""
+        """The current time; on CUDA, the time when ``stream`` (default: the current one) reaches this point."""
         if not self._on_cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -56,26 +57,26 @@ class Timeline:
         return event
 
     def begin(self, name: str) -> None:
-        """What computes starts something else."""
+        """The computing thread begins ``name``; what was open ends."""
         self.end()
         self._open = name, self.stamp()
 
     def end(self) -> None:
-        """What it did is over."""
+        """End the open interval of the computing thread."""
         if self._open is not None:
             name, start = self._open
             self._open = None
             self.add(LAYERS, name, start)
 
     def add(self, lane: str, name: str, start: Stamp, num_bytes: int = 0, stop: Stamp | None = None) -> None:
-        """Something that ends now, or at ``stop``."""
+        """Record an interval that ends now, or at ``stop``."""
         if len(self._found) < self._most_intervals:
             self._found.append((lane, name, start, self.stamp() if stop is None else stop, num_bytes))
         else:
             self.num_left_out += 1
 
     def read(self) -> tuple[Interval, ...]:
-        """All that ended, in seconds since ``restart``. On CUDA it waits for the device to be past them."""
+        """All intervals, in seconds since ``restart``. On CUDA it waits until the device has passed them."""
         return tuple(
             Interval(
                 lane=lane, name=name, start_s=self._seconds(start), stop_s=self._seconds(stop), num_bytes=num_bytes
@@ -87,12 +88,12 @@ class Timeline:
         if not self._on_cuda:
             return float(stamp - self._zero)
         stamp.synchronize()
-        return float(self._zero.elapsed_time(stamp)) / 1000  # CUDA tells milliseconds
+        return float(self._zero.elapsed_time(stamp)) / 1000  # CUDA returns milliseconds
 
 
 @contextmanager
 def waiting(timeline: Timeline | None, name: str) -> Iterator[None]:
-    """The seconds in which what computes stands still for a copy."""
+    """Record the time in which the computation waits for a copy."""
     if timeline is None:
         yield
         return

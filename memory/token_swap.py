@@ -1,8 +1,8 @@
-"""The policy executor of one microbatch: which layers put their activations away, when, and when they come back.
+"""Applies the activation policy to one microbatch: which layers swap or drop activations, when, and when to load them.
 
-Two layers' activations are on the device at most, besides those of the layers that stay: while layer i computes, layer
-i-1 is being written, and layer i+1 waits until that is done; in the backward the prefetch of layer i-1 runs while layer
-i computes. These are MEMO's two rounding buffers as a bound on live blocks; fixed addresses are the allocator's matter.
+Besides the layers that are kept, at most two layers' activations are on the device. In the forward, layer i-1 is copied
+out while layer i computes, and layer i+1 waits until that copy is done; in the backward, layer i-1 is prefetched while
+layer i computes. This bounds live blocks as MEMO's two rounding buffers do; addresses are left to the allocator.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from memory.tiers import Tier, Transfer
 from memory.timeline import Timeline, waiting
 
 _LAYERS_IN_FLIGHT = 1
-"""Beside the layer that computes."""
+"""How many layers may still be copying out while the next layer computes."""
 
 
 class MicrobatchMemory:
-    """Hands out a tape for each layer of one microbatch: one forward through ``num_layers`` layers, one backward.
+    """Provides a tape for each layer of one microbatch: one forward through ``num_layers`` layers, then one backward.
 
-    ``keeps_last``: the last layers' backward follows their forward at once, so they stay on the device (on a pipeline
-    stage with stages behind it, it does not). ``timeline``: where its layers note their times, None: nowhere. Raises
-    ValueError where the policy swaps and there is no tier.
+    ``keeps_last``: the last layers are kept on the device because their backward follows at once; False on a pipeline
+    stage that is not the last. ``timeline``: where layers record their times (None: nowhere). Raises ValueError if the
+    policy swaps and there is no tier.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class MicrobatchMemory:
         self._in_flight: deque[tuple[tuple[Transfer, torch.Tensor], ...]] = deque()
 
     def tape(self, place: int, constants: Iterable[torch.Tensor]) -> Tape:
-        """For the layer at ``place`` (from 0). ``constants``: its parameters. Call in the order of the layers."""
+        """The tape for the layer at ``place`` (from 0). ``constants``: its parameters. Call it in layer order."""
         if self._timeline is not None:
             self._timeline.begin(f"forward {place}")
         if place >= self._num_put_away:
@@ -55,32 +55,32 @@ class MicrobatchMemory:
         return tape
 
     def finish(self, place: int, output: torch.Tensor) -> None:
-        """The forward of the layer at ``place`` is over and returned ``output``."""
+        """End the forward of the layer at ``place``, which returned ``output``."""
         if not self._num_put_away:
             return
         if self._timeline is not None:
             self._timeline.end()
             self._timeline.subject = f"layer {place}"
         self._in_flight.append(self._tapes[place].finish() if place < self._num_put_away else ())
-        self._settle(_LAYERS_IN_FLIGHT)
+        self._limit_in_flight(_LAYERS_IN_FLIGHT)
         if output.requires_grad:
             output.register_hook(lambda _: self._before_backward(place))
 
     def saved_bytes(self) -> tuple[dict[str, int], ...]:
-        """By layer that puts its activations away: bytes its backward needs, by step."""
+        """Bytes that the backward needs, by step, for each layer that swaps or drops activations."""
         return tuple(tape.saved_bytes() for tape in self._tapes)
 
     @property
     def recomputed_rows(self) -> int:
-        """Rows that steps computed again so far, all layers."""
+        """Rows that steps recomputed so far, summed over all layers."""
         return sum(tape.recomputed_rows for tape in self._tapes)
 
     @property
     def unsplit_bytes(self) -> int:
         return sum(tape.unsplit_bytes for tape in self._tapes)
 
-    def _settle(self, most_in_flight: int) -> None:
-        """Wait for the oldest copies out; their memory is free afterwards."""
+    def _limit_in_flight(self, most_in_flight: int) -> None:
+        """Wait for the oldest copies out until at most ``most_in_flight`` layers are in flight; frees their memory."""
         while len(self._in_flight) > most_in_flight:
             copies = self._in_flight.popleft()
             with waiting(self._timeline if copies else None, "for copies out"):
@@ -90,7 +90,7 @@ class MicrobatchMemory:
     def _before_backward(self, place: int) -> None:
         if self._timeline is not None:
             self._timeline.begin(f"backward {place}")
-        self._settle(0)
+        self._limit_in_flight(0)
         for layer in (place, place - 1):
             if 0 <= layer < self._num_put_away:
                 if self._timeline is not None:

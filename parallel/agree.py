@@ -1,7 +1,7 @@
 """One plan, the same on every rank, before the step's first collective.
 
-A time-limited solver is not a function of its input, so only rank 0 solves. Everyone else receives the bytes,
-verifies the plan against its own idea of the step, and then all compare digests.
+A time-limited solver may return different plans for the same input, so only rank 0 solves. Every other rank receives
+the bytes and verifies the plan against its own view of the step; then all ranks compare digests.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from planner.plan import StepPlan, plan_digest, plan_from_json, plan_to_json
 
 _INFEASIBLE = b"infeasible:"
 _REJECTED = "rejected".ljust(64, "-")
-"""Stands where a digest would (64 hex digits) when a rank found the plan illegal."""
+"""Sent in place of the digest (64 hex digits) by a rank that found the plan illegal."""
 
 
 def agree_on_plan(
@@ -23,9 +23,9 @@ def agree_on_plan(
 ) -> StepPlan:
     """Broadcast rank ``source``'s plan over a CPU-capable group, verify it everywhere, compare digests.
 
-    ``plan`` is None on every other rank. Where the source found that no plan exists it passes the error, and every
-    rank raises it. Communicates three times (size, bytes, digests). Raises PlanMismatchError on *all* ranks when any
-    two digests differ or any rank rejects the plan, so that nobody waits for a rank that stopped.
+    ``plan`` is None on every rank but the source. If the source found that no plan exists, it passes the error and
+    every rank raises it. Communicates three times (size, bytes, digests). Raises PlanMismatchError on *all* ranks when
+    any two digests differ or any rank rejects the plan, so that no rank waits for one that stopped.
     """
     payload = comm.broadcast_bytes(_encode(plan), source=source, group=group)
     if payload.startswith(_INFEASIBLE):
@@ -39,7 +39,7 @@ def agree_on_plan(
     except PlanError as error:
         reason, digest = error, _REJECTED
     compare_digests(digest, group, reason=reason)
-    if received is None:  # unreachable: a rejected plan raised above on every rank
+    if received is None:  # unreachable: compare_digests raises on every rank when one rejects the plan
         raise PlanMismatchError("no plan was received")
     return received
 
@@ -61,7 +61,7 @@ def _decode_infeasible(payload: bytes) -> InfeasibleError:
 
 
 def compare_digests(digest: str, group: comm.Group, *, reason: LonghaulError | None = None) -> None:
-    """Raises PlanMismatchError on every rank, listing digests by rank, unless all are equal and none is rejected."""
+    """Raise PlanMismatchError on every rank, listing digests by rank, unless all are equal and none is rejected."""
     digests = [part.decode() for part in comm.all_gather_bytes(digest.encode(), group)]
     if len(set(digests)) == 1 and digests[0] != _REJECTED:
         return

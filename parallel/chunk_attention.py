@@ -1,15 +1,15 @@
-"""Attention of one chunk's queries over the chunk itself and over stored K/V of the document it continues.
+"""Attention of one chunk's queries over the chunk's own K/V and over stored K/V of the document it continues.
 
-K/V of earlier chunks stand still, only what belongs to the chunk travels, so the traffic of a group does not depend on
-the number of chunks:
+K/V of earlier chunks are never sent again: only tensors of the current chunk travel, so the bytes that each chunk sends
+do not depend on how many chunks came before it.
 
-- alone: none;
-- ``ulysses``: heads for tokens, chunk by chunk; each rank stores all tokens of some heads;
-- ring groups: queries move. Each rank stores the K/V of its own part of every chunk, sees the chunk's queries of all
-  members, and sends back partial outputs, which their owners merge by log-sum-exp; in the backward dq comes home the
-  same way, and dK/dV never travel.
+- A single rank sends nothing.
+- ``ulysses`` exchanges heads for tokens in every chunk; each rank stores all tokens of some heads.
+- Ring groups send queries instead of K/V. Each rank stores K/V of its own part of every chunk, receives the chunk's
+  queries of all members and returns partial outputs, which their owners merge by log-sum-exp (LSE). In the backward
+  partial dq return to their owners in the same way; dK/dV are never sent.
 
-Shapes: T own rows of the chunk, S the chunk's rows of all members that this rank computes on, R own key rows,
+Shapes: T own rows of the chunk, S all members' rows of the chunk that this rank computes on, R own key rows,
 N query heads, K KV heads, H head dim.
 """
 
@@ -23,42 +23,43 @@ from typing import Any, Protocol
 import torch
 
 from parallel.chunk_exchange import ChunkExchange
-from parallel.kernel import AttentionKernel, Pairs
+from parallel.kernel import AttentionKernel, Pairs, Rows
 from parallel.lse import RunningResult, accumulate_dtype, add_rows
 from planner.plan import Span
 
-Rows = tuple[int, int]
-
 _PIECE_ROWS = 2048
-"""Most stored rows that one call of the backward works on, or as many as the chunk has: the call's dK/dV exist beside
-those of the store, and for a whole long document they would be one layer's share of all dK/dV."""
+"""Most stored rows per backward kernel call (more if the chunk itself has more). The call's dK/dV are held in addition
+to those in the store; without this limit they would be as large as one layer's dK/dV of the whole document."""
 
 
 class KeyValueStore(Protocol):
-    """Where K/V of chunks and the gradients that later chunks leave for them are kept, by layer."""
+    """Holds, by layer, the K/V of chunks and the K/V gradients that later chunks accumulate for them."""
 
     def prepare(self, layer: int, rows: Rows, carried: Rows, following: int | None) -> None:
-        """Layer ``layer`` is about to read these rows of K/V and of the carried dK/dV (empty: none), then layer
-        ``following`` (None: not known)."""
+        """Announce that layer ``layer`` will now read these rows of K/V and of the carried dK/dV (empty range: none).
+        Layer ``following`` comes next (None: not known), so the store can fetch its rows early."""
 
     def write(self, layer: int, rows: Rows, k_TKH: torch.Tensor, v_TKH: torch.Tensor) -> None:
-        """Store K/V."""
+        """Store K/V in these rows."""
 
     def keys_values(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """All stored K and V; rows that were prepared count."""
+        """K and V of all stored rows. Only rows that were prepared are valid."""
 
     def add_gradients(self, layer: int, rows: Rows, dk_TKH: torch.Tensor, dv_TKH: torch.Tensor) -> None:
-        """Add to the gradients carried for these rows."""
+        """Add to the dK/dV carried for these rows."""
 
     def gradients(self, layer: int, rows: Rows) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """What later chunks left."""
+        """dK/dV that later chunks accumulated for these rows; None if there are none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChunkPlaces:
-    """Rows of this rank's store. ``parts``: the first document's earlier tokens, each run with the rows that carry
-    their dK/dV (None: not wanted, so not computed). ``tail``: where the last own key rows are stored (empty: nowhere).
-    ``carried``: where later chunks leave the gradients of the tail. ``hop_weight``: what these are multiplied by.
+    """Row ranges in this rank's store.
+
+    ``parts``: the first document's earlier tokens, each range with the range that accumulates its dK/dV (None: these
+    gradients are not wanted and not computed). ``tail``: where the last own key rows are stored (empty: they are not).
+    ``carried``: where later chunks accumulate dK/dV of the tail. ``hop_weight``: the factor these are multiplied by
+    when this chunk reads them.
     """
 
     parts: tuple[tuple[Rows, Rows | None], ...] = ()
@@ -69,7 +70,7 @@ class ChunkPlaces:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """One run of stored keys and the query rows that see all of it."""
+    """A range of stored keys, and the query rows that attend to all of it."""
 
     pairs: Pairs
     rows: Rows
@@ -79,8 +80,8 @@ class _Part:
 class ChunkAttention:
     """Callable ``(q_TNH, k_TKH, v_TKH) -> out_TNH`` for the layers of one forward of one chunk, in order.
 
-    ``members``: the chunk's spans by group member; ``key_member``: the one whose tokens this rank has keys of, None
-    for all. ``keys_only``: the last layer only stores its K/V and returns None. Communicates with the chunk's group.
+    ``members``: the chunk's spans by group member. ``key_member``: the member whose keys this rank holds (None: those
+    of all members). ``keys_only``: the last layer stores its K/V and returns None. Communicates with the chunk's group.
     """
 
     def __init__(
@@ -101,7 +102,7 @@ class ChunkAttention:
         self.prefix_pairs = Pairs(False, ((0, first),), (self.prefix,), device)
         runs = [carried for part in self.parts if (carried := part.carried)] + [places.carried or (0, 0)]
         runs = [run for run in runs if run[0] < run[1]]
-        # places are given chunk by chunk: what the prefix and this chunk carry lies side by side
+        # rows are assigned chunk by chunk, so the prefix's carried rows and this chunk's are adjacent
         self.carried = (runs[0][0], runs[-1][1]) if runs else (0, 0)
 
     def __call__(self, q_TNH: torch.Tensor, k_TKH: torch.Tensor, v_TKH: torch.Tensor) -> torch.Tensor | None:
@@ -113,7 +114,7 @@ class ChunkAttention:
         return out_TNH
 
     def keep_tail(self, layer: int, k_RKH: torch.Tensor, v_RKH: torch.Tensor) -> None:
-        """Store what later chunks will read."""
+        """Store the last key rows, which later chunks will read."""
         start, stop = self.places.tail
         if start < stop:
             self.store.write(layer, (start, stop), k_RKH[start - stop :], v_RKH[start - stop :])
@@ -121,7 +122,7 @@ class ChunkAttention:
     def forward(
         self, layer: int, q_SNH: torch.Tensor, k_RKH: torch.Tensor, v_RKH: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Over this rank's keys: out ``[S, N, H]``, lse ``[S, N]``, -inf where a query sees none of them."""
+        """Attention over this rank's keys: out ``[S, N, H]`` and lse ``[S, N]``, -inf for a query that sees no key."""
         total = RunningResult(q_SNH)
         for pairs in self.own:
             total.add(pairs.query_index, *self.kernel.forward(q_SNH, k_RKH, v_RKH, pairs, self.scale))
@@ -137,7 +138,7 @@ class ChunkAttention:
         self, layer: int, dout_SNH: torch.Tensor, q_SNH: torch.Tensor, k_RKH: torch.Tensor, v_RKH: torch.Tensor,
         out_SNH: torch.Tensor, lse_SN: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(dq over this rank's keys, dk, dv of own key rows, what later chunks left for them included), all wide."""
+        """dq over this rank's keys, and dk, dv of own key rows with what later chunks accumulated; at least fp32."""
         wide = accumulate_dtype(q_SNH.dtype)
         self.store.prepare(layer, self.prefix, self.carried, layer - 1 if layer else None)
         dq = torch.zeros_like(q_SNH, dtype=wide)
@@ -168,8 +169,8 @@ class ChunkAttention:
 
 
 class _ChunkAttention(torch.autograd.Function):
-    """Own K/V and stored K/V enter differently: gradients of the stored ones are not returned but left in the store
-    for the backward of the chunk they belong to, which returns them as its own."""
+    """Own and stored K/V are treated differently: dK/dV of stored rows are not returned but accumulated in the store.
+    The backward of the chunk that these rows belong to returns them as its own."""
 
     @staticmethod
     def forward(
@@ -196,8 +197,8 @@ class _ChunkAttention(torch.autograd.Function):
 def _own_pairs(
     members: SequenceOf[tuple[Span, ...]], key_member: int | None, device: torch.device
 ) -> tuple[Pairs, ...]:
-    """The chunk's queries over own keys of the chunk: a triangle for each document piece; where keys are one member's,
-    the rows of that piece that lie behind it see all of it."""
+    """The chunk's queries over the chunk's own keys: one causal call per piece of a document. If this rank holds only
+    one member's keys, later rows of the same document attend to all of them in a full call."""
     documents: dict[int, Rows] = {}  # rows of each document in the chunk
     places: list[list[tuple[Span, Rows]]] = []
     row = 0
@@ -228,7 +229,7 @@ def _own_pairs(
 
 
 def _pieces(parts: SequenceOf[tuple[Rows, Rows | None]], most_rows: int) -> Iterator[tuple[Rows, Rows | None]]:
-    """The same rows in runs of at most ``most_rows``."""
+    """Cut these ranges into ranges of at most ``most_rows`` rows."""
     for (start, stop), carried in parts:
         for low in range(start, stop, most_rows):
             high = min(low + most_rows, stop)
@@ -237,7 +238,7 @@ def _pieces(parts: SequenceOf[tuple[Rows, Rows | None]], most_rows: int) -> Iter
 
 
 def _first_document_rows(members: SequenceOf[tuple[Span, ...]]) -> int:
-    """Rows of the chunk's first document if it began in an earlier chunk, else 0."""
+    """Number of rows of the chunk's first document if it began in an earlier chunk, else 0."""
     spans = [span for member in members for span in member]
     if not spans or spans[0].start_token == 0:
         return 0

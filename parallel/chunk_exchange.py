@@ -1,4 +1,4 @@
-"""What travels when a group computes the attention of one chunk: nothing, heads for tokens, or queries and results.
+"""What a group sends to compute attention of one chunk: nothing, heads for tokens, or queries and partial outputs.
 
 Shapes: T own rows of the chunk, S rows of all members, N/K query/KV heads, n/k those of this rank, H head dim.
 """
@@ -20,20 +20,20 @@ Saved = tuple[torch.Tensor, ...]
 
 
 class ChunkExchange(Protocol):
-    """The four messages of one layer: two in the forward, two in the backward; one where only keys are wanted."""
+    """The exchanges of one layer: two in the forward, two in the backward; just one if only keys are wanted."""
 
     def gather_keys(
         self, q_TNH: torch.Tensor, k_TKH: torch.Tensor, v_TKH: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The last two of ``gather_qkv``."""
+        """Keys and values as ``gather_qkv`` returns them, without the queries."""
 
     def gather_qkv(self, q_TNH: torch.Tensor, k_TKH: torch.Tensor, v_TKH: torch.Tensor) -> Triple:
-        """What this rank computes on: queries of the whole chunk, own keys and values."""
+        """The tensors this rank computes on: queries of the whole chunk, and its own keys and values."""
 
     def return_out(
         self, q_TNH: torch.Tensor, q_SNH: torch.Tensor, out_SNH: torch.Tensor, lse_SN: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        """Own rows' output, then what ``gather_backward`` wants saved: queries, outputs and log-sum-exps."""
+        """Output of own rows, followed by what ``gather_backward`` needs saved: queries, outputs and LSE."""
 
     def gather_backward(self, dout_TNH: torch.Tensor, *saved: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """(dout, q, final out, final lse) of the rows and heads this rank computes on."""
@@ -41,7 +41,7 @@ class ChunkExchange(Protocol):
     def return_gradients(
         self, dq_SNH: torch.Tensor, dk_RKH: torch.Tensor, dv_RKH: torch.Tensor, dtype: torch.dtype
     ) -> Triple:
-        """Gradients of own q, k and v in ``dtype``, from wide ones."""
+        """Gradients of own q, k and v in ``dtype``, from gradients in fp32 or wider."""
 
 
 class NoExchange:
@@ -72,7 +72,7 @@ class NoExchange:
 
 @dataclass(frozen=True, slots=True)
 class ChunkHeads:
-    """Ulysses: all of the chunk's rows for some heads, dK/dV of which stay here until their chunk's backward."""
+    """Ulysses: each rank computes all of the chunk's rows for some heads and keeps their dK/dV in its own store."""
 
     heads: HeadExchange
 
@@ -101,10 +101,10 @@ class ChunkHeads:
 
 @dataclass(frozen=True, slots=True)
 class QueryExchange:
-    """K/V stand still, queries go to all members and partial results come back, in at least fp32.
+    """Each rank keeps its K/V, sends its queries to all members and receives partial results in at least fp32.
 
-    ``rows``: the chunk's rows of every member, by group index; their order is the order of the tokens, so a member's
-    own keys show each of its queries at least itself.
+    ``rows``: the chunk's rows of every member, by group index, in token order. Every query sees at least its own key,
+    so a rank's own partial result is never empty and the others can be merged into it.
     """
 
     ranks: tuple[int, ...]
@@ -150,7 +150,7 @@ class QueryExchange:
         return [slice(*edges) for edges in pairwise((0, *accumulate(self.rows)))]
 
     def _to_all(self, own: torch.Tensor, what: str) -> torch.Tensor:
-        """Everyone's own rows to everyone."""
+        """Send own rows to all members; return the rows of all members in order."""
         own = own.contiguous()
         whole = own.new_empty((sum(self.rows), *own.shape[1:]))
         ranges, others = self._ranges(), [i for i in range(len(self.ranks)) if i != self.group_index]
@@ -164,7 +164,7 @@ class QueryExchange:
         return whole
 
     def _home(self, whole: torch.Tensor, what: str) -> list[torch.Tensor]:
-        """Every member's rows back to it; returns what the members computed for own rows, by group index."""
+        """Send every member's rows back to it; return what each member computed for own rows, by group index."""
         ranges, others = self._ranges(), [i for i in range(len(self.ranks)) if i != self.group_index]
         mine = whole[ranges[self.group_index]]
         parts = [mine if i == self.group_index else torch.empty_like(mine) for i in range(len(self.ranks))]

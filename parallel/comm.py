@@ -1,4 +1,4 @@
-"""Every call into ``torch.distributed`` that moves data or makes process groups: the few that Longhaul needs.
+"""Every call into ``torch.distributed`` that moves data or makes process groups.
 
 Point-to-point batches carry all attention traffic (rings and head exchanges alike), so any set of ranks can work
 together at any step without a process group being created for it.
@@ -23,35 +23,35 @@ Group = dist.ProcessGroup
 
 
 class ExchangeError(LonghaulError, RuntimeError):
-    """A peer died or stalled. The text names the operation and the peers: one rank where the backend knows which, else
-    all ranks of the group."""
+    """A peer died or stalled. The text names the operation and the peer, or the whole group if the backend does not
+    say which peer it was."""
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One contiguous tensor to or from ``rank`` (index within the exchange's group). Both ends know the size."""
+    """One contiguous tensor to or from ``rank`` (its index within the exchange's group). Both ends know the size."""
 
     rank: int
     tensor: torch.Tensor
 
 
 class Pending(Protocol):
-    """Messages on their way."""
+    """Messages in flight."""
 
     def wait(self) -> None:
-        """Blocks (CPU) or makes the current stream wait (CUDA) until all messages are through."""
+        """Block (CPU) or make the current stream wait (CUDA) until all messages have arrived."""
 
 
 class Exchange(Protocol):
-    """What the attention engine needs from the wire. ``GroupExchange`` is the real one; tests use threads."""
+    """What the attention engine needs from the network. ``GroupExchange`` is the real one; tests use threads."""
 
     def post(self, sends: SequenceOf[Message], receives: SequenceOf[Message], what: str) -> Pending:
-        """Start all messages at once and return. Between two ranks messages arrive in the order posted."""
+        """Start all messages at once and return. Messages between two ranks arrive in the order they were posted."""
 
 
 @dataclass(frozen=True, slots=True)
 class _PendingBatch:
-    """``peers``: what each message does and with which rank of the group, in the order of the works."""
+    """``peers``: action and group rank of each message, in the order they were posted."""
 
     group: Group
     works: tuple[dist.Work, ...]
@@ -63,7 +63,7 @@ class _PendingBatch:
             try:
                 work.wait()
             except RuntimeError as error:
-                # gloo has a work for each message and so knows the peer, NCCL has one for all
+                # gloo returns one work per message, so the peer is known; NCCL returns one work for the whole batch
                 which = self.peers[number : number + 1] if len(self.works) == len(self.peers) else self.peers
                 raise _exchange_error(self.what, self.group, which, error) from error
 
@@ -71,7 +71,7 @@ class _PendingBatch:
 def _exchange_error(
     what: str, group: Group, peers: SequenceOf[tuple[str, int]], error: RuntimeError
 ) -> ExchangeError:
-    """Names the peers with their global ranks where tensor parallelism makes them differ."""
+    """Names the peers by group rank, and by global rank where that differs."""
     names = []
     for action, rank in dict.fromkeys(peers):
         global_rank = dist.get_global_rank(group, rank)
@@ -80,7 +80,7 @@ def _exchange_error(
 
 
 def _reason(error: RuntimeError) -> str:
-    """The first sentence of what the backend said, without the source file it starts with."""
+    """The first sentence of the backend's message, without the source location that it starts with."""
     return re.sub(r"^\[[^\]]*\]\s*", "", str(error)).split(". ")[0].partition("\n")[0]
 
 
@@ -97,9 +97,9 @@ def _collective(what: str, group: Group) -> Iterator[None]:
 class GroupExchange:
     """Point-to-point batches over one communicator. Empty messages are skipped on both ends.
 
-    gloo moves all that is posted at the same time. NCCL runs the batches of a communicator beside the kernels of the
-    compute stream but one after the other, in the order posted: there what is posted later also arrives later. Whoever
-    posts must keep the messages' memory until they are through, then no other stream touches it.
+    gloo runs all posted messages at the same time. NCCL runs the batches of one communicator concurrently with the
+    compute stream's kernels but one after the other, so a batch posted later also arrives later. The caller must keep
+    the messages' memory alive until the batch has completed; after that no other stream uses it.
     """
 
     group: Group
@@ -163,7 +163,7 @@ def barrier(group: Group) -> None:
 
 
 def broadcast_bytes(payload: bytes | None, *, source: int, group: Group) -> bytes:
-    """``payload`` of global rank ``source``, on every rank of a CPU-capable group. Two broadcasts: size, bytes."""
+    """``payload`` of global rank ``source``, on every rank of a CPU-capable group. Two broadcasts: size, then bytes."""
     size = torch.tensor([len(payload) if payload is not None else 0], dtype=torch.int64)
     with _collective(f"broadcast from rank {source}", group):
         dist.broadcast(size, src=source, group=group)
@@ -189,9 +189,9 @@ def all_gather_bytes(payload: bytes, group: Group) -> list[bytes]:
 def collect_bytes(
     payload: bytes, *, sources: SequenceOf[int], destination: int, group: Group
 ) -> list[bytes]:
-    """The payloads, of any length, of these global ranks, in their order, on global rank ``destination`` of a
-    CPU-capable group; an empty list elsewhere. Ranks that are neither do nothing: it stays as cheap however many there
-    are."""
+    """Send the payloads (of any length) of the global ranks ``sources`` to global rank ``destination`` of a CPU-capable
+    group. Returns them in the order of ``sources`` there, and an empty list elsewhere. Other ranks do not take part, so
+    the cost does not grow with the size of the group."""
     rank = dist.get_rank()
     if rank == destination:
         return [payload if source == rank else _receive_bytes(source, group) for source in sources]

@@ -1,4 +1,4 @@
-"""Attention of one microbatch on one rank, whatever its groups: differentiable, exact, documents never mixed.
+"""Attention of one microbatch on one rank, for any groups: differentiable and exact; documents never attend to others.
 
 Shapes: T rows of the microbatch on this rank, N query heads, K KV heads, H head dim.
 """
@@ -20,7 +20,7 @@ from parallel.rounds import RoundWalker, bind_rounds
 
 @dataclass(frozen=True, slots=True)
 class _GroupRunner:
-    """One group: an optional head exchange around a walk over rounds."""
+    """One group: its walk over rounds, and the head exchange around that walk if the group has one."""
 
     group: GroupProgram
     walker: RoundWalker
@@ -30,14 +30,14 @@ class _GroupRunner:
 
 @dataclass(frozen=True, slots=True)
 class MicrobatchAttention:
-    """Callable ``(q_TNH, k_TKH, v_TKH) -> out_TNH`` for all layers of one microbatch. Communicates with its groups, and
-    with ``remap`` with the ranks that its rows come from or go to: T rows in the linear layout, in and out."""
+    """Callable ``(q_TNH, k_TKH, v_TKH) -> out_TNH`` for all layers of one microbatch. Communicates with its groups.
+    With ``remap``, input and output are in the linear layout, and ranks that exchange rows with this one take part."""
 
     runners: tuple[_GroupRunner, ...]
     remap: Remap | None = None
 
     def __call__(self, q_TNH: torch.Tensor, k_TKH: torch.Tensor, v_TKH: torch.Tensor) -> torch.Tensor:
-        if not self.runners:  # the empty microbatch that ends a step: no rows, but k and v stay in the graph
+        if not self.runners:  # the empty microbatch that ends a step has no rows, but k and v must stay in the graph
             return q_TNH + 0 * (k_TKH.sum() + v_TKH.sum())
         if self.remap is not None:
             q_TNH, k_TKH, v_TKH = self.remap.qkv_to_attention(q_TNH, k_TKH, v_TKH)
@@ -47,7 +47,7 @@ class MicrobatchAttention:
 
 @dataclass(frozen=True, slots=True)
 class AttentionEngine:
-    """Makes a microbatch's attention. ``wire``: point-to-point exchange over the data axis (rank = data rank)."""
+    """Binds microbatches to their groups. ``wire``: point-to-point exchange over the data axis (rank = data rank)."""
 
     kernel: AttentionKernel
     wire: Exchange
@@ -57,10 +57,10 @@ class AttentionEngine:
         self, microbatch: RankMicrobatch, *, num_query_heads: int, num_kv_heads: int, head_dim: int,
         regather: bool = False,
     ) -> MicrobatchAttention:
-        """Prepare one microbatch: pure set-up, no communication. Head counts are those of one tensor rank.
+        """Prepare one microbatch without communication. Head counts are those of one tensor rank.
 
-        ``regather``: save q, k and v as they were before a head exchange and repeat it in the backward, so that they
-        are rows of this rank, which a memory policy can recompute. The same on all ranks of a group.
+        ``regather``: save q, k and v from before the head exchange and repeat the exchange in the backward. The saved
+        tensors are then rows of this rank, which a memory policy can recompute. All ranks of a group must agree on it.
         """
         return MicrobatchAttention(
             tuple(
@@ -90,12 +90,12 @@ class AttentionEngine:
 
 
 class _GroupsAttention(torch.autograd.Function):
-    """All groups of a microbatch, one behind the other in the order of the plan, forward and backward: the longest
-    way first. One function and not one for each group: autograd would run their backwards in the opposite order.
+    """All groups of a microbatch, run one after the other, in the order of the plan in both forward and backward: the
+    groups with the longest communication come first. One autograd function per group would reverse the backward order.
 
-    Every group's first messages fly while the first group's kernels run; heads have to be traded before that, so groups
-    that trade them start when their turn comes. What is saved is what flash attention saves: q, k, v (after the head
-    exchange, or before it where it is repeated in the backward), out and lse.
+    The first messages of every group are in flight while the first group's kernels run. Groups with a head exchange are
+    the exception: they must complete it first, so they start when their turn comes. Saved tensors are those of flash
+    attention: q, k, v (after the head exchange, or from before it with ``regather``), out and lse.
     """
 
     @staticmethod
@@ -123,7 +123,7 @@ class _GroupsAttention(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         runners: tuple[_GroupRunner, ...] = ctx.runners
         douts = _split(grad_outputs[0].contiguous(), runners)
-        tensors = ctx.saved_tensors  # once: memory policies bring back what is asked for a single time
+        tensors = ctx.saved_tensors  # read once: memory policies restore each tensor only a single time
         saved = [tensors[place : place + 5] for place in range(0, len(tensors), 5)]
         started = [
             None if runner.heads is not None else runner.walker.start_backward(k, v)
@@ -144,7 +144,7 @@ class _GroupsAttention(torch.autograd.Function):
 
 
 def _split(x_TXH: torch.Tensor, runners: tuple[_GroupRunner, ...]) -> tuple[torch.Tensor, ...]:
-    """By group: their rows stand one behind the other."""
+    """Split by group: each group's rows are contiguous."""
     if len(runners) == 1:
         return (x_TXH,)
     return x_TXH.split([runner.group.rows[1] - runner.group.rows[0] for runner in runners])

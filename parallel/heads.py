@@ -1,8 +1,8 @@
-"""Ulysses: trade heads for tokens inside a team of ranks, so that each sees all of its tokens for some heads.
+"""Ulysses: exchange heads for tokens within a team of ranks, so that each rank holds all tokens for some heads.
 
-Any degree up to the number of query heads: heads need not divide evenly, and with fewer KV heads than ranks each KV
-head goes to just the ranks whose query heads read it. It is never expanded on the wire, neither here nor in rounds that
-follow: where the kernel's own rule would pair heads wrongly, they are lined up just around the kernel's call.
+Works at any degree up to the number of query heads; heads need not divide evenly. With fewer KV heads than ranks, each
+KV head is sent only to the ranks whose query heads read it. KV heads are never repeated for sending. Where the kernel's
+rule for pairing query and KV heads would be wrong, KV heads are repeated only for the kernel call.
 Shapes: T own rows, S rows of the whole team, N/K query/KV heads, n/k those of this rank, H head dim.
 """
 
@@ -21,7 +21,7 @@ from planner.errors import PlanError
 
 @dataclass(frozen=True, slots=True)
 class HeadLayout:
-    """Which query heads and which KV heads each member of a group of ``degree`` ranks works on: pure integers."""
+    """Which query heads and which KV heads each of ``degree`` ranks works on. Raises PlanError if they do not fit."""
 
     num_query_heads: int
     num_kv_heads: int
@@ -40,19 +40,19 @@ class HeadLayout:
         return heads * index // self.degree, heads * (index + 1) // self.degree
 
     def kv_heads(self, index: int) -> tuple[int, int]:
-        """Half-open range of the KV heads those query heads read."""
+        """Half-open range of the KV heads that the member's query heads read."""
         first, stop = self.query_heads(index)
         ratio = self.num_query_heads // self.num_kv_heads
         return first // ratio, (stop - 1) // ratio + 1
 
     def width(self, index: int) -> int:
-        """Heads in a q, k, v row of member ``index``."""
+        """Number of q, k and v heads in one row of member ``index``."""
         (q0, q1), (k0, k1) = self.query_heads(index), self.kv_heads(index)
         return q1 - q0 + 2 * (k1 - k0)
 
     def irregular_kv_map(self, index: int) -> tuple[int, ...] | None:
-        """For each of the member's query heads the KV head (counted from its first) it reads, where the kernel's
-        rule ``n // (N // K)`` would give another; None where the rule holds."""
+        """The KV head (counted from the member's first) that each of the member's query heads reads; None where the
+        kernel's rule ``n // (N // K)`` gives the same heads."""
         (q0, q1), (k0, k1) = self.query_heads(index), self.kv_heads(index)
         ratio = self.num_query_heads // self.num_kv_heads
         wanted = tuple(head // ratio - k0 for head in range(q0, q1))
@@ -64,7 +64,7 @@ class HeadLayout:
 
 @dataclass(frozen=True, slots=True)
 class HeadExchange:
-    """Both directions of the trade for one group. ``rows``: own rows of every member, by group index."""
+    """Both directions of the exchange for one group. ``rows``: own rows of every member, by group index."""
 
     layout: HeadLayout
     ranks: tuple[int, ...]
@@ -79,7 +79,7 @@ class HeadExchange:
         return list(zip(edges, edges[1:], strict=False))
 
     def tokens_from_heads(self, parts_TXH: SequenceOf[torch.Tensor], what: str) -> torch.Tensor:
-        """``parts_TXH[j]``: own rows, the heads of member j. Returns all rows ``[S, x, H]``, this rank's heads."""
+        """``parts_TXH[j]``: own rows of member j's heads. Returns all rows ``[S, x, H]`` of this rank's heads."""
         me = self.group_index
         mine = parts_TXH[me]
         gathered_SXH = mine.new_empty((sum(self.rows), *mine.shape[1:]))
@@ -92,7 +92,7 @@ class HeadExchange:
         return gathered_SXH
 
     def heads_from_tokens(self, x_SXH: torch.Tensor, widths: SequenceOf[int], what: str) -> list[torch.Tensor]:
-        """The way back: all rows of this rank's heads in; own rows out, one tensor ``[T, widths[i], H]`` per member."""
+        """The reverse: takes all rows of this rank's heads, returns own rows, one ``[T, widths[i], H]`` per member."""
         me = self.group_index
         ranges = self._row_ranges()
         parts = [
@@ -149,15 +149,15 @@ class HeadExchange:
         return self.tokens_from_heads(parts, "head exchange of dout")
 
     def mapped_kernel(self, kernel: AttentionKernel, device: torch.device) -> AttentionKernel:
-        """``kernel`` for this rank's heads: wrapped where its rule would read wrong KV heads."""
+        """``kernel`` for this rank's heads, wrapped if its own rule would pair query heads with wrong KV heads."""
         irregular = self.layout.irregular_kv_map(self.group_index)
         return kernel if irregular is None else MappedHeadsKernel(kernel, torch.tensor(irregular, device=device))
 
 
 @dataclass(frozen=True, slots=True)
 class MappedHeadsKernel:
-    """A kernel for query heads of which number n reads KV head ``kv_index_N[n]``: one KV head each for the kernel, and
-    their gradients folded back."""
+    """Wraps a kernel so that query head n reads KV head ``kv_index_N[n]``: repeats KV heads for the call and sums their
+    gradients afterwards."""
 
     kernel: AttentionKernel
     kv_index_N: torch.Tensor

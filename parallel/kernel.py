@@ -19,19 +19,19 @@ from planner.errors import SpecError
 
 Rows = tuple[int, int]
 _BLOCK_ROWS = 1024
-"""Query and key rows of one block where a product of blocks is made outside a kernel."""
+"""Query and key rows of one block where ``blocked_query_gradient`` multiplies blocks itself."""
 _CPU_SCORES = 2**17
-"""Scores of one such block on CPU, all heads: two blocks stay in a core's cache beside what they are made from (of
-2^16 to 2^20 as quick as any)."""
+"""Scores of one such block on CPU, over all heads, so that two blocks fit a core's cache with their inputs (sizes
+from 2^16 to 2^20 measured equally fast)."""
 _CPU_KEY_ROWS = 64
-"""Key rows of one such block on CPU, at least."""
+"""Fewest key rows of one such block on CPU."""
 _CPU_LONG_QUERY = 768
-"""From so many query rows on torch's CPU kernel works on 256 of them at a time, below on 64 or 32."""
+"""From this many query rows, torch's CPU kernel works on blocks of 256; below, on blocks of 64 or 32."""
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Which query rows meet which key rows in one varlen call; made once per microbatch, used by every layer."""
+    """Which query rows attend to which key rows in one varlen call. Built once per microbatch, used by every layer."""
 
     causal: bool
     query_rows: tuple[Rows, ...]
@@ -68,7 +68,7 @@ class AttentionKernel(Protocol):
 
     @property
     def name(self) -> str:
-        """For logs."""
+        """The kernel's name in logs."""
 
     def forward(
         self, q_TNH: torch.Tensor, k_SKH: torch.Tensor, v_SKH: torch.Tensor, pairs: Pairs, scale: float
@@ -79,20 +79,20 @@ class AttentionKernel(Protocol):
         self, dout_TNH: torch.Tensor, q_TNH: torch.Tensor, k_SKH: torch.Tensor, v_SKH: torch.Tensor,
         out_TNH: torch.Tensor, lse_TN: torch.Tensor, pairs: Pairs, scale: float,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(dq, dk, dv) of this call's pairs, dq for the rows of ``query_index``, dk and dv for ``key_index``.
+        """(dq, dk, dv) of this call's pairs: dq for the rows of ``query_index``, dk and dv for those of ``key_index``.
 
-        ``out`` and ``lse`` are the *final* ones over all keys, so that partial gradients simply add up.
+        ``out`` and ``lse`` are the *final* ones over all keys, so that partial gradients simply sum.
         """
 
     def query_gradient(
         self, dout_TNH: torch.Tensor, q_TNH: torch.Tensor, k_SKH: torch.Tensor, v_SKH: torch.Tensor,
         out_TNH: torch.Tensor, lse_TN: torch.Tensor, pairs: Pairs, scale: float,
     ) -> torch.Tensor:
-        """dq alone (fp32 or wider) of a call without mask, for keys whose gradients nobody wants."""
+        """dq alone (fp32 or wider) of a call without a mask, for keys whose gradients are not wanted."""
 
 
 def choose_kernel(device: torch.device, dtype: torch.dtype) -> AttentionKernel:
-    """The best kernel for this device and dtype. Raises SpecError where there is none (fp32 on CUDA)."""
+    """The fastest kernel for this device and dtype. Raises SpecError where there is none (fp32 on CUDA)."""
     if device.type == "cpu":
         return CpuFlashKernel()
     if dtype not in (torch.bfloat16, torch.float16):
@@ -106,11 +106,10 @@ def blocked_query_gradient(
     dout_TNH: torch.Tensor, q_TNH: torch.Tensor, k_SKH: torch.Tensor, v_SKH: torch.Tensor,
     out_TNH: torch.Tensor, lse_TN: torch.Tensor, pairs: Pairs, scale: float,
 ) -> torch.Tensor:
-    """``AttentionKernel.query_gradient`` by products of blocks, on any device.
+    """``AttentionKernel.query_gradient`` by blocked matrix products, on any device.
 
-    Flash backward kernels make dq, dk and dv together. Where dk and dv are not wanted this takes three of their five
-    products, block by block: scores again, dP = dout v^T, dq = dS k (equations of FlashAttention-2, arXiv 2307.08691,
-    section 3.1).
+    Flash backward kernels always compute dq, dk and dv. Where dk and dv are not wanted, three of their five products
+    are enough: the scores, dP = dout v^T, and dq = dS k (equations of FlashAttention-2, arXiv 2307.08691, section 3.1).
     """
     assert not pairs.causal, "only for keys that all the queries see"
     wide = torch.promote_types(q_TNH.dtype, torch.float32)
@@ -127,7 +126,7 @@ def blocked_query_gradient(
             bias = -_by_kv_head(lse_TN[rows].unsqueeze(-1).to(wide), ratio)
             delta = -(dout.to(wide) * out.to(wide)).sum(-1, keepdim=True)
             dq = torch.zeros_like(q, dtype=wide)
-            # on CPU blocks are written over: fresh ones would cost a page fault a page where large blocks are mapped
+            # on CPU the blocks are reused: allocating large ones anew would cause page faults every time
             blocks = [q.new_empty(0, dtype=wide) for _ in range(2)]
             for first in range(k0, k1, most_keys):
                 keys = slice(first, min(first + most_keys, k1))
@@ -145,7 +144,7 @@ def blocked_query_gradient(
 
 
 class CpuFlashKernel:
-    """torch's blocked CPU kernel, one call per pair (it knows no cu_seqlens). fp32, fp64 and bf16."""
+    """torch's blocked CPU kernel, one call per pair because it takes no cu_seqlens. fp32, fp64 and bf16."""
 
     name = "torch-cpu-flash"
     query_gradient = staticmethod(blocked_query_gradient)
@@ -255,8 +254,8 @@ def _by_kv_head(x_TNX: torch.Tensor, ratio: int) -> torch.Tensor:
 
 
 def _rows_of_heads(q_TNH: torch.Tensor, k_SKH: torch.Tensor, causal: bool, num_rows: int) -> int:
-    """How many query heads are to be laid one behind the other as rows of one head: all that read one KV head where
-    there are few query rows and no mask, for the CPU kernel is quicker over more rows (by 5 to 13 %); else 1."""
+    """How many query heads to lay out as extra rows of one head. The CPU kernel is 5 to 13 % faster over more rows, so
+    with few query rows and no mask this is all query heads that read one KV head; else 1."""
     return 1 if causal or num_rows >= _CPU_LONG_QUERY else q_TNH.shape[1] // k_SKH.shape[1]
 
 
@@ -266,12 +265,12 @@ def _heads_as_rows(x_TN: torch.Tensor, ratio: int) -> torch.Tensor:
 
 
 def _rows_as_heads(x_RK: torch.Tensor, ratio: int) -> torch.Tensor:
-    """The other way round."""
+    """The inverse of ``_heads_as_rows``."""
     return x_RK if ratio == 1 else x_RK.unflatten(0, (ratio, -1)).movedim(0, 2).flatten(1, 2)
 
 
 def _product(a: torch.Tensor, b: torch.Tensor, wide: torch.dtype) -> torch.Tensor:
-    """Batched product with a wide result; half precision is multiplied as it is where the device can sum it wide."""
+    """Batched product with the result in ``wide``. On CUDA half-precision inputs are not converted first."""
     if a.is_cuda and a.dtype != wide:
         return torch.bmm(a, b, out_dtype=wide)
     return torch.bmm(a.to(wide), b.to(wide))
@@ -280,7 +279,7 @@ def _product(a: torch.Tensor, b: torch.Tensor, wide: torch.dtype) -> torch.Tenso
 def _scaled_product(
     a: torch.Tensor, b: torch.Tensor, scale: float, bias: torch.Tensor, out: torch.Tensor
 ) -> torch.Tensor:
-    """``scale * a b + bias`` in the dtype of ``out``, which on CPU is where it goes."""
+    """``scale * a b + bias`` in the dtype of ``out``; on CPU the result is written to ``out``."""
     if a.is_cuda:
         return _product(a, b, out.dtype).mul_(scale).add_(bias)
     return torch.baddbmm(bias, a.to(out.dtype), b.to(out.dtype), alpha=scale, out=out)
@@ -295,7 +294,7 @@ def _cat(parts: SequenceOf[torch.Tensor]) -> torch.Tensor:
 
 
 def _row_index(rows: tuple[Rows, ...], device: torch.device) -> torch.Tensor | slice:
-    """A slice where the rows are one run (no copy), else an index tensor."""
+    """A slice where the rows are contiguous (no copy), else an index tensor."""
     if all(before[1] == after[0] for before, after in zip(rows, rows[1:], strict=False)):
         return slice(rows[0][0], rows[-1][1])
     return torch.cat([torch.arange(start, stop) for start, stop in rows]).to(device)

@@ -1,12 +1,12 @@
-"""Longhaul's attention inside megatron-core's own ``GPTModel``: adaptive groups and packed documents in any such model.
+"""Longhaul's attention inside megatron-core's ``GPTModel``: groups of any size and packed documents.
 
 Once: ``spec = with_longhaul_attention(get_gpt_layer_local_spec())`` and
 ``GPTModel(config, spec, ..., position_embedding_type="none")``.
-Every microbatch of the rank's program: ``packed = pack_microbatch(engine, microbatch, config, inv_freq=...)``, then
-``tokens, labels = packed.pad(...)`` of the rows of ``microbatch.spans`` and
+For every microbatch of the rank's program: ``packed = pack_microbatch(engine, microbatch, config, inv_freq=...)``, then
+``tokens, labels = packed.pad(...)`` for the rows of ``microbatch.spans``, and
 ``losses = model(tokens, packed.position_ids, None, labels=labels, packed_seq_params=packed)``.
-The microbatch travels as an argument of the forward and never as state, so that a pipeline schedule or a recomputation
-always meets the microbatch it belongs to.
+The microbatch is an argument of the forward and never state of the model, so pipeline schedules and recompute always
+use the right one.
 Divide ``packed.sum_losses(losses)`` by the step's token count; *sum* gradients over the data axis at the step's end.
 ``docs/megatron.md`` has the whole loop; the tests run it.
 
@@ -40,9 +40,9 @@ _MEGATRON_FIELDS = frozenset(field.name for field in fields(PackedSeqParams))
 class PackedMicrobatch:
     """One microbatch, ready for ``GPTModel``'s ``packed_seq_params``.
 
-    ``position_ids``: int64 ``[1, T + P]``, each row's place in its own document. P rows of padding stand at the end
-    where Megatron needs them: it takes no empty microbatch, and under sequence parallelism only multiples of the tensor
-    size.
+    ``position_ids``: int64 ``[1, T + P]``, each row's position in its own document. The last P rows are padding, which
+    Megatron needs in two cases: it accepts no empty microbatch, and with sequence parallelism the number of rows must
+    be a multiple of the tensor-parallel size.
     """
 
     attention: MicrobatchAttention
@@ -56,18 +56,18 @@ class PackedMicrobatch:
         return self.position_ids.shape[1] - self.num_rows
 
     def pad(self, *ids_1T: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Tokens, labels... ``[1, T]`` with zeros for the padding rows. Raises SpecError at another number of rows."""
+        """Tokens, labels... ``[1, T]`` with zeros for padding rows. Raises SpecError if they have other shapes."""
         for ids in ids_1T:
             if ids.shape != (1, self.num_rows):
                 raise SpecError(f"token ids of shape {tuple(ids.shape)} for a microbatch of shape (1, {self.num_rows})")
         return tuple(functional.pad(ids, (0, self.num_padding_rows)) for ids in ids_1T)
 
     def sum_losses(self, losses_1T: torch.Tensor) -> torch.Tensor:
-        """Sum of the token losses ``[1, T + P]`` that the model returned, without the padding's."""
+        """Sum of the token losses ``[1, T + P]`` that the model returned, without the padding rows."""
         return losses_1T[:, : self.num_rows].sum()
 
     def __getattr__(self, name: str) -> NoReturn:
-        """Whoever asks for document bounds would take this rank's rows for whole documents: Megatron's RoPE does."""
+        """Refuse Megatron's document bounds: its RoPE would take this rank's rows for whole documents."""
         if name in _MEGATRON_FIELDS:
             raise SpecError(
                 f"GPTModel wants packed_seq_params.{name}, which a Longhaul microbatch does not have: build the model "
@@ -79,7 +79,7 @@ class PackedMicrobatch:
 def pack_microbatch(
     engine: AttentionEngine, microbatch: RankMicrobatch, config: TransformerConfig, *, inv_freq: torch.Tensor | None
 ) -> PackedMicrobatch:
-    """Bind one microbatch to its groups: set-up only, no communication.
+    """Bind one microbatch to its groups without communication.
 
     ``inv_freq``: radians per position of the F rotated pairs, as in megatron-core's ``RotaryEmbedding(...).inv_freq``;
     None for a model without RoPE. Raises SpecError if they do not fit the head.
@@ -95,7 +95,7 @@ def pack_microbatch(
         attention=engine.bind(
             microbatch,
             num_query_heads=config.num_attention_heads // tensor_size,
-            num_kv_heads=max(config.num_query_groups // tensor_size, 1),  # Megatron repeats KV heads if there are fewer
+            num_kv_heads=max(config.num_query_groups // tensor_size, 1),  # Megatron repeats KV heads if too few
             head_dim=head_dim,
         ),
         num_rows=microbatch.num_rows,
@@ -118,7 +118,7 @@ def with_longhaul_attention(layer_spec: ModuleSpec) -> ModuleSpec:
 
 
 class LonghaulCoreAttention(MegatronModule):
-    """``core_attention`` of one layer: no parameters, no state; groups and RoPE come with each forward's microbatch."""
+    """``core_attention`` of one layer. It has no parameters or state: each forward's microbatch has what it needs."""
 
     def __init__(
         self,
@@ -131,7 +131,7 @@ class LonghaulCoreAttention(MegatronModule):
         cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
-        """Megatron's signature. Raises SpecError for whatever this attention would compute otherwise than asked."""
+        """Megatron's signature. Raises SpecError for every setting that this attention does not implement."""
         super().__init__(config=config)
         dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         refused = {

@@ -1,8 +1,8 @@
-"""The grid of ranks: stage x data x tensor. Groups are made here, once, and passed as arguments from then on.
+"""The grid of ranks: stage x data x tensor. Groups are made here once and passed as arguments from then on.
 
-Global rank = (stage * data_size + data_rank) * tensor_size + tensor_rank: a tensor-parallel group is a run of
-neighbours, the data ranks of a stage stand side by side, and stages, which talk least, are furthest apart.
-The data axis may be cut into replicas: runs of ``shard_size`` data ranks that share one copy of the weights.
+Global rank = (stage * data_size + data_rank) * tensor_size + tensor_rank. So the ranks of a tensor-parallel group are
+consecutive, the data ranks of one stage are near each other, and stages, which communicate least, are furthest apart.
+The data axis may be split into replicas: ``shard_size`` consecutive data ranks share one copy of the weights.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from planner.errors import SpecError
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GridShape:
     """How many ranks along each axis. ``shard_size``: data ranks that share one copy of the weights (a divisor of
-    ``data_size``). Raises SpecError where the numbers do not fit each other."""
+    ``data_size``). ``of`` raises SpecError where the numbers do not fit each other."""
 
     num_stages: int
     data_size: int
@@ -52,12 +52,12 @@ class GridShape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankMesh:
-    """This rank's place and its groups.
+    """This rank's position in the grid, and its groups.
 
-    ``shard_mesh``: the data axis as FSDP sees it, of one dimension, or of two (replicas, shards) where weights are
-    replicated. ``exchange_group``: attention's point-to-point traffic between the data ranks of a stage, apart from
-    FSDP's communicator. ``forward_group``, ``backward_group``: the stages of one data rank, one communicator for each
-    direction; None without stages. ``control_group``: CPU-capable, all ranks: plans, digests, small sums.
+    ``shard_mesh``: the data axis for FSDP, with one dimension, or two (replicas, shards) where weights are replicated.
+    ``exchange_group``: attention's point-to-point traffic between the data ranks of a stage, on its own communicator
+    and not FSDP's. ``forward_group``, ``backward_group``: the stages of one data rank, with one communicator per
+    direction; None without stages. ``control_group``: all ranks, CPU-capable, for plans, digests and small sums.
     """
 
     shape: GridShape
@@ -100,12 +100,12 @@ class RankMesh:
 
     @property
     def replica(self) -> int:
-        """Which copy of the weights this rank holds a shard of."""
+        """Which copy of the weights this rank holds a shard of: 0 for the first ``shard_size`` data ranks."""
         return self.data_rank // self.shape.shard_size
 
 
 def build_mesh(shape: GridShape, *, rank: int, device: torch.device, timeout_s: float) -> RankMesh:
-    """Make every group, in one order on all ranks. Collective."""
+    """Make every group, in the same order on all ranks. Collective."""
     num_replicas = shape.data_size // shape.shard_size
     mesh = init_device_mesh(
         device.type, (shape.num_stages, num_replicas, shape.shard_size, shape.tensor_size),
@@ -118,7 +118,7 @@ def build_mesh(shape: GridShape, *, rank: int, device: torch.device, timeout_s: 
         rank, timeout_s,
     )
     if device.type == "cuda":
-        comm.barrier(exchange)  # NCCL wants all ranks in a communicator's first call; later ones are pairs
+        comm.barrier(exchange)  # NCCL needs all ranks in a communicator's first call; later calls involve only pairs
     forward, backward = None, None
     if shape.num_stages > 1:
         columns = [
@@ -143,7 +143,7 @@ def build_mesh(shape: GridShape, *, rank: int, device: torch.device, timeout_s: 
 
 
 def _own_group(rank_lists: list[list[int]], rank: int, timeout_s: float) -> comm.Group:
-    """Make a group of every list, in order, as all ranks must; the one that holds ``rank``."""
+    """Make one group per list, in order, as all ranks must; return the group that contains ``rank``."""
     own: comm.Group | None = None
     for ranks in rank_lists:
         group = comm.new_group(ranks, timeout_s=timeout_s)

@@ -1,7 +1,7 @@
-"""StepPlan -> what one rank does, as row numbers: pure integers, no tensors, no communication.
+"""Compiles a StepPlan into what one rank does, as row numbers: pure integers, no tensors, no communication.
 
-Rows are places in the rank's local tensors. A microbatch's attention rows are its groups' rows one behind the other;
-outside attention some of them may be elsewhere (``planner.schedules.linear_layout``). Inside a group they follow
+Rows are indices into the rank's local tensors. In attention, a microbatch's rows are those of its groups in order;
+outside attention some rows may be on other ranks (``planner.schedules.linear_layout``). Within a group rows follow
 ``layout.shard_spans``; after a head exchange, ``layout.team_spans``. Held rows (received K/V) count from 0 in every
 round.
 """
@@ -35,7 +35,7 @@ Rows = tuple[int, int]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeerRows:
-    """Rows of one message, in order, merged where they touch. ``held``: rows of received K/V instead of own rows."""
+    """Row ranges of one message, in order, adjacent ones merged. ``held``: rows of received K/V, else own rows."""
 
     rank: int
     rows: tuple[Rows, ...]
@@ -45,7 +45,7 @@ class PeerRows:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KernelCall:
-    """One varlen attention call: pairs of query rows and key rows. ``held``: keys are this round's received K/V."""
+    """One varlen attention call over pairs of query and key rows. ``held``: keys are this round's received K/V."""
 
     causal: bool
     held: bool
@@ -55,11 +55,11 @@ class KernelCall:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Departure:
-    """Messages that are posted together while round i runs and must be through when round ``wait_after`` ends.
+    """Messages that are posted together in round i and must have arrived when round ``wait_after`` ends.
 
-    ``sends``: K/V, own rows or rows held in round i. ``receives``: K/V to be held in round ``wait_after + 1``.
-    ``grad_sends``: gradients of rows held in round i - 1. ``grad_receives``: to be added to the gradients of own rows
-    or of rows held in round ``wait_after``.
+    ``sends``: K/V of own rows or of rows held in round i. ``receives``: K/V that will be held in round
+    ``wait_after + 1``. ``grad_sends``: dK/dV of rows held in round i - 1. ``grad_receives``: dK/dV to add to those of
+    own rows or of rows held in round ``wait_after``.
     """
 
     wait_after: int
@@ -71,8 +71,8 @@ class Departure:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankRound:
-    """``planner.schedules.exchange.Round`` in row numbers, its messages where they are posted. ``num_held``: rows of
-    K/V received for this round. Departures by ``wait_after``: an order that all ranks share."""
+    """``planner.schedules.exchange.Round`` in row numbers, with each message in the round that posts it. ``num_held``:
+    rows of K/V received for this round. ``departures`` are sorted by ``wait_after``, the same order on all ranks."""
 
     num_held: int
     departures: tuple[Departure, ...]
@@ -81,7 +81,7 @@ class RankRound:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadTeam:
-    """The ranks that trade heads for tokens, this rank's place among them, and the rows of each of them."""
+    """The ranks that exchange heads for tokens, this rank's index among them, and each member's number of rows."""
 
     ranks: tuple[int, ...]
     place: int
@@ -91,8 +91,8 @@ class HeadTeam:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupProgram:
     """One rank's part in one attention group. ``rows``: the group's rows within the microbatch. ``sequences``: the
-    group's documents, whole, in packing order. With a ``team`` the rounds work on the rows of all its members, one
-    behind the other."""
+    group's whole documents in packing order. With a ``team`` the rounds work on the rows of all its members, in the
+    order of the members."""
 
     kind: AttentionKind
     ranks: tuple[int, ...]
@@ -106,9 +106,9 @@ class GroupProgram:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankMicrobatch:
-    """One microbatch of this rank. ``index``: its place in the plan's global order. ``spans``, ``num_rows``: what it
-    holds outside attention (``planner.schedules.linear_layout``). ``moves``: how that becomes the rows of its groups;
-    None where it is them."""
+    """One microbatch of this rank. ``index``: its position in the plan's global order. ``spans``, ``num_rows``: what
+    this rank holds outside attention (``planner.schedules.linear_layout``). ``moves``: how these rows become the rows
+    of the groups; None where they are the same rows."""
 
     index: int
     spans: tuple[Span, ...]
@@ -120,11 +120,12 @@ class RankMicrobatch:
 
 @dataclass(frozen=True, slots=True)
 class RankAction:
-    """``place``: index into the program's microbatches; None: an empty one, to keep in step with the other ranks.
+    """One forward or backward. ``place``: index into the program's microbatches; None: an empty microbatch, which keeps
+    this rank in lockstep with the others.
 
-    ``slots``: with ``zero3``, the order of all groups of the round in which no rank meets two at once; for each of its
-    slots the one of this microbatch's groups that runs in it here, None for none. What chunks need to stay in step.
-    ``in_chunks``: some microbatch of the round is planned to run in chunks."""
+    ``slots``: only with ``zero3``. All groups of the round are ordered into slots so that no rank is in two groups of
+    one slot; each entry is this microbatch's group that runs in that slot on this rank, or None. Chunks need them to
+    stay in lockstep. ``in_chunks``: at least one microbatch of the round runs in chunks."""
 
     place: int | None
     backward: bool
@@ -134,10 +135,10 @@ class RankAction:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankProgram:
-    """All this rank runs in one step, in order. Empty where the plan gives the rank nothing to do.
+    """Everything this rank runs in one step, in order. Empty where the plan gives the rank nothing to do.
 
-    ``actions``: which of ``microbatches`` goes forward or backward, when; without pipeline stages each one forward and
-    straight back.
+    ``actions``: the order of forwards and backwards of ``microbatches``. Without pipeline stages each forward is
+    followed directly by its backward.
     """
 
     step: int
@@ -148,8 +149,8 @@ class RankProgram:
 
 
 def compile_rank_program(plan: StepPlan, rank: int, *, stage: int = 0, num_stages: int = 1) -> RankProgram:
-    """What a pipeline stage of data rank ``rank`` does in this plan. Raises PlanError if there is no such rank, or the
-    plan is for another number of stages than ``num_stages``, those that there are."""
+    """What data rank ``rank`` does in this plan at pipeline stage ``stage``. Raises PlanError if there is no such rank,
+    or if the plan was made for another number of stages than ``num_stages``."""
     if not 0 <= rank < plan.num_ranks:
         raise PlanError(f"step {plan.step}: rank {rank} is not in a plan of {plan.num_ranks} ranks")
     if plan.num_stages != num_stages:
@@ -188,11 +189,12 @@ def _compile_actions(plan: StepPlan, rank: int, stage: int, num_stages: int) -> 
 
 
 def _refuse_mixed(plan: StepPlan, rounds: tuple[tuple[int, ...], ...]) -> None:
-    """A round in step runs group by group, and that keeps the activations of what it has under way."""
+    """Refuse a lockstep round that mixes chunks with swap or recompute: it runs group by group, and so must keep the
+    activations of every group in flight."""
     for members in rounds:
         policies = [plan.microbatches[index].memory for index in members]
         if any(policy.chunk_tokens for policy in policies) and any(policy.keep_fraction < 1 for policy in policies):
-            raise PlanError(f"step {plan.step}: chunks beside swapped or recomputed activations in one round of zero3")
+            raise PlanError(f"step {plan.step}: one round of zero3 mixes chunks with swapped or recomputed activations")
 
 
 def _group_slots(plan: StepPlan, members: tuple[int, ...], rank: int) -> tuple[int | None, ...]:
@@ -255,7 +257,7 @@ def _compile_group(
 
 
 def _rows_of(span: Span, rows: dict[Span, Rows]) -> Rows | None:
-    """Rows of one of these spans or of a part of one."""
+    """Row range of ``span``, which is one of these spans or part of one; None if it is neither."""
     found = rows.get(span)
     if found is not None:
         return found
@@ -302,7 +304,7 @@ def _compile_rounds(rounds: tuple[Round, ...], own: dict[Span, Rows]) -> tuple[R
 
 @dataclass(frozen=True, slots=True)
 class _Messages:
-    """A departure while it is being put together."""
+    """A departure under construction."""
 
     sends: list[PeerRows] = field(default_factory=list)
     receives: list[PeerRows] = field(default_factory=list)
@@ -321,7 +323,7 @@ def _messages(posted: dict[int, _Messages], wait_after: int) -> _Messages:
 
 
 def _source_rows(transfer: Transfer, own: dict[Span, Rows], held: dict[Span, Rows]) -> PeerRows:
-    """Held rows come first: gradients of parts of a held block are not own, and what a rank holds it does not own."""
+    """Look among held rows first: gradients of part of a held block are not in its keys but are not own rows either."""
     from_own = transfer.spans[0] not in held
     return _peer_rows(transfer, own if from_own else held, held=not from_own)
 
@@ -329,7 +331,7 @@ def _source_rows(transfer: Transfer, own: dict[Span, Rows], held: dict[Span, Row
 def _peer_rows(transfer: Transfer, rows: dict[Span, Rows], *, held: bool) -> PeerRows:
     found = [_rows_of(span, rows) for span in transfer.spans]
     if None in found:
-        raise PlanError(f"message with rank {transfer.rank} names spans that are not there: {transfer.spans}")
+        raise PlanError(f"message with rank {transfer.rank} names spans that this rank does not have: {transfer.spans}")
     merged = _merge(rows for rows in found if rows is not None)
     return PeerRows(rank=transfer.rank, rows=merged, num_rows=sum(b - a for a, b in merged), held=held)
 
@@ -345,10 +347,10 @@ def _merge(rows: Iterable[Rows]) -> tuple[Rows, ...]:
 
 
 def _kernel_calls(tasks: SequenceOf[Task], own: dict[Span, Rows], held: dict[Span, Rows]) -> tuple[KernelCall, ...]:
-    """At most one causal and two full calls. Inside a call no query row appears twice, so results need no merge.
+    """At most one causal and two full calls. No query row appears twice within a call, so its results need no merge.
 
-    Own rows over own rows become as few triangles as there are. Of the rest, tasks of one query over neighbouring keys
-    become one pair, then neighbouring queries over equal keys.
+    Own queries over own keys become as few causal calls as possible. Of the remaining tasks, those of one query over
+    adjacent keys become one pair; then adjacent queries over the same keys become one pair.
     """
     own_keys = _keys_by_query((own[task.query], own[task.key]) for task in tasks if not task.causal and task.key in own)
     triangles = _triangles(sorted(own[task.query] for task in tasks if task.causal), own_keys)
@@ -369,8 +371,8 @@ def _keys_by_query(pairs: Iterable[tuple[Rows, Rows]]) -> dict[Rows, tuple[Rows,
 
 
 def _triangles(queries: list[Rows], own_keys: dict[Rows, tuple[Rows, ...]]) -> list[Rows]:
-    """Causal calls of these rows. Rows right behind others that they see in full make one larger triangle with them (a
-    document's two zigzag chunks always do): such pairs are taken out of ``own_keys``."""
+    """Causal row ranges for these queries. Rows that directly follow others and see all of them join them in one larger
+    triangle, as a document's two zigzag chunks always do; such pairs are removed from ``own_keys``."""
     triangles: list[Rows] = []
     for start, stop in queries:
         if triangles and own_keys.get((start, stop)) == ((triangles[-1][0], start),):
@@ -397,7 +399,7 @@ def _coalesce(keys: dict[Rows, tuple[Rows, ...]]) -> list[tuple[Rows, Rows]]:
 
 
 def _layers(pairs: list[tuple[Rows, Rows]]) -> list[list[tuple[Rows, Rows]]]:
-    """Split into lists in which no two pairs share query rows (one list for every schedule we write today)."""
+    """Split into lists in which no two pairs share query rows (every current schedule needs just one list)."""
     layers: list[list[tuple[Rows, Rows]]] = []
     for query, key in sorted(pairs):
         for layer in layers:

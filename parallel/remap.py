@@ -1,8 +1,9 @@
-"""Rows between the linear layout, in which a rank runs everything but attention, and the attention layout.
+"""Moves rows between the linear layout, used for everything but attention, and the attention layout.
 
-One packed message each way: q, k, v rows go to attention, output rows come back. Every row is at one rank in either
-layout, so each way is the other's inverse and its adjoint: gradients take the same routes, nothing is summed.
-Shapes: T rows in the layout that is left, S in the one that is entered, X heads of all packed tensors, H head dim.
+One packed message in each direction: q, k and v rows before attention, output rows after it. Every row is on exactly
+one rank in either layout, so each direction is the inverse and the adjoint of the other: gradients take the reverse
+route and nothing is summed.
+Shapes: T rows in the source layout, S in the target layout, X heads of all packed tensors, H head dim.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from planner.schedules.linear_layout import RankMoves
 
 @dataclass(frozen=True, slots=True)
 class Remap:
-    """One rank's part in the moves of one microbatch. Stateless between calls."""
+    """One rank's part in the moves of one microbatch. Holds no state between calls."""
 
     moves: RankMoves
     wire: Exchange
@@ -26,18 +27,18 @@ class Remap:
     def qkv_to_attention(
         self, q_TNH: torch.Tensor, k_TKH: torch.Tensor, v_TKH: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Linear rows to attention rows. Differentiable. Communicates."""
+        """From linear rows to attention rows. Differentiable. Communicates."""
         packed: torch.Tensor = _Move.apply(torch.cat((q_TNH, k_TKH, v_TKH), dim=1), self, True)
         q, k, v = packed.split((q_TNH.shape[1], k_TKH.shape[1], v_TKH.shape[1]), dim=1)
         return q.contiguous(), k.contiguous(), v.contiguous()
 
     def out_to_linear(self, out_TNH: torch.Tensor) -> torch.Tensor:
-        """Attention rows to linear rows. Differentiable. Communicates."""
+        """From attention rows to linear rows. Differentiable. Communicates."""
         moved: torch.Tensor = _Move.apply(out_TNH, self, False)
         return moved
 
     def exchange(self, x_TXH: torch.Tensor, *, to_attention: bool) -> torch.Tensor:
-        """The rows of one layout in, those of the other out."""
+        """Takes the rows of one layout, returns those of the other."""
         moves, x_TXH = self.moves, x_TXH.contiguous()
         leaving, coming = (moves.guests, moves.lent) if to_attention else (moves.lent, moves.guests)
         num_rows = moves.num_attention_rows if to_attention else moves.num_linear_rows

@@ -15,7 +15,7 @@ from torch import Tensor
 class RotaryTable:
     """cos and sin ``[T, 1, F]`` of a microbatch's rows, for all its layers.
 
-    ``interleaved``: neighbours in a head form a pair; else the two halves do (the Llama convention).
+    ``interleaved``: neighbouring elements of a head form a pair; else elements i and i + F do (the Llama convention).
     """
 
     cos: Tensor
@@ -28,7 +28,7 @@ class RotaryTable:
 
 
 def inverse_frequencies(head_dim: int, theta: float) -> Tensor:
-    """Radians per position of the pairs of a whole head, float64 ``[H / 2]``."""
+    """Radians per position of each pair when the whole head is rotated, float64 ``[H / 2]``."""
     return theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
 
 
@@ -37,7 +37,7 @@ def rotary_table(
 ) -> RotaryTable:
     """The table for ``inv_freq_F`` radians per position, in ``dtype`` but at least fp32.
 
-    Angles are computed in float64: in float32 a position of a million is off by some hundredths of a radian.
+    Angles are computed in float64: in float32, angles at position one million are off by some hundredths of a radian.
     """
     angles_T1F = positions_T.to(torch.float64)[:, None, None] * inv_freq_F.to(positions_T.device, torch.float64)
     dtype = torch.promote_types(dtype, torch.float32)
@@ -45,7 +45,7 @@ def rotary_table(
 
 
 def rotate(x_TNH: Tensor, cos_T1F: Tensor, sin_T1F: Tensor, *, interleaved: bool = False) -> Tensor:
-    """Turn the first 2 F elements of every head, computed in the table's dtype, returned in x's."""
+    """Rotate the first 2 F elements of every head, in the table's dtype; the result has x's dtype."""
     rotated = 2 * cos_T1F.shape[-1]
     turning = x_TNH[..., :rotated].to(cos_T1F.dtype)
     first, second = turning.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else turning.chunk(2, dim=-1)

@@ -1,7 +1,7 @@
-"""The walk over a schedule's rounds: post the next round's messages, run this round's kernels, merge.
+"""The walk over a schedule's rounds: post the next round's messages, run this round's kernels, merge the results.
 
-One executor for every schedule: local attention is one round without messages, a ring is degree rounds, and whatever
-``planner.schedules`` learns to write later runs here unchanged.
+One executor runs every schedule: local attention is one round without messages, a ring has as many rounds as ranks, and
+a new schedule in ``planner.schedules`` needs no change here.
 Shapes: T own rows, R held rows (received K/V of one round), N query heads, K KV heads, H head dim.
 K and V travel together as ``kv_T2KH``; gradients travel in the accumulation dtype (fp32 or wider).
 """
@@ -20,14 +20,14 @@ from parallel.program import GroupProgram, KernelCall, PeerRows, RankRound
 
 @dataclass(frozen=True, slots=True)
 class BoundRound:
-    """A round with its kernel calls' index tensors made."""
+    """A round with the index tensors of its kernel calls."""
 
     plan: RankRound
     pairs: tuple[tuple[KernelCall, Pairs], ...]
 
 
 def bind_rounds(rounds: tuple[RankRound, ...], device: torch.device) -> tuple[BoundRound, ...]:
-    """Prepare a walk for ``device``, once per microbatch, for all layers."""
+    """Prepare the rounds for ``device``, once per microbatch, for all layers."""
     return tuple(
         BoundRound(
             plan=step,
@@ -39,8 +39,8 @@ def bind_rounds(rounds: tuple[RankRound, ...], device: torch.device) -> tuple[Bo
 
 @dataclass(frozen=True, slots=True)
 class _Flight:
-    """Messages under way, and the gradients among them with their places. ``messages`` keeps their memory until they
-    are through: a send that is posted early outlives the round whose K/V it takes."""
+    """Messages in flight, and the gradients among them with their target rows. ``messages`` keeps their memory alive
+    until they have arrived: a send that is posted early outlives the round whose K/V it sends."""
 
     pending: Pending
     messages: tuple[Message, ...]
@@ -48,8 +48,8 @@ class _Flight:
 
 
 class _Traffic:
-    """The messages of one walk. K/V buffers by the round that they are held in, flights by the round that waits for
-    them: a message posted early is in flight while shorter ones come and go."""
+    """The messages of one walk. K/V buffers are keyed by the round that holds them, flights by the round that waits for
+    them, because a message posted early stays in flight while later ones start and finish."""
 
     def __init__(self, rounds: tuple[BoundRound, ...], wire: Exchange, what: str) -> None:
         self._rounds, self._wire, self._what = rounds, wire, what
@@ -60,8 +60,8 @@ class _Traffic:
         self, number: int, own: torch.Tensor, held: torch.Tensor | None, grad: RowSum | None = None,
         held_grad: RowSum | None = None,
     ) -> None:
-        """Start everything that is posted while round ``number`` runs. ``own``, ``held``: K/V of own rows and of this
-        round's held rows; ``grad``, ``held_grad``: gradients of own rows and of the previous round's held rows."""
+        """Start all messages that are posted in round ``number``. ``own``, ``held``: K/V of own rows and of this
+        round's held rows. ``grad``, ``held_grad``: gradients of own rows and of the previous round's held rows."""
         for departure in self._rounds[number].plan.departures:
             sends = _outgoing(departure.sends, own, held)
             receives: list[Message] = []
@@ -84,7 +84,7 @@ class _Traffic:
             )
 
     def finish(self, number: int) -> list[tuple[PeerRows, torch.Tensor]]:
-        """Wait for what must be through when round ``number`` ends; the gradients that came."""
+        """Wait for the messages due when round ``number`` ends; return the gradients that arrived."""
         came: list[tuple[PeerRows, torch.Tensor]] = []
         for flight in self._flights.pop(number, ()):
             flight.pending.wait()
@@ -92,7 +92,7 @@ class _Traffic:
         return came
 
     def held(self, number: int) -> torch.Tensor | None:
-        """K/V received for this round, once: whoever asks keeps it."""
+        """K/V received for this round. Can be called once: the caller takes ownership."""
         return self._arriving.pop(number, None)
 
     def _buffer(self, number: int, own: torch.Tensor) -> torch.Tensor:
@@ -103,7 +103,7 @@ class _Traffic:
 
 @dataclass(frozen=True, slots=True)
 class StartedWalk:
-    """A forward or backward whose first messages are on their way. ``dkv``: the backward's, of own rows."""
+    """A forward or backward whose first messages are in flight. ``dkv``: dK/dV of own rows, in a backward."""
 
     traffic: _Traffic
     kv_T2KH: torch.Tensor | None
@@ -112,7 +112,7 @@ class StartedWalk:
 
 @dataclass(frozen=True, slots=True)
 class RoundWalker:
-    """Runs one group's rounds on one rank. Stateless between calls."""
+    """Runs one group's rounds on one rank. Holds no state between calls."""
 
     group: GroupProgram
     forward_rounds: tuple[BoundRound, ...]
@@ -122,7 +122,7 @@ class RoundWalker:
     scale: float
 
     def start(self, k_TKH: torch.Tensor, v_TKH: torch.Tensor) -> StartedWalk:
-        """Post the forward's first messages. All ranks must start and run their groups in one order."""
+        """Post the forward's first messages. All ranks must start and run their groups in the same order."""
         traffic = _Traffic(self.forward_rounds, self.wire, self._what)
         if len(self.forward_rounds) == 1:
             return StartedWalk(traffic, None)
@@ -133,8 +133,8 @@ class RoundWalker:
     def forward(
         self, q_TNH: torch.Tensor, k_TKH: torch.Tensor, v_TKH: torch.Tensor, started: StartedWalk | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Attention of own queries over everything they may see: out ``[T, N, H]`` (q's dtype), lse ``[T, N]``.
-        ``started``: by ``start`` with the same K and V, else it is now."""
+        """Attention of own queries over all keys they may see: out ``[T, N, H]`` (q's dtype) and lse ``[T, N]``.
+        ``started``: the result of ``start`` with the same K and V; None starts the walk now."""
         started = self.start(k_TKH, v_TKH) if started is None else started
         traffic, kv_T2KH = started.traffic, started.kv_T2KH
         result = RunningResult(q_TNH)
@@ -151,7 +151,7 @@ class RoundWalker:
         return out_TNH.to(q_TNH.dtype), lse_TN
 
     def start_backward(self, k_TKH: torch.Tensor, v_TKH: torch.Tensor) -> StartedWalk:
-        """Post the backward's first messages, as ``start`` does the forward's."""
+        """Post the backward's first messages; ``start`` is the same for the forward."""
         traffic = _Traffic(self.backward_rounds, self.wire, self._what)
         dkv = RowSum((k_TKH.shape[0], 2, *k_TKH.shape[1:]), k_TKH)
         if len(self.backward_rounds) == 1:
@@ -164,8 +164,8 @@ class RoundWalker:
         self, dout_TNH: torch.Tensor, q_TNH: torch.Tensor, k_TKH: torch.Tensor, v_TKH: torch.Tensor,
         out_TNH: torch.Tensor, lse_TN: torch.Tensor, started: StartedWalk | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Gradients of own q, k and v. K/V are fetched again; partial dK/dV go home along the backward rounds.
-        ``started``: by ``start_backward`` with the same K and V, else it is now."""
+        """Gradients of own q, k and v. K/V are received again; partial dK/dV return to their owners in the backward
+        rounds. ``started``: the result of ``start_backward`` with the same K and V; None starts the walk now."""
         rounds = self.backward_rounds
         started = self.start_backward(k_TKH, v_TKH) if started is None else started
         traffic, kv_T2KH, dkv = started.traffic, started.kv_T2KH, started.dkv
@@ -186,7 +186,7 @@ class RoundWalker:
                     from_held.append((pairs.key_index, grads[1], grads[2]))
                 else:
                     dkv.add_keys_values(pairs.key_index, grads[1], grads[2])
-            # what arrived comes first: it mostly covers all held rows, and then is what the rest is added to
+            # add what arrived first: it usually covers all held rows, and then it is kept without a copy
             leaving = RowSum((step.plan.num_held, 2, *k_TKH.shape[1:]), k_TKH)
             for peer, buffer in traffic.finish(number):
                 _add_message(leaving if peer.held else dkv, peer, buffer)
@@ -210,7 +210,7 @@ def _outgoing(peers: tuple[PeerRows, ...], own: torch.Tensor, held: torch.Tensor
 
 
 def _incoming(peers: tuple[PeerRows, ...], buffer: torch.Tensor) -> list[Message]:
-    """Received rows of one message are one run of the buffer: the compiler numbers them in message order."""
+    """Received rows of one message are contiguous in the buffer: the compiler numbers them in message order."""
     return [Message(peer.rank, buffer[peer.rows[0][0] : peer.rows[0][1]]) for peer in peers]
 
 

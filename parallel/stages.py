@@ -1,9 +1,9 @@
-"""What a pipeline stage gets from its neighbours and gives to them: hidden states forward, their gradients backward.
+"""What a pipeline stage exchanges with its neighbours: hidden states forward, their gradients backward.
 
-Receives block, sends do not; so the order of ``planner.pricing.pipeline_order`` cannot deadlock. Each direction has its
-own communicator: on NCCL a send that waits for its receiver would otherwise hold up the message that the receiver waits
-for. Sizes need no negotiation: both ends know the rows of every microbatch from the plan. Shapes: T rows of a
-microbatch on this data rank, D hidden.
+Receives block and sends do not, so the order of ``planner.pricing.pipeline_order`` cannot deadlock. Each direction has
+its own communicator: on NCCL a send that waits for its receiver would otherwise hold up the message that this receiver
+waits for. Sizes are not sent: both ends know the rows of every microbatch from the plan.
+Shapes: T rows of a microbatch on this data rank, D hidden.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from parallel.comm import Exchange, Message, Pending
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageLink:
-    """This rank's links to the stage before and the stage after, on the same data rank.
+    """This rank's links to the previous and the next stage, on the same data rank.
 
-    Hidden states and gradients that are under way are kept until ``drain``, or until what came back proves that they
-    have arrived. A microbatch may go in several pieces, numbered alike at both ends.
+    Sent hidden states and gradients are kept until ``drain``, or until a message from the receiver proves that they
+    have arrived. A microbatch may be sent in several pieces, numbered alike at both ends.
     """
 
     stage: int
@@ -29,7 +29,7 @@ class StageLink:
     backward_wire: Exchange
     device: torch.device
     dtype: torch.dtype
-    _under_way: dict[tuple[str, int, int], Pending] = field(default_factory=dict)
+    _in_flight: dict[tuple[str, int, int], Pending] = field(default_factory=dict)
 
     @property
     def is_first(self) -> bool:
@@ -40,7 +40,7 @@ class StageLink:
         return self.stage == self.num_stages - 1
 
     def receive_hidden(self, microbatch: int, shape: tuple[int, int], piece: int = 0) -> torch.Tensor:
-        """The hidden states ``[T, D]`` of the stage before, ready for autograd."""
+        """The hidden states ``[T, D]`` of the previous stage, with requires_grad set."""
         hidden_TD = torch.empty(shape, device=self.device, dtype=self.dtype)
         message = Message(self.stage - 1, hidden_TD)
         self.forward_wire.post([], [message], _hidden_to(self.stage, microbatch, piece)).wait()
@@ -49,35 +49,35 @@ class StageLink:
     def send_hidden(self, microbatch: int, hidden_TD: torch.Tensor, piece: int = 0) -> None:
         message = Message(self.stage + 1, hidden_TD.detach().contiguous())
         what = _hidden_to(self.stage + 1, microbatch, piece)
-        self._under_way["hidden", microbatch, piece] = self.forward_wire.post([message], [], what)
+        self._in_flight["hidden", microbatch, piece] = self.forward_wire.post([message], [], what)
 
     def receive_gradient(self, microbatch: int, shape: tuple[int, int], piece: int = 0) -> torch.Tensor:
-        """The gradient ``[T, D]`` of what was sent to the stage after. All of the microbatch has arrived there, then,
-        and is let go."""
+        """The gradient ``[T, D]`` of what was sent to the next stage. Its arrival proves that the microbatch's hidden
+        states have arrived there, so they are released."""
         gradient_TD = torch.empty(shape, device=self.device, dtype=self.dtype)
         message = Message(self.stage + 1, gradient_TD)
         self.backward_wire.post([], [message], _gradient_to(self.stage, microbatch, piece)).wait()
-        self._let_go("hidden", microbatch)
+        self._release("hidden", microbatch)
         return gradient_TD
 
     def send_gradient(self, microbatch: int, gradient_TD: torch.Tensor, piece: int = 0) -> None:
         message = Message(self.stage - 1, gradient_TD.contiguous())
         what = _gradient_to(self.stage - 1, microbatch, piece)
-        self._under_way["gradient", microbatch, piece] = self.backward_wire.post([message], [], what)
+        self._in_flight["gradient", microbatch, piece] = self.backward_wire.post([message], [], what)
 
     def gradient_has_arrived(self, microbatch: int) -> None:
-        """Let go of the gradients of a microbatch whose receiver is known to be past it."""
-        self._let_go("gradient", microbatch)
+        """Release the gradients of a microbatch whose receiver is known to have used them."""
+        self._release("gradient", microbatch)
 
-    def _let_go(self, what: str, microbatch: int) -> None:
-        for key in [key for key in self._under_way if key[:2] == (what, microbatch)]:
-            self._under_way.pop(key).wait()
+    def _release(self, what: str, microbatch: int) -> None:
+        for key in [key for key in self._in_flight if key[:2] == (what, microbatch)]:
+            self._in_flight.pop(key).wait()
 
     def drain(self) -> None:
         """Wait for all sends."""
-        for pending in self._under_way.values():
+        for pending in self._in_flight.values():
             pending.wait()
-        self._under_way.clear()
+        self._in_flight.clear()
 
 
 def _hidden_to(stage: int, microbatch: int, piece: int) -> str:

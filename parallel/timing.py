@@ -1,8 +1,8 @@
 """Where a rank's step goes: gather, microbatches (forward, backward, waiting for peers), reduction.
 
-On CPU a stamp is the host's clock. On CUDA it is an event recorded on the current stream: nothing waits for it, the
-seconds between two events are read once, at the end of the step, after the step's own last synchronisation. Waiting is
-then what the stream stood still for, not how long the launch took.
+On CPU a stamp is the host's clock. On CUDA it is an event recorded on the current stream, so nothing blocks; the
+seconds between two events are read once per step, after the step's own last synchronisation. Waiting time on CUDA is
+the time the stream stood still, not the time of the launch.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ class _Lap:
 
 class StepClock:
     """Call in the order of a step: ``restart, gathered, (begin, turn, resume, end)*, reduced``, then ``read`` once the
-    device has passed ``reduced``. Between ``turn`` and ``resume`` of a microbatch, pipeline stages may run others; they
-    must resume what they began. Waiting outside a microbatch is not recorded (calibration runs there).
+    device has passed ``reduced``. Between ``turn`` and ``resume`` of a microbatch, pipeline stages may run others, but
+    every microbatch must be resumed. Waiting outside a microbatch is not recorded (calibration runs there).
 
-    ``new_event`` makes a timing event (default: CUDA's, on a CUDA device); events are reused from step to step.
+    ``new_event`` makes a timing event (default on CUDA: CUDA's own); events are reused from step to step.
     """
 
     def __init__(self, device: torch.device, *, new_event: Callable[[], Any] | None = None) -> None:
@@ -55,27 +55,26 @@ class StepClock:
         self._open: _Lap | None = None
 
     def restart(self) -> None:
-        """A step begins. What was not read is forgotten."""
+        """Begin a step. Times that were not read are discarded."""
         self._num_used = 0
         self._laps, self._turned, self._open = [], {}, None
         self._gathered = self._reduced = None
         self._start = self._stamp()
 
     def gathered(self) -> None:
-        """The parameters are here: the zero of all times of the step."""
+        """Parameters are gathered: time zero of the step."""
         self._gathered = self._stamp()
 
     @property
     def zero(self) -> Stamp:
-        """The stamp of gathered parameters, for what else is timed in this step. On CUDA an event that the next step
-        uses again."""
+        """The stamp of ``gathered``, for other measurements of this step. On CUDA the next step reuses this event."""
         return self._gathered
 
     def begin(self, microbatch: int) -> None:
         self._open = _Lap(microbatch, self._stamp())
 
     def turn(self) -> None:
-        """The open microbatch's forward is over."""
+        """The open microbatch's forward has ended."""
         if self._open is not None:
             self._open.middle = self._stamp()
             self._turned[self._open.microbatch] = self._open
@@ -93,7 +92,7 @@ class StepClock:
             self._open = None
 
     def reduced(self) -> None:
-        """The gradients are summed."""
+        """Gradients are reduced."""
         self._reduced = self._stamp()
 
     def wait(self, pending: Pending) -> None:
@@ -107,7 +106,7 @@ class StepClock:
         (lap.forward_waits if lap.middle is None else lap.backward_waits).append((start, self._stamp()))
 
     def read(self) -> RankStep:
-        """The step's times. On CUDA the device must have passed ``reduced``: call it after a value came to the host."""
+        """The step's times. On CUDA the device must have passed ``reduced``, e.g. because a value reached the host."""
         zero = self._gathered
         times = tuple(
             MicrobatchTime(
@@ -139,7 +138,7 @@ class StepClock:
     def _seconds(self, start: Stamp, stop: Stamp) -> float:
         if self._new_event is None:
             return float(stop - start)
-        return float(start.elapsed_time(stop)) / 1000  # CUDA tells milliseconds
+        return float(start.elapsed_time(stop)) / 1000  # CUDA returns milliseconds
 
 
 def _cuda_event() -> Any:
@@ -157,7 +156,7 @@ class _TimedPending:
 
 @dataclass(frozen=True, slots=True)
 class TimedExchange:
-    """An exchange whose waiting ``clock`` records."""
+    """An exchange that records waiting time on ``clock``."""
 
     inner: Exchange
     clock: StepClock

@@ -1,6 +1,6 @@
-"""Frozen dataclasses <-> plain JSON/YAML values, strictly: unknown or missing keys are errors with a suggestion.
+"""Converts frozen dataclasses to plain JSON/YAML values and back. Unknown or missing keys are errors with a suggestion.
 
-One schema (the dataclass) serves plans, cluster and model files and training recipes.
+The dataclass is the only schema, for plans, cluster and model files and training recipes alike.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ T = TypeVar("T")
 
 _SCALARS = (float, int, str, bool, type(None))
 LATER: Mapping[str, bool] = types.MappingProxyType({"later": True})
-"""Metadata of a field that a dataclass got after values of it were stored: at its default it is not written, so that
-stored digests stay valid."""
+"""Metadata of a field added to a dataclass whose values were already stored: it is not written while it has its
+default, so that stored digests stay valid."""
 
 
 def to_plain(value: Any) -> Any:
-    """Dataclasses, tuples and enums as dicts, lists and strings: what ``json.dumps`` and YAML take. Fields that are no
-    arguments of their dataclass follow from the others and are left out."""
-    if type(value) in _SCALARS:  # most values of a large cost model
+    """Dataclasses, tuples and enums as dicts, lists and strings, which ``json.dumps`` and YAML accept. Fields that are
+    not constructor arguments are left out, because they follow from the others."""
+    if type(value) in _SCALARS:  # first, because most values of a large cost model are scalars
         return value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         items = ((field, getattr(value, field.name)) for field in dataclasses.fields(value))
@@ -45,7 +45,7 @@ def to_plain(value: Any) -> Any:
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """`` (did you mean 'x'?)`` or the known names, for the end of an error line."""
+    """`` (did you mean 'x'?)`` or else the known names, for the end of an error line."""
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=1)
     if close:
@@ -56,8 +56,8 @@ def suggest(name: str, known: Iterable[str]) -> str:
 def from_plain(cls: type[T], data: Any, *, where: str) -> T:
     """Build ``cls`` from plain values.
 
-    ``where`` names the file or flag for messages. Raises SpecError on an unknown or missing key, or a value of the
-    wrong type; a ValueError raised by a dataclass's own ``__post_init__`` becomes a SpecError with the place added.
+    ``where``: name of the file or flag, for messages. Raises SpecError for an unknown or missing key, for a value of
+    the wrong type, and with the place added for a SpecError from a dataclass's own ``__post_init__``.
     """
     return typing.cast(T, _convert(cls, data, where))
 

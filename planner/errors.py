@@ -1,4 +1,4 @@
-"""The errors a Longhaul user or script can meet, each with the exit code it ends the command with."""
+"""The errors that users and scripts see, each with the exit code of the command."""
 
 EXIT_OK = 0
 EXIT_BAD_CONFIG = 2
@@ -10,19 +10,20 @@ EXIT_NO_CHECKPOINT = 96
 
 
 class LonghaulError(Exception):
-    """Base of every error with a message for people. ``exit_code`` is what the command line returns."""
+    """Base of every error with a message for users. ``exit_code``: the exit code of the command."""
 
     exit_code = 1
 
 
 class SpecError(LonghaulError, ValueError):
-    """A file, flag or argument of the user's is wrong. The text says what, where and how to fix it."""
+    """A user's file, flag or argument is wrong. The text says what, where and how to fix it."""
 
     exit_code = EXIT_BAD_CONFIG
 
 
 class InfeasibleError(LonghaulError):
-    """No legal plan exists. Names what binds, what would be needed and what there is (bytes per device)."""
+    """No legal plan exists. ``binding`` names the limit that is exceeded; the bytes needed and available are per
+    device."""
 
     exit_code = EXIT_INFEASIBLE
 
@@ -34,7 +35,7 @@ class InfeasibleError(LonghaulError):
 
 
 class PlanError(LonghaulError):
-    """A plan breaks one of its own laws: a bug or a corrupted file, never a user's mistake."""
+    """A plan breaks a rule of plans: a bug or a corrupted file, never a user's mistake."""
 
 
 class PlanMismatchError(LonghaulError):
@@ -48,6 +49,6 @@ class NumericError(LonghaulError):
 
 
 class CheckpointError(LonghaulError):
-    """No checkpoint could be loaded, or the one asked for does not fit this run."""
+    """No checkpoint could be loaded, or the requested one does not fit this run."""
 
     exit_code = EXIT_NO_CHECKPOINT

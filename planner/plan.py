@@ -1,7 +1,7 @@
-"""The step as a value: who works with whom, on what, in which order. Frozen, hashable, made of tuples and numbers.
+"""The step as a value: which ranks work together, on what, and in which order. Frozen, hashable, tuples and numbers.
 
-Ranks in a plan are *data ranks*: coordinates on the data axis, 0 .. num_ranks - 1. With tensor parallelism each of
-them stands for a whole tensor-parallel group; ``parallel.mesh`` turns them into global ranks.
+Ranks in a plan are *data ranks*: coordinates on the data axis, 0 .. num_ranks - 1. With tensor parallelism each data
+rank stands for a whole tensor-parallel group; ``parallel.mesh`` turns data ranks into global ranks.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ PLAN_SCHEMA = 1
 
 
 class AttentionKind(StrEnum):
-    """How the ranks of one group share the attention of the group's sequences: the names that plans and flags know.
-    What a kind does is written in ``planner/schedules/kinds/<name>.py``, all of it."""
+    """How the ranks of a group share the attention of its sequences. Plans and flags use these names. All code of a
+    kind is in ``planner/schedules/kinds/<name>.py``."""
 
     LOCAL = "local"
     ULYSSES = "ulysses"
@@ -33,17 +33,17 @@ class AttentionKind(StrEnum):
 
 
 class Sharding(StrEnum):
-    """When parameters are gathered. ``gather_once``: once a step, ranks may run unequal numbers of microbatches.
-    ``zero3``: layer by layer in every microbatch, so all ranks run them in lockstep (``planner.pricing.lockstep``).
-    """
+    """When parameters are gathered. ``gather_once``: once per step, and ranks may run different numbers of
+    microbatches. ``zero3``: layer by layer in every microbatch, so all ranks run microbatches in lockstep
+    (``planner.pricing.lockstep``)."""
 
     GATHER_ONCE = "gather_once"
     ZERO3 = "zero3"
 
 
 class SolveStatus(StrEnum):
-    """How the plan was found. Only OPTIMAL is a proof (to within the gap asked for); LATE: the planner was not done in
-    time and the step took the greedy plan."""
+    """How the plan was found. Only OPTIMAL is a proof (to within the requested gap). LATE: the planner did not finish
+    in time, and the step used the greedy plan."""
 
     OPTIMAL = "optimal"
     FEASIBLE = "feasible"
@@ -55,7 +55,7 @@ class SolveStatus(StrEnum):
 
 @dataclass(frozen=True, slots=True, order=True)
 class Sequence:
-    """One document (or piece of one) of this step. ``index`` is its place in the step's batch."""
+    """One document (or piece of one) of this step. ``index``: its position in the step's batch."""
 
     index: int
     num_tokens: int
@@ -78,8 +78,8 @@ class Span:
 class AttentionGroup:
     """Ranks that share the attention of these sequences. ``ranks`` in group order; ``sequences`` in packing order.
 
-    ``inner_degree``: for kinds of two levels, how many consecutive members form an inner group (usp: they trade heads;
-    double_ring: they form a ring; routed_ring: they are of one node). It divides the degree; 1 for all other kinds.
+    ``inner_degree``: for kinds with two levels, how many consecutive members form an inner group (usp: they exchange
+    heads; double_ring: they form a ring; routed_ring: they are on one node). It divides the degree; 1 for other kinds.
     """
 
     kind: AttentionKind
@@ -93,8 +93,8 @@ class AttentionGroup:
 
 
 class MemoryAction(StrEnum):
-    """What can happen to the saved activations of a token between its forward and its backward. ``chunk``: there are
-    none, its microbatch runs chunk by chunk."""
+    """What can happen to a token's saved activations between forward and backward. ``chunk``: nothing is saved, because
+    the microbatch runs chunk by chunk."""
 
     KEEP = "keep"
     SWAP = "swap"
@@ -104,10 +104,10 @@ class MemoryAction(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPolicy:
-    """What happens to the saved activations of a microbatch: fractions of its tokens, summing to 1. ``chunk_tokens``:
-    above 0, its groups run chunk by chunk, with at most so many tokens of a rank in one; 0: whole.
+    """What happens to the saved activations of a microbatch: fractions of its tokens, which sum to 1. ``chunk_tokens``:
+    if above 0, its groups run chunk by chunk, with at most so many tokens per rank in a chunk; 0: whole.
 
-    Which fractions may be above 0 is the limits' choice (``PlanLimits.policies``).
+    ``PlanLimits.policies`` decides which fractions may be above 0.
     """
 
     keep_fraction: float = 1.0
@@ -124,8 +124,8 @@ class MemoryPolicy:
 class Microbatch:
     """The ranks that run one forward and backward together. Every rank of ``ranks`` is in at least one group.
 
-    ``moves``: (source rank, destination rank, tokens) from where attention leaves tokens to where everything else runs
-    on them (see ``planner.schedules.linear_layout``); none where that is the same."""
+    ``moves``: (source rank, destination rank, tokens) from the layout of attention to the layout of everything else
+    (see ``planner.schedules.linear_layout``); empty if these are the same."""
 
     ranks: tuple[int, ...]
     groups: tuple[AttentionGroup, ...]
@@ -137,11 +137,11 @@ class Microbatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SolveReport:
-    """How good the plan is, truthfully.
+    """How the plan was found and how good it is.
 
-    ``objective_s``: this plan's step time under its cost model. ``bound_s``: a proven lower bound for the strategy's
-    own search space (0 where none is known). ``wall_s`` is the only field that is not a function of the inputs; the
-    digest leaves it out.
+    ``objective_s``: this plan's step time under its cost model. ``bound_s``: a proven lower bound for all plans in the
+    strategy's search space (0 if none is known). ``wall_s``: the solver's seconds, the only field that does not follow
+    from the inputs; the digest leaves it out.
     """
 
     status: SolveStatus
@@ -160,10 +160,10 @@ class SolveReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepPlan:
-    """Everything the runtime needs to run one step. Any two ranks meet their common microbatches in this order.
+    """Everything the runtime needs to run one step. Any two ranks run their common microbatches in this order.
 
-    ``num_stages``: with more than 1, every rank is a pipeline of so many stages (``planner.pricing.pipeline_order``),
-    and seconds and bytes of microbatches are those of one stage."""
+    ``num_stages``: if above 1, every rank is a pipeline of this many stages (``planner.pricing.pipeline_order``), and
+    seconds and bytes of microbatches are those of one stage."""
 
     step: int
     strategy: str
@@ -184,7 +184,8 @@ class StepPlan:
 
 
 def plan_digest(plan: StepPlan) -> str:
-    """sha256 of the canonical JSON without the solver's wall time: equal digests mean the same step is executed."""
+    """sha256 of the canonical JSON without the solver's wall time. Equal digests mean that the same step is
+    executed."""
     timeless = replace(plan, solver=replace(plan.solver, wall_s=0.0))
     return digest_of(timeless)
 
@@ -196,12 +197,12 @@ def digest_of(value: Any) -> str:
 
 
 def plan_to_json(plan: StepPlan) -> str:
-    """Canonical JSON, one line: what is broadcast and what ``plans.jsonl`` holds."""
+    """Canonical JSON in one line: it is broadcast, and stored in ``plans.jsonl``."""
     return json.dumps(to_plain(plan), sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 def plan_from_json(text: str) -> StepPlan:
-    """Inverse of ``plan_to_json``. Raises PlanError on anything that is not a plan of this schema."""
+    """Inverse of ``plan_to_json``. Raises PlanError for anything that is not a plan of this schema."""
     try:
         data = json.loads(text)
         if not isinstance(data, dict) or data.get("schema") != PLAN_SCHEMA:

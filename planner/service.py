@@ -1,9 +1,9 @@
 """The planner as a child process: JSON lines in, JSON lines out. Start with ``python -m planner.service``.
 
-The first line on stdin is a header ``{"num_ranks", "cost", "limits", "strategy", "degree"}``; each line after it is a
-request ``{"step": n, "lengths": [...]}``, answered in order by ``{"step": n, "plan": <plan JSON as text>}`` or
-``{"step": n, "error": {"type", "message", ...}}`` on stdout. End of input ends the process, so it cannot outlive its
-parent by more than one plan. Anything else printed goes to stderr.
+The first line on stdin is a header ``{"num_ranks", "cost", "limits", "strategy", "degree"}``. Each further line is a
+request ``{"step": n, "lengths": [...]}``, answered in order on stdout by ``{"step": n, "plan": <plan JSON as text>}``
+or ``{"step": n, "error": {"type", "message", ...}}``. The process ends at the end of its input, so it outlives its
+parent by at most one plan. Everything else that is printed goes to stderr.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from planner.cost.limits import PlanLimits
 from planner.cost.model import CostModel
 from planner.errors import InfeasibleError, LonghaulError, SpecError
 from planner.plan import plan_to_json
+from planner.pricing.problem import StepProblem
 from planner.step_planner import plan_step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServiceHeader:
-    """What stays the same for all requests; the arguments of ``plan_step``."""
+    """What stays the same for all requests."""
 
     num_ranks: int
     cost: CostModel
@@ -36,14 +37,14 @@ class ServiceHeader:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepRequest:
-    """Plan this step: tokens of its sequences by index."""
+    """Requests the plan of one step. ``lengths``: tokens of its sequences by index."""
 
     step: int
     lengths: tuple[int, ...]
 
 
 def error_to_plain(error: LonghaulError) -> dict[str, Any]:
-    """An error as plain values; ``error_from_plain`` turns it back."""
+    """An error as plain values; ``error_from_plain`` is the inverse."""
     plain: dict[str, Any] = {"type": type(error).__name__, "message": str(error)}
     if isinstance(error, InfeasibleError):
         plain |= {
@@ -53,7 +54,7 @@ def error_to_plain(error: LonghaulError) -> dict[str, Any]:
 
 
 def error_from_plain(plain: dict[str, Any]) -> LonghaulError:
-    """InfeasibleError and SpecError as they were; any other as its base class, the type's name in the message."""
+    """InfeasibleError and SpecError as they were; any other as LonghaulError, with the type's name in the message."""
     if plain["type"] == InfeasibleError.__name__:
         return InfeasibleError(
             plain["message"], binding=plain["binding"], needed_bytes=plain["needed_bytes"],
@@ -65,19 +66,19 @@ def error_from_plain(plain: dict[str, Any]) -> LonghaulError:
 
 
 def answer(header: ServiceHeader, request: StepRequest) -> dict[str, Any]:
-    """One request's answer line as plain values."""
+    """The answer to one request, as plain values."""
     try:
-        plan = plan_step(
-            request.lengths, step=request.step, num_ranks=header.num_ranks, cost=header.cost, limits=header.limits,
-            strategy=header.strategy, degree=header.degree,
+        problem = StepProblem(
+            lengths=request.lengths, num_ranks=header.num_ranks, cost=header.cost, limits=header.limits
         )
+        plan = plan_step(problem, step=request.step, strategy=header.strategy, degree=header.degree)
     except LonghaulError as error:
         return {"step": request.step, "error": error_to_plain(error)}
     return {"step": request.step, "plan": plan_to_json(plan)}
 
 
 def serve(requests: TextIO, answers: TextIO) -> None:
-    """Answer requests until the input ends. Raises SpecError on a line that is not of the protocol."""
+    """Answer requests until the input ends. Raises SpecError for a line that does not follow the protocol."""
     first = requests.readline()
     if not first:
         return
@@ -89,9 +90,9 @@ def serve(requests: TextIO, answers: TextIO) -> None:
 
 
 def main() -> int:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then closes our stdin
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the parent, which then closes our stdin
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # stray prints must not break the protocol
+    os.dup2(2, 1)  # other prints must not break the protocol
     try:
         serve(sys.stdin, answers)
     except BrokenPipeError:  # the parent is gone

@@ -1,12 +1,12 @@
-"""Mixed-integer programs through PuLP and HiGHS, packings through OR-tools' CP-SAT where it is installed (the extra
-``packing``): the one place that imports them, and only when called.
+"""Mixed-integer programs through PuLP and HiGHS, and packing through OR-tools' CP-SAT if it is installed (the extra
+``packing``). No other module imports these, and this one only when it solves.
 
-Three things PuLP 3.3 does not do for HiGHS are added on top of its own solver class: an initial solution is handed
-over; a run that ends at its node limit is read (PuLP knows no name for that status); and the truth is told about runs
-that stopped early, which PuLP calls ``Optimal``: HiGHS's own status and dual bound decide.
+PuLP 3.3 and PuLP 4 both serve; PuLP states the model, and what it lacks for HiGHS is added on top of its own solver
+class: an initial solution is handed over, work is counted and limited, and the result is read from HiGHS itself. PuLP
+3.3 knows no name for the end at a node limit and calls runs that stopped early ``Optimal``; PuLP 4 names them.
 
-Work is limited by branch-and-bound nodes and by HiGHS's own check points, both functions of the input only; the wall
-clock is a guard for a loaded machine. A check point costs about as much as the model is large, so work is counted in
+Work is limited by branch-and-bound nodes and by HiGHS's check points, which both depend only on the input; wall time is
+only a guard for an overloaded machine. A check point costs about as much as the model is large, so work is counted as
 check points times nonzeros.
 """
 
@@ -27,12 +27,12 @@ RANDOM_SEED = 20240229
 
 
 class SolverFailure(LonghaulError):
-    """The solver broke down or returned nonsense. Callers fall back to what they have."""
+    """The solver failed or returned nonsense. Callers fall back to the solution they already have."""
 
 
 class Outcome(StrEnum):
-    """OPTIMAL: closed to the gap asked for. FEASIBLE: values found, a limit was hit, the bound is still a proof.
-    NOTHING_FOUND: a limit was hit with no values. INFEASIBLE: proven, there are none."""
+    """OPTIMAL: solved to the requested gap. FEASIBLE: a limit was reached, but values were found and the bound is
+    proven. NOTHING_FOUND: a limit was reached without values. INFEASIBLE: proven to have no solution."""
 
     OPTIMAL = "optimal"
     FEASIBLE = "feasible"
@@ -42,8 +42,8 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkLimits:
-    """``max_nodes``: branch-and-bound nodes. ``max_work``: times HiGHS asks whether to go on (inside the root as well)
-    times the model's nonzeros. ``time_limit_s`` only guards."""
+    """``max_nodes``: branch-and-bound nodes. ``max_work``: HiGHS's check points (also inside the root node) times the
+    model's nonzeros. ``time_limit_s``: only a guard."""
 
     max_nodes: int
     max_work: int
@@ -53,9 +53,9 @@ class WorkLimits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Solution:
-    """``values`` by variable (empty where none were found); ``bound``: no solution has a smaller objective.
+    """``values``: by variable (empty if none were found). ``bound``: no solution has a smaller objective.
 
-    ``work`` was spent, in the unit of ``WorkLimits``; ``hit_clock``: wall time, not work, ended the run.
+    ``work``: work spent, in the unit of ``WorkLimits``. ``hit_clock``: wall time, not work, ended the run.
     """
 
     outcome: Outcome
@@ -68,8 +68,8 @@ class Solution:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackingLimits:
-    """``deterministic_s``: CP-SAT's own count of its work, which it calls seconds and which does not depend on the
-    machine; ``time_limit_s`` only guards."""
+    """``deterministic_s``: CP-SAT's own measure of work, which it calls seconds and which does not depend on the
+    machine. ``time_limit_s``: only a guard."""
 
     deterministic_s: float
     time_limit_s: float
@@ -77,7 +77,7 @@ class PackingLimits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Packing:
-    """``places``: lower edge by rectangle (empty where none were found); no packing is lower than ``bound``."""
+    """``places``: lower edge of each rectangle (empty if none were found). No packing is lower than ``bound``."""
 
     places: tuple[float, ...]
     bound: int
@@ -99,7 +99,7 @@ class _Row:
 
 @dataclass(slots=True)
 class LinearModel:
-    """Minimise a linear objective over bounded variables and linear rows. Variables are numbered from 0."""
+    """Minimises a linear objective over bounded variables and linear rows. Variables are numbered from 0."""
 
     _variables: list[_Variable] = field(default_factory=list)
     _rows: list[_Row] = field(default_factory=list)
@@ -119,44 +119,52 @@ class LinearModel:
         self._objective = dict(terms)
 
     def solve(self, limits: WorkLimits, start: SequenceOf[float] | None = None) -> Solution:
-        """Solve; ``start`` holds one value per variable of a known solution, which the result will not be worse than.
+        """Solve. ``start``: a known solution, one value per variable; the result is not worse than it.
 
-        Raises SolverFailure where PuLP or HiGHS fails.
+        Raises SolverFailure if PuLP or HiGHS fails.
         """
-        import pulp  # 0.2 s: only for those who solve
+        import pulp  # takes 0.2 s, so only when a problem is solved
 
         problem = pulp.LpProblem("longhaul", pulp.LpMinimize)
         columns = [
             problem.add_variable(
-                f"x{number:07d}",  # PuLP sorts by name: keep our order
+                f"x{number:07d}",  # PuLP sorts by name; this keeps our order
                 lowBound=None if math.isinf(column.low) else column.low,
                 upBound=None if math.isinf(column.high) else column.high,
                 cat=pulp.LpInteger if column.integer else pulp.LpContinuous,
             )
             for number, column in enumerate(self._variables)
         ]
-        every = dict.fromkeys(range(len(columns)), 0.0)  # PuLP forgets variables that it meets nowhere
+        every = dict.fromkeys(range(len(columns)), 0.0)  # PuLP drops variables without any coefficient
         problem.setObjective(_expression(columns, {**every, **self._objective}))
         for row in self._rows:
-            for constraint in _constraints(columns, row):
-                problem.addConstraint(constraint)
+            expression = _expression(columns, row.terms)
+            if row.low == row.high:
+                problem.addConstraint(expression == row.low)
+                continue
+            if not math.isinf(row.low):
+                problem.addConstraint(expression >= row.low)
+            if not math.isinf(row.high):
+                problem.addConstraint(expression <= row.high)
         num_nonzeros = max(1, sum(len(row.terms) for row in self._rows))
         runner = _runner(limits, max(1, limits.max_work // num_nonzeros), start)
         try:
             problem.solve(runner)
         except (pulp.PulpError, OSError, ValueError, KeyError, RuntimeError) as error:
             raise SolverFailure(f"HiGHS failed: {type(error).__name__}: {error}") from error
-        return _read(problem.solverModel, columns, runner.num_checks * num_nonzeros)
+        has_integers = any(column.integer for column in self._variables)
+        return _read(problem.solverModel, has_integers, runner.num_checks * num_nonzeros)
 
 
 def pack_rectangles(
     *, spans: SequenceOf[tuple[int, int]], heights: SequenceOf[int], low: int, start: SequenceOf[int],
     limits: PackingLimits,
 ) -> Packing | None:
-    """Shift rectangles up or down until none overlap and the highest edge is least. Each covers the half-open ``spans``
-    sideways, where it stays; ``start`` is a packing, ``low`` a bound already known. None where OR-tools is missing.
+    """Move rectangles up or down until none overlap and the highest edge is as low as possible. Each keeps its
+    half-open horizontal span in ``spans``. ``start``: a packing; ``low``: a known bound. Returns None if OR-tools is
+    missing.
 
-    One worker and a fixed seed: equal input, equal answer.
+    Uses one worker and a fixed seed, so that equal input gives equal results.
     """
     try:
         from ortools.sat.python import cp_model
@@ -192,21 +200,12 @@ def pack_rectangles(
 def _expression(columns: list[Any], terms: Mapping[int, float]) -> Any:
     import pulp
 
-    return pulp.LpAffineExpression([(columns[number], value) for number, value in terms.items()])
-
-
-def _constraints(columns: list[Any], row: _Row) -> list[Any]:
-    import pulp
-
-    expression = _expression(columns, row.terms)
-    if row.low == row.high:
-        return [pulp.LpConstraint(expression, pulp.LpConstraintEQ, rhs=row.low)]
-    sides = ((pulp.LpConstraintGE, row.low), (pulp.LpConstraintLE, row.high))
-    return [pulp.LpConstraint(expression, sense, rhs=side) for sense, side in sides if not math.isinf(side)]
+    build = getattr(pulp.LpAffineExpression, "from_list", pulp.LpAffineExpression)  # PuLP 3.3 has the constructor only
+    return build([(columns[number], value) for number, value in terms.items()])
 
 
 def _runner(limits: WorkLimits, max_checks: int, start: SequenceOf[float] | None) -> Any:
-    """PuLP's HiGHS with a start, a count of check points, and a status table that knows every HiGHS status."""
+    """PuLP's HiGHS with a start and a count of check points. PuLP reads no result: ``_read`` does."""
     import highspy
     import pulp
 
@@ -227,8 +226,10 @@ def _runner(limits: WorkLimits, max_checks: int, start: SequenceOf[float] | None
             if lp.solverModel.run() == highspy.HighsStatus.kError:
                 raise pulp.PulpError("run() returned an error")
 
-        def findSolutionValues(self, lp: Any) -> tuple[int, int]:
-            return pulp.LpStatusNotSolved, pulp.LpSolutionNoSolutionFound  # ours is read from HiGHS itself
+        def actualSolve(self, lp: Any) -> None:
+            self.createAndConfigureSolver(lp)
+            self.buildSolverModel(lp)
+            self.callSolver(lp)
 
         def check(self, kind: int, _message: str, _data: Any, answer: Any, _user: Any) -> None:
             if kind == int(highspy.cb.HighsCallbackType.kCallbackMipInterrupt):
@@ -241,7 +242,7 @@ def _runner(limits: WorkLimits, max_checks: int, start: SequenceOf[float] | None
     )
 
 
-def _read(highs: Any, columns: list[Any], work: int) -> Solution:
+def _read(highs: Any, has_integers: bool, work: int) -> Solution:
     import highspy
 
     status, info = highs.getModelStatus(), highs.getInfo()
@@ -253,7 +254,6 @@ def _read(highs: Any, columns: list[Any], work: int) -> Solution:
     stopped = (known.kTimeLimit, known.kSolutionLimit, known.kInterrupt, known.kIterationLimit)
     if status != known.kOptimal and status not in stopped:
         raise SolverFailure(f"HiGHS ended with status {highs.modelStatusToString(status)}")
-    has_integers = any(highs.getColIntegrality(column.index)[1] == highspy.HighsVarType.kInteger for column in columns)
     found = info.primal_solution_status == int(highspy.SolutionStatus.kSolutionStatusFeasible)
     objective = float(info.objective_function_value) if found else math.inf
     bound = float(info.mip_dual_bound) if has_integers else (objective if status == known.kOptimal else -math.inf)
@@ -267,8 +267,8 @@ def _read(highs: Any, columns: list[Any], work: int) -> Solution:
 
 @contextmanager
 def _silent_stdout() -> Iterator[None]:
-    """HiGHS 1.16 prints a banner when it is made, before any option can stop it, and our stdout carries
-    JSON. For some microseconds this is the whole process's stdout."""
+    """HiGHS 1.16 prints a banner when it is created, before any option can prevent it, but our stdout may carry JSON.
+    So stdout of the whole process is redirected for some microseconds."""
     kept = os.dup(1)
     sink = os.open(os.devnull, os.O_WRONLY)
     try:

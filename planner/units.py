@@ -1,4 +1,4 @@
-"""Units: the only place with magic constants. Human text is converted here, at the door, and nowhere else."""
+"""Units: the only module with unit constants, and the only one that converts between numbers and human text."""
 
 from __future__ import annotations
 
@@ -47,7 +47,9 @@ def parse_rate(text: str | int | float, *, what: str = "rate") -> float:
 
 
 def parse_tokens(text: str | int, *, what: str = "tokens") -> int:
-    """``"384K"`` (= 393,216: token counts use powers of two), ``"1M"`` or a plain number -> tokens."""
+    """``"384K"`` (= 393,216, because token counts use powers of two), ``"1M"`` or a plain number -> tokens.
+
+    Raises SpecError naming ``what``."""
     if isinstance(text, str):
         match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([KM]?)\s*", text, re.IGNORECASE)
         if match is None:
@@ -60,7 +62,7 @@ def parse_tokens(text: str | int, *, what: str = "tokens") -> int:
 
 
 def format_bytes(num_bytes: float) -> str:
-    """1.5 GiB and the like: binary units, three digits."""
+    """For example 1.5 GiB: binary units, three digits."""
     for scale, name in ((TIB, "TiB"), (GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
         if abs(num_bytes) >= scale:
             number = num_bytes / scale
@@ -69,7 +71,7 @@ def format_bytes(num_bytes: float) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """12.3 ms, 4.56 s, 3:25 min, 2:03 h."""
+    """For example 12.3 ms, 4.56 s, 3:25 min, 2:03 h."""
     if seconds >= 3600:
         minutes = round(seconds / 60)
         return f"{minutes // 60}:{minutes % 60:02d} h"
@@ -82,7 +84,7 @@ def format_seconds(seconds: float) -> str:
 
 
 def format_count(number: float) -> str:
-    """950, 12.3K, 4.56M, 7B: decimal, for tokens and parameters."""
+    """For example 950, 12.3K, 4.56M, 7B: decimal units, for tokens and parameters."""
     for scale, name in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "K")):
         if abs(number) >= scale:
             return f"{number / scale:.3g}{name}"

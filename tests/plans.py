@@ -10,11 +10,17 @@ from planner.cost.limits import PlanLimits
 from planner.cost.model import CostModel
 from planner.plan import AttentionGroup, AttentionKind, SolveStatus, StepPlan
 from planner.pricing.assemble import GroupChoice, assemble_plan
+from planner.pricing.problem import StepProblem
 from planner.pricing.verify import verify_plan
 from planner.schedules.exchange import GroupLimits, schedule_of
 
 MOST_HEADS = 64
 KINDS = tuple(kind for kind in AttentionKind if kind is not AttentionKind.LOCAL)
+
+
+def step_problem(lengths: Sequence[int], num_ranks: int, cost: CostModel, limits: PlanLimits) -> StepProblem:
+    """``StepProblem``, short enough to be written inside a call."""
+    return StepProblem(lengths=tuple(lengths), num_ranks=num_ranks, cost=cost, limits=limits)
 
 
 def cost_model(
@@ -66,5 +72,5 @@ def verified_plan(
         groups=[tuple(GroupChoice(g.kind, g.ranks, g.sequences) for g in groups) for groups in microbatches],
         cost=cost, status=SolveStatus.STATIC, bound_s=0.0, wall_s=0.0,
     )
-    verify_plan(plan, lengths, num_ranks=num_ranks, cost=cost, limits=limits)
+    verify_plan(plan, step_problem(lengths, num_ranks, cost, limits))
     return plan

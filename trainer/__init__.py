@@ -1,1 +1,1 @@
-"""The training run: config, model, data, optimizer, checkpoints and the loop that executes one plan a step."""
+"""The training run: settings, model, data, optimizer, checkpoints and the loop that executes one plan per step."""

@@ -1,4 +1,4 @@
-"""The one place where a rank's objects are made and wired."""
+"""Makes and connects all objects of one rank."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def pick_device(config: TrainConfig, env: RankEnv) -> torch.device:
-    """This rank's device. Raises SpecError where CUDA is asked for and there are too few devices."""
+    """This rank's device. Raises SpecError if CUDA is requested and there are too few devices."""
     num_devices = torch.cuda.device_count() if config.run.device != "cpu" else 0
     if num_devices >= env.local_world_size:
         torch.cuda.set_device(env.local_rank)
@@ -54,14 +54,14 @@ def build_runtime(
 ) -> Runtime:
     """Join the process group and make mesh, model, attention engine and optimizer. Collective.
 
-    Raises SpecError before any communication if this device cannot run the asked dtype, and the errors of
-    ``trainer.prices.tier_setup`` where swapped activations have no room.
+    Raises SpecError before any communication if this device cannot run the requested dtype, and the errors of
+    ``trainer.prices.tier_setup`` if there is no room for swapped activations.
     """
-    arena = make_arena(config, env)  # before a device is chosen: that starts CUDA with the allocator it has
+    arena = make_arena(config, env)  # before a device is chosen, because that fixes CUDA's allocator
     device = pick_device(config, env)
     if device.type == "cpu":
-        # before the first weight: resident memory then is what tensors take; where it is to be small, or plans may turn
-        # on its size, that of small ones too
+        # before the first weight, so that resident memory is what tensors take; small blocks too where memory is tight
+        # or plans may depend on its size
         budget_bytes = own_budget_bytes(config, device, env.local_world_size)
         plain = config.memory.policy in ("auto", "keep") and not config.memory.mlp_chunk_tokens
         map_large_blocks(fine=not plain or memory_may_bind(config, spec, budget_bytes))
@@ -114,7 +114,7 @@ def build_model(
 ) -> Decoder:
     """A sharded model with its initial weights on the mesh's device. Collective over the data axis."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # megatron-core names every optional package it does not find
+        warnings.simplefilter("ignore")  # megatron-core warns about every optional package it does not find
         model = Decoder(
             spec, TensorShard(mesh.tensor_rank, mesh.tensor_size, mesh.tensor_group),
             StageShard(mesh.stage, mesh.num_stages), mlp_chunk_tokens=mlp_chunk_tokens,

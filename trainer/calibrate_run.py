@@ -23,7 +23,7 @@ _WORK_UNITS = {"linear": "FLOP", "attention": "FLOP", "all_to_all": "bytes", "p2
 
 
 def calibrate_rank(config: TrainConfig, env: RankEnv) -> int:
-    """Measure as one of the run's ranks; rank 0 writes ``RUN_DIR/machine.yaml`` and prints a summary. Collective."""
+    """Measure as one of the run's ranks. Rank 0 writes ``RUN_DIR/machine.yaml`` and prints a summary. Collective."""
     spec = model_spec(config, vocab_size=load_tokenizer(config.data.tokenizer).vocab_size)
     runtime = build_runtime(config, env, spec)
     try:
@@ -47,10 +47,10 @@ def calibrate_rank(config: TrainConfig, env: RankEnv) -> int:
 
 
 def summary_lines(measured: Calibration) -> list[str]:
-    """What was measured, for people: operations by size, then the fit of whole microbatches."""
+    """Lines for the log: measured operations by size, then how well the cost model fits whole microbatches."""
     lines = [
         f"{sample.op:<11} size {sample.size:>9,}: {format_seconds(sample.seconds):>8}, "
-        f"{format_count(sample.work / sample.seconds)} {_WORK_UNITS[sample.op]}/s a rank"
+        f"{format_count(sample.work / sample.seconds)} {_WORK_UNITS[sample.op]}/s per rank"
         for sample in measured.operations
     ]
     origin = measured.cost.provenance

@@ -1,4 +1,4 @@
-"""One rank's run, from joining the group to the last checkpoint. ``run_rank`` is what launchers call."""
+"""One rank's run, from joining the process group to the last checkpoint. Launchers call ``run_rank``."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from planner.measured.copy_times import lanes_to_plain
 from planner.measured.drift import DriftWatch, planned_span_s, refit_cost
 from planner.measured.step_times import MeasuredStep, measured_to_plain, microbatch_places
 from planner.plan import StepPlan, plan_to_json
+from planner.pricing.problem import StepProblem
 from planner.pricing.verify import verify_plan
 from trainer.build import build_runtime
 from trainer.checkpoint.manifests import CHECKPOINTS, check_same_run, run_identity
@@ -58,7 +59,7 @@ from trainer.stop_flag import StopFlag
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Session:
-    """Everything a run's loop needs, after set-up."""
+    """Everything that the training loop needs, made at start-up."""
 
     config: TrainConfig
     runtime: Runtime
@@ -74,9 +75,9 @@ class _Session:
 
 
 def run_rank(config: TrainConfig, env: RankEnv, *, cache_root: Path) -> int:
-    """Train as rank ``env.rank``. Returns the exit code: 0 done, 75 stopped by a signal and saved. Collective.
+    """Train as rank ``env.rank``. Returns the exit code: 0 done, 75 stopped by a signal after saving. Collective.
 
-    Raises the LonghaulErrors of its parts, on all ranks where one rank's trouble concerns all.
+    Raises the LonghaulErrors of its parts, on all ranks if the error of one rank concerns all.
     """
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, world_size=env.world_size))
     data = open_training_data(config, cache_root)
@@ -127,7 +128,7 @@ def _chunk_notes(runtime: Runtime) -> list[str]:
     if policy is None:
         return []
     gradients = policy.describe_gradients()
-    lines = [f"chunks: {policy.chunk_tokens:,} tokens a rank, activations of the last {policy.keep_rows:,} are kept"]
+    lines = [f"chunks: {policy.chunk_tokens:,} tokens per rank; activations of the last {policy.keep_rows:,} are kept"]
     return lines if gradients == "exact" else [*lines, f"NOTE: {gradients}, and so is the loss shown"]
 
 
@@ -147,8 +148,8 @@ def _resume(
     check_same_run(path, manifest["run"], identity)
     load_tensors(runtime, path, manifest)
     data.ledger.restore(from_plain(LedgerPosition, manifest["ledger"], where=str(path)))
-    passed_over = [f"resume: passed over a checkpoint: {line}" for line in complaints]
-    return manifest["next_step"], [*passed_over, f"resume: step {manifest['next_step']} from {path}"]
+    skipped = [f"resume: skipped a checkpoint: {line}" for line in complaints]
+    return manifest["next_step"], [*skipped, f"resume: step {manifest['next_step']} from {path}"]
 
 
 @contextmanager
@@ -170,7 +171,7 @@ def _feed(session: _Session) -> Iterator[PlanFeed | None]:
 
 @dataclass(frozen=True, slots=True)
 class _Display:
-    """What rank 0 shows and writes."""
+    """What rank 0 prints and writes."""
 
     session: _Session
     progress: Progress
@@ -180,7 +181,7 @@ class _Display:
     def step(
         self, plan: StepPlan, outcome: StepOutcome, taken: PlanTaken, lr: float, lanes: list[dict[str, Any]]
     ) -> None:
-        """Everything that is kept of one step. ``lanes``: of ``gather_lanes``."""
+        """Record one step in the run folder and on the screen. ``lanes``: the result of ``gather_lanes``."""
         session, folder = self.session, self.session.folder
         drift = self.drift.add(predicted_s=planned_span_s(plan), measured_s=max(outcome.span_s))
         report = make_report(
@@ -247,13 +248,13 @@ def _train(session: _Session, stop: StopFlag, feed: PlanFeed | None, display: _D
         reader = SpanReader(session.data, sample_ids, runtime.mesh.device)
         recorded = is_recorded(step, every=spans_every, num_steps=num_steps) and runtime.mesh.num_stages == 1
         places = microbatch_places(plan) if recorded else ()
-        notes_lanes = recorded and is_recorded(step, every=lanes_every, num_steps=num_steps)
-        runtime.memory.record(notes_lanes)
+        records_lanes = recorded and is_recorded(step, every=lanes_every, num_steps=num_steps)
+        runtime.memory.record(records_lanes)
         outcome = train_step(
             runtime, program, reader, num_tokens=plan.num_tokens, lr=lr, stop=stop.requested, places=places
         )
         stopped = outcome.stop_requested
-        lanes = gather_lanes(runtime.memory, runtime.mesh) if notes_lanes else []
+        lanes = gather_lanes(runtime.memory, runtime.mesh) if records_lanes else []
         if display is not None and isinstance(taken, PlanTaken):
             display.step(plan, outcome, taken, lr, lanes)
         if stopped or step + 1 == num_steps or (every and (step + 1) % every == 0):
@@ -266,7 +267,7 @@ def _train(session: _Session, stop: StopFlag, feed: PlanFeed | None, display: _D
 
 
 def _may_have_lanes(session: _Session) -> bool:
-    """Whether activations may do anything but stay: the same on every rank."""
+    """Whether any activation may be swapped or recomputed; the same on every rank."""
     memory = session.runtime.memory
     return memory.tier is not None or not memory.policy.keeps_all or len(session.limits.policies) > 1
 
@@ -274,7 +275,7 @@ def _may_have_lanes(session: _Session) -> bool:
 def _take_plan(
     session: _Session, feed: PlanFeed | None, step: int, lengths: tuple[int, ...]
 ) -> PlanTaken | InfeasibleError | None:
-    """Rank 0: this step's plan, after asking for the next ones. Others: None."""
+    """On rank 0, this step's plan (or why there is none), after requesting the next ones; None on other ranks."""
     if feed is None:
         return None
     plan = session.config.plan
@@ -290,9 +291,10 @@ def _agree(
     session: _Session, taken: PlanTaken | InfeasibleError | None, step: int, lengths: tuple[int, ...]
 ) -> StepPlan:
     mesh = session.runtime.mesh
+    problem = StepProblem(lengths=lengths, num_ranks=mesh.data_size, cost=session.cost, limits=session.limits)
 
     def verify(plan: StepPlan) -> None:
-        verify_plan(plan, lengths, num_ranks=mesh.data_size, cost=session.cost, limits=session.limits)
+        verify_plan(plan, problem)
 
     offered = taken.plan if isinstance(taken, PlanTaken) else taken
     return agree_on_plan(offered, source=0, group=mesh.control_group, verify=verify)
@@ -309,12 +311,12 @@ def _save(session: _Session, next_step: int) -> None:
 
 
 def _finish(session: _Session, display: _Display | None, next_step: int) -> None:
-    """Say where the run stands, and leave it in ``summary.json`` with the hash of the weights. Collective."""
+    """Write ``summary.json`` with the next step and the hash of the weights, and report it. Collective."""
     digest = weights_digest(session.runtime)
     if display is None:
         return
     num_steps, entropy = session.config.run.steps, session.data.store.meta.unigram_entropy_nats
-    records = read_metrics(session.folder / METRICS)  # not the loop's last outcome: there may be no step left to do
+    records = read_metrics(session.folder / METRICS)  # a resumed run may have had no step left to run
     loss = records[-1]["loss"] if records else None
     summary = {"next_step": next_step, "loss": loss, "unigram_entropy_nats": entropy, "weights_sha256": digest}
     (session.folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")

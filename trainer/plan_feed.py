@@ -1,8 +1,8 @@
-"""Plans made ahead in a child process, so that no step waits for a planner longer than it is willing to.
+"""Plans made ahead of time in a child process, so that a step waits for its plan no longer than a set budget.
 
-A worker thread owns the child: it hands over one request at a time, the earliest step first, and reads the answer.
-``take`` waits for an answer up to a budget; where the child is late, dead or hung, the step gets the greedy plan, made
-here in milliseconds and marked LATE. A child that died or hung is replaced, a few times.
+A worker thread owns the child process: it sends one request at a time, the earliest step first, and reads the answer.
+``take`` waits for an answer up to a budget. If the child is late, dead or hung, the step gets the greedy plan, which is
+made here in milliseconds and marked LATE. A child that died or hung is replaced, up to ``max_restarts`` times.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from planner.cost.limits import PlanLimits
 from planner.cost.model import CostModel
 from planner.errors import InfeasibleError, LonghaulError, PlanError, SpecError
 from planner.plan import SolveStatus, StepPlan, plan_from_json
+from planner.pricing.problem import StepProblem
 from planner.service import ServiceHeader, StepRequest, error_from_plain
 from planner.step_planner import check_strategy, greedy_step
 from planner.units import format_seconds
@@ -34,7 +35,7 @@ CLOSE_WAIT_S = 1.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanTaken:
-    """A step's plan, how long ``take`` blocked for it, and whether it is the greedy one for want of the child's."""
+    """A step's plan, how long ``take`` waited for it, and whether it is the greedy plan because the child was late."""
 
     plan: StepPlan
     wait_s: float
@@ -42,34 +43,34 @@ class PlanTaken:
 
 
 class PlanFeed:
-    """Use: ``submit`` steps as soon as their lengths are known, up to ``ahead`` beyond the one running; ``take`` them
-    in order; ``close``. Not for use from several threads.
+    """``submit`` steps as soon as their lengths are known, up to ``ahead`` beyond the current one; ``take`` them in
+    order; then ``close``. Use it from one thread only.
 
-    A child that has not answered one request for ``hang_s`` (default: three planner time limits and ten seconds) is
-    killed. ``max_restarts`` children are started beyond the first; after that every plan is greedy.
+    A child that does not answer a request within ``hang_s`` (default: three planner time limits plus ten seconds) is
+    killed. At most ``max_restarts`` children replace it in a run; after that every plan is greedy.
     """
 
     def __init__(
         self, *, num_ranks: int, cost: CostModel, limits: PlanLimits, strategy: str, degree: int | None, ahead: int,
         hang_s: float | None = None, max_restarts: int = 3,
     ) -> None:
-        """Starts the child. Raises SpecError on an unknown strategy or ``ahead`` below 0."""
+        """Start the child. Raises SpecError if the strategy is unknown or ``ahead`` is negative."""
         check_strategy(strategy, degree)
         if ahead < 0:
-            raise SpecError(f"planning ahead by {ahead} steps is not possible; 0 or more")
+            raise SpecError(f"the planner cannot work {ahead} steps ahead; use 0 or more")
         self._header = ServiceHeader(num_ranks=num_ranks, cost=cost, limits=limits, strategy=strategy, degree=degree)
         self._ahead = ahead
         self._hang_s = 3 * limits.time_limit_s + 10 if hang_s is None else hang_s
         self._restarts_left = max_restarts
         self._changed = threading.Condition()  # guards everything below
         self._waiting: dict[int, tuple[int, ...]] = {}
-        self._asked: tuple[int, float] | None = None  # the step the child works on, since when
-        self._answers: dict[int, StepPlan | LonghaulError | str] = {}  # a plan, the user's error, or why there is none
+        self._asked: tuple[int, float] | None = None  # the step the child is planning, and since when
+        self._answers: dict[int, StepPlan | LonghaulError | str] = {}  # a plan, a user error, or why there is no plan
         self._submitted: dict[int, tuple[int, ...]] = {}
         self._gone = ""  # why no more plans will come
         self._closed = False
         self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the children
-        self._greeted: bool = False  # whether this child has its header
+        self._greeted: bool = False  # whether this child has received its header
         self._child = self._start_child()
         self._worker = threading.Thread(target=self._work, name="plan-feed", daemon=True)
         self._worker.start()
@@ -83,9 +84,9 @@ class PlanFeed:
         self.close()
 
     def submit(self, step: int, lengths: SequenceOf[int]) -> None:
-        """Ask for a step's plan; returns at once, and does nothing for a step already asked for.
+        """Request a step's plan and return at once. Does nothing for a step already requested.
 
-        Raises PlanError when more than ``ahead`` + 1 steps would be open.
+        Raises PlanError if more than ``ahead`` + 1 steps would be open.
         """
         with self._changed:
             if step in self._submitted:
@@ -96,10 +97,10 @@ class PlanFeed:
             self._changed.notify_all()
 
     def take(self, step: int, lengths: SequenceOf[int], wait_budget_s: float) -> PlanTaken:
-        """This step's plan, waiting at most ``wait_budget_s`` seconds; the greedy one where the child has none by then.
+        """This step's plan, after waiting at most ``wait_budget_s`` seconds; then the greedy plan.
 
-        A step never submitted is submitted now. Raises InfeasibleError and SpecError as ``plan_step`` does, PlanError
-        where the step was submitted with other lengths.
+        Submits the step if that was not done. Raises InfeasibleError and SpecError as ``plan_step`` does, and PlanError
+        if the step was submitted with other lengths.
         """
         started_s = time.perf_counter()
         sizes = tuple(lengths)
@@ -136,22 +137,25 @@ class PlanFeed:
 
     def _late_plan(self, step: int, lengths: tuple[int, ...], reason: str) -> StepPlan:
         header = self._header
-        plan = greedy_step(lengths, step=step, num_ranks=header.num_ranks, cost=header.cost, limits=header.limits)
+        problem = StepProblem(
+            lengths=lengths, num_ranks=header.num_ranks, cost=header.cost, limits=header.limits
+        )
+        plan = greedy_step(problem, step=step)
         report = replace(plan.solver, status=SolveStatus.LATE, note=f"greedy plan: {reason}")
         return replace(plan, strategy=header.strategy, solver=report)
 
     def _forget_until(self, step: int) -> None:
-        """Steps are taken in order: what is asked for this step or an earlier one has no reader any more."""
+        """Drop steps up to this one: steps are taken in order, so nothing will ask for them again."""
         for table in (self._submitted, self._waiting, self._answers):
             for old in [each for each in table if each <= step]:
                 del table[old]
 
     def _kill_if_hung(self) -> None:
         if self._asked is not None and time.perf_counter() - self._asked[1] > self._hang_s:
-            self._child.kill()  # works on a stopped process too; the worker reads the end of file and replaces it
+            self._child.kill()  # works on a stopped process too; the worker then reads end of file and replaces it
 
     def _work(self) -> None:
-        """The worker: one request out, one answer in, until closed or out of children."""
+        """The worker thread: one request out, one answer in, until closed or out of restarts."""
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting or self._closed)
@@ -174,13 +178,13 @@ class PlanFeed:
                     return
 
     def _ask(self, step: int, lengths: tuple[int, ...]) -> StepPlan | LonghaulError | str:
-        """The child's plan or error; a string where the child broke down, saying how."""
+        """The child's plan or error; a text with the reason if the child failed."""
         request = to_plain(StepRequest(step=step, lengths=lengths))
         try:
             line = self._exchange(json.dumps(request) + "\n")
             data = json.loads(line)
             if data["step"] != step:
-                return f"planner process answered step {data['step']}, asked was step {step}"
+                return f"planner process answered step {data['step']} instead of step {step}"
             return error_from_plain(data["error"]) if "error" in data else plan_from_json(data["plan"])
         except (OSError, json.JSONDecodeError, KeyError, TypeError, PlanError):
             return self._obituary()
@@ -197,7 +201,7 @@ class PlanFeed:
         return stdout.readline()
 
     def _obituary(self) -> str:
-        """Ends the child and says how it died, with the last line it wrote to stderr."""
+        """End the child and say how it ended, with the last line it wrote to stderr."""
         self._end_child()
         code = self._child.returncode
         cause = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
@@ -206,7 +210,7 @@ class PlanFeed:
         return f"planner process {cause}" + (f" ({lines[-1][:200]})" if lines else "")
 
     def _replace_child(self) -> bool:
-        """A fresh child in place of a dead one, or False where the restarts are used up."""
+        """Start a new child in place of a dead one; False if no restarts are left."""
         if self._restarts_left < 1:
             return False
         self._restarts_left -= 1
@@ -214,7 +218,7 @@ class PlanFeed:
         self._stderr.truncate()
         try:
             self._child = self._start_child()
-        except OSError:  # no memory or no processes left: do without
+        except OSError:  # no memory or no processes left: continue without a child
             return False
         return True
 
@@ -227,7 +231,7 @@ class PlanFeed:
         )
 
     def _end_child(self) -> None:
-        """Close the pipes, give an idle child a moment to leave by itself, then kill it."""
+        """Close the pipes, give an idle child a moment to exit, then kill it."""
         for pipe in (self._child.stdin, self._child.stdout):
             if pipe is not None:
                 try:

@@ -1,4 +1,4 @@
-"""What can be found wrong before any process starts: data, world size, run folder, cost file. No torch."""
+"""Finds problems before any process starts: data, world size, run folder, cost file. Does not import torch."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _NO_BUDGET_BYTES = 2**62
 
 
 def preflight(config: TrainConfig, cache_root: Path) -> None:
-    """Open the corpus (tokenising it once, so that the ranks only map it) and check the run against it.
+    """Open the corpus and check the run against it. Tokenises the corpus, so that the ranks only need to map it.
 
-    Raises the error that the ranks would find later: SpecError for no data, more ranks than sequences, a run folder
-    that already holds a run or a cost file that does not serve; InfeasibleError for a sequence that fits no group;
-    CheckpointError for a resume without a checkpoint, or with other settings than it was saved with.
+    Raises the errors that the ranks would raise later. SpecError: no data, more ranks than sequences, a run folder that
+    already holds a run, or a cost file that does not fit. InfeasibleError: a sequence that fits no group.
+    CheckpointError: a resume without a checkpoint, or with other settings than those it was saved with.
     """
     data = open_training_data(config, cache_root)
     data_ranks = config.parallel.data_ranks(config.run.world_size)
@@ -45,7 +45,7 @@ def preflight(config: TrainConfig, cache_root: Path) -> None:
 def _check_run_folder(config: TrainConfig, data: TrainingData) -> None:
     folder = Path(config.run.dir) / CHECKPOINTS
     if config.run.resume:
-        # Only the manifests: the ranks hash the files, and pass over a checkpoint that is damaged.
+        # Checks only the manifests. The ranks hash the files and skip checkpoints that are damaged.
         path, manifest, _ = newest_checkpoint(folder, verify=False)
         check_same_run(path, manifest["run"], run_identity(config, data.spec))
         data.ledger.restore(from_plain(LedgerPosition, manifest["ledger"], where=str(path)))
@@ -54,12 +54,12 @@ def _check_run_folder(config: TrainConfig, data: TrainingData) -> None:
     if saved:
         raise SpecError(
             f"{config.run.dir} already holds a run ({saved[-1].name}): "
-            "add --resume to go on, or --run-dir for a new one"
+            "add --resume to continue it, or --run-dir for a new one"
         )
 
 
 def _check_cost_file(config: TrainConfig, data: TrainingData, data_ranks: int) -> None:
-    """What the ranks will measure themselves (cost, memory) cannot be checked here."""
+    """Check a given cost file. What the ranks measure themselves (cost, memory) cannot be checked here."""
     if config.plan.cost == "auto":
         return
     budget = config.plan.device_budget
@@ -73,7 +73,7 @@ def _check_cost_file(config: TrainConfig, data: TrainingData, data_ranks: int) -
 
 
 def with_free_run_dir(config: TrainConfig) -> TrainConfig:
-    """Zero flags must work twice: a default run folder that is taken becomes the next free ``-2``, ``-3``, ..."""
+    """If the default run folder is taken, use the next free ``-2``, ``-3``, ... so that zero flags work repeatedly."""
     default = RunConfig().dir
     if config.run.dir != default or config.run.resume:
         return config

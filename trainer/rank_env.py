@@ -1,4 +1,4 @@
-"""Who this process is among all processes of the run. Read from the environment by ``launch.environment``."""
+"""This process's ranks within the run, as ``launch.environment`` reads them from the environment."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from planner.errors import SpecError
 class RankEnv:
     """One process of a run: ``rank`` of ``world_size`` overall, ``local_rank`` of ``local_world_size`` on its node.
 
-    ``restart_count``: how often the launcher has restarted the group before this attempt.
-    Raises SpecError on values that contradict each other.
+    ``restart_count``: how often the launcher has restarted the group before.
+    Raises SpecError if the values contradict each other.
     """
 
     rank: int

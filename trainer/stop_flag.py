@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C as a flag that the loop looks at between steps: the step ends, a checkpoint is written."""
+"""Turns SIGTERM and Ctrl-C into a flag: the training loop finishes its step, writes a checkpoint and stops."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Self
 
 
 class HandledSignals:
-    """While entered, these signals come to ``handle``, which subclasses write; afterwards to whom they went before."""
+    """While entered, these signals call ``handle`` of a subclass; on exit the previous handlers return."""
 
     def __init__(self, numbers: Iterable[int]) -> None:
         self._numbers = tuple(numbers)

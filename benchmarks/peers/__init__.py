@@ -1,1 +1,1 @@
-"""Public systems beside ours: what each peer is, its adapters, its step and its planner."""
+"""Public systems to compare with ours: what each peer is, its adapters, its step and its planner."""

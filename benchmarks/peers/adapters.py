@@ -1,6 +1,6 @@
-"""Peers' exchanges around attention as plain callables on Longhaul's kernel: see ``benchmarks.peers.systems``.
+"""Peers' exchanges around attention as plain callables on Longhaul's kernel (see ``benchmarks.peers.systems``).
 
-Shapes: T rows of this rank, S rows of the whole group, N query heads, K KV heads, X either, H head dim.
+Shapes: T rows of this rank, S rows of the whole group, N query heads, K KV heads, X query or KV heads, H head dim.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from parallel.kernel import AttentionKernel, Pairs
 
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 Bind = Callable[[tuple[int, ...]], Attention]
-"""Padded document lengths of a microbatch (tokens, whole group) -> its attention, ``q_TNH, k_TKH, v_TKH -> out_TNH``
-on this rank's rows."""
+"""From the padded document lengths of a microbatch (tokens, whole group) to its attention, which maps
+``q_TNH, k_TKH, v_TKH`` to ``out_TNH`` on this rank's rows."""
 
 
 def connect(name: str, group: comm.Group, kernel: AttentionKernel, device: torch.device) -> Bind:
-    """Import the peer ``name`` and put its exchange on a sequence-parallel group."""
+    """Import the peer ``name`` and return its exchange, bound to a sequence-parallel group."""
     return {"deepspeed": _deepspeed, "verl": _verl, "ring-flash-attn": _ring}[name](group, kernel, device)
 
 
 def _deepspeed(group: comm.Group, kernel: AttentionKernel, device: torch.device) -> Bind:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     layer = importlib.import_module("deepspeed.sequence.layer")
-    # Its shared-memory reduction plays no part in attention, wants a C++ compiler, and would pass a box's cards by.
+    # Attention does not use its shared-memory reduction, which needs a C++ compiler and would bypass a box's cards.
     importlib.import_module("deepspeed.ops").__compatible_ops__ = {}  # type: ignore[attr-defined]
     importlib.import_module("deepspeed.comm").init_distributed(dist_backend="gloo", verbose=False)
 
@@ -47,7 +47,7 @@ def _deepspeed(group: comm.Group, kernel: AttentionKernel, device: torch.device)
         def attention(q_TNH: torch.Tensor, k_TKH: torch.Tensor, v_TKH: torch.Tensor) -> torch.Tensor:
             k_TKH, v_TKH = (repeat_kv(x_TKH, group.size()) for x_TKH in (k_TKH, v_TKH))
             parts = (x_TXH.unsqueeze(0) for x_TXH in (q_TNH, k_TKH, v_TKH))
-            return shared(*parts, 0, None, pairs)[0]  # 0: the batch dimension; None: RoPE was applied before
+            return shared(*parts, 0, None, pairs)[0]  # 0: batch dimension; None: RoPE has been applied already
 
         return attention
 
@@ -79,7 +79,7 @@ def _ring(group: comm.Group, kernel: AttentionKernel, device: torch.device) -> B
     zigzag = _import_alone("ring_flash_attn.zigzag_ring_flash_attn_varlen")
 
     def bind(lengths: tuple[int, ...]) -> Attention:
-        local = [size // group.size() for size in lengths]  # padded: whole
+        local = [size // group.size() for size in lengths]  # exact, because lengths are padded
         edges = torch.tensor([0, *local], device=device).cumsum(0, dtype=torch.int32)
 
         def attention(q_TNH: torch.Tensor, k_TKH: torch.Tensor, v_TKH: torch.Tensor) -> torch.Tensor:
@@ -97,13 +97,13 @@ def _flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pairs: Pairs, kern
 
 
 def repeat_kv(x_TKH: torch.Tensor, degree: int) -> torch.Tensor:
-    """KV heads one behind the other, each as often as ranks must share it, so that all ``degree`` get a whole one."""
+    """Repeat each KV head as often as needed for every one of ``degree`` ranks to get a whole head."""
     times = max(1, degree // x_TKH.shape[1])
     return x_TKH if times == 1 else x_TKH.repeat_interleave(times, dim=1)
 
 
 def _import_alone(name: str) -> ModuleType:
-    """Import a module without running the packages around it: bare ones with the same path stand in for them."""
+    """Import a module without running the ``__init__`` of its packages: empty ones with the same path replace them."""
     parts = name.split(".")
     for depth in range(1, len(parts)):
         package = ".".join(parts[:depth])

@@ -1,9 +1,9 @@
 """Karmarkar-Karp number partitioning into any number of parts (the largest differencing method, 1982).
 
-Every number starts as a partial solution of its own: one part holds it, the others are empty. The two partial solutions
-with the widest spread (largest part less smallest) are joined, the largest parts of one with the smallest of the
-other, until one is left. Joining never widens the spread beyond the wider of the two, so the result's spread is at
-most the largest number.
+Every number starts as a partial solution of its own: one part holds it and the others are empty. The two partial
+solutions with the widest spread (largest part minus smallest) are joined, the largest parts of one with the smallest of
+the other, until one solution is left. A joined solution's spread is at most the wider of the two, so the result's
+spread is at most the largest number.
 """
 
 from __future__ import annotations
@@ -15,14 +15,16 @@ from dataclasses import dataclass
 
 @dataclass(slots=True)
 class _Part:
-    """``items``: an index, or two parts' items joined. Pairs keep joining cheap; they are flattened at the end."""
+    """``items``: an index, or the items of two joined parts. Nested pairs make joining cheap; they are flattened at the
+    end."""
 
     total: int
     items: object
 
 
 def karmarkar_karp(weights: Sequence[int], num_parts: int) -> list[list[int]]:
-    """Indices of ``weights`` (each at least 1) by part, ascending; parts may be empty. Deterministic.
+    """Partition ``weights`` (each at least 1). Returns the indices of each part, ascending; parts may be empty. The
+    result is deterministic.
 
     Raises ValueError where there is no part.
     """
@@ -45,7 +47,7 @@ def karmarkar_karp(weights: Sequence[int], num_parts: int) -> list[list[int]]:
 
 
 def _join(first: list[_Part], second: list[_Part], num_parts: int) -> list[_Part]:
-    """Both hold their parts that are not empty, largest first; so does the result."""
+    """Join two partial solutions. They and the result list only the parts that are not empty, largest first."""
     alone_first, alone_second = num_parts - len(second), num_parts - len(first)
     joined = first[:alone_first] + second[:alone_second]
     for place in range(alone_first, len(first)):

@@ -1,4 +1,4 @@
-"""Longhaul's attention kernel in the forms that peers ask for, so that everybody computes with the same one.
+"""Longhaul's attention kernel in the forms that peers call, so that all systems compute with the same kernel.
 
 Shapes: T query rows, S key rows, N query heads, K KV heads, H head dim.
 """
@@ -17,7 +17,7 @@ from parallel.kernel import AttentionKernel, Pairs
 
 
 def packed_pairs(lengths: tuple[int, ...], device: torch.device) -> Pairs:
-    """Causal attention of whole documents packed one behind the other: one varlen call."""
+    """The pairs of one varlen call: causal attention of whole documents, packed one behind the other."""
     edges = [0]
     for size in lengths:
         edges.append(edges[-1] + size)
@@ -26,7 +26,7 @@ def packed_pairs(lengths: tuple[int, ...], device: torch.device) -> Pairs:
 
 
 class FlashCall(torch.autograd.Function):
-    """One kernel call, differentiable: ``(q_TNH, k_SKH, v_SKH, pairs, kernel) -> out_TNH``."""
+    """One differentiable kernel call: ``(q_TNH, k_SKH, v_SKH, pairs, kernel) -> out_TNH``."""
 
     @staticmethod
     def forward(
@@ -46,9 +46,8 @@ class FlashCall(torch.autograd.Function):
 
 
 def install_flash_attn(kernel: AttentionKernel) -> None:
-    """Put a stand-in for the flash_attn package in this process: the two varlen functions that ring-flash-attn calls,
-    under the names of their arguments, on ``kernel``. Dropout, windows and ALiBi, which nobody here sets, are left
-    out."""
+    """Replace the flash_attn package in this process by the two varlen functions that ring-flash-attn calls, with the
+    same argument names, computed by ``kernel``. Dropout, windows and ALiBi are ignored; nothing here sets them."""
 
     def _flash_attn_varlen_forward(
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor,

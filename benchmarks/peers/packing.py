@@ -1,6 +1,6 @@
-"""How a peer's users would run a batch: one sequence-parallel degree for everything, documents packed to capacity.
+"""A batch as a peer's users would run it: one sequence-parallel degree, and documents packed to capacity.
 
-Ranks form equal sequence-parallel groups of neighbours, side by side as data-parallel replicas. Pure integers.
+Consecutive ranks form sequence-parallel groups of equal size, which are data-parallel replicas. Pure integers.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from planner.plan import AttentionGroup, AttentionKind, Span, digest_of
 from planner.schedules.layout import shard_spans
 
 Work = Callable[[SequenceOf[int]], float]
-"""Seconds, FLOPs or anything else that says how much the documents of these lengths are."""
+"""The work of documents of these lengths (tokens), in seconds, FLOPs or another unit."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackedMicrobatch:
-    """``documents``: places in the batch. ``lengths``: their tokens with padding; ulysses may have one more entry, a
-    document of nothing but padding."""
+    """``documents``: places in the batch. ``lengths``: their tokens with padding. With ulysses ``lengths`` may have one
+    entry more: a document that is only padding."""
 
     documents: tuple[int, ...]
     lengths: tuple[int, ...]
@@ -29,7 +29,8 @@ class PackedMicrobatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeerPlan:
-    """One batch on groups of ``degree`` ranks. ``groups[i]``: microbatches of ranks i * degree and on, in order."""
+    """One batch on groups of ``degree`` ranks. ``groups[i]``: the microbatches, in order, of the group whose first rank
+    is i * degree."""
 
     kind: AttentionKind
     degree: int
@@ -46,19 +47,20 @@ class PeerPlan:
 
     @property
     def num_microbatches(self) -> int:
-        """Of the group with the most."""
+        """Microbatches of the group with the most."""
         return max(len(group) for group in self.groups)
 
 
 def pack_batch(
     lengths: tuple[int, ...], *, kind: AttentionKind, degree: int, num_ranks: int, capacity_tokens: int, work: Work
 ) -> PeerPlan | None:
-    """Every document once, each microbatch within ``capacity_tokens`` on every rank; None where one cannot fit.
+    """Pack every document once, with at most ``capacity_tokens`` tokens of a microbatch on every rank. None where a
+    document cannot fit.
 
-    As few rounds (microbatches on every group at once) as memory allows. Within them the longest document goes first,
-    to the microbatch with the least work that still has room; if that leaves one over, to the fullest one that has
-    room (best fit). Ring pads every document to a multiple of 2 * degree tokens, ulysses the end of a microbatch to a
-    multiple of degree. ``num_ranks`` must be a multiple of ``degree``.
+    There are as few rounds (of a microbatch on every group) as memory allows. Documents, longest first, go to the
+    microbatch with the least work that still has room. Where that leaves a document over, all are packed again by best
+    fit: to the fullest microbatch that has room. Ring pads every document to a multiple of 2 * degree tokens, ulysses
+    the end of a microbatch to a multiple of degree. ``num_ranks`` must be a multiple of ``degree``.
     """
     multiple = 2 * degree if kind is AttentionKind.RING else 1
     sizes = tuple(_round_up(size, multiple) for size in lengths)
@@ -79,7 +81,8 @@ def pack_batch(
 def _fill(
     sizes: SequenceOf[int], num_bins: int, room: int, work: Work, *, by_work: bool
 ) -> list[list[int]] | None:
-    """The longest document first, into the bin with the least work or else the least room of those it fits in."""
+    """Put documents, longest first, into bins that have room: the one with the least work (``by_work``) or with the
+    least room. None where a document fits in no bin."""
     bins: list[list[int]] = [[] for _ in range(num_bins)]
     left, load = [room] * num_bins, [0.0] * num_bins
     for document in sorted(range(len(sizes)), key=lambda document: -sizes[document]):
@@ -94,7 +97,7 @@ def _fill(
 
 
 def _deal(bins: list[list[int]], sizes: SequenceOf[int], num_groups: int, work: Work) -> list[list[list[int]]]:
-    """Microbatches to groups, the one with the most work first, to the group with the least."""
+    """Deal microbatches, most work first, each to the group with the least work."""
     loads = {place: work([sizes[document] for document in bin_]) for place, bin_ in enumerate(bins)}
     groups: list[list[list[int]]] = [[] for _ in range(num_groups)]
     total = [0.0] * num_groups
@@ -117,8 +120,8 @@ def _round_up(size: int, multiple: int) -> int:
 
 
 def rank_program(plan: PeerPlan, step: int, rank: int) -> RankProgram:
-    """What ``rank`` runs, in the form the trainer runs its own plans in. A span may end behind its document, and the
-    document behind the batch's last one is empty: rows there are padding. ``index``: place within the rank's group."""
+    """What ``rank`` runs, in the trainer's own form. A span may end behind its document's end, and it may name the
+    document after the batch's last one, which is empty; such rows are padding."""
     group, index = divmod(rank, plan.degree)
     microbatches = tuple(
         RankMicrobatch(
@@ -133,7 +136,7 @@ def rank_program(plan: PeerPlan, step: int, rank: int) -> RankProgram:
 
 
 def _spans(plan: PeerPlan, microbatch: PackedMicrobatch) -> tuple[tuple[Span, ...], ...]:
-    """Rows of every rank of the group. The cut is Longhaul's own, which for padded lengths is even."""
+    """The spans of every rank of the group, cut by Longhaul's own rule, which is even for padded lengths."""
     places = tuple(range(len(microbatch.lengths)))
     group = AttentionGroup(kind=plan.kind, ranks=tuple(range(plan.degree)), sequences=places)
     documents = (*microbatch.documents, len(plan.batch))

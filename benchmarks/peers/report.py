@@ -1,4 +1,4 @@
-"""The peers' part of the step benchmark's report: who ran how fast, how far ahead Longhaul is, what was checked."""
+"""The peers' part of the step benchmark's report: their speed, Longhaul's lead, and what was checked."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def peer_head() -> tuple[str, ...]:
 
 
 def peer_rows(run: StepRun) -> list[tuple[str, ...]]:
-    """A line for each peer at each degree; those that cannot run say why."""
+    """A row for each peer at each degree; the row of one that cannot run says why."""
     static_tokens_per_s = summarise(run, best_static(run)).tokens_per_s
     best = best_peer(run) if run.peers() else ""
     rows: list[tuple[str, ...]] = []
@@ -49,7 +49,7 @@ def peer_rows(run: StepRun) -> list[tuple[str, ...]]:
 
 
 def peer_findings(run: StepRun) -> list[str]:
-    """Every strategy against the best peer, and the goal in one line."""
+    """A line for each strategy, compared with the best peer."""
     if not run.peers():
         return []
     best = best_peer(run)
@@ -66,7 +66,7 @@ def peer_findings(run: StepRun) -> list[str]:
 
 
 def prediction_finding(run: StepRun) -> str:
-    """How well the compared strategies' plans were foreseen."""
+    """How well the times of the compared strategies' plans were predicted."""
     errors = planned_errors(run)
     return (
         f"prediction of {len(errors)} different plans of {', '.join(run.settings.strategies)}: mean absolute error "
@@ -75,7 +75,7 @@ def prediction_finding(run: StepRun) -> str:
 
 
 def goal_lines(run: StepRun) -> list[str]:
-    """The goals that this run can judge, and whether it meets them."""
+    """The goals that this run can judge, and whether they are met."""
     lines = []
     if run.peers() and GOAL_STRATEGY in run.settings.strategies:
         best = best_peer(run)
@@ -92,7 +92,7 @@ def goal_lines(run: StepRun) -> list[str]:
 
 
 def peer_facts(run: StepRun, versions: tuple[str, ...]) -> list[str]:
-    """What the peers were, what was shared with them, and what they could not do."""
+    """Which peers ran, what they had in common with Longhaul, and their limits."""
     if not run.settings.peers:
         return []
     names = [PEERS[name].what for name in run.settings.peers]

@@ -1,4 +1,4 @@
-"""Runs peers' steps through the trainer's own ``train_step``: only attention's exchange and the packing are theirs."""
+"""Run peers' steps through the trainer's own ``train_step``; only the attention exchange and the packing are theirs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ GRADIENT_TOLERANCE = 1e-4
 
 @dataclass(frozen=True, slots=True)
 class _PeerEngine:
-    """Stands where the trainer expects its attention engine. ``attentions``: by microbatch of this rank."""
+    """Takes the place of the trainer's attention engine. ``attentions``: one for each microbatch of this rank."""
 
     attentions: tuple[Attention, ...]
 
@@ -51,7 +51,7 @@ class PeerStep:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeerSystem:
-    """One peer at one degree: its name in the report and its batches."""
+    """One peer at one degree: its name in the report and a step for each batch."""
 
     name: str
     peer: Peer
@@ -61,8 +61,8 @@ class PeerSystem:
 def make_peers(
     names: SequenceOf[str], runtime: Runtime, batches: tuple[tuple[int, ...], ...], *, capacity_tokens: int
 ) -> tuple[tuple[PeerSystem, ...], tuple[PeerMisfit, ...]]:
-    """Every peer at every degree above 1 that divides the ranks, that it can run, and at which all batches fit in
-    ``capacity_tokens`` a rank; and which others there are and why they cannot. Collective. Raises SpecError where a
+    """Every peer at every degree above 1 that divides the ranks, that the peer can run, and at which all batches fit in
+    ``capacity_tokens`` tokens a rank; and the other degrees, each with the reason. Collective. Raises SpecError where a
     peer is not installed."""
     num_ranks, systems, misfits = runtime.mesh.world_size, [], []
     for degree in [degree for degree in range(2, num_ranks + 1) if num_ranks % degree == 0]:
@@ -105,7 +105,7 @@ def _pack(
 
 
 def _make_group(runtime: Runtime, degree: int) -> comm.Group:
-    """The group of neighbours that holds this rank; all ranks make all of them, in order."""
+    """The group of consecutive ranks that has this rank. All ranks make all groups, in the same order."""
     starts = range(0, runtime.mesh.world_size, degree)
     groups = [comm.new_group(list(range(first, first + degree)), timeout_s=_TIMEOUT_S) for first in starts]
     return groups[runtime.mesh.rank // degree]
@@ -121,8 +121,8 @@ def _prepare(plan: PeerPlan, number: int, runtime: Runtime, bind: Bind, pack_s: 
 
 
 def padded_reader(documents: SequenceOf[npt.NDArray[np.int64]], device: torch.device) -> ReadSpans:
-    """Reads spans of documents (each with the token that follows its last), and rows behind their ends as padding:
-    token 0 without a label. The document behind the last one is nothing but padding."""
+    """A reader of spans of documents (each with one token more than its length, the last label). Rows behind the end of
+    a document are padding: token 0 without a label. The document after the last one is only padding."""
 
     def read(spans: tuple[Span, ...]) -> TokenRows:
         parts = [_span_rows(documents, span) for span in spans]
@@ -148,8 +148,8 @@ def _span_rows(documents: SequenceOf[npt.NDArray[np.int64]], span: Span) -> npt.
 def check_gradients(
     systems: SequenceOf[PeerSystem], runtime: Runtime, program: RankProgram, read: ReadSpans, read_padded: ReadSpans
 ) -> tuple[PeerCheck, ...]:
-    """The first batch's loss and gradients by every peer against Longhaul's own plan of it (``program``). Collective;
-    leaves no gradients behind."""
+    """Compare every peer's loss and gradients of the first batch with those of Longhaul's own plan of it (``program``).
+    Collective. All gradients are dropped afterwards."""
     num_tokens = systems[0].steps[0].plan.num_tokens if systems else 0
     own_loss, own = _gradients(runtime, program, read, num_tokens) if systems else (0.0, [])
     checks = []
@@ -179,7 +179,8 @@ def _gradients(
 
 
 def _difference(own: list[torch.Tensor], theirs: list[torch.Tensor], runtime: Runtime) -> float:
-    """Largest |difference| of any parameter's gradient, relative to that parameter's largest |gradient|, all ranks."""
+    """The largest |difference| of any parameter's gradient over all ranks, relative to that parameter's largest
+    |gradient|."""
     sizes = torch.stack([torch.stack((_largest(mine), _largest(mine - other))) for mine, other in zip(
         own, theirs, strict=True
     )])

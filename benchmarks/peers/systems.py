@@ -1,7 +1,7 @@
-"""Public sequence-parallel systems as the attention of Longhaul's own model, for ``benchmarks.step --peers``.
+"""Public sequence-parallel systems in Longhaul's own model, for ``benchmarks.step --peers``.
 
-Everything but the exchange around attention and the packing is the same for all: model, kernel, weights, sharding,
-optimizer, batches, memory. Peers are installed for the benchmark only, into an environment that has Longhaul:
+Only the exchange around attention and the packing are a peer's. Model, kernel, weights, sharding, optimizer, batches
+and memory are the same for all. Peers are installed for the benchmark only, into an environment that has Longhaul:
 
     pip install deepspeed==0.19.8                       (DistributedAttention: Ulysses)
     pip install --no-deps verl==0.9.1                   (gather_seq_scatter_heads and back: Ulysses)
@@ -14,14 +14,15 @@ An environment of their own, over the one that ``make`` builds:
     /tmp/peers/bin/pip install ...                      (the three lines above)
     PYTHONPATH=. /tmp/peers/bin/python -m benchmarks.step ... --peers deepspeed,verl,ring-flash-attn
 
-(verl's wheel also brings a top-level package ``tests``, which hides Longhaul's own from pytest: delete that folder.)
-Of verl and ring-flash-attn only the one module is loaded, not the package around it, whose own needs (Ray, transformers
-4, flash-attn) are large and play no part here. ring-flash-attn gets a stand-in for flash-attn on Longhaul's kernel, in
-the benchmark's processes only.
+(verl's wheel also has a top-level package ``tests``, which hides Longhaul's own from pytest: delete that folder.) Of
+verl and ring-flash-attn only one module is loaded, without the package around it, because the package's requirements
+(Ray, transformers 4, flash-attn) are large and not needed here. For ring-flash-attn, Longhaul's kernel replaces
+flash-attn, in the benchmark's processes only.
 
-Known limits, which the report repeats: fewer KV heads than ranks are repeated before the exchange (both Ulysses peers:
-verl does so itself, DeepSpeed asserts); ring-flash-attn 0.1.8 computes wrong gradients in fp32 (its accumulator is the
-buffer that the next block overwrites), with the same work as right ones; its losses are compared, its gradients not.
+Known limits, which the report repeats: with both Ulysses peers, KV heads that are fewer than ranks are repeated before
+the exchange (verl does so itself, DeepSpeed asserts). ring-flash-attn 0.1.8 computes wrong gradients in fp32 (its
+accumulator is the buffer that the next block overwrites), though with the work of right ones, so its losses are
+compared and its gradients are not.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ from planner.plan import AttentionKind
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Peer:
-    """``package``: what is imported. ``kind``: how it cuts rows. ``wrong_gradients``: the dtypes (as in
-    ``str(torch.dtype)``) in which it is known to compute wrong ones."""
+    """A public system. ``package``: what is imported. ``kind``: how it cuts rows. ``wrong_gradients``: the dtypes (as
+    ``str(torch.dtype)``) in which its gradients are known to be wrong."""
 
     package: str
     install: str
@@ -51,8 +52,8 @@ class Peer:
         return f"{self.package} is not installed; in the benchmark's environment: {self.install}"
 
     def can_split(self, spec: ModelSpec, degree: int) -> bool:
-        """Whether ``degree`` ranks can share this model's attention. Rings take any; Ulysses needs whole query heads
-        on every rank, and KV heads that divide evenly or can be repeated evenly."""
+        """Whether ``degree`` ranks can share this model's attention. Rings always can. Ulysses needs whole query heads
+        on every rank, and KV heads that can be divided or repeated evenly."""
         if self.kind is AttentionKind.RING:
             return True
         queries, keys = spec.num_query_heads, spec.num_kv_heads

@@ -1,13 +1,13 @@
 // An allocator that serves a known sequence of requests at planned addresses inside one slab, and everything else from
-// the device's own allocator. No CUDA header: the device's functions come in as pointers (cudaMallocAsync and friends,
-// or malloc for tests), so the same source builds and is tested where there is no CUDA.
+// the device's own allocator. It needs no CUDA header, because the device's functions are passed as pointers
+// (cudaMallocAsync and others, or malloc for tests), so the same source can be built and tested without CUDA.
 //
-// A planned address is used only if nothing that lives overlaps it. So a plan that does not fit what happens costs
-// misses, never memory that two blocks share.
+// A planned address is used only if no live block overlaps it. So a plan that does not fit the requests causes misses,
+// but two blocks never share memory.
 //
-// Order is the order of the one stream that the slab belongs to: a block is free for the next request as soon as the
-// host freed it. Other streams get fallback memory; a block that another stream used (record_stream) makes the slab's
-// stream wait for that stream before its place is used again.
+// The slab belongs to one stream: a block can be reused as soon as the host has freed it, because later work of that
+// stream runs later. Other streams get fallback memory. If another stream used a block (record_stream), the slab's
+// stream waits for it before the block's place is reused.
 
 #include <algorithm>
 #include <cstdint>
@@ -29,12 +29,12 @@ using StreamWait = int (*)(void* stream, void* event, unsigned flags);
 using EventDestroy = int (*)(void* event);
 
 constexpr int64_t kAlignment = 512;
-constexpr size_t kLookahead = 16;  // planned requests that may be skipped to meet the one that came
+constexpr size_t kLookahead = 16;  // planned requests that may be skipped to find the actual one
 constexpr int64_t kFreed = -1;
 constexpr unsigned kNoTiming = 2;  // cudaEventDisableTiming
 
 struct Slot {
-  int64_t size;    // bytes that are expected, to the byte; below 0: any number, and no place
+  int64_t size;    // exact number of bytes expected; below 0: any number, and no address
   int64_t offset;  // in the slab; below 0: not planned, such as blocks that outlive the unit
 };
 
@@ -57,7 +57,7 @@ struct Arena {
   EventRecord event_record = nullptr;
   StreamWait stream_wait = nullptr;
   EventDestroy event_destroy = nullptr;
-  char* memory = nullptr;  // as the device gave it
+  char* memory = nullptr;  // as the device returned it
   char* slab = nullptr;    // aligned
   int64_t slab_bytes = 0;
   void* slab_stream = nullptr;
@@ -74,7 +74,7 @@ struct Arena {
 };
 
 Arena& arena() {
-  static Arena* the_arena = new Arena;  // never destroyed: blocks are freed until the process ends
+  static Arena* the_arena = new Arena;  // never destroyed, because blocks are freed until the process ends
   return *the_arena;
 }
 
@@ -86,7 +86,7 @@ bool is_free(const Arena& a, int64_t start, int64_t end) {
   return after == a.live.begin() || std::prev(after)->second <= start;
 }
 
-// The slab's offset for this request, or below 0. Moves on in the plan.
+// The slab's offset for this request, or below 0. Advances in the plan.
 int64_t planned_offset(Arena& a, int64_t size, void* stream) {
   if (!a.serving) {
     ++a.stats.outside;
@@ -134,7 +134,7 @@ void free_slab(Arena& a) {
   a.slab_bytes = 0;
 }
 
-// Room for the plan. Where planned blocks still live the slab stays as it is.
+// Make the slab large enough for the plan. While planned blocks are live, the slab cannot be replaced.
 bool ensure_slab(Arena& a, int64_t num_bytes, void* stream) {
   if (a.slab_bytes >= num_bytes && a.slab_stream == stream && a.slab != nullptr) return true;
   if (!a.live.empty()) return false;
@@ -148,7 +148,7 @@ bool ensure_slab(Arena& a, int64_t num_bytes, void* stream) {
   return true;
 }
 
-// What ``waits`` does from now on comes after all that ``waited_for`` was given.
+// Make later work of stream ``waits`` run after everything queued on stream ``waited_for`` so far.
 void join(const Arena& a, void* waits, void* waited_for) {
   void* event = nullptr;
   if (a.event_create == nullptr || a.event_create(&event, kNoTiming) != 0) return;
@@ -170,7 +170,7 @@ int host_free(void* pointer, void*) {
 
 extern "C" {
 
-// What memory comes from, and how one stream waits for another. All null: host memory.
+// Set the functions that provide memory and make one stream wait for another. All null: host memory.
 void longhaul_arena_device(void* device_malloc, void* device_free, void* event_create, void* event_record,
                            void* stream_wait, void* event_destroy) {
   Arena& a = arena();
@@ -183,7 +183,7 @@ void longhaul_arena_device(void* device_malloc, void* device_free, void* event_c
   a.event_destroy = reinterpret_cast<EventDestroy>(event_destroy);
 }
 
-// torch.cuda.memory.CUDAPluggableAllocator calls these two. torch takes a null result for memory, so this throws.
+// torch.cuda.memory.CUDAPluggableAllocator calls these two. torch would use a null result as memory, so this throws.
 void* longhaul_arena_malloc(ptrdiff_t size, int, void* stream) {
   if (size <= 0) return nullptr;
   Arena& a = arena();
@@ -229,7 +229,7 @@ void longhaul_arena_free(void* pointer, size_t, int, void*) {
   }
 }
 
-// set_record_stream_fn: ``stream`` works on this block as well.
+// For set_record_stream_fn: ``stream`` uses this block too.
 void longhaul_arena_record_stream(void* pointer, void* stream) {
   Arena& a = arena();
   std::lock_guard<std::mutex> guard(a.lock);
@@ -241,7 +241,7 @@ void longhaul_arena_record_stream(void* pointer, void* stream) {
   found->second.used_by.push_back(stream);
 }
 
-// Serve the next requests of ``stream`` from this plan. 1 where there is a slab for it, 0: everything falls back.
+// Serve the next requests of ``stream`` from this plan. Returns 1, or 0 if there is no slab and all use the fallback.
 int longhaul_arena_begin(const int64_t* sizes, const int64_t* offsets, int64_t count, int64_t slab_bytes, void* stream) {
   Arena& a = arena();
   std::lock_guard<std::mutex> guard(a.lock);
@@ -268,7 +268,7 @@ void longhaul_arena_begin_log() {
   a.log.clear();
 }
 
-// Ends the log; returns the number of its integers, and copies them where ``out`` has room for so many.
+// End the log; returns the number of its integers, and copies them if ``out`` has enough room.
 int64_t longhaul_arena_end_log(int64_t* out, int64_t room) {
   Arena& a = arena();
   std::lock_guard<std::mutex> guard(a.lock);
@@ -292,7 +292,7 @@ void longhaul_arena_stats(int64_t* out) {
   for (size_t i = 0; i < sizeof(values) / sizeof(values[0]); ++i) out[i] = values[i];
 }
 
-// The peak from now on counts what lives now.
+// Start a new peak at the bytes that are live now.
 void longhaul_arena_reset_peak() {
   Arena& a = arena();
   std::lock_guard<std::mutex> guard(a.lock);

@@ -1,9 +1,9 @@
-"""The bi-level address plan (MEMO, section 2.2): plan what repeats once, then the whole.
+"""The bi-level address plan (MEMO, section 2.2): plan repeated sections once, then the whole trace.
 
-Level 1 plans the blocks that are born and freed inside one section, such as one layer's forward or one layer's
-backward, relative to the section; sections with the same requests share one plan. Level 2 plans the whole trace, in
-which every section is one pseudo block of its plan's size. An address is the pseudo block's plus the offset inside.
-The price: for as long as a section runs, its whole block is taken.
+Level 1 plans the blocks that are allocated and freed inside one section, such as one layer's forward or backward,
+relative to the section; sections with the same requests share one plan. Level 2 plans the whole trace, with every
+section as one pseudo block of its plan's size. An address is the pseudo block's address plus the offset inside it. The
+disadvantage: a section's whole pseudo block is taken for as long as the section runs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from planner.addresses.plan import (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Section:
-    """Events ``start`` to ``stop`` (not included) of a trace. Sections do not overlap. ``name`` is for people."""
+    """Events ``start`` to ``stop`` (exclusive) of a trace. Sections do not overlap. ``name``: for users."""
 
     name: str
     start: int
@@ -33,8 +33,8 @@ class Section:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LevelPlan:
-    """``whole``: addresses of all requests, with the bound of the trace itself. ``inner``: level 1, the distinct plans;
-    ``outer``: level 2, over pseudo blocks and everything that outlives its section."""
+    """``whole``: addresses of all requests, with the lower bound of the trace itself. ``inner``: the distinct plans of
+    level 1. ``outer``: level 2, over pseudo blocks and all blocks that outlive their section."""
 
     whole: AddressPlan
     inner: tuple[AddressPlan, ...]
@@ -43,16 +43,16 @@ class LevelPlan:
 
 
 Shape = tuple[tuple[int, int, int], ...]
-"""Bytes, start and stop of a section's own requests; only their own events count."""
+"""Bytes, start and stop of a section's own requests, with only their own events numbered."""
 
 
 def section_members(requests: SequenceOf[Request], section: Section) -> tuple[int, ...]:
-    """Requests that live and die inside."""
+    """Indices of requests that are allocated and freed inside the section."""
     return tuple(i for i, r in enumerate(requests) if section.start <= r.start and r.stop < section.stop)
 
 
 def section_shape(requests: SequenceOf[Request], section: Section) -> Shape:
-    """What makes two sections equal: their own requests in their own order, whatever else happens in between."""
+    """Equal for sections with the same requests in the same order, whatever other events happen in between."""
     members = [requests[index] for index in section_members(requests, section)]
     ranks = {event: rank for rank, event in enumerate(sorted({e for r in members for e in (r.start, r.stop)}))}
     return tuple((r.num_bytes, ranks[r.start], ranks[r.stop]) for r in members)
@@ -61,9 +61,9 @@ def section_shape(requests: SequenceOf[Request], section: Section) -> Shape:
 def plan_levels(
     requests: SequenceOf[Request], sections: SequenceOf[Section], limits: AllocationLimits = DEFAULT_LIMITS
 ) -> LevelPlan:
-    """Plan level by level; deterministic and verified. Raises PlanError where ``plan_addresses`` does."""
+    """Plan level by level; deterministic and verified. Raises PlanError as ``plan_addresses`` does."""
     known: dict[Shape, AddressPlan] = {}
-    base_of: dict[int, tuple[int, int]] = {}  # request -> its pseudo block's place among the outer ones, offset inside
+    base_of: dict[int, tuple[int, int]] = {}  # request -> index of its pseudo block among the outer ones, offset inside
     outer: list[Request] = []
     for section in sections:
         members = section_members(requests, section)

@@ -1,10 +1,10 @@
-"""Addresses for blocks of memory whose lifetimes are known: offline dynamic storage allocation (MEMO, section 2).
+"""Addresses for memory blocks with known lifetimes: offline dynamic storage allocation (MEMO, section 2).
 
-Input is a trace of requests, output one offset per request and the peak. Greedy orders come first (large blocks first,
-each at the lowest free address); where they meet the lower bound, the most bytes that live at once, they are optimal
-and that is it. Else a counted local search, then a solver: packing of rectangles by CP-SAT if OR-tools is installed,
-else the big-M program by HiGHS where the instance is small. The problem is NP-hard; what is reported is the best plan
-found, who found it, and the best bound proven.
+The input is a trace of requests; the output is one offset per request and the peak. Greedy orders come first (large
+blocks first, each at the lowest free address). If the peak equals the lower bound, the most bytes that are live at
+once, the plan is optimal. Otherwise a local search with limited work follows, then a solver: rectangle packing by
+CP-SAT if OR-tools is installed, else the big-M program by HiGHS for small instances. The problem is NP-hard; the result
+names the best plan found, the method that found it, and the best proven bound.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from planner.errors import PlanError
 from planner.solver import LinearModel, Packing, PackingLimits, SolverFailure, WorkLimits, pack_rectangles
 
 ALIGNMENT_BYTES = 512
-"""Offsets and sizes are multiples of this: what torch's own allocator rounds to."""
+"""Offsets and sizes are multiples of this, to which torch's own allocator rounds too."""
 _SEARCH_SEED = 20240229
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """A block of ``num_bytes`` that is allocated at event ``start`` and freed at event ``stop``: live in between, the
-    end not included. Event numbers count allocations and frees; only their order matters."""
+    """A block of ``num_bytes``, allocated at event ``start`` and freed at event ``stop`` (exclusive). Event numbers
+    count allocations and frees; only their order matters."""
 
     num_bytes: int
     start: int
@@ -35,7 +35,7 @@ class Request:
 
 
 class Method(StrEnum):
-    """Who found the plan."""
+    """The method that found the plan."""
 
     BY_SIZE = "by_size"
     BY_AREA = "by_area"
@@ -47,9 +47,9 @@ class Method(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AllocationLimits:
-    """Work, not time. ``max_moves`` of the local search, and ``max_visits``, neighbours looked at by it.
-    ``max_mip_pairs``: overlapping pairs up to which the big-M program is tried. ``uses_packing``: CP-SAT where OR-tools
-    is installed."""
+    """Limits of work, not of time. ``max_moves``, ``max_visits``: moves of the local search, and neighbours that it
+    visits. ``max_mip_pairs``: the big-M program is tried up to this many overlapping pairs. ``uses_packing``: use
+    CP-SAT if OR-tools is installed."""
 
     max_moves: int = 2_000
     max_visits: int = 1_500_000
@@ -65,8 +65,8 @@ GREEDY_ONLY = AllocationLimits(max_moves=0, max_mip_pairs=0, uses_packing=False)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AddressPlan:
-    """``offsets`` by request; ``peak_bytes``: size of the memory they need; no plan can need less than ``bound_bytes``.
-    """
+    """``offsets``: by request. ``peak_bytes``: size of the memory they need. ``bound_bytes``: lower bound for all
+    plans."""
 
     offsets: tuple[int, ...]
     peak_bytes: int
@@ -79,17 +79,17 @@ class AddressPlan:
 
     @property
     def relative_gap(self) -> float:
-        """How much less, at most, the best plan could need."""
+        """By how much, at most, the best plan could be smaller."""
         return 1 - self.bound_bytes / self.peak_bytes if self.peak_bytes else 0.0
 
 
 def rounded_bytes(num_bytes: int) -> int:
-    """What a request takes with its padding."""
+    """Bytes of a request including its padding."""
     return -(-num_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
 def live_bytes(requests: SequenceOf[Request]) -> int:
-    """Most bytes live at once, padding included: the lower bound of every plan."""
+    """Most bytes that are live at once, including padding: the lower bound of every plan."""
     changes = [(request.start, 1, rounded_bytes(request.num_bytes)) for request in requests]
     changes += [(request.stop, 0, -rounded_bytes(request.num_bytes)) for request in requests]
     most = live = 0
@@ -100,9 +100,9 @@ def live_bytes(requests: SequenceOf[Request]) -> int:
 
 
 def requests_from_events(events: Iterable[tuple[int, int]]) -> tuple[Request, ...]:
-    """``(block, bytes)`` in order: ``bytes >= 0`` allocates the block, below 0 frees it. A block's name, such as its
-    address, may come back after its free. Blocks that are not freed live to the end; frees of unknown blocks (older
-    than the trace) only count as events."""
+    """``events``: ``(block, bytes)`` in order; ``bytes >= 0`` allocates the block, below 0 frees it. The name of a
+    block, for example its address, may be reused after its free. Blocks that are not freed live to the end. Frees of
+    unknown blocks, which are older than the trace, only count as events."""
     opened: dict[int, tuple[int, int, int]] = {}
     closed: list[tuple[int, Request]] = []
     number = order = 0
@@ -119,8 +119,8 @@ def requests_from_events(events: Iterable[tuple[int, int]]) -> tuple[Request, ..
 
 
 def plan_addresses(requests: SequenceOf[Request], limits: AllocationLimits = DEFAULT_LIMITS) -> AddressPlan:
-    """The best plan within the limits: deterministic, verified, never above ``Method.BY_ARRIVAL``, which is what a
-    first-fit allocator does online. Raises PlanError for a request that is not freed after it is allocated."""
+    """The best plan within the limits: deterministic, verified, and never worse than ``Method.BY_ARRIVAL``, which is
+    what a first-fit allocator does online. Raises PlanError for a request that is not freed after it is allocated."""
     for index, request in enumerate(requests):
         if request.num_bytes < 0 or request.stop <= request.start:
             raise PlanError(f"request {index}: {request.num_bytes} bytes from event {request.start} to {request.stop}")
@@ -144,7 +144,7 @@ def plan_addresses(requests: SequenceOf[Request], limits: AllocationLimits = DEF
 
 
 def verify_addresses(requests: SequenceOf[Request], plan: AddressPlan) -> None:
-    """Raises PlanError where two live blocks overlap, or one is out of ``[0, peak_bytes)`` or not aligned."""
+    """Raise PlanError if two live blocks overlap, or one is outside ``[0, peak_bytes)`` or not aligned."""
     if len(plan.offsets) != len(requests):
         raise PlanError(f"{len(plan.offsets)} offsets for {len(requests)} requests")
     for index, (request, offset) in enumerate(zip(requests, plan.offsets, strict=True)):
@@ -173,7 +173,7 @@ def _greedy_orders(requests: SequenceOf[Request]) -> Iterator[tuple[Method, list
 
 
 def _pairs(requests: SequenceOf[Request]) -> Iterator[tuple[int, int]]:
-    """Pairs that are live at the same time. Empty blocks meet nobody."""
+    """Pairs of requests that are live at the same time. Empty blocks are in no pair."""
     live: list[int] = []
     for index in sorted(range(len(requests)), key=lambda i: requests[i].start):
         request = requests[index]
@@ -193,9 +193,9 @@ def _neighbours(requests: SequenceOf[Request]) -> list[list[int]]:
 
 
 def _place(requests: SequenceOf[Request], order: Iterable[int], neighbours: list[list[int]]) -> list[int]:
-    """Each block at the lowest address that is free during its whole life.
+    """Put each block at the lowest address that is free during its whole lifetime.
 
-    Every optimal plan is made by some order: that of its own addresses gives each block at most its address there.
+    Some order gives an optimal plan: ordered by an optimal plan's addresses, no block ends up above its address there.
     """
     tops = [-1] * len(requests)
     offsets = [0] * len(requests)
@@ -213,7 +213,7 @@ def _search(
     requests: SequenceOf[Request], neighbours: list[list[int]], best: AddressPlan, order: list[int],
     limits: AllocationLimits,
 ) -> AddressPlan:
-    """Local search over orders: a block at the top, or one that it meets, is placed earlier; ties are walked along."""
+    """Local search over orders: place a block at the top, or a neighbour of it, earlier; equally good orders count."""
     rng = random.Random(_SEARCH_SEED)
     visits_each = max(1, sum(len(found) for found in neighbours) + len(requests))
     sizes = [rounded_bytes(request.num_bytes) for request in requests]
@@ -239,7 +239,7 @@ def _search(
 def _solve(
     requests: SequenceOf[Request], neighbours: list[list[int]], best: AddressPlan, limits: AllocationLimits
 ) -> AddressPlan:
-    """CP-SAT or HiGHS, with the best plan as start. Addresses count in units of the alignment."""
+    """CP-SAT or HiGHS, starting from the best plan. Addresses are in units of the alignment."""
     pairs = list(_pairs(requests))
     found: Packing | None = None
     method = Method.PACKING
@@ -274,7 +274,7 @@ def _pack(requests: SequenceOf[Request], best: AddressPlan, limits: PackingLimit
 def _big_m(
     requests: SequenceOf[Request], pairs: list[tuple[int, int]], best: AddressPlan, limits: WorkLimits
 ) -> Packing | None:
-    """MEMO's program (section 2.1): ``A_i + S_i <= M``; of two blocks that are live at once, z says which is below."""
+    """MEMO's program (section 2.1): ``A_i + S_i <= M``; z says which of two blocks live at once is below."""
     most = best.peak_bytes // ALIGNMENT_BYTES
     sizes = [rounded_bytes(request.num_bytes) // ALIGNMENT_BYTES for request in requests]
     model = LinearModel()
@@ -284,7 +284,7 @@ def _big_m(
         model.row({peak: 1.0, place: -1.0}, low=size)
     start = [most, *(offset // ALIGNMENT_BYTES for offset in best.offsets)]
     for first, second in pairs:
-        is_above = model.variable(high=1, integer=True)  # 1: ``second`` lies below ``first``
+        is_above = model.variable(high=1, integer=True)  # 1: ``second`` is below ``first``
         model.row({places[second]: 1.0, places[first]: -1.0, is_above: most}, low=sizes[first])
         model.row({places[first]: 1.0, places[second]: -1.0, is_above: -most}, low=sizes[second] - most)
         start.append(int(best.offsets[first] > best.offsets[second]))

@@ -1,8 +1,9 @@
-"""Which saved activations of a layer to swap, keep or recompute: MEMO's one fraction, and one fraction per tensor.
+"""Which saved activations of a layer to swap, keep or recompute: MEMO's single fraction, or one fraction per tensor.
 
-MEMO (arXiv 2407.12117, section 4) takes the largest alpha for which the copy out of one layer hides behind the forward
-of the next and ``n - 2`` layers fit host memory, the same alpha for every tensor. But tensors differ: what a norm makes
-costs almost nothing to make again, what a matrix product makes costs much. With one fraction per tensor the program
+MEMO (arXiv 2407.12117, section 4) uses the same fraction alpha for all tensors: the largest for which the copy out of
+one layer is hidden by the forward of the next, and ``n - 2`` layers fit into host memory. But tensors differ: the
+output of a norm costs almost nothing to recompute, that of a matrix product costs much. With one fraction per tensor
+the program
 
     minimise    (n - 2) * (recompute seconds + exposed copy seconds of a layer)
     subject to  swapped_i + kept_i + recomputed_i = 1,   all >= 0                         for every tensor i
@@ -10,9 +11,9 @@ costs almost nothing to make again, what a matrix product makes costs much. With
                 exposed backward >= swapped bytes / load rate  - backward seconds,  >= 0
                 (n - 2) * swapped bytes <= host capacity,    (n - 2) * kept bytes <= device bytes to spare
 
-is still a knapsack: every byte of a tensor saves the same number of seconds wherever it is held. Places are filled
-from the cheapest (device, hidden copies, exposed copies) with the tensors that save most per byte; a tensor goes to an
-exposed place only where computing it again costs more than copying it. The exact optimum, without a solver.
+is still a knapsack: every byte of a tensor saves the same number of seconds wherever it is held. Places are filled from
+the cheapest (device, hidden copies, exposed copies) with the tensors that save most seconds per byte; a tensor is put
+into an exposed place only if recomputing it costs more than copying it. This gives the exact optimum without a solver.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ _NEARLY = 1e-9
 
 
 class Binding(StrEnum):
-    """What keeps the held fractions from being larger. NOTHING: all is held somewhere. LINK: more copies would show,
-    for longer than recomputing takes. HOST: the tier is full."""
+    """What limits the held fractions. NOTHING: everything is held somewhere. LINK: further copies would be exposed for
+    longer than recomputing takes. HOST: the tier is full."""
 
     NOTHING = "nothing"
     LINK = "link"
@@ -37,7 +38,7 @@ class Binding(StrEnum):
 
 
 class PairPlace(StrEnum):
-    """Where layer input and attention's output and log-sum-exp are: they are never recomputed."""
+    """Where the pair (layer input, and attention's output and LSE) is held; it is never recomputed."""
 
     TIER = "tier"
     DEVICE = "device"
@@ -45,7 +46,7 @@ class PairPlace(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SavedTensor:
-    """What one token-wise step saves, per token and layer, and what making it again costs."""
+    """What one token-wise step saves, per token and layer, and how long recomputing it takes."""
 
     name: str
     bytes_per_token: float
@@ -55,11 +56,11 @@ class SavedTensor:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SwapProblem:
     """One microbatch of ``num_tokens`` local tokens on one device. ``pair_bytes_per_token``: layer input, attention
-    output and log-sum-exp of a layer. ``num_layers`` of the stage, the last ``num_kept_layers`` of which stay whole.
+    output and LSE of a layer. ``num_layers``: layers of the stage; the last ``num_kept_layers`` of them are kept whole.
 
-    ``forward_s``, ``backward_s``: one layer's computation, behind which its neighbour's copies hide.
-    ``store_bytes_per_s``, ``load_bytes_per_s``: out of the device and back. ``tier_capacity_bytes``: this rank's share
-    of host or disk. ``device_spare_bytes``: device memory left for kept activations of the swapped layers.
+    ``forward_s``, ``backward_s``: one layer's computation, which hides the copies of its neighbour.
+    ``store_bytes_per_s``, ``load_bytes_per_s``: rates from the device and back. ``tier_capacity_bytes``: this rank's
+    share of host memory or disk. ``device_spare_bytes``: device memory for kept activations of the swapped layers.
     """
 
     tensors: tuple[SavedTensor, ...]
@@ -89,16 +90,16 @@ class SwapProblem:
 
     @property
     def pair_bytes(self) -> float:
-        """Of one layer."""
+        """Bytes of the pair of one layer."""
         return self.pair_bytes_per_token * self.num_tokens
 
     @property
     def hidden_bytes(self) -> float:
-        """Most bytes of one layer whose copies, both ways, do not show."""
+        """Most bytes of one layer whose copies are hidden in both directions."""
         return min(self.forward_s * self.store_bytes_per_s, self.backward_s * self.load_bytes_per_s)
 
     def exposed_s(self, swapped_bytes: float) -> float:
-        """Seconds of one layer's copies that no computation hides, both ways."""
+        """Seconds of one layer's copies, in both directions, that no computation hides."""
         return max(0.0, swapped_bytes / self.store_bytes_per_s - self.forward_s) + max(
             0.0, swapped_bytes / self.load_bytes_per_s - self.backward_s
         )
@@ -106,10 +107,10 @@ class SwapProblem:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SwapPlan:
-    """Fractions in the order of the problem's tensors (the rest is recomputed), and what they are predicted to cost.
+    """Fractions in the order of the problem's tensors (the rest is recomputed), and their predicted cost.
 
-    ``tier_bytes``, ``device_bytes``: all swapped layers together; of the latter only what the plan keeps, besides the
-    working set of the layers that stay or are under way. ``recompute_s`` and ``exposed_s``: of the whole microbatch.
+    ``tier_bytes``, ``device_bytes``: of all swapped layers together. The latter is only what the plan keeps, without
+    the layers that are kept whole or in use. ``recompute_s``, ``exposed_s``: seconds per microbatch.
     """
 
     swap_fractions: tuple[float, ...]
@@ -123,7 +124,7 @@ class SwapPlan:
 
     @property
     def added_s(self) -> float:
-        """Seconds a microbatch takes longer than with everything kept."""
+        """How many seconds longer a microbatch takes than with everything kept."""
         return self.recompute_s + self.exposed_s
 
     def describe(self, problem: SwapProblem) -> str:
@@ -144,10 +145,10 @@ class SwapPlan:
 
 
 def memo_alpha(problem: SwapProblem) -> SwapPlan:
-    """MEMO's plan: the largest single fraction within link time and host capacity, the pair always swapped.
+    """MEMO's plan: the largest single fraction that link time and host capacity allow; the pair is always swapped.
 
-    The paper does not say what happens where the pair alone is too slow or too large for the tier. Here: too slow is
-    alpha 0 with the exposed seconds stated; too large raises InfeasibleError.
+    The paper does not say what happens if the pair alone is too slow to copy or too large for the tier. Here: if it is
+    too slow, alpha is 0 and the exposed seconds are reported; if it is too large, InfeasibleError is raised.
     """
     _require_pair_fits(problem, problem.tier_capacity_bytes, "the tier")
     others = sum(tensor.bytes_per_token for tensor in problem.tensors) * problem.num_tokens
@@ -162,10 +163,10 @@ def memo_alpha(problem: SwapProblem) -> SwapPlan:
 
 
 def solve_fractions(problem: SwapProblem) -> SwapPlan:
-    """The optimum of the program at the top, never slower than ``memo_alpha``.
+    """The optimum of the program in the module's docstring; never slower than ``memo_alpha``.
 
-    The pair is swapped, or stays on the device where it fits there and that is quicker or the tier cannot hold it.
-    Raises InfeasibleError where it fits nowhere.
+    The pair is swapped, or kept on the device if it fits there and that is faster or the tier cannot hold it. Raises
+    InfeasibleError if it fits nowhere.
     """
     layers = problem.num_swapped_layers
     device_room = problem.device_spare_bytes / layers if layers else math.inf
@@ -192,7 +193,7 @@ def _require_pair_fits(problem: SwapProblem, capacity_bytes: float, where: str) 
 
 
 def _fill(problem: SwapProblem, device_room: float, tier_room: float, pair: PairPlace) -> SwapPlan:
-    """Fill the places of one layer, cheapest first. Rooms are bytes of one layer, the pair already taken off."""
+    """Fill the places of one layer, cheapest first. Rooms are bytes per layer, without the pair's."""
     in_tier = problem.pair_bytes if pair is PairPlace.TIER else 0.0
     places = _places(problem, device_room, tier_room, in_tier)
     order = sorted(range(len(problem.tensors)), key=lambda i: -_seconds_per_byte(problem.tensors[i]))
@@ -220,7 +221,7 @@ def _fill(problem: SwapProblem, device_room: float, tier_room: float, pair: Pair
 
 @dataclass(slots=True)
 class _Place:
-    """Room for bytes of one layer, and what a byte costs there."""
+    """Room for bytes of one layer, and the seconds that each byte there costs."""
 
     room: float
     seconds_per_byte: float
@@ -228,7 +229,7 @@ class _Place:
 
 
 def _places(problem: SwapProblem, device_room: float, tier_room: float, in_tier: float) -> list[_Place]:
-    """Device, then stretches of the tier by what a byte more costs: hidden, one way exposed, both ways exposed."""
+    """The device, then parts of the tier by the cost of a further byte: hidden, exposed one way, exposed both ways."""
     ways = sorted(
         (seconds * rate, 1 / rate)
         for seconds, rate in (

@@ -1,8 +1,8 @@
-"""What training chunk by chunk costs (SeCO, arXiv 2505.16710; exact): prices of a cost model, of one stage of ours.
+"""What it costs to train a microbatch chunk by chunk (SeCO, arXiv 2505.16710; its gradients are exact).
 
-A microbatch runs forward in chunks that leave their K/V, then from the last chunk to the first each again, with its
-backward. On top of what the whole microbatch takes come another forward and something for each chunk; of its bytes
-only K/V, their gradients and one chunk's activations are there at any time.
+The chunks of a microbatch first run forward and leave only their K/V. Then, from the last chunk to the first, each
+runs forward once more, followed by its backward. So a chunked microbatch pays for a second forward and for every chunk,
+and at any time the device holds only K/V, their gradients and the activations of one chunk.
 """
 
 from __future__ import annotations
@@ -17,16 +17,19 @@ from planner.plan import AttentionKind
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChunkFit:
-    """Prices of chunks, all layers together; a token is one that a device holds.
+    """Prices of chunks, summed over all layers. Tokens are those that one device holds, unless stated otherwise.
 
-    ``resident_bytes_per_token``: K/V and their gradients, for each token of the microbatch; ``num_kv_heads``: of a
-    device, for an exchange of heads over more ranks than that keeps a head on several. ``bytes_per_token``: activations
-    and workspace of a token of the chunk at work, beside ``fixed_bytes``; ``shared_bytes_per_token``: for each token of
-    the chunk that any rank of its group holds, in groups whose queries move: all but ulysses.
+    - ``resident_bytes_per_token``: K/V and their gradients, for each token of the microbatch.
+    - ``num_kv_heads``: KV heads of one device. A ulysses group of more ranks than this holds each head several times.
+    - ``fixed_bytes``, ``bytes_per_token``: activations and workspace of the chunk at work, in all and per token.
+    - ``shared_bytes_per_token``: what a device holds for each token of the chunk on any rank of its group. It counts in
+      groups whose queries move (every kind but ulysses).
+    - ``again_attention``, ``again_linear``: the second forward, as a share of a TimeFit's seconds per squared token and
+      per token (which cover forward and backward).
+    - ``s_per_chunk``: seconds on top for each chunk. T tokens a rank count as T / chunk_tokens + 1 chunks, an upper
+      bound.
 
-    ``again_attention``, ``again_linear``: the further forward, as a share of a TimeFit's seconds per squared token and
-    per token (forward and backward). ``s_per_chunk``: on top for each chunk. No share of a chunk is priced: of T tokens
-    on each rank there are at most T / chunk_tokens + 1 chunks. Raises SpecError for a number that is none of these.
+    Raises SpecError where a number is negative or not finite, or where there is no KV head.
     """
 
     resident_bytes_per_token: float
@@ -49,8 +52,7 @@ class ChunkFit:
             raise SpecError(f"chunks: num_kv_heads must be at least 1, got {self.num_kv_heads}")
 
     def time_fit(self, whole: TimeFit, chunk_tokens: int) -> TimeFit:
-        """The prices of a whole microbatch with chunks of ``chunk_tokens`` tokens a rank: as linear as before, in the
-        same sums of lengths."""
+        """The prices of ``whole`` when its microbatch runs in chunks of ``chunk_tokens`` tokens a rank."""
         return replace(
             whole,
             s_per_token2=whole.s_per_token2 * (1 + self.again_attention),
@@ -59,15 +61,15 @@ class ChunkFit:
         )
 
     def least_s_per_token(self, whole: TimeFit) -> float:
-        """Seconds per token however large the chunks are."""
+        """Lower bound of the seconds per token over all chunk sizes."""
         return whole.s_per_token * (1 + self.again_linear)
 
     def kept_bytes_per_token(self, kind: AttentionKind, degree: int) -> float:
-        """K/V and their gradients on the device, for a token that it holds in such a group."""
+        """Bytes of K/V and their gradients per token that the device holds in a group of this kind and degree."""
         if kind is not AttentionKind.ULYSSES:
             return self.resident_bytes_per_token
-        # a member has so many of the KV heads, of all of the group's tokens; where degree and heads do not divide each
-        # other, the fullest one reads into one more
+        # A rank has this many KV heads, of all tokens of the group. Where degree and heads do not divide each other,
+        # the query heads of the fullest rank need one more.
         heads = -(-self.num_kv_heads // degree)
         if max(self.num_kv_heads, degree) % min(self.num_kv_heads, degree):
             heads = min(heads + 1, self.num_kv_heads)
@@ -78,10 +80,10 @@ class ChunkFit:
         return self.fixed_bytes + chunk_tokens * self.bytes_per_token + self.shared_bytes(kind, degree, chunk_tokens)
 
     def shared_bytes(self, kind: AttentionKind, degree: int, chunk_tokens: int) -> float:
-        """What of it is there since the group's queries move; none in groups that have no such."""
+        """The part of ``chunk_bytes`` that is there because queries move; 0 in groups whose queries stay."""
         return chunk_tokens * degree * self.shared_bytes_per_token if moves_queries(kind, degree) else 0.0
 
 
 def moves_queries(kind: AttentionKind, degree: int) -> bool:
-    """Whether keys stand still and queries move where such a group runs in chunks."""
+    """Whether a group of this kind and degree, when it runs in chunks, moves queries to keys that stay in place."""
     return degree > 1 and kind is not AttentionKind.ULYSSES

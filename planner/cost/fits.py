@@ -1,9 +1,10 @@
-"""Coefficients of a cost model: seconds and bytes of groups, activations and moved tokens, and where they come from."""
+"""Coefficients of a cost model: groups, memory, activations, moved tokens, and where the numbers come from."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 from planner.codec import LATER
 from planner.errors import SpecError
@@ -12,10 +13,11 @@ from planner.plan import AttentionKind
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TimeFit:
-    """Coefficients of one (kind, degree). All are seconds for one forward plus backward of one microbatch, and none
-    may be negative: the planner's bounds rest on more work never being cheaper. Raises SpecError otherwise.
+    """Coefficients of one (kind, degree), in seconds for one forward plus backward of one microbatch.
 
-    ``inner_degree``: what was priced, and so what plans of this cost model run (see ``AttentionGroup``)."""
+    ``inner_degree`` (see ``AttentionGroup``) is the one that was priced, and so the one that plans of this cost model
+    run. Raises SpecError where a coefficient is negative (the planner's lower bounds rely on more work never being
+    cheaper) or not finite, or where ``inner_degree`` does not divide ``degree``."""
 
     kind: AttentionKind
     degree: int
@@ -35,11 +37,43 @@ class TimeFit:
             raise SpecError(f"{self.kind} of degree {self.degree}: inner_degree {self.inner_degree} does not divide it")
 
     def marginal_s(self, *, num_tokens: float, num_tokens2: float, num_sequences: int) -> float:
-        """Seconds for sequences with these sums of lengths and of squared lengths, without the fixed part."""
+        """Seconds that sequences with these sums of lengths (tokens) and of squared lengths take, fixed part left
+        out."""
         return self.s_per_token2 * num_tokens2 + self.s_per_token * num_tokens + self.s_per_sequence * num_sequences
 
+    def sequence_s(self, num_tokens: float) -> float:
+        """Seconds that one sequence of ``num_tokens`` tokens adds to a group, fixed part left out."""
+        return self.s_per_token2 * num_tokens**2 + self.s_per_token * num_tokens + self.s_per_sequence
+
+    def longest_within(self, seconds: float) -> float:
+        """The most tokens (not rounded) of one sequence that adds at most these seconds: 0 where no sequence does,
+        infinity where every sequence does. The root is written so that no digits cancel."""
+        spare_s = seconds - self.s_per_sequence
+        if spare_s <= 0:
+            return 0.0
+        root = math.sqrt(self.s_per_token**2 + 4 * self.s_per_token2 * spare_s) + self.s_per_token
+        return 2 * spare_s / root if root > 0 else math.inf
+
+    def adds_at_most(self, other: TimeFit, *, times: int = 1) -> bool:
+        """Whether every sequence adds at most ``times`` the seconds here that it adds to ``other``."""
+        return (
+            self.s_per_token2 <= times * other.s_per_token2
+            and self.s_per_token <= times * other.s_per_token
+            and self.s_per_sequence <= times * other.s_per_sequence
+        )
+
+    @property
+    def prices(self) -> tuple[float, float, float, float]:
+        """Seconds per squared token, per token, per sequence, and fixed."""
+        return self.s_per_token2, self.s_per_token, self.s_per_sequence, self.fixed_s
+
+    def with_prices(self, prices: Sequence[float]) -> TimeFit:
+        """This fit with other prices, in the order of ``prices``."""
+        token2, token, sequence, fixed = prices
+        return replace(self, s_per_token2=token2, s_per_token=token, s_per_sequence=sequence, fixed_s=fixed)
+
     def group_s(self, *, num_tokens: float, num_tokens2: float, num_sequences: int) -> float:
-        """Seconds of a microbatch of one group over such sequences."""
+        """Seconds of a microbatch of one group over sequences with these sums, fixed part included."""
         return self.fixed_s + self.marginal_s(
             num_tokens=num_tokens, num_tokens2=num_tokens2, num_sequences=num_sequences
         )
@@ -47,10 +81,12 @@ class TimeFit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryFit:
-    """Bytes on one device: ``fixed_bytes`` whatever the plan (weights, gradients, optimizer, runtime), and
-    ``bytes_per_token`` for each token of a microbatch that the device holds (saved activations and workspace).
-    ``update_bytes``: what the end of a step takes (reduction and update, when no activations are held), 0 where that is
-    never more: the peak is the higher of the two."""
+    """Bytes on one device.
+
+    ``fixed_bytes`` are there whatever the plan (weights, gradients, optimizer, runtime). Each token of a microbatch
+    that the device holds adds ``bytes_per_token`` (saved activations and workspace). ``update_bytes`` is the peak of
+    reduction and update at the end of a step, when no activations are held; 0 where it is never the higher one. A
+    step's peak is the higher of the two."""
 
     fixed_bytes: int
     bytes_per_token: float
@@ -59,15 +95,18 @@ class MemoryFit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ActivationFit:
-    """What a device may do with saved activations other than keep them, per token that it holds of a microbatch.
+    """What a device can do with saved activations instead of keeping them, per token of a microbatch that it holds.
 
-    ``swap_bytes_per_token``: bytes that leave the device, and lie on the host, for a token swapped (all layers but the
-    two in use). ``recompute_bytes_per_token``: bytes freed for a token recomputed, in ``recompute_s_per_token``;
-    attention is never computed again, so layer inputs and attention outputs stay. ``copy_bytes_per_s``: one way, device
-    to host. ``hidden_share``: share of a microbatch's seconds that the copy may take without being seen. It is the
-    forward's: there the copy out must end, and the backward, which brings it back, is longer. ``host_bytes_per_byte``:
-    on the host for a byte that is counted as freed: above 1 with pipeline stages, where all layers are copied, and the
-    two in use stand for each microbatch in flight. Raises SpecError.
+    - ``swap_bytes_per_token``: bytes freed on the device by swapping a token to the host (all layers but two).
+    - ``recompute_bytes_per_token``, ``recompute_s_per_token``: bytes freed by recomputing a token, and the seconds it
+      takes. Attention is never recomputed, so layer inputs and attention outputs stay.
+    - ``copy_bytes_per_s``: bandwidth from device to host, one way.
+    - ``hidden_share``: the share of a microbatch's seconds under which the copy hides. It is the forward's share: the
+      copy out has to end with the forward, and the backward, which copies back, is longer.
+    - ``host_bytes_per_byte``: bytes on the host for each byte freed. It is above 1 with pipeline stages: they copy all
+      layers, but two of them stay on the device for each microbatch in flight.
+
+    Raises SpecError where a number is out of its range.
     """
 
     swap_bytes_per_token: float
@@ -90,19 +129,28 @@ class ActivationFit:
 
     @property
     def copied_bytes_per_token(self) -> float:
-        """Bytes that a swapped token takes on the host, and that are copied there and back."""
+        """Bytes on the host for a swapped token; as many are copied each way."""
         return self.swap_bytes_per_token * self.host_bytes_per_byte
+
+    def hidden_fraction(self, fit: TimeFit) -> tuple[float, float]:
+        """The fraction r(s) of a sequence's s tokens whose copy hides under the forward of a group of this fit.
+
+            r(s) = degree * hidden_share * copy_bytes_per_s / copied_bytes_per_token * (s_per_token2 * s + s_per_token)
+
+        Returned is (r(0), slope) of this line, before any cap. It is the overlap condition of ByteScale (arXiv
+        2502.21231, eq. 3) and MEMO (arXiv 2407.12117) for a single sequence."""
+        per_s = fit.degree * self.hidden_share * self.copy_bytes_per_s / self.copied_bytes_per_token
+        return per_s * fit.s_per_token, per_s * fit.s_per_token2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RemapFit:
-    """What a token costs outside attention, and what it costs to have that done elsewhere: seconds of one forward plus
-    backward of one microbatch, all layers.
+    """Seconds of token-wise work and of moving it to another rank: forward plus backward of a microbatch, all layers.
 
-    ``linear_s_per_token``: token-wise work on one rank, for a token it holds; with a group's degree divided out it is a
-    part of the ``s_per_token`` of every TimeFit. A moved token takes ``intra_s_per_token`` or, between nodes of
-    ``node_size`` consecutive data ranks, ``inter_s_per_token`` at both of its ranks; a rank with any move takes
-    ``fixed_s`` as well, for latency. Raises SpecError where one of them is below 0, or a node has no rank."""
+    ``linear_s_per_token``: token-wise work for a token that a rank holds. Divided by a group's degree it is a part of
+    the ``s_per_token`` of every TimeFit. A moved token costs ``intra_s_per_token`` at both of its ranks, or
+    ``inter_s_per_token`` between nodes (of ``node_size`` consecutive data ranks). A rank with any move pays ``fixed_s``
+    for latency as well. Raises SpecError where one of them is negative or not finite, or a node has no rank."""
 
     linear_s_per_token: float
     intra_s_per_token: float
@@ -125,7 +173,7 @@ class RemapFit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Provenance:
-    """Where the numbers come from. ``source`` is ``measured`` or ``derived``; errors are relative, of the fit."""
+    """Where the numbers come from. ``source`` is ``measured`` or ``derived``; errors are the fit's, relative."""
 
     source: str
     cluster: str

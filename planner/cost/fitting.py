@@ -1,4 +1,4 @@
-"""Samples in, coefficients out: non-negative fits with their residuals, numpy only."""
+"""Fit the coefficients of a cost model to measured samples: non-negative, with their residuals."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from planner.cost.fits import TimeFit
 from planner.plan import AttentionKind
 
 _NUM_OWN = 3
-"""Prices beside s_per_token2: for a token, for a sequence, fixed."""
-_NUM_WEIGHINGS = 4
+"""Prices beside s_per_token2: per token, per sequence, fixed."""
+_NUM_REWEIGHTINGS = 4
 _HUBER = 2.0
-"""Times the median error: what is above it counts as out of the ordinary (1.35 standard deviations of a normal)."""
-_LEAST_ERROR = 0.01
-_LEAST_SHARE = 0.1
-"""Of a sample that its fit may be taken for, where it divides: a price of 0 must not weigh without end."""
-_MOST_TURNS = 3
-"""Times each coefficient may be freed before the fit is taken as it is: rounding alone can make it go round."""
+"""Errors above this multiple of the median error count as outliers (1.35 standard deviations of a normal)."""
+_MIN_ERROR = 0.01
+"""Relative error below which no sample is an outlier, however small the median error is."""
+_MIN_FITTED_SHARE = 0.1
+"""Lower bound of fitted over measured seconds when weights are computed: a fit of 0 would get an infinite weight."""
+_MAX_FREED = 3
+"""How often, per coefficient, the active-set method may free one before it stops: rounding can make it cycle."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,21 +48,20 @@ class SizeSample:
 
 
 def fit_group_times(samples: SequenceOf[GroupSample]) -> tuple[tuple[TimeFit, ...], tuple[float, ...]]:
-    """One TimeFit per (kind, degree) in the samples, and the relative error of every sample, in order.
+    """One TimeFit per (kind, degree) in the samples, and the relative error of every sample, in their order.
 
-    Non-negative coefficients, so that no sequence has a negative price, with the least relative errors: a millisecond
-    counts the same share of a short microbatch as a second of a long one. See ``_robust_fit``.
+    Coefficients are non-negative, so that no sequence has a negative price, and relative errors are minimised, so that
+    short microbatches count as much as long ones (see ``_robust_fit``). Work that shapes have in common gets one
+    coefficient, fitted jointly; what a shape costs beyond that is its own coefficient of at least 0:
 
-    What is the same work is one number, fitted jointly, and what a shape pays on top is its own and at least 0:
+    - ``s_per_token2``: a group's ranks share its attention evenly, so it is a common number over the degree. Local and
+      ulysses share the number (same kernel on whole sequences, fewer heads); every other kind, which cuts sequences,
+      has its own.
+    - ``s_per_token``: the token-wise layers, one number of all shapes over the degree, plus the shape's messages.
+    - ``s_per_sequence`` and ``fixed_s``: what a rank alone pays, plus the shape's messages and kernel calls.
 
-    - ``s_per_token2``: the attention of a group is shared evenly by its ranks: one number over the degree. Local and
-      ulysses have it in common (the same kernel on whole sequences, fewer heads), every other kind has its own (it cuts
-      sequences).
-    - ``s_per_token``: the token-wise layers, shared evenly: one number of all shapes over the degree; and the messages.
-    - ``s_per_sequence`` and ``fixed_s``: what a rank alone pays; and messages and kernel calls beyond that.
-
-    Fitted one by one, a handful of noisy samples makes some shape look cheaper than its work, and a planner picks just
-    that one, again and again.
+    If every shape were fitted by itself, a few noisy samples would make some shape look cheaper than its work, and the
+    planner would choose just that shape again and again.
     """
     shapes = tuple(dict.fromkeys((sample.kind, sample.degree) for sample in samples))
     kernels = tuple(dict.fromkeys(_kernel(kind) for kind, _ in shapes))
@@ -92,31 +92,31 @@ def fit_group_times(samples: SequenceOf[GroupSample]) -> tuple[tuple[TimeFit, ..
 
 
 def _kernel(kind: AttentionKind) -> AttentionKind:
-    """Kinds that run attention on the same shapes share its price."""
+    """The kind whose attention price this kind shares: both run the kernel on the same shapes."""
     return AttentionKind.LOCAL if kind is AttentionKind.ULYSSES else kind
 
 
 def _robust_fit(rows: SequenceOf[SequenceOf[float]], seconds: SequenceOf[float]) -> tuple[float, ...]:
-    """Coefficients c >= 0 with small relative errors: least squares weighed anew a few times.
+    """Coefficients c >= 0 with small relative errors, by iteratively reweighted least squares.
 
-    An error counts relative to the geometric mean of fit and sample. Relative to the samples alone, one that came out
-    too quick by chance would weigh more than one as much too slow, and all prices would be too low. Errors far above
-    the usual one count in proportion, not squared (Huber, Annals of Mathematical Statistics 35, 1964): those samples
-    met something that is no property of their microbatch.
+    An error is taken relative to the geometric mean of fitted and measured seconds. Relative to the measured ones
+    alone, a sample that was too quick by chance would weigh more than one that was too slow by the same factor, and all
+    prices would come out too low. Outliers count linearly, not squared (Huber, Annals of Mathematical Statistics 35,
+    1964): something disturbed those samples that is no property of their microbatch.
     """
     matrix, target = np.asarray(rows, dtype=np.float64), np.asarray(seconds, dtype=np.float64)
     prices = non_negative_fit(rows, seconds)
-    for _ in range(_NUM_WEIGHINGS):
-        fitted = np.maximum(matrix @ np.asarray(prices), _LEAST_SHARE * target)
+    for _ in range(_NUM_REWEIGHTINGS):
+        fitted = np.maximum(matrix @ np.asarray(prices), _MIN_FITTED_SHARE * target)
         errors = np.abs(np.log(fitted / target))
-        usual = max(_HUBER * float(np.median(errors)), _LEAST_ERROR)
+        usual = max(_HUBER * float(np.median(errors)), _MIN_ERROR)
         scales = np.sqrt(fitted * target * np.maximum(1.0, errors / usual))
         prices = non_negative_fit(rows, seconds, scales=scales.tolist())
     return prices
 
 
 def group_features(lengths: SequenceOf[int]) -> tuple[float, float, float, float]:
-    """What the four prices of a TimeFit multiply: sum of squared lengths, sum, count and one."""
+    """What the four prices of a TimeFit are multiplied with: sum of squared lengths, sum of lengths, count and 1."""
     return (float(sum(size * size for size in lengths)), float(sum(lengths)), float(len(lengths)), 1.0)
 
 
@@ -125,8 +125,8 @@ def non_negative_fit(
 ) -> tuple[float, ...]:
     """Coefficients c >= 0 minimising sum(((row . c) - s)^2 / scale^2); ``scales`` default to ``seconds``.
 
-    The active-set method of Lawson and Hanson (Solving Least Squares Problems, 1974, chapter 23): exact, and where the
-    rows leave several optima, always the same one.
+    The active-set method of Lawson and Hanson (Solving Least Squares Problems, 1974, chapter 23). It is exact and
+    deterministic, also where there are several optima.
     """
     scale = np.asarray(seconds if scales is None else scales, dtype=np.float64)
     target = np.asarray(seconds, dtype=np.float64) / scale
@@ -137,7 +137,7 @@ def non_negative_fit(
     num_columns = scaled.shape[1]
     tolerance = 1e-12 * max(1.0, float(np.linalg.norm(target)))
     best, free = np.zeros(num_columns), np.zeros(num_columns, dtype=bool)
-    for _ in range(_MOST_TURNS * num_columns):
+    for _ in range(_MAX_FREED * num_columns):
         slope = scaled.T @ (target - scaled @ best)
         slope[free] = 0.0
         if slope.max(initial=0.0) <= tolerance:
@@ -150,7 +150,7 @@ def non_negative_fit(
             if not below.any():
                 best = wanted
                 break
-            # as far towards the wanted point as every coefficient allows; the first to reach zero stays there
+            # Go towards the wanted point until the first coefficient reaches zero, which then leaves the free set.
             steps = best[below] / np.maximum(best[below] - wanted[below], np.finfo(np.float64).tiny)
             best = best + float(steps.min()) * (wanted - best)
             free &= best > tolerance
@@ -159,5 +159,5 @@ def non_negative_fit(
 
 
 def best_rate(samples: SequenceOf[SizeSample], op: str) -> float:
-    """The highest work per second seen for ``op`` (FLOP/s or bytes/s); 0 without samples."""
+    """The highest work per second measured for ``op`` (FLOP/s or bytes/s); 0 without samples."""
     return max((sample.work / sample.seconds for sample in samples if sample.op == op), default=0.0)

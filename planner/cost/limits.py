@@ -12,12 +12,15 @@ from planner.plan import AttentionKind, MemoryAction
 class PlanLimits:
     """What a plan may use, and how long a solver may look for it.
 
-    ``device_budget_bytes``: peak bytes allowed per device. ``max_ulysses_degree``: query heads per tensor rank.
-    ``kinds``: attention kinds allowed for groups of two and more. Solver work is counted in nodes
-    (``max_nodes``), so the same inputs give the same plan; ``time_limit_s`` only guards. ``num_buckets`` (Q) and
-    ``num_round_trials`` (M') are FlexSP's 16 and 5. ``devices_per_node``: consecutive data ranks that share a node
-    (None: all of them). ``policies``: what may happen to saved activations; keeping them always may. A device may have
-    ``host_budget_bytes`` of its node's memory for what it swaps.
+    - ``device_budget_bytes``: peak bytes allowed per device.
+    - ``max_ulysses_degree``: query heads per tensor rank.
+    - ``kinds``: attention kinds allowed for groups of two and more ranks.
+    - ``max_nodes``: the solver's work is limited by its nodes, so that the same inputs give the same plan;
+      ``time_limit_s`` is only a guard. ``relative_gap``: a plan this close to its bound counts as proven.
+    - ``num_buckets`` and ``num_round_trials``: FlexSP's Q = 16 and M' = 5.
+    - ``devices_per_node``: consecutive data ranks that share a node (None: all ranks).
+    - ``policies``: what may be done with saved activations. Keeping them is always allowed.
+    - ``host_budget_bytes``: bytes of its node's memory that a device may use for what it swaps.
     """
 
     device_budget_bytes: int

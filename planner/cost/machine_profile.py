@@ -1,4 +1,4 @@
-"""What ``calibrate`` writes: single-operation measurements of a machine and the cost model of one model on it."""
+"""What ``calibrate`` writes: measurements of a machine's single operations, and the cost model of one model on it."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from planner.cost.model import CostModel
 from planner.inputs.yaml_file import read_yaml
 
 MACHINE_FILE = "machine.yaml"
-"""What the measuring ranks call the file in their run folder."""
+"""Name of the profile that the measuring ranks write into their run folder."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MachineProfile:
-    """One measured machine. ``samples``: operations by size, all ranks working at once. ``cost``: fitted from whole
-    microbatches of the model named in its provenance, run through the same engine that trains."""
+    """One measured machine. ``samples``: single operations by size, with all ranks working at once. ``cost``: fitted to
+    whole microbatches of the model that its provenance names, run through the engine that trains."""
 
     name: str
     device: str
@@ -27,9 +27,9 @@ class MachineProfile:
 
 
 def load_cost(path: str) -> CostModel:
-    """A measured cost model: the file ``longhaul calibrate`` writes, or the cost model in it alone.
+    """Read a cost model from the file that ``longhaul calibrate`` writes, or from a file of the cost model alone.
 
-    Raises SpecError: unreadable file, malformed YAML, unknown or missing key, impossible value.
+    Raises SpecError on an unreadable file, malformed YAML, an unknown or missing key, or an impossible value.
     """
     where = f"cost file {path}"
     data = read_yaml(Path(path), where)

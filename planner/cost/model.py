@@ -1,4 +1,4 @@
-"""What a microbatch costs on a given machine for a given model: seconds and bytes, with where the numbers come from.
+"""What a microbatch costs on a given machine for a given model, in seconds and bytes, and where the numbers come from.
 
 A group of ``degree`` ranks that runs sequences of s_1 .. s_n tokens takes, forward plus backward over all layers,
 
@@ -26,15 +26,18 @@ KEEP = MemoryPolicy()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CostModel:
-    """All a planner knows about speed and memory. ``step_fixed_s``: parameter gather, gradient reduction and
-    optimizer, once a step whatever the plan. ``sharding``: what fixed bytes and fixed seconds were priced for.
-    ``activation``: None where swapping and recomputing activations are not priced, ``chunks``: where running chunk by
-    chunk is not. ``remap``: None where tokens cannot be moved for the token-wise layers. Raises SpecError where
-    activations free more than a token takes, or a token's work outside attention takes longer than all of it.
+    """All that a planner knows about speed and memory.
 
-    ``num_stages``: pipeline stages that all of this was priced for, evenly: seconds and bytes are those of one of them,
-    and its peak counts as many microbatches between forward and backward as there are stages. Raises SpecError for
-    stages together with zero3 or ``chunks``: neither is priced so."""
+    - ``step_fixed_s``: parameter gather, gradient reduction and optimizer, once a step whatever the plan.
+    - ``sharding``: the mode for which fixed bytes and fixed seconds were priced.
+    - ``activation``: None where swapping and recomputing activations are not priced.
+    - ``chunks``: None where running chunk by chunk is not priced.
+    - ``remap``: None where moving tokens for the token-wise layers is not priced.
+    - ``num_stages``: pipeline stages, priced alike. All seconds and bytes are those of one stage; its peak counts as
+      many microbatches in flight as there are stages.
+
+    Raises SpecError where activations free more bytes than a token takes, where the token-wise work of a token takes
+    longer than all its linear work, and for stages together with zero3 or ``chunks``, which are not priced."""
 
     times: tuple[TimeFit, ...]
     memory: MemoryFit
@@ -51,7 +54,7 @@ class CostModel:
 
     def __post_init__(self) -> None:
         for time in reversed(self.times):
-            self._fits[time.kind, time.degree] = time  # the first of equal ones counts
+            self._fits[time.kind, time.degree] = time  # reversed, so that the first of several equal ones counts
         if self.num_stages < 1:
             raise SpecError(f"num_stages must be at least 1, got {self.num_stages}")
         if self.num_stages > 1 and (self.sharding is Sharding.ZERO3 or self.chunks is not None):
@@ -67,30 +70,30 @@ class CostModel:
 
     @property
     def runs_free(self) -> bool:
-        """Whether a microbatch waits for nobody but its own ranks: neither lockstep nor pipeline stages."""
+        """Whether a microbatch waits for its own ranks only: there is neither lockstep nor a pipeline."""
         return self.sharding is not Sharding.ZERO3 and self.num_stages == 1
 
     @property
     def prices_policies(self) -> bool:
-        """Whether anything but keeping all activations is priced."""
+        """Whether any memory policy but keeping all activations is priced."""
         return self.activation is not None or self.chunks is not None
 
     @property
     def digest(self) -> str:
-        if not self._digest:  # asked for in every step, and takes milliseconds
+        if not self._digest:  # kept, because it takes milliseconds and every step asks for it
             object.__setattr__(self, "_digest", digest_of(self))
         return self._digest
 
     def degrees(self, kind: AttentionKind) -> tuple[int, ...]:
-        """The degrees this model can price for ``kind``, ascending."""
+        """The degrees priced for ``kind``, ascending."""
         return tuple(sorted(fit.degree for fit in self.times if fit.kind is kind))
 
     def find_fit(self, kind: AttentionKind, degree: int) -> TimeFit | None:
-        """``time_fit``, or None where there is none."""
+        """The coefficients of this kind and degree, or None where they are not priced."""
         return self._fits.get((kind, degree))
 
     def time_fit(self, kind: AttentionKind, degree: int) -> TimeFit:
-        """Raises PlanError where the cost model has no such (kind, degree)."""
+        """The coefficients of this kind and degree. Raises PlanError where they are not priced."""
         fit = self.find_fit(kind, degree)
         if fit is not None:
             return fit
@@ -104,14 +107,14 @@ class CostModel:
         )
 
     def policy_fit(self, kind: AttentionKind, degree: int, policy: MemoryPolicy) -> TimeFit:
-        """``time_fit`` for a microbatch that may run in chunks. What swapping and recomputing take is not in it. Raises
-        PlanError where it is not priced."""
+        """``time_fit``, with the prices of chunks where the policy runs in chunks; swapping and recomputing are not
+        included. Raises PlanError where it is not priced."""
         fit = self.time_fit(kind, degree)
         return self._chunks(policy).time_fit(fit, policy.chunk_tokens) if policy.chunk_tokens else fit
 
     def token_bytes(self, policy: MemoryPolicy = KEEP) -> float:
-        """Bytes on the device per token it holds, of a microbatch that runs whole. Raises PlanError where the policy is
-        not priced."""
+        """Bytes on the device per token that it holds of a microbatch that does not run in chunks. Raises PlanError
+        where the policy is not priced."""
         if policy.is_keep:
             return self.memory.bytes_per_token
         fit = self._activation(policy)
@@ -123,8 +126,8 @@ class CostModel:
         self, num_local_tokens: int, policy: MemoryPolicy = KEEP, kind: AttentionKind = AttentionKind.LOCAL,
         degree: int = 1,
     ) -> float:
-        """Most bytes of a microbatch on a device that holds this many tokens of it; ``kind`` and ``degree`` of its
-        group matter in chunks only. Raises PlanError where the policy is not priced."""
+        """Peak bytes of a microbatch on a device that holds this many of its tokens. ``kind`` and ``degree`` of its
+        group only matter in chunks. Raises PlanError where the policy is not priced."""
         if not policy.chunk_tokens:
             return self.token_bytes(policy) * num_local_tokens
         fit, chunk_tokens = self._chunks(policy), min(policy.chunk_tokens, num_local_tokens)
@@ -134,25 +137,26 @@ class CostModel:
         self, num_local_tokens: int, policy: MemoryPolicy = KEEP, kind: AttentionKind = AttentionKind.LOCAL,
         degree: int = 1,
     ) -> int:
-        """Peak bytes of a device that holds this many tokens of its largest microbatch, run under this policy in such
-        a group."""
+        """Peak bytes of a device, everything included, that holds this many tokens of its largest microbatch, run under
+        this policy in a group of this kind and degree."""
         held_bytes = int(self.memory.fixed_bytes + self.held_bytes(num_local_tokens, policy, kind, degree))
         return max(held_bytes, self.memory.update_bytes)
 
     def host_bytes(self, num_local_tokens: int, policy: MemoryPolicy = KEEP) -> int:
-        """Bytes on the host of one device that holds this many tokens of a microbatch under this policy."""
+        """Bytes that a device with this many tokens of a microbatch swaps to its host under this policy."""
         if policy.swap_fraction == 0:
             return 0
         return int(policy.swap_fraction * self._activation(policy).copied_bytes_per_token * num_local_tokens)
 
     def recompute_s(self, num_local_tokens: float, policy: MemoryPolicy) -> float:
-        """Seconds that recomputing adds to a microbatch on a rank that holds this many tokens of it."""
+        """Seconds that recomputing adds on a rank that holds this many tokens of a microbatch."""
         if policy.recompute_fraction == 0:
             return 0.0
         return policy.recompute_fraction * self._activation(policy).recompute_s_per_token * num_local_tokens
 
     def exposed_copy_s(self, num_local_tokens: float, busy_s: float, policy: MemoryPolicy) -> float:
-        """Seconds by which the copy to the host outlasts its share of ``busy_s``, a microbatch without recomputing."""
+        """Seconds of the copy to the host that do not hide under the microbatch, which takes ``busy_s`` seconds without
+        recomputing."""
         if policy.swap_fraction == 0:
             return 0.0
         fit = self._activation(policy)
@@ -170,14 +174,14 @@ class CostModel:
         return self.chunks
 
     def max_local_tokens(self, budget_bytes: int) -> int:
-        """The most tokens of one microbatch that a device with this budget can hold (0 if the fixed part is over): of
-        several stages the first one, which holds as many such microbatches at once."""
+        """The most tokens of one microbatch that a device with this budget can hold; 0 where the fixed part alone
+        exceeds it. With pipeline stages it is the first stage's device, which holds one such microbatch per stage."""
         spare = budget_bytes - self.memory.fixed_bytes
         if budget_bytes < self.memory.update_bytes:
             return 0
         if spare < 0 or self.memory.bytes_per_token <= 0:
             return 0 if spare < 0 else 2**62 // self.num_stages
-        tokens = int(spare / self.memory.bytes_per_token) + 1  # device_bytes cuts fractions off: one more may fit
+        tokens = int(spare / self.memory.bytes_per_token) + 1  # one more may fit, because device_bytes rounds down
         while tokens > 0 and self.device_bytes(tokens) > budget_bytes:
             tokens -= 1
         return tokens // self.num_stages

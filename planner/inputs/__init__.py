@@ -1,1 +1,1 @@
-"""What a dry run is asked about: clusters, models and lengths, from built-in files or the user's own."""
+"""Inputs of planning: clusters, models and sequence lengths, built in or from the user's files."""

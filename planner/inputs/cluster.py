@@ -1,5 +1,4 @@
-"""What the machines are: devices, hosts, links. Data files in ``planner/inputs/hardware``, strict keys, sources
-named."""
+"""Hardware: devices, hosts and links. Data files are in ``planner/inputs/hardware``; every number names its source."""
 
 from __future__ import annotations
 
@@ -17,7 +16,7 @@ def _require_positive(owner: str, **values: float) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinkSpec:
-    """One direction of one device's link. ``source`` says where the numbers come from; 'guess' is shown as such."""
+    """One direction of one device's link. ``source``: where the numbers come from; 'guess' is shown to the user."""
 
     bytes_per_s: float
     latency_s: float
@@ -37,7 +36,7 @@ class LinkSpec:
 class DeviceSpec:
     """One accelerator (or one CPU process). ``reserved_bytes``: context, communicators and allocator slack.
 
-    Efficiencies are the share of ``peak_flop_per_s`` (dense, training dtype) that large matrix products and flash
+    Efficiencies are the fractions of ``peak_flop_per_s`` (dense, training dtype) that large matrix products and flash
     attention reach.
     """
 
@@ -96,5 +95,5 @@ class ClusterSpec:
         return self.num_nodes * self.devices_per_node
 
     def node_of(self, rank: int) -> int:
-        """The node a rank lives on: ranks fill nodes in order, as torchrun numbers them."""
+        """The node of a rank: ranks fill nodes in order, as torchrun numbers them."""
         return rank // self.devices_per_node

@@ -1,7 +1,8 @@
-"""Clusters and models by built-in name or from a YAML file: strict keys, human units, one-line errors.
+"""Loads clusters and models by built-in name or from a YAML file: strict keys, human units, one-line errors.
 
-``load_cluster("h200-8")`` reads ``planner/inputs/hardware/h200-8.yaml``; anything with a slash or a ``.yaml``/``.yml``
-ending is a path. Byte fields take ``40 GiB``, rate fields ``312 TFLOP/s`` or ``80 GB/s``; plain numbers are base units.
+``load_cluster("h200-8")`` reads ``planner/inputs/hardware/h200-8.yaml``; a name with a slash or the ending ``.yaml`` or
+``.yml`` is a path. Byte fields accept ``40 GiB``, rate fields ``312 TFLOP/s`` or ``80 GB/s``; plain numbers are in base
+units.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def model_names() -> tuple[str, ...]:
 
 
 def sources(cluster: ClusterSpec, model: ModelSpec) -> tuple[tuple[str, str], ...]:
-    """Where the numbers of a cluster and a model come from, as (part, source). A guess says ``guess``."""
+    """Where the numbers of a cluster and a model come from, as (part, source). A guess contains the word ``guess``."""
     return (
         (f"device {cluster.device.name}", cluster.device.source),
         ("host", cluster.host.source),
@@ -49,7 +50,7 @@ def sources(cluster: ClusterSpec, model: ModelSpec) -> tuple[tuple[str, str], ..
 
 
 def _size(model: ModelSpec) -> str:
-    """``8.03B parameters``, ``46.7B parameters, 12.9B active``."""
+    """For example ``8.03B parameters``, or ``46.7B parameters, 12.9B active``."""
     active = f", {format_count(model.num_active_params)} active" if model.num_active_params < model.num_params else ""
     return f"{format_count(model.num_params)} parameters{active}"
 
@@ -79,7 +80,7 @@ def _find(name_or_path: str, folder: str, what: str) -> Path:
 
 
 def _convert_units(data: Any, where: str) -> Any:
-    """Human text to base units, by the unit in the key's own name; other values pass."""
+    """Convert text to base units by the unit in the key's name; other values are returned unchanged."""
     if not isinstance(data, Mapping):
         return data
     return {key: _convert_value(str(key), value, f"{where}.{key}") for key, value in data.items()}

@@ -1,8 +1,8 @@
 """Sequence lengths of published corpora by name, drawn from quantile tables: ``longhaul plan --lengths wikipedia``.
 
-A corpus is a table of (length in tokens, share of sequences at most that long). Between two knots the logarithm of the
-length is linear in the share; two knots of equal length are sequences of exactly that length. Draws come from numpy's
-Philox generator, so a name and a seed are the same lengths on every machine.
+A corpus is a table of (length in tokens, fraction of sequences that are at most this long). Between two knots the
+logarithm of the length is linear in the fraction; two knots of equal length stand for sequences of exactly that length.
+Numbers come from numpy's Philox generator, so a name and a seed give the same lengths on every machine.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _BYTESCALE_NOTE = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LengthTable:
-    """One corpus. ``knots``: (tokens, share), both ascending, shares from 0 to 1. ``note`` starts with ``guess`` where
-    something had to be assumed."""
+    """One corpus. ``knots``: (tokens, fraction of sequences), both ascending, fractions from 0 to 1. ``note`` starts
+    with ``guess`` if something had to be assumed."""
 
     name: str
     knots: tuple[tuple[float, float], ...]
@@ -33,7 +33,7 @@ class LengthTable:
     note: str = ""
 
     def quantile(self, share: float) -> int:
-        """Tokens of the sequence that this share (0 .. 1) of all sequences does not exceed."""
+        """The length in tokens that the fraction ``share`` (0 .. 1) of all sequences does not exceed."""
         for (low, start), (high, stop) in zip(self.knots, self.knots[1:], strict=False):
             if share <= stop and stop > start:
                 part = max(0.0, (share - start) / (stop - start))
@@ -46,7 +46,7 @@ class LengthTable:
 
     @property
     def mean(self) -> float:
-        """Mean tokens of a sequence: over a log-linear piece from a to b it is (b - a) / ln(b / a)."""
+        """Mean tokens per sequence. The mean of a log-linear piece from a to b is (b - a) / ln(b / a)."""
         pieces = zip(self.knots, self.knots[1:], strict=False)
         return sum(
             (stop - start) * (low if low == high else (high - low) / math.log(high / low))
@@ -59,14 +59,14 @@ def length_names() -> tuple[str, ...]:
 
 
 def length_table(name: str) -> LengthTable:
-    """Raises SpecError where there is no corpus of this name."""
+    """Raises SpecError if there is no corpus of this name."""
     if name not in _TABLES:
         raise SpecError(f"no lengths are known by the name {name!r} (known: {', '.join(length_names())})")
     return _TABLES[name]()
 
 
 def generate_lengths(name: str, *, seed: int = 0) -> Iterator[int]:
-    """Lengths (tokens) without end, independent of each other. Raises SpecError on an unknown name."""
+    """An endless stream of independent lengths (tokens). Raises SpecError for an unknown name."""
     return _draw(length_table(name), seed)
 
 
@@ -142,8 +142,9 @@ def _commoncrawl() -> LengthTable:
 
 
 def _bucket_knots(token_shares: tuple[float, ...]) -> tuple[tuple[float, float], ...]:
-    """Knots from the tokens' shares of buckets labelled 2K, 4K ... 2M: a bucket holds sequences in proportion to its
-    tokens over its label, which gives back every share of sequences that the figure prints."""
+    """Knots from each bucket's share of the tokens, with buckets labelled 2K, 4K ... 2M. A bucket's number of sequences
+    is proportional to its tokens divided by its label; this reproduces all shares of sequences printed in the
+    figure."""
     labels = [2 ** (11 + index) for index in range(len(token_shares))]
     counts = [share / label for share, label in zip(token_shares, labels, strict=True)]
     shares = [count / sum(counts) for count in accumulate(counts)]

@@ -1,4 +1,4 @@
-"""Sequence lengths from a text file, one number of tokens a line, and the batches cut from it."""
+"""Reads sequence lengths from a text file with one number of tokens per line, and cuts them into batches."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from planner.errors import SpecError
 def read_lengths(path: str) -> tuple[int, ...]:
     """All lengths (tokens) in file order; blank lines are skipped.
 
-    Raises SpecError naming file and line where a line is not a whole number of at least 1, or where there is none.
+    Raises SpecError naming file and line if a line is not a whole number of at least 1, or if there are no lengths.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")  # some editors begin a file with a mark
+        text = Path(path).read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not a text file"
         raise SpecError(f"lengths file {path}: cannot be read ({reason})") from None
@@ -23,7 +23,7 @@ def read_lengths(path: str) -> tuple[int, ...]:
         _length(line, path, number) for number, line in enumerate(text.split("\n"), start=1) if line and line.strip()
     )
     if not lengths:
-        raise SpecError(f"lengths file {path} holds no lengths; one number of tokens a line is needed")
+        raise SpecError(f"lengths file {path} holds no lengths; it needs one number of tokens per line")
     return lengths
 
 
@@ -38,7 +38,7 @@ def _length(line: str, path: str, number: int) -> int:
 
 
 def drop_longer(lengths: SequenceOf[int], max_tokens: int) -> tuple[tuple[int, ...], int]:
-    """The lengths of at most ``max_tokens``, in order, and how many were dropped. Raises SpecError if none is left."""
+    """The lengths of at most ``max_tokens``, in order, and how many were dropped. Raises SpecError if none are left."""
     kept = tuple(length for length in lengths if length <= max_tokens)
     if not kept:
         shortest = min(lengths)

@@ -12,8 +12,8 @@ from planner.errors import SpecError
 class ModelSpec:
     """A Llama-family decoder: RMSNorm, RoPE, grouped-query attention, SwiGLU. No biases.
 
-    With ``num_experts`` > 1 every layer holds that many MLPs of ``ffn_dim`` and a router that sends each token to
-    ``active_experts`` of them: memory counts all weights, FLOPs the active ones. The trainer builds dense models only.
+    With ``num_experts`` > 1 every layer has that many MLPs of ``ffn_dim`` and a router that sends each token to
+    ``active_experts`` of them: memory counts all weights, FLOP only the active ones. Only dense models can be trained.
     """
 
     name: str
@@ -50,7 +50,7 @@ class ModelSpec:
                 f"num_kv_heads ({self.num_kv_heads})"
             )
         if self.head_dim % 2:
-            raise SpecError(f"model {self.name}: head_dim ({self.head_dim}) must be even, RoPE turns pairs")
+            raise SpecError(f"model {self.name}: head_dim ({self.head_dim}) must be even, because RoPE rotates pairs")
 
     @property
     def layer_linear_params(self) -> int:
@@ -59,7 +59,7 @@ class ModelSpec:
 
     @property
     def layer_active_params(self) -> int:
-        """The weights of ``layer_linear_params`` that one token meets."""
+        """Those weights of ``layer_linear_params`` that process one token."""
         return self._layer_params(self.active_experts)
 
     def _layer_params(self, num_mlps: int) -> int:
@@ -75,7 +75,8 @@ class ModelSpec:
 
     @property
     def num_active_params(self) -> int:
-        """The parameters one token meets: what a mixture of experts is named after. All of them in a dense model."""
+        """Parameters that process one token, by which mixtures of experts are named. All parameters in a dense
+        model."""
         return self._all_params(self.layer_active_params)
 
     def _all_params(self, layer_params: int) -> int:
@@ -91,10 +92,10 @@ class ModelSpec:
         return 6.0 * weights * num_tokens
 
     def attention_flop(self, lengths: Iterable[int]) -> float:
-        """Forward plus backward FLOPs of causal attention, no document seeing another.
+        """Forward plus backward FLOPs of causal attention in which documents do not attend to each other.
 
-        Forward: two products (scores, output), 2 * 2 * (s^2 / 2) * heads * head_dim each layer; backward counted as
-        twice the forward (model FLOPs: the recomputation inside flash attention does not count).
+        Forward: two products (scores, output) of 2 * 2 * (s^2 / 2) * heads * head_dim in each layer. Backward: counted
+        as twice the forward (model FLOPs, which do not include the recomputation inside flash attention).
         """
         squares = sum(size * size for size in lengths)
         return 3.0 * 2.0 * squares * self.num_query_heads * self.head_dim * self.num_layers
@@ -105,12 +106,12 @@ class ModelSpec:
         return self.linear_flop(sum(sizes)) + self.attention_flop(sizes)
 
     def saved_bytes_per_token(self, element_bytes: int) -> int:
-        """Activations autograd keeps per token of one layer, in full, nothing recomputed.
+        """Bytes of activations that autograd saves per token of one layer, without recompute.
 
-        Inputs of both norms and their normalised outputs (4 x hidden), q and attention output (2 x query heads), k
-        and v, q and k before RoPE, gate, up, their activation and product (4 x ffn; without a gate only up and its
-        activation, 2 x ffn), and the fp32 log-sum-exp. A mixture keeps the MLP's part once for each active expert,
-        with that expert's copy of the token going in and coming out (2 x hidden).
+        Inputs of both norms and their normalised outputs (4 x hidden); q and attention output (2 x query heads); k
+        and v; q and k before RoPE; gate, up, their activation and product (4 x ffn; without a gate only up and its
+        activation, 2 x ffn); and the fp32 log-sum-exp. A mixture saves the MLP's part for each active expert, with that
+        expert's copy of the token before and after it (2 x hidden).
         """
         query = self.num_query_heads * self.head_dim
         kv = self.num_kv_heads * self.head_dim

@@ -1,4 +1,4 @@
-"""The one YAML reader: plain values only, unique keys, one line for every mistake."""
+"""The only YAML reader: plain values, unique keys, one line for every mistake."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from planner.errors import SpecError
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """YAML says keys are unique, PyYAML keeps the last one: the value that loses would vanish without a word."""
+    """Rejects repeated keys. YAML forbids them, but PyYAML keeps the last one and silently drops the others."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
                 if key.value in seen:
-                    raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} is there twice",
+                    raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} appears twice",
                                                             key.start_mark)
                 seen.add(key.value)
         return super().construct_mapping(node, deep=deep)
 
 
 def read_yaml(path: Path, where: str) -> Any:
-    """The value in a file. ``where`` begins every message, such as ``cluster file mine.yaml``. Raises SpecError: the
-    file cannot be read, is no YAML, or names a key twice."""
+    """The value in a file. ``where`` begins every message, for example ``cluster file mine.yaml``. Raises SpecError if
+    the file cannot be read, is not YAML, or repeats a key."""
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
@@ -38,7 +38,7 @@ def read_yaml(path: Path, where: str) -> Any:
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """``read_yaml`` of a text that is at hand. Raises SpecError."""
+    """Like ``read_yaml``, but for the text itself. Raises SpecError."""
     try:
         return yaml.load(text, Loader=_UniqueKeys)  # a SafeLoader
     except yaml.MarkedYAMLError as error:

@@ -1,1 +1,1 @@
-"""What a run measured, and what that says about its cost model."""
+"""What a run measured, and how well its cost model predicted it."""

@@ -1,6 +1,6 @@
-"""When the layers of a step computed and when copies of activations ran beside them, rank by rank: values and sums.
+"""When the layers of a step computed and when activations were copied alongside, on each rank.
 
-Seconds of one rank count from its gathered parameters, as those of ``planner.measured.step_times`` do.
+Seconds count from the rank's gathered parameters, as in ``planner.measured.step_times``.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from planner.units import MICROSECONDS_PER_S
 
 LAYERS, WAIT, OUT, BACK = "layers", "wait", "out", "back"
 LANES = (LAYERS, OUT, BACK, WAIT)
-"""``layers``: forward, backward and, within it, recomputing. ``out``, ``back``: copies to the tier and from it.
-``wait``: what computes stood still for a copy."""
+"""``layers``: forward, backward and, within it, recompute. ``out``, ``back``: copies to the tier and from it.
+``wait``: time in which the computation waited for a copy."""
 _COLUMNS = ("lane", "name", "start_us", "stop_us", "num_bytes")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Interval:
-    """``num_bytes``: moved, 0 for computing and waiting."""
+    """``num_bytes``: bytes copied; 0 for computing and waiting."""
 
     lane: str
     name: str
@@ -33,7 +33,7 @@ class Interval:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankLanes:
-    """One data rank of a step. ``num_left_out``: intervals beyond the most that are kept, the last ones."""
+    """One data rank of a step. ``num_left_out``: how many further intervals were not recorded."""
 
     rank: int
     intervals: tuple[Interval, ...]
@@ -42,7 +42,7 @@ class RankLanes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepLanes:
-    """``ranks``: those that were recorded."""
+    """The recorded ranks of one step."""
 
     step: int
     ranks: tuple[RankLanes, ...]
@@ -50,8 +50,8 @@ class StepLanes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CopySummary:
-    """Means of a rank and step. ``copy_s``: seconds in which at least one copy ran, ``hidden_s``: those of them in
-    which what computes did not wait for one. ``out_s`` and ``back_s``: sums over the copies, for rates."""
+    """Means per rank and step. ``copy_s``: seconds in which at least one copy ran. ``hidden_s``: those of them in which
+    the computation did not wait. ``out_s``, ``back_s``: sums over copies, to compute rates."""
 
     num_steps: int
     num_ranks: int
@@ -65,12 +65,12 @@ class CopySummary:
 
     @property
     def hidden_share(self) -> float:
-        """1 without copies."""
+        """Fraction of the copying time that was hidden; 1 without copies."""
         return self.hidden_s / self.copy_s if self.copy_s > 0 else 1.0
 
 
 def copy_seconds(intervals: Iterable[Interval]) -> tuple[float, float]:
-    """Seconds in which at least one copy ran, and those of them in which what computes did not wait."""
+    """Seconds in which at least one copy ran, and those of them in which the computation did not wait."""
     found = tuple(intervals)
     copies = _union((each.start_s, each.stop_s) for each in found if each.lane in (OUT, BACK))
     waits = _union((each.start_s, each.stop_s) for each in found if each.lane == WAIT)
@@ -87,7 +87,7 @@ def copy_seconds(intervals: Iterable[Interval]) -> tuple[float, float]:
 
 
 def summarize_copies(steps: SequenceOf[StepLanes]) -> CopySummary | None:
-    """Means over all ranks of all steps; None where no rank was recorded."""
+    """Means over all ranks of all steps; None if no rank was recorded."""
     ranks = [rank for step in steps for rank in step.ranks]
     if not ranks:
         return None
@@ -109,8 +109,8 @@ def summarize_copies(steps: SequenceOf[StepLanes]) -> CopySummary | None:
 
 
 def rank_to_plain(lanes: RankLanes) -> dict[str, Any]:
-    """Columns of whole microseconds, because key names would outweigh the numbers. What takes less than one and moves
-    nothing is left out."""
+    """Columns in whole microseconds, because key names would take more space than the numbers. Intervals below one
+    microsecond that copy nothing are left out."""
     columns: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
     for each in sorted(lanes.intervals, key=lambda each: (each.start_s, -each.stop_s)):
         start_us, stop_us = (round(seconds * MICROSECONDS_PER_S) for seconds in (each.start_s, each.stop_s))
@@ -123,12 +123,12 @@ def rank_to_plain(lanes: RankLanes) -> dict[str, Any]:
 
 
 def lanes_to_plain(step: int, ranks: SequenceOf[Mapping[str, Any]]) -> dict[str, Any]:
-    """One line of the run's file, of ``rank_to_plain``'s values."""
+    """One line of the run's file, from the results of ``rank_to_plain``."""
     return {"step": step, "ranks": list(ranks)}
 
 
 def lanes_from_plain(data: Mapping[str, Any]) -> StepLanes:
-    """Inverse of the two above, to the microsecond. Raises ValueError on anything else."""
+    """Inverse of the two functions above, to the microsecond. Raises ValueError for anything else."""
     try:
         return StepLanes(step=int(data["step"]), ranks=tuple(_rank_from_plain(each) for each in data["ranks"]))
     except (KeyError, TypeError, IndexError, ValueError) as error:
@@ -149,7 +149,7 @@ def _rank_from_plain(data: Mapping[str, Any]) -> RankLanes:
 
 
 def _union(spans: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The same seconds without overlaps, in order."""
+    """The same time spans in order, with overlaps merged."""
     merged: list[tuple[float, float]] = []
     for start, stop in sorted(spans):
         if merged and start <= merged[-1][1]:

@@ -1,7 +1,7 @@
-"""Does the cost model still tell the truth? Measured steps against their plans: how far off, and a model refitted.
+"""Compares measured steps with their plans: how far off the cost model is, and a refitted cost model.
 
-Plans of a run never change with what the run measures: a resumed run must repeat them. So a refit is a file for the
-next run, made from recorded steps only, and the same records give the same file.
+Measurements never change the plans of the same run, because a resumed run must repeat them. So a refitted model is a
+file for the next run. It is made only from recorded steps, and the same records give the same file.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from planner.pricing.pipeline_order import StageWork
 from planner.pricing.timeline import Pass, play
 
 WARM_UP_STEPS = 2
-"""First steps after a start: caches are cold and code is loaded late."""
+"""First steps after a start are not counted: caches are cold and some code is loaded late."""
 WINDOW_STEPS = 10
-LEAST_STEPS = 5
-LEAST_SAMPLES = 8
+MIN_STEPS = 5
+MIN_SAMPLES = 8
 _OUTLIER = 3.0
-"""A microbatch this many times off the median ratio of all of them met something that is no property of the plan."""
+"""A microbatch this many times off the median ratio of all was disturbed by something outside the plan."""
 
 Executed = tuple[StepPlan, MeasuredStep]
 
@@ -43,7 +43,7 @@ class Drift:
         return not 1 / self.factor <= self.ratio <= self.factor
 
     def sentence(self) -> str:
-        """The verdict for people."""
+        """One sentence for users."""
         speed = f"{self.ratio:.2f} times the predicted seconds (median of {self.num_steps} steps"
         if self.is_off:
             return f"the cost model is off: microbatches take {speed}, limit {self.factor:g})"
@@ -51,7 +51,8 @@ class Drift:
 
 
 class DriftWatch:
-    """Follows a run step by step. The first steps after a start are left out; fewer than LEAST_STEPS say nothing."""
+    """Follows a run step by step. The first steps after a start are not counted; with fewer than MIN_STEPS there is
+    no verdict."""
 
     def __init__(self, factor: float) -> None:
         self._factor = factor
@@ -60,14 +61,14 @@ class DriftWatch:
         self._window: deque[tuple[float, float]] = deque(maxlen=WINDOW_STEPS)
 
     def add(self, *, predicted_s: float, measured_s: float) -> Drift | None:
-        """``predicted_s`` and ``measured_s``: from gathered parameters to the last microbatch's end, slowest rank."""
+        """Add one step. Seconds are from gathered parameters to the end of the slowest rank's last microbatch."""
         self._num_seen += 1
         if self._num_seen > WARM_UP_STEPS and predicted_s > 0:
             self._window.append((predicted_s, measured_s))
         return drift_of(tuple(self._window), self._factor)
 
     def is_news(self, drift: Drift | None) -> bool:
-        """True once: the first time that the verdict is bad."""
+        """Whether to warn: True only the first time that the cost model is off."""
         if drift is None or not drift.is_off or self._has_warned:
             return False
         self._has_warned = True
@@ -75,14 +76,14 @@ class DriftWatch:
 
 
 def drift_of(pairs: SequenceOf[tuple[float, float]], factor: float) -> Drift | None:
-    """The verdict on (predicted, measured) seconds of steps; None where there are too few."""
-    if len(pairs) < LEAST_STEPS:
+    """The verdict on (predicted, measured) seconds of steps; None if there are too few."""
+    if len(pairs) < MIN_STEPS:
         return None
     return Drift(ratio=median_ratio(pairs), num_steps=len(pairs), factor=factor)
 
 
 def planned_passes(plan: StepPlan) -> tuple[Pass, ...]:
-    """When each microbatch runs as the plan predicts it; with pipeline stages forward and backward on the first one."""
+    """When each microbatch runs by the plan; with pipeline stages, its forward and backward on the first stage."""
     work = [StageWork(ranks=microbatch.ranks, seconds=microbatch.predicted_s) for microbatch in plan.microbatches]
     return play(work, sharding=plan.sharding, num_stages=plan.num_stages)
 
@@ -111,8 +112,8 @@ def microbatch_pairs(steps: SequenceOf[Executed]) -> list[tuple[float, float]]:
 
 
 def group_samples(steps: SequenceOf[Executed]) -> list[GroupSample]:
-    """Microbatches of one group each in which nothing is computed twice: those alone say what one (kind, degree)
-    costs."""
+    """Measured microbatches of a single group without recompute or chunks: their time is the cost of one (kind, degree)
+    alone."""
     found = []
     for plan, measured in steps:
         for index, seconds in measured.microbatch_s().items():
@@ -128,8 +129,8 @@ def group_samples(steps: SequenceOf[Executed]) -> list[GroupSample]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refit:
-    """A cost model refitted to measured microbatches, and the mean of |predicted / measured - 1| over them with the
-    model they were planned with and with the new one."""
+    """A cost model refitted to measured microbatches. ``error_before``, ``error_after``: mean of
+    |predicted / measured - 1| with the old and the new model."""
 
     cost: CostModel
     num_samples: int
@@ -138,13 +139,14 @@ class Refit:
 
 
 def refit_cost(cost: CostModel, steps: SequenceOf[Executed]) -> Refit | None:
-    """``cost`` brought in line with measured steps; None where they hold fewer than LEAST_SAMPLES usable microbatches.
+    """``cost`` adapted to measured steps; None if they have fewer than MIN_SAMPLES usable microbatches.
 
-    A run's own plans visit few shapes, so the old model stays the prior: each (kind, degree) is first scaled by its
-    median ratio of measured to predicted; those never seen get the median of all. Then each of its four terms may move
-    as far as the samples ask for, a change of a term by its own size weighing as much as one sample that is 100 % off.
-    The fixed part of a step is the median of the measured ones; memory stays as it was. The run's first WARM_UP_STEPS
-    and steps planned with another cost model (a run resumed with other ranks) are left out. A function of its inputs.
+    A run's plans use few shapes, so the old model serves as the prior. First each (kind, degree) is scaled by its
+    median ratio of measured to predicted seconds; those without samples are scaled by the median of all. Then each of
+    its four terms is fitted to the samples, where doubling a term counts as much as one sample that is 100 % off. The
+    fixed part of a step is the median of the measured ones; memory does not change. The run's first WARM_UP_STEPS and
+    steps planned with another cost model (a run resumed with other ranks) are left out. The result depends only on the
+    arguments.
     """
     digest = cost.digest
     steps = [
@@ -153,7 +155,7 @@ def refit_cost(cost: CostModel, steps: SequenceOf[Executed]) -> Refit | None:
     priced = [sample for sample in group_samples(steps) if sample.degree in cost.degrees(sample.kind)]
     pairs = [(cost.group_s(sample.kind, sample.degree, sample.lengths), sample) for sample in priced]
     pairs = [(predicted_s, sample) for predicted_s, sample in pairs if predicted_s > 0]
-    if len(pairs) < LEAST_SAMPLES:
+    if len(pairs) < MIN_SAMPLES:
         return None
     overall = median_ratio([(predicted_s, sample.seconds) for predicted_s, sample in pairs])
     kept = [(p, s) for p, s in pairs if overall / _OUTLIER <= s.seconds / p <= overall * _OUTLIER]
@@ -181,7 +183,7 @@ def refit_cost(cost: CostModel, steps: SequenceOf[Executed]) -> Refit | None:
 
 def _refit_shape(fit: TimeFit, samples: SequenceOf[tuple[float, GroupSample]], overall: float) -> TimeFit:
     ratio = median_ratio([(predicted_s, sample.seconds) for predicted_s, sample in samples]) if samples else overall
-    scaled = [ratio * value for value in (fit.s_per_token2, fit.s_per_token, fit.s_per_sequence, fit.fixed_s)]
+    scaled = [ratio * price for price in fit.prices]
     factors: tuple[float, ...] = (1.0,) * len(scaled)
     if samples:
         rows = [
@@ -191,11 +193,10 @@ def _refit_shape(fit: TimeFit, samples: SequenceOf[tuple[float, GroupSample]], o
         prior = [tuple(float(row == column) for column in range(len(scaled))) for row in range(len(scaled))]
         factors = non_negative_fit(
             [*rows, *prior], [*(sample.seconds for _, sample in samples), *(1.0 for _ in prior)],
-            # relative to the prediction, not to the measurement: errors then cancel out in the mean
+            # relative to predictions, not measurements, so that errors cancel out in the mean
             scales=[*(ratio * predicted_s for predicted_s, _ in samples), *(1.0 for _ in prior)],
         )
-    token2, token, sequence, fixed = (price * factor for price, factor in zip(scaled, factors, strict=True))
-    return replace(fit, s_per_token2=token2, s_per_token=token, s_per_sequence=sequence, fixed_s=fixed)
+    return fit.with_prices([price * factor for price, factor in zip(scaled, factors, strict=True)])
 
 
 def _errors(cost: CostModel, samples: SequenceOf[GroupSample]) -> list[float]:

@@ -1,9 +1,9 @@
-"""What a step really took, microbatch by microbatch and rank by rank: the measured side of a plan.
+"""Measured times of a step, for each microbatch on each rank.
 
-Times of one rank count from the moment it left the step's parameter gather. All ranks leave that collective together
-(nobody can before the last one has entered its last all-gather), so no clocks are compared: the same zero holds on one
-host and across hosts, to within the time that the last message of a gather is on its way and the ranks take to wake up.
-With four ranks on two busy cores they left 5 ms apart (median of 30 steps, by the clock that they share there).
+Times of one rank count from the moment it left the step's parameter gather. All ranks leave that collective at nearly
+the same moment (none can leave before the last has entered its last all-gather), so clocks need not be compared, on one
+host or across hosts: the error is the flight time of the gather's last message plus the time ranks take to wake up.
+Four ranks on two busy cores left 5 ms apart (median of 30 steps, measured by their common clock).
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ from typing import Any
 from planner.plan import StepPlan
 
 _DIGITS = 6
-"""Microseconds: finer than any clock here is worth."""
+"""Rounds to microseconds, which is finer than the clocks are accurate."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicrobatchTime:
-    """One rank at one microbatch (its place in the plan). ``middle_s``: the forward is over, the backward begins.
+    """One rank's times in one microbatch (its index in the plan). ``middle_s``: end of the forward, start of the
+    backward.
 
-    ``forward_wait_s`` and ``backward_wait_s``: seconds stopped for peers' messages that computing did not hide.
-    ``away_s``: seconds between forward and backward (a pipeline stage runs other microbatches then); not stored.
+    ``forward_wait_s``, ``backward_wait_s``: seconds of waiting for peers' messages that computing did not hide.
+    ``away_s``: seconds between forward and backward, in which a pipeline stage runs other microbatches; not stored.
     """
 
     microbatch: int
@@ -48,7 +49,7 @@ class MicrobatchTime:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankStep:
     """One rank's step. ``gather_s``: from the step's start to gathered parameters. ``reduce_s``: from the end of its
-    last microbatch to reduced gradients, waiting for slower ranks included."""
+    last microbatch to reduced gradients, including waiting for slower ranks."""
 
     gather_s: float
     reduce_s: float
@@ -56,7 +57,7 @@ class RankStep:
 
     @property
     def finish_s(self) -> float:
-        """When its last microbatch ended; 0 without any."""
+        """When the last microbatch ended; 0 without microbatches."""
         return max((each.stop_s for each in self.microbatches), default=0.0)
 
     @property
@@ -70,7 +71,7 @@ class RankStep:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeasuredStep:
-    """All data ranks of one step, by rank. ``update_s``: after the reduction, on rank 0: clipping and optimizer."""
+    """All data ranks of one step, by rank. ``update_s``: seconds after the reduction on rank 0: clipping, optimizer."""
 
     step: int
     ranks: tuple[RankStep, ...]
@@ -79,18 +80,18 @@ class MeasuredStep:
 
     @property
     def span_s(self) -> float:
-        """From gathered parameters to the end of the last microbatch of any rank."""
+        """Seconds from gathered parameters to the end of the last microbatch on any rank."""
         return max(rank.finish_s for rank in self.ranks)
 
     @property
     def fixed_s(self) -> float:
-        """What the step took beside its microbatches: the quickest rank's gather and reduction (it waited for nobody)
-        and the update."""
+        """Seconds of the step outside microbatches: gather and reduction of the quickest rank, which waited for no
+        other, and the update."""
         return min(rank.gather_s for rank in self.ranks) + min(rank.reduce_s for rank in self.ranks) + self.update_s
 
     def microbatch_s(self) -> dict[int, float]:
-        """Seconds of each microbatch by its place in the plan: from its last rank's start to its last rank's end, so
-        that waiting for a rank still busy elsewhere does not count."""
+        """Seconds of each microbatch by its index in the plan: from the last rank's start to the last rank's end, so
+        that waiting for a rank that was still busy elsewhere does not count."""
         times: dict[int, list[MicrobatchTime]] = {}
         for rank in self.ranks:
             for each in rank.microbatches:
@@ -102,12 +103,12 @@ class MeasuredStep:
 
 
 def microbatch_places(plan: StepPlan) -> tuple[tuple[int, int], ...]:
-    """(microbatch, rank) of everything that is timed in a step, in the plan's order: the same list on every rank."""
+    """(microbatch, rank) of everything that is timed in a step, in the plan's order; the same list on every rank."""
     return tuple((index, rank) for index, microbatch in enumerate(plan.microbatches) for rank in microbatch.ranks)
 
 
 def measured_to_plain(step: MeasuredStep) -> dict[str, Any]:
-    """One line of ``spans.jsonl``: columns, in seconds, because key names would outweigh the numbers."""
+    """One line of ``spans.jsonl``: columns in seconds, because key names would take more space than the numbers."""
     rows = [(rank, each) for rank, times in enumerate(step.ranks) for each in times.microbatches]
 
     def column(values: SequenceOf[float]) -> list[float]:
@@ -130,7 +131,7 @@ def measured_to_plain(step: MeasuredStep) -> dict[str, Any]:
 
 
 def measured_from_plain(data: Mapping[str, Any]) -> MeasuredStep:
-    """Inverse of ``measured_to_plain``. Raises ValueError on anything else."""
+    """Inverse of ``measured_to_plain``. Raises ValueError for anything else."""
     columns = ("rank", "microbatch", "start_s", "middle_s", "stop_s", "forward_wait_s", "backward_wait_s")
     try:
         by_rank: list[list[MicrobatchTime]] = [[] for _ in data["gather_s"]]
@@ -155,5 +156,5 @@ def measured_from_plain(data: Mapping[str, Any]) -> MeasuredStep:
 
 
 def median_ratio(pairs: SequenceOf[tuple[float, float]]) -> float:
-    """Median of measured over predicted; ``pairs``: (predicted, measured), predictions above 0, at least one."""
+    """Median of measured over predicted. ``pairs``: (predicted, measured), at least one, predictions above 0."""
     return statistics.median(measured / predicted for predicted, measured in pairs)

@@ -1,1 +1,1 @@
-"""What people read about plans and runs: words, tables, HTML and traces."""
+"""What users read about plans and runs: text, tables, HTML and traces."""

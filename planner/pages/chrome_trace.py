@@ -1,10 +1,11 @@
-"""Priced steps as a Chrome trace, for ui.perfetto.dev: a process per node, a thread per rank, an event per microbatch.
+"""Priced steps as a Chrome trace for ui.perfetto.dev: one process per node, one thread per rank, one event per
+microbatch.
 
 Format: JSON object of the Trace Event Format, complete events (``ph: X``) with times in microseconds. Steps follow one
-another; each ends with what every rank does once a step (``step_fixed_s``: gather, reduce, optimizer).
+another; each ends with the work that every rank does once per step (``step_fixed_s``: gather, reduce, optimizer).
 
-Steps that were replayed have more processes: one for each of a few ranks, a thread per lane (compute, messages, NIC,
-copies to the host), as ``planner.replay.step`` saw them. A step then lasts as long as the longer of the two.
+Replayed steps have further processes: one for each of a few ranks, with a thread per lane (compute, messages, NIC,
+copies to the host) of ``planner.replay.step``. A step then takes as long as the longer of prediction and replay.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _LANE_NAMES = {"compute": "compute", "exchange": "messages", "nic": "NIC (betwee
 
 
 def chrome_trace(steps: SequenceOf[PlannedStep], cluster: ClusterSpec) -> dict[str, Any]:
-    """The value to write with ``json.dumps``. Data rank r is device r of the cluster."""
+    """The trace as a value for ``json.dumps``. Data rank r is device r of the cluster."""
     num_ranks = steps[0].plan.num_ranks
     events = list(_names(num_ranks, cluster))
     start_s = 0.0
@@ -41,7 +42,7 @@ def chrome_trace(steps: SequenceOf[PlannedStep], cluster: ClusterSpec) -> dict[s
         about["replay"] = (
             f"{len(process)} of {num_ranks} ranks (at most {MAX_DRAWN_RANKS}); of each microbatch the first layer, "
             "forward and backward, round by round, the others as one event; at most "
-            f"{MAX_LANE_EVENTS} events a step, later ones are left out"
+            f"{MAX_LANE_EVENTS} events per step; later ones are left out"
         )
     return {"traceEvents": events, "displayTimeUnit": "ms", "otherData": about}
 
@@ -91,7 +92,7 @@ def _step_events(step: PlannedStep, cluster: ClusterSpec, start_s: float) -> Ite
 
 
 def _details(index: int, microbatch: Microbatch, lengths: SequenceOf[int]) -> dict[str, Any]:
-    """What is said about every event of one microbatch."""
+    """The details shown for every event of one microbatch."""
     sizes = [lengths[sequence] for group in microbatch.groups for sequence in group.sequences]
     return {
         "microbatch": index,

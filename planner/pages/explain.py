@@ -1,4 +1,4 @@
-"""A plan in words and rows for people. Plain strings only: the command prints them, tests and logs read them."""
+"""A plan as lines and table rows for users. Returns plain strings; commands print them."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from planner.pricing.simulate import step_lengths
 from planner.units import format_bytes, format_count, format_seconds
 
 if TYPE_CHECKING:
-    from planner.pages.knobs import Knob  # brings the planners
+    from planner.pages.knobs import Knob  # imports all planners
 
 DERIVED_BAND = 0.2
-"""Relative. No derived cost model has been checked against a cluster yet; the width is a guess and said to be one."""
+"""Relative error assumed for derived cost models. It is a guess, and reported as one, because none has been checked
+against a cluster yet."""
 
 MODELS_AGREE = 1.25
-"""Prediction and replay within this factor of each other are taken to agree: inside a usual replay's own band."""
+"""Prediction and replay agree if they are within this factor, which is within the replay's usual band."""
 
 STEP_COLUMNS = (
     "step", "seqs", "tokens", "longest", "microbatches", "seconds", "replayed", "bound", "gap", "idle", "peak",
@@ -43,7 +44,7 @@ _STATUS_WORDS = {
 
 
 def ranking_line(candidates: SequenceOf[Candidate]) -> str:
-    """One line: whether both models find the same strategy fastest. Empty where they were not compared."""
+    """One line: whether prediction and replay find the same strategy fastest. Empty if they were not compared."""
     best, quickest = best_candidate(candidates), fastest_replayed(candidates)
     if best is None or quickest is None:
         return ""
@@ -59,8 +60,8 @@ def ranking_line(candidates: SequenceOf[Candidate]) -> str:
 
 
 def comparison_row(candidate: Candidate, best: Candidate, quickest: Candidate | None = None) -> tuple[str, ...]:
-    """One row under ``COMPARISON_COLUMNS`` for a candidate with plans. Own gap: to the bound of what this strategy
-    could have planned, so a narrow strategy may have a small one and yet be slow. ``quickest``: marked with a star."""
+    """One row under ``COMPARISON_COLUMNS`` for a candidate with plans. The own gap is to the bound for this strategy's
+    search space, so a limited strategy may have a small gap and still be slow. ``quickest``: is marked with a star."""
     replayed = "-" if candidate.replayed_s is None else format_seconds(candidate.replayed_s)
     plans = [step.plan for step in candidate.steps]
     gap = "-"
@@ -80,8 +81,8 @@ def comparison_row(candidate: Candidate, best: Candidate, quickest: Candidate | 
 
 
 def verdict(steps: SequenceOf[PlannedStep], memory: MemorySplit) -> str:
-    """One line: which rank is tightest and what is left. A plan that does not fit is none: planning raises then.
-    ``memory``: of the fullest rank of all steps."""
+    """One line: the rank with the least memory left. A plan always fits, because planning raises an error otherwise.
+    ``memory``: that of the fullest rank in all steps."""
     plan = steps[0].plan
     fits = "FITS with zero3" if plan.sharding is Sharding.ZERO3 else "FITS"
     return (
@@ -92,8 +93,8 @@ def verdict(steps: SequenceOf[PlannedStep], memory: MemorySplit) -> str:
 
 
 def speed_line(steps: SequenceOf[PlannedStep], num_devices: int, cost: CostModel) -> str:
-    """One line: how fast, within what band, how good. The band is the worst error of a measured fit, or
-    ``DERIVED_BAND`` of a model from data sheets, which nothing has checked."""
+    """One line: how fast, within what band, and how close to the bound. The band is the worst error of a measured fit,
+    or ``DERIVED_BAND`` for a model from data sheets, which nothing has checked."""
     total_s = sum(step.plan.predicted_s for step in steps)
     step_s = total_s / len(steps)
     tokens_per_s = sum(step.plan.num_tokens for step in steps) / total_s
@@ -102,7 +103,7 @@ def speed_line(steps: SequenceOf[PlannedStep], num_devices: int, cost: CostModel
     gap = f"gap to the proven bound at most {max(known):.1%}" if len(known) == len(steps) else "no bound known"
     plural = "step" if len(steps) == 1 else "steps"
     return (
-        f"{steps[0].plan.strategy}: {format_seconds(step_s)} a step over {len(steps)} {plural} "
+        f"{steps[0].plan.strategy}: {format_seconds(step_s)} per step over {len(steps)} {plural} "
         f"({band_text(step_s, cost)}), {format_count(tokens_per_s)} tokens/s "
         f"({format_count(tokens_per_s / num_devices)} per device), idle {idle:.1%}, {gap}"
     )
@@ -115,7 +116,7 @@ def band(cost: CostModel) -> float:
 
 
 def band_text(step_s: float, cost: CostModel) -> str:
-    """``3.2 to 4.8 s, +-20 % assumed for a derived cost model``."""
+    """For example ``3.2 to 4.8 s, +-20 % assumed for a derived cost model``."""
     width = band(cost)
     why = "assumed for a derived cost model"
     if cost.provenance.source == "measured":
@@ -125,7 +126,8 @@ def band_text(step_s: float, cost: CostModel) -> str:
 
 
 def time_line(plan: StepPlan, split: TimeSplit) -> str:
-    """Where the predicted seconds of this step go, one line; the planner's own come before the step, not in it."""
+    """One line: where the predicted seconds of this step go. The planner's own time comes before the step, not in
+    it."""
     parts = [("compute", split.work_s), ("exposed communication", split.communication_s or 0.0)]
     if split.communication_s is None:
         parts = [("compute and communication (measured together)", split.work_s)]
@@ -133,7 +135,7 @@ def time_line(plan: StepPlan, split: TimeSplit) -> str:
         parts.append(("recomputing", split.recompute_s))
     parts += [
         ("exposed swap", split.swap_s), ("imbalance (waiting for slower ranks)", split.waiting_s),
-        ("gather, reduce, optimizer once a step", split.fixed_s),
+        ("gather, reduce, optimizer once per step", split.fixed_s),
     ]
     total_s = sum(seconds for _, seconds in parts)
     words = ", ".join(_part_text(name, seconds, total_s) for name, seconds in parts)
@@ -141,12 +143,12 @@ def time_line(plan: StepPlan, split: TimeSplit) -> str:
 
 
 def _part_text(name: str, seconds: float, total_s: float) -> str:
-    """``compute 54.5% (3 s)``; ``exposed swap none``."""
+    """For example ``compute 54.5% (3 s)`` or ``exposed swap none``."""
     return f"{name} {seconds / total_s:.1%} ({format_seconds(seconds)})" if seconds > 0 else f"{name} none"
 
 
 def replay_lines(step: PlannedStep) -> list[str]:
-    """The replayed step beside the predicted one, how it splits, and a word where the two models part."""
+    """The replayed step compared with the predicted one, its parts, and a warning if the two models disagree."""
     replay, predicted_s = step.replay, step.plan.predicted_s
     if replay is None:
         return []
@@ -164,17 +166,17 @@ def replay_lines(step: PlannedStep) -> list[str]:
         f"{max(replay.node_nic_share):.1%} of the time",
     ]
     if not 1 / MODELS_AGREE <= ratio <= MODELS_AGREE:
-        waiting = ", nor that zero3's ranks wait for each other" if step.plan.sharding is Sharding.ZERO3 else ""
+        waiting = ", nor the waiting of zero3's ranks for each other" if step.plan.sharding is Sharding.ZERO3 else ""
         lines.append(
             f"the two models of step {step.plan.step} differ by more than {MODELS_AGREE}x: the plan is the best found "
-            "for the predicted seconds, which have one price a token for every group and know neither contention nor "
+            "by predicted seconds, which use one price per token for every group and include neither contention nor "
             f"waiting inside a microbatch{waiting}"
         )
     return lines
 
 
 def memory_line(split: MemorySplit) -> str:
-    """Where the fullest rank's bytes go, one line."""
+    """One line: where the fullest rank's bytes go."""
     return (
         f"memory of rank {split.rank}: weights, gradients, optimizer and buffers {format_bytes(split.fixed_bytes)}, "
         f"activations {format_bytes(split.activation_bytes)}, budget {format_bytes(split.budget_bytes)}"
@@ -182,7 +184,7 @@ def memory_line(split: MemorySplit) -> str:
 
 
 def knob_lines(knobs: SequenceOf[Knob] | None, planner: str) -> list[str]:
-    """What to change first, with the gain that this planner predicts. None: see ``knobs.best_knobs``."""
+    """What to change first, with the gain this planner predicts. ``knobs`` None: ``best_knobs`` did not try any."""
     if knobs is None:
         return [f"what would help: not tried, the step is too large for it or has no {planner} plan to start from"]
     if not knobs:
@@ -196,7 +198,7 @@ def knob_lines(knobs: SequenceOf[Knob] | None, planner: str) -> list[str]:
 
 
 def _gain_text(gain: float) -> str:
-    """``+90%``; what rounds to zero has no sign."""
+    """For example ``+90%``; a value that rounds to zero has no sign."""
     return f"{gain:+.0%}" if abs(gain) >= 0.005 else "0%"
 
 
@@ -243,7 +245,7 @@ def group_rows(step: PlannedStep) -> list[tuple[str, ...]]:
 
 
 def shape_line(plan: StepPlan) -> str:
-    """All groups of the plan by shape, largest first: ``ulysses 32, 2 x ulysses 8, 64 x local``."""
+    """All groups of the plan by shape, largest first, for example ``ulysses 32, 2 x ulysses 8, 64 x local``."""
     groups: list[AttentionGroup] = [group for microbatch in plan.microbatches for group in microbatch.groups]
     counts = Counter((group.kind, group.degree) for group in groups)
     shapes = sorted(counts, key=lambda shape: (-shape[1], shape[0]))
@@ -269,7 +271,7 @@ def solver_line(plan: StepPlan) -> str:
 
 
 def provenance_lines(cost: CostModel, sources: SequenceOf[tuple[str, str]] = ()) -> list[str]:
-    """Where the predictions come from; ``sources``: (part, source). What is guessed comes last, marked ``guess``."""
+    """Where the predictions come from; ``sources``: (part, source). Guesses come last, marked with ``guess``."""
     origin = cost.provenance
     head = f"cost model: {origin.source} for {origin.model} on {origin.cluster}"
     if origin.num_samples:
@@ -289,7 +291,7 @@ def _source_text(part: str, source: str) -> str:
 
 
 def rank_ranges(ranks: SequenceOf[int]) -> str:
-    """``0-7,9``: runs of consecutive ranks, in group order."""
+    """Ranges of consecutive ranks in group order, for example ``0-7,9``."""
     runs: list[list[int]] = []
     for rank in ranks:
         if runs and rank == runs[-1][1] + 1:
@@ -300,7 +302,7 @@ def rank_ranges(ranks: SequenceOf[int]) -> str:
 
 
 def groups_by_rank(microbatch: Microbatch) -> dict[int, list[AttentionGroup]]:
-    """The groups of a microbatch that each of its ranks is in, in the order it runs them."""
+    """For each rank of a microbatch the groups it is in, in the order it runs them."""
     found: dict[int, list[AttentionGroup]] = {rank: [] for rank in microbatch.ranks}
     for group in microbatch.groups:
         for rank in group.ranks:
@@ -309,10 +311,10 @@ def groups_by_rank(microbatch: Microbatch) -> dict[int, list[AttentionGroup]]:
 
 
 def group_names(groups: SequenceOf[AttentionGroup]) -> str:
-    """``ring 8 + local``: the different shapes, in order."""
+    """The different shapes in order, for example ``ring 8 + local``."""
     return " + ".join(dict.fromkeys(shape_name(group.kind, group.degree) for group in groups))
 
 
 def shape_name(kind: AttentionKind, degree: int) -> str:
-    """``ulysses 8``, ``local``."""
+    """For example ``ulysses 8`` or ``local``."""
     return str(kind) if kind is AttentionKind.LOCAL else f"{kind} {degree}"

@@ -1,4 +1,4 @@
-"""What every HTML page has in common: one self-contained document, boxes with plotly figures, one look."""
+"""Shared by all HTML pages: a self-contained document, boxes with plotly figures, and the style."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class Figure:
 
 
 def require_plotly() -> None:
-    """Raises SpecError, with the remedy, where plotly is not installed."""
+    """Raise SpecError, with the remedy, if plotly is not installed."""
     if find_spec("plotly") is None:
         raise SpecError("--html needs plotly, which is not installed: pip install 'longhaul[report]'")
 
 
 def document(title: str, lines: SequenceOf[str], figures: SequenceOf[Figure], *, footer: str = "") -> str:
-    """The whole page. ``lines``: the answer in words, the first one large. ``footer``: HTML under the figures."""
+    """The whole page. ``lines``: the result in words, the first one large. ``footer``: HTML below the figures."""
     return _DOCUMENT.format(
         title=html.escape(title), font=_FONT, ink=INK, muted=MUTED, grid=GRID, alert=ALERT,
         verdict=html.escape(lines[0]), lines="\n".join(f"<p>{html.escape(line)}</p>" for line in lines[1:]),
@@ -39,7 +39,7 @@ def document(title: str, lines: SequenceOf[str], figures: SequenceOf[Figure], *,
 
 
 def style(plot: Any, *, height: int, top: int = 32) -> None:
-    """The common look of a plotly figure of so many pixels, with ``top`` of them above the axes."""
+    """Apply the common style to a plotly figure of this height (pixels), with ``top`` pixels above the axes."""
     plot.update_layout(
         font={"family": _FONT, "size": 12, "color": INK}, height=height, template="none",
         margin={"l": 64, "r": 16, "t": top, "b": 48}, paper_bgcolor="white", plot_bgcolor="white",
@@ -50,7 +50,7 @@ def style(plot: Any, *, height: int, top: int = 32) -> None:
 
 
 def _embed(figure: Figure, *, is_first: bool) -> str:
-    """One box of the page; the first one carries plotly's script."""
+    """One box of the page; the first box contains plotly's script."""
     unused = ["select2d", "lasso2d", "autoScale2d"]
     config = {"displaylogo": False, "responsive": True, "modeBarButtonsToRemove": unused}
     plot = figure.plot.to_html(full_html=False, include_plotlyjs=is_first, config=config)

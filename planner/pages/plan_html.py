@@ -1,6 +1,6 @@
-"""A priced step as one HTML page that needs nothing else: plotly's script is inside, nothing is loaded from anywhere.
+"""A priced step as one self-contained HTML page: it contains plotly's script and loads nothing.
 
-plotly comes with the extra ``report`` and is imported only here, on use.
+plotly is in the extra ``report`` and is imported here only when a page is made.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from planner.pricing.simulate import Event, step_lengths
 from planner.units import GIB, KIB, format_bytes, format_count, format_seconds
 
 MAX_RANKS_SHOWN = 256
-"""More rows than a screen has lines: of larger clusters every n-th rank is drawn, and the fullest one."""
+"""A screen has no more lines: of larger clusters every n-th rank is drawn, and the one with the highest peak."""
 
 _PLAIN, _STRONG, _FIXED = "#9fb3c8", "#2b6cb0", "#d9e2ec"
 _EXCHANGE, _SWAP = "#ed8936", "#805ad5"
-# Light to dark with the degree, one hue for each kind; kinds of later share the last one.
+# One hue per kind, darker for larger degrees; kinds that are not listed share the last hue.
 _HUES = {
     AttentionKind.LOCAL: ("#9fb3c8",),
     AttentionKind.ULYSSES: ("#90cdf4", "#63b3ed", "#4299e1", "#3182ce", "#2b6cb0", "#2c5282", "#1a365d"),
@@ -40,9 +40,9 @@ _OTHER_HUES = ("#fbb6ce", "#f687b3", "#ed64a6", "#d53f8c", "#b83280", "#97266d",
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Page:
-    """What the page shows. ``lines``: the answer in words. ``knobs``: what to change first, a heading and its items.
-    ``step``: drawn in detail. ``lengths``: tokens of all sequences of all steps. ``candidates``: of a comparison, else
-    none."""
+    """Contents of the page. ``lines``: the result in words. ``knobs``: what to change first, a heading and its items.
+    ``step``: the step drawn in detail. ``lengths``: tokens of all sequences of all steps. ``candidates``: the
+    strategies of a comparison, else empty."""
 
     title: str
     lines: tuple[str, ...]
@@ -56,7 +56,7 @@ class Page:
 
 
 def html_page(page: Page) -> str:
-    """The whole document. Raises SpecError where plotly is not installed."""
+    """The whole document. Raises SpecError if plotly is not installed."""
     require_plotly()
     ranks = _shown_ranks(page.step)
     figures = [_timeline(page.step, ranks)]
@@ -78,7 +78,7 @@ def _shown_ranks(step: PlannedStep) -> tuple[int, ...]:
 
 
 def _timeline(step: PlannedStep, ranks: tuple[int, ...]) -> Figure:
-    """A row for each rank, a bar for each microbatch it works on, one colour for each kind and octave of degrees."""
+    """One row per rank, one bar per microbatch of it, one colour for each kind and power of two of degrees."""
     import plotly.graph_objects as go
 
     row_of = {rank: row for row, rank in enumerate(ranks)}
@@ -119,7 +119,7 @@ def _timeline(step: PlannedStep, ranks: tuple[int, ...]) -> Figure:
 
 
 def _replay(step: PlannedStep, ranks: tuple[int, ...]) -> Figure:
-    """Of each drawn rank the replayed step by what it does, and the predicted step."""
+    """The parts of each drawn rank's replayed step, and the predicted step."""
     import plotly.graph_objects as go
 
     replay = step.replay
@@ -153,7 +153,7 @@ def _replay(step: PlannedStep, ranks: tuple[int, ...]) -> Figure:
 
 
 def _add_step_end(figure: Any, step: PlannedStep, num_rows: int) -> None:
-    """What every rank does once a step, after the last microbatch."""
+    """Add the work that every rank does once per step, after the last microbatch."""
     last_s = max(step.simulation.rank_finish_s)
     fixed_s = step.simulation.step_s - last_s
     if fixed_s <= 0:
@@ -161,7 +161,7 @@ def _add_step_end(figure: Any, step: PlannedStep, num_rows: int) -> None:
     figure.add_bar(
         orientation="h", name="gather, reduce, optimizer", y=list(range(num_rows)), x=[fixed_s] * num_rows,
         base=last_s, width=1.0, marker={"color": _FIXED, "line": {"width": 0}},
-        hovertemplate=f"{format_seconds(fixed_s)}, once a step, every rank<extra></extra>",
+        hovertemplate=f"{format_seconds(fixed_s)}, once per step on every rank<extra></extra>",
     )
 
 
@@ -184,7 +184,7 @@ def _colour(kind: AttentionKind, degree_bits: int) -> str:
 
 
 def _lengths(lengths: SequenceOf[int]) -> Figure:
-    """Shares of sequences and of tokens by powers of two of the length."""
+    """Fractions of sequences and of tokens by powers of two of the length."""
     import plotly.graph_objects as go
 
     bins = [length.bit_length() - (length & (length - 1) == 0) for length in lengths]  # 2^(b-1) < length <= 2^b
@@ -212,7 +212,7 @@ def _tokens_label(tokens: int) -> str:
 
 
 def _memory(page: Page, ranks: tuple[int, ...]) -> Figure:
-    """Peak bytes of each drawn rank, the fixed part below, and the budget."""
+    """Peak bytes of each drawn rank with the fixed part at the bottom, and the budget."""
     import plotly.graph_objects as go
 
     peaks = [page.step.simulation.rank_peak_bytes[rank] for rank in ranks]
@@ -237,8 +237,8 @@ def _memory(page: Page, ranks: tuple[int, ...]) -> Figure:
 
 
 def _comparison(candidates: SequenceOf[Candidate]) -> Figure:
-    """Mean step of each strategy, the fastest on top, and its first step by both models; those that refuse are named
-    in the page's lines."""
+    """Mean step of each strategy, the fastest on top, and its first step by prediction and replay. Strategies that
+    refuse are named in the page's lines."""
     import plotly.graph_objects as go
 
     best = best_candidate(candidates)
@@ -277,7 +277,7 @@ def _items(lines: SequenceOf[str]) -> str:
 
 
 def _item(line: str) -> str:
-    """A line of ``provenance_lines`` or ``knob_lines`` as a list item; what is a guess stands out."""
+    """A line of ``provenance_lines`` or ``knob_lines`` as a list item; guesses are highlighted."""
     text = html.escape(line.removeprefix("  - "))
     for mark in ("guess in ", "guess: "):
         if text.startswith(mark):

@@ -1,4 +1,4 @@
-"""Who chooses memory policies, why a plan kept everything, and what would help where it does not fit: in words."""
+"""Which strategies choose memory policies, why a plan kept everything, and what would help if it does not fit."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ POLICY_STRATEGIES = {
     "hdp": (MemoryAction.SWAP,),
     "hdp-floor": (MemoryAction.SWAP,),
 }
-"""What these strategies may choose beside keeping; the others keep everything."""
+"""What these strategies may choose besides keep; other strategies keep everything."""
 
 
 def choosers() -> str:
-    """``adaptive: swap, recompute or chunk; hdp, hdp-floor: swap``."""
+    """The strategies that choose policies: ``adaptive: swap, recompute or chunk; hdp, hdp-floor: swap``."""
     by_actions: dict[tuple[MemoryAction, ...], list[str]] = {}
     for name, actions in POLICY_STRATEGIES.items():
         by_actions.setdefault(actions, []).append(name)
@@ -25,7 +25,7 @@ def choosers() -> str:
 
 
 def chooses_none(strategy: str) -> str:
-    """``flexsp chooses no memory policies (adaptive: ...)``."""
+    """For example ``flexsp chooses no memory policies (adaptive: ...)``."""
     return f"{strategy} chooses no memory policies ({choosers()})"
 
 
@@ -44,19 +44,19 @@ def why_kept(strategy: str, cost: CostModel, limits: PlanLimits) -> str:
         return f": {strategy} chooses {_either(able)} only, not {_either(asked)} ({choosers()})"
     usable = [action for action in usable if _is_priced(action, cost)]
     if not usable:
-        return ", since the cost model prices nothing else that was asked for"
+        return ", since the cost model prices none of the requested policies"
     return f", since {strategy} would gain nothing by {_either(usable)}"
 
 
 def what_helps(strategies: SequenceOf[str], cost: CostModel, limits: PlanLimits) -> str:
-    """Where a sequence fits in no group under any of these strategies: what to try beside less or more of everything,
-    as the end of a sentence; empty where there is nothing."""
+    """What to try if a sequence fits no group under any of these strategies, besides changing sizes, as the end of a
+    sentence; empty if there is nothing."""
     if not cost.prices_policies or limits.device_budget_bytes <= cost.memory.fixed_bytes:
         return ""
     able = {action for strategy in strategies for action in POLICY_STRATEGIES.get(strategy, ())}
     asked = {action for action in limits.policies if action is not MemoryAction.KEEP}
     if able & asked:
-        return ""  # it was tried
+        return ""  # already tried
     flags = [*([] if able else ["--strategy adaptive"]), *([] if asked and not able else ["--memory auto"])]
     return f"; or try {' '.join(flags)}" + ("" if able or not asked else f": {chooses_none(strategies[0])}")
 
@@ -66,6 +66,6 @@ def _is_priced(action: MemoryAction, cost: CostModel) -> bool:
 
 
 def _either(actions: SequenceOf[MemoryAction]) -> str:
-    """``swap, recompute or chunk``."""
+    """For example ``swap, recompute or chunk``."""
     *first, last = map(str, actions)
     return f"{', '.join(first)} or {last}" if first else last

@@ -1,4 +1,4 @@
-"""Memory policies in words: one name for tables, one line for the verdict."""
+"""Memory policies in words: a short name for tables, and a line for the result."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from planner.units import format_count
 
 
 def policy_name(policy: MemoryPolicy) -> str:
-    """``keep``, ``swap 50%``, ``swap 25%, recompute 50%``, ``chunks of 4,096``: at most so many tokens of a rank."""
+    """For example ``keep``, ``swap 50%``, ``swap 25%, recompute 50%`` or ``chunks of 4,096`` (tokens per rank)."""
     if policy.chunk_tokens:
         return f"chunks of {policy.chunk_tokens:,}"
     parts = [("swap", policy.swap_fraction), ("recompute", policy.recompute_fraction)]
@@ -23,12 +23,12 @@ def policy_name(policy: MemoryPolicy) -> str:
 
 
 def _share(fraction: float) -> str:
-    """``50%``; what is there never reads as nothing."""
+    """For example ``50%``; small fractions are never shown as zero."""
     return f"{fraction:.0%}" if fraction >= 0.005 else "<1%"
 
 
 def policy_line(steps: SequenceOf[PlannedStep], cost: CostModel, limits: PlanLimits) -> str:
-    """One line: which policies the microbatches of these steps got, and what that made possible."""
+    """One line: the policies of these steps' microbatches, and what they made possible."""
     found = [(microbatch, step_lengths(step.plan)) for step in steps for microbatch in step.plan.microbatches]
     changed = [(microbatch, lengths) for microbatch, lengths in found if not microbatch.memory.is_keep]
     if not changed:
@@ -44,7 +44,7 @@ def policy_line(steps: SequenceOf[PlannedStep], cost: CostModel, limits: PlanLim
     sizes = [microbatch.memory.chunk_tokens for microbatch, _ in changed if microbatch.memory.chunk_tokens]
     if sizes:
         span = f"{max(sizes):,}" if min(sizes) == max(sizes) else f"{min(sizes):,} to {max(sizes):,}"
-        actions.append(f"{len(sizes)} run in chunks of {span} tokens a rank")
+        actions.append(f"{len(sizes)} run in chunks of {span} tokens per rank")
     held = cost.max_local_tokens(limits.device_budget_bytes)
     spared = [_ranks_spared(microbatch, lengths, held, cost) for microbatch, lengths in changed]
     impossible = [words for num_ranks, words in spared if num_ranks is None]
@@ -64,11 +64,11 @@ def policy_line(steps: SequenceOf[PlannedStep], cost: CostModel, limits: PlanLim
 def _ranks_spared(
     microbatch: Microbatch, lengths: SequenceOf[int], rank_tokens: int, cost: CostModel
 ) -> tuple[int | None, str]:
-    """How many ranks more its longest sequence would need with everything kept (None: no number would do), and words
-    for it."""
+    """How many more ranks the microbatch's longest sequence would need with everything kept (None: no number would be
+    enough), and a text that says it."""
     group: AttentionGroup = max(microbatch.groups, key=lambda group: max(lengths[i] for i in group.sequences))
     longest = max(lengths[index] for index in group.sequences)
-    # A single rank's alternative is a group of whichever kind takes the fewest ranks.
+    # Instead of a single rank, a group of any kind could be used; take the one that needs the fewest ranks.
     fits = sorted(
         (fit.degree, fit.kind, fit.inner_degree) for fit in cost.times if group.degree == 1 or fit.kind is group.kind
     )

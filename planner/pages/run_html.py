@@ -1,6 +1,6 @@
-"""A run as one HTML page that needs nothing else: predicted against measured, by step, by rank and within one step.
+"""A run as one self-contained HTML page: predicted against measured, by step, by rank and within one step.
 
-plotly comes with the extra ``report`` and is imported only here, on use.
+plotly is in the extra ``report`` and is imported here only when a page is made.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from planner.pages.run_report import RankLine, RunReport
 from planner.plan import StepPlan
 from planner.units import format_seconds
 
-MOST_POINTS = 5_000
-"""Steps drawn; of longer runs every n-th one, so that the page opens."""
+MAX_POINTS = 5_000
+"""How many steps are drawn at most, so that the page stays small; of longer runs every n-th step."""
 
 _PREDICTED, _MEASURED, _WAIT, _IDLE = "#9fb3c8", "#2b6cb0", "#dd6b20", "#e4e7eb"
 _TOP = 40
 
 
 def run_page(title: str, lines: SequenceOf[str], report: RunReport, shown: Executed | None) -> str:
-    """The whole document. ``lines``: the answer in words, the first one large. ``shown``: the step drawn in detail,
-    None where none was recorded. Raises SpecError where plotly is not installed."""
+    """The whole document. ``lines``: the result in words, the first one large. ``shown``: the step drawn in detail;
+    None if no step was recorded. Raises SpecError if plotly is not installed."""
     require_plotly()
     figures = [_scatter(report), _over_time(report)]
     if report.ranks:
@@ -38,10 +38,10 @@ def run_page(title: str, lines: SequenceOf[str], report: RunReport, shown: Execu
 
 
 def _scatter(report: RunReport) -> Figure:
-    """A point a step; on the diagonal the prediction was right, above it the step took longer."""
+    """One point per step: on the diagonal the prediction was right, above it the step took longer."""
     import plotly.graph_objects as go
 
-    steps = report.judged[:: math.ceil(len(report.judged) / MOST_POINTS)]
+    steps = report.judged[:: math.ceil(len(report.judged) / MAX_POINTS)]
     most_s = 1.05 * max(max(step.predicted_s, step.measured_s) for step in steps)
     figure = go.Figure()
     figure.add_scatter(
@@ -64,7 +64,7 @@ def _scatter(report: RunReport) -> Figure:
 def _over_time(report: RunReport) -> Figure:
     import plotly.graph_objects as go
 
-    steps = report.steps[:: math.ceil(len(report.steps) / MOST_POINTS)]
+    steps = report.steps[:: math.ceil(len(report.steps) / MAX_POINTS)]
     numbers = [step.step for step in steps]
     figure = go.Figure()
     for name, colour, values in (
@@ -83,7 +83,7 @@ def _over_time(report: RunReport) -> Figure:
 
 
 def _ranks(ranks: SequenceOf[RankLine]) -> Figure:
-    """Two bars a rank: what the plan foresaw, and what happened."""
+    """Two bars per rank: the plan, and the run."""
     import plotly.graph_objects as go
 
     shown = ranks[:: math.ceil(len(ranks) / MAX_RANKS_SHOWN)]
@@ -107,12 +107,12 @@ def _ranks(ranks: SequenceOf[RankLine]) -> Figure:
     style(figure, height=360, top=_TOP)
     figure.update_layout(barmode="stack", bargap=0.15)
     figure.update_xaxes(title="rank")
-    figure.update_yaxes(title="seconds a step")
+    figure.update_yaxes(title="seconds per step")
     return Figure(title="Ranks: planned and measured, mean of the recorded steps", plot=figure, is_wide=True)
 
 
 def _timeline(plan: StepPlan, measured: MeasuredStep) -> Figure:
-    """Predicted lanes above measured ones, on one time axis that starts with gathered parameters."""
+    """Predicted lanes above measured ones, on one time axis that starts at gathered parameters."""
     from plotly.subplots import make_subplots
 
     ranks = range(0, plan.num_ranks, math.ceil(plan.num_ranks / MAX_RANKS_SHOWN))

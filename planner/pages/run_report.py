@@ -1,4 +1,4 @@
-"""A run in figures: what its plans predicted beside what its steps measured, and what to make of the difference."""
+"""A run in numbers: what its plans predicted, what its steps measured, and what follows from the difference."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from planner.cost.model import CostModel
 from planner.measured.copy_times import CopySummary, StepLanes, summarize_copies
 from planner.measured.drift import (
-    LEAST_STEPS,
+    MIN_STEPS,
     WARM_UP_STEPS,
     WINDOW_STEPS,
     Drift,
@@ -29,12 +29,12 @@ RUN_JSON_SCHEMA = 1
 NUM_WORST = 3
 DEFAULT_FACTOR = 1.5
 PARTS = ("plan_wait_s", "gather_s", "compute_s", "exchange_wait_s", "reduce_s", "update_s")
-"""Keys of the metrics that say where a step went."""
+"""Keys of the metrics that split a step's time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepLine:
-    """One executed step. ``loss`` is None where it was not finite."""
+    """One executed step. ``loss`` is None if it was not finite."""
 
     step: int
     loss: float | None
@@ -48,16 +48,16 @@ class StepLine:
 
     @property
     def error(self) -> float:
-        """Predicted over measured, less 1: below 0 the prediction was too quick."""
+        """Predicted over measured, minus 1: negative if the step took longer than predicted."""
         return self.predicted_s / self.measured_s - 1 if self.measured_s > 0 else 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankLine:
-    """Means over recorded steps, seconds, from gathered parameters to the last microbatch of any rank.
+    """Means in seconds over recorded steps, from gathered parameters to the end of the last microbatch of any rank.
 
-    ``busy_s`` (predicted) is with the waiting inside microbatches, which the cost model does not tell apart: compare
-    it with ``compute_s`` + ``wait_s``.
+    ``predicted_busy_s`` includes waiting inside microbatches, which the cost model does not separate: compare it with
+    ``compute_s`` + ``wait_s``.
     """
 
     rank: int
@@ -81,10 +81,10 @@ class ShapeLine:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunReport:
-    """``judged``: the steps that means and errors are over, the first ones left out where there are enough.
+    """``judged``: the steps over which means and errors are computed: all but the first ones, if there are enough.
 
-    ``parts_s``: mean seconds of each of PARTS, those that the run recorded. ``copies``: of activations, None where none
-    were recorded.
+    ``parts_s``: mean seconds of those PARTS that the run recorded. ``copies``: copies of activations; None if none were
+    recorded.
     """
 
     steps: tuple[StepLine, ...]
@@ -106,7 +106,7 @@ class RunReport:
 
     @property
     def bias(self) -> float:
-        """Mean of predicted / measured - 1: errors of both signs cancel out."""
+        """Mean of predicted / measured - 1, in which errors of both signs cancel out."""
         return statistics.fmean(step.error for step in self.judged)
 
     @property
@@ -129,12 +129,12 @@ def make_run_report(
     metrics: SequenceOf[Mapping[str, Any]], executed: SequenceOf[Executed], *, cost: CostModel | None,
     factor: float = DEFAULT_FACTOR, num_planned: int | None = None, lanes: Mapping[int, StepLanes] | None = None,
 ) -> RunReport:
-    """``metrics``: records of ``metrics.jsonl``, at least one. ``executed``: recorded steps with their plans;
-    ``lanes``: layers and copies, by step."""
+    """``metrics``: records of ``metrics.jsonl``, at least one. ``executed``: recorded steps with their plans.
+    ``lanes``: times of layers and copies, by step."""
     steps = tuple(_step_line(record) for record in metrics)
-    first = WARM_UP_STEPS if len(steps) >= WARM_UP_STEPS + LEAST_STEPS else 0
+    first = WARM_UP_STEPS if len(steps) >= WARM_UP_STEPS + MIN_STEPS else 0
     timed = [record for record in metrics if all(isinstance(record.get(key), int | float) for key in PARTS)][first:]
-    settled = [(plan, measured) for plan, measured in executed if plan.step >= first]
+    counted = [(plan, measured) for plan, measured in executed if plan.step >= first]
     busy_s = sum(step.measured_s for step in steps[first:]) + sum(
         float(record.get("plan_wait_s") or 0.0) for record in metrics[first:]
     )
@@ -142,8 +142,8 @@ def make_run_report(
         steps=steps, judged=steps[first:], num_planned=num_planned,
         tokens_per_s=sum(step.num_tokens for step in steps[first:]) / busy_s if busy_s > 0 else 0.0,
         parts_s={key: statistics.fmean(float(record[key]) for record in timed) for key in PARTS} if timed else {},
-        ranks=_rank_lines(settled), shapes=_shape_lines(settled), num_recorded=len(executed),
-        drift=_drift(metrics, settled, factor), refit=None if cost is None else refit_cost(cost, executed),
+        ranks=_rank_lines(counted), shapes=_shape_lines(counted), num_recorded=len(executed),
+        drift=_drift(metrics, counted, factor), refit=None if cost is None else refit_cost(cost, executed),
         copies=summarize_copies([found for step, found in sorted((lanes or {}).items()) if step >= first]),
     )
 
@@ -163,7 +163,7 @@ def _step_line(record: Mapping[str, Any]) -> StepLine:
 
 
 def _drift(metrics: SequenceOf[Mapping[str, Any]], executed: SequenceOf[Executed], factor: float) -> Drift | None:
-    """From recorded microbatches; else what the run itself last said."""
+    """The drift by recorded microbatches; if there are too few, the last one that the run itself recorded."""
     pairs = [(planned_span_s(plan), measured.span_s) for plan, measured in executed[-WINDOW_STEPS:]]
     found = drift_of([pair for pair in pairs if pair[0] > 0], factor)
     said = metrics[-1].get("drift_ratio")
@@ -173,7 +173,7 @@ def _drift(metrics: SequenceOf[Mapping[str, Any]], executed: SequenceOf[Executed
 
 
 def predicted_busy_s(plan: StepPlan) -> tuple[float, ...]:
-    """Seconds each rank works on microbatches, as planned."""
+    """Seconds that each rank spends on microbatches by the plan."""
     busy_s = [0.0] * plan.num_ranks
     for microbatch in plan.microbatches:
         for rank in microbatch.ranks:
@@ -184,7 +184,7 @@ def predicted_busy_s(plan: StepPlan) -> tuple[float, ...]:
 def _rank_lines(executed: SequenceOf[Executed]) -> tuple[RankLine, ...]:
     if not executed:
         return ()
-    num_ranks = executed[-1][0].num_ranks  # a resumed run may have had another number before
+    num_ranks = executed[-1][0].num_ranks  # a resumed run may have had another number of ranks before
     steps = [(plan, measured) for plan, measured in executed if plan.num_ranks == num_ranks]
     busy_s = [predicted_busy_s(plan) for plan, _ in steps]
     spans_s = [planned_span_s(plan) for plan, _ in steps]
@@ -202,7 +202,7 @@ def _rank_lines(executed: SequenceOf[Executed]) -> tuple[RankLine, ...]:
 
 
 def _shape_lines(executed: SequenceOf[Executed]) -> tuple[ShapeLine, ...]:
-    """Microbatches of several groups count as what they are: mixed."""
+    """One line per shape; microbatches with groups of different shapes are counted as mixed."""
     found: dict[tuple[int, str], list[tuple[float, float]]] = defaultdict(list)
     for plan, measured in executed:
         for index, seconds in measured.microbatch_s().items():

@@ -1,10 +1,10 @@
-"""One executed step as a Chrome trace, for ui.perfetto.dev: a process with the predicted lanes of all ranks and another
-with the measured lanes. Both count from the same moment: parameters gathered, microbatches begin. Where the step's
-copies of activations were recorded, lanes below each rank's measured one show its layers, the copies out and back that
-ran beside them, and the waiting for these; below its predicted one, the copies that the plan's policies ask for.
+"""One executed step as a Chrome trace for ui.perfetto.dev: a process with the predicted lanes of all ranks and another
+with the measured lanes. Both start at the same moment: parameters gathered, microbatches begin. If the step's copies of
+activations were recorded, further lanes below each measured rank show its layers, the copies out and back and the
+waiting for them; lanes below each predicted rank show the copies of the plan's policies.
 
-Format: JSON object of the Trace Event Format, complete events (``ph: X``), times in microseconds. A slice of another
-lies within it: forward and backward within their measured microbatch, recomputing within a layer's backward.
+Format: JSON object of the Trace Event Format, complete events (``ph: X``), times in microseconds. Slices are nested:
+forward and backward within their measured microbatch, recompute within a layer's backward.
 """
 
 from __future__ import annotations
@@ -20,21 +20,22 @@ from planner.pages.explain import group_names, groups_by_rank
 from planner.pages.policy_words import policy_name
 from planner.pages.trace_events import complete_event, name_process, name_thread
 from planner.plan import StepPlan
-from planner.pricing.simulate import price_microbatch, step_lengths
+from planner.pricing.microbatch import price_microbatch
+from planner.pricing.simulate import step_lengths
 
 PREDICTED, MEASURED = 0, 1
 _PROCESSES = {PREDICTED: "predicted", MEASURED: "measured"}
 _LANE_NAMES = {LAYERS: "layers", OUT: "copies out", BACK: "copies back", WAIT: "waiting for copies"}
 LANES_PER_RANK = 1 + len(LANES)
-"""Threads of a rank where its copies are shown: itself and the lanes below it."""
+"""Threads per rank if its copies are shown: the rank itself and the lanes below it."""
 
 
 def step_trace(
     plan: StepPlan, measured: MeasuredStep | None, lanes: StepLanes | None = None, cost: CostModel | None = None
 ) -> dict[str, Any]:
-    """The value to write with ``json.dumps``. ``measured`` None: the step was not recorded, predicted lanes only.
-    ``lanes``: its layers and copies, None where there are none. ``cost``: what the plan was made with, for the copies
-    it asks for."""
+    """The trace as a value for ``json.dumps``. ``measured`` None: the step was not recorded, only predicted lanes.
+    ``lanes``: times of its layers and copies, if any. ``cost``: the plan's cost model, for the copies that it
+    predicts."""
     zero_s = max((rank.gather_s for rank in measured.ranks), default=0.0) if measured is not None else 0.0
     copies = {PREDICTED: _predicted_copies(plan, cost), MEASURED: _measured_lanes(measured, lanes)}
     stride = LANES_PER_RANK if any(copies.values()) else 1
@@ -72,8 +73,8 @@ def _measured_lanes(measured: MeasuredStep | None, lanes: StepLanes | None) -> d
 
 
 def _predicted_copies(plan: StepPlan, cost: CostModel | None) -> dict[int, tuple[Interval, ...]]:
-    """By rank: what its microbatches swap, out from their begin on and back until their end, at the rate that the plan
-    counted on."""
+    """By rank: copies of what its microbatches swap, out from their start on and back until their end, at the rate of
+    the plan's cost model."""
     if cost is None or cost.activation is None or plan.num_stages > 1:
         return {}
     lengths, found = step_lengths(plan), dict[int, list[Interval]]()
@@ -105,7 +106,7 @@ def _interval_event(each: Interval, process: int, thread: int, zero_s: float) ->
 
 
 def _predicted_events(plan: StepPlan, zero_s: float, stride: int) -> Iterator[dict[str, Any]]:
-    """With pipeline stages forward and backward stand apart: other microbatches run between them."""
+    """With pipeline stages forward and backward are separate, because other microbatches run between them."""
     for each in planned_passes(plan):
         microbatch = plan.microbatches[each.microbatch]
         groups = groups_by_rank(microbatch)
@@ -123,7 +124,7 @@ def _predicted_events(plan: StepPlan, zero_s: float, stride: int) -> Iterator[di
 
 
 def _measured_events(plan: StepPlan, measured: MeasuredStep, zero_s: float, stride: int) -> Iterator[dict[str, Any]]:
-    """``zero_s``: the moment of gathered parameters on the trace's clock; all other times count from it."""
+    """``zero_s``: time of gathered parameters on the trace's clock; all other times count from it."""
 
     def event(rank: int, name: str, category: str, start_s: float, stop_s: float, args: dict[str, Any]) -> Any:
         return complete_event(

@@ -1,11 +1,11 @@
-"""Events of the Chrome Trace Event Format, written so that every viewer reads them as they are meant.
+"""Events of the Chrome Trace Event Format, written so that every viewer shows them as intended.
 
-Perfetto drops a slice that begins before the one in front of it has ended, be it by the rounding of a float. It also
-cuts times down to whole nanoseconds. So times lie on a grid of 1/8 microsecond, whose points are exact both as binary
-fractions and in nanoseconds, and a slice ends on the very point on which the next one begins.
+Perfetto drops a slice that begins before the previous one has ended, even if only by a rounding error. It also
+truncates times to whole nanoseconds. So times are multiples of 1/8 microsecond, which are exact both as binary
+fractions and in nanoseconds, and a slice ends exactly where the next one begins.
 
-Processes and threads are counted from 0 by the callers. In the file no number is 0 and none is both a process's and a
-thread's: Perfetto takes thread 0 for the idle task, and the thread with its process's number for the main thread, and
+Callers count processes and threads from 0. In the file no number is 0, and no number is used for both a process and a
+thread: Perfetto takes thread 0 for the idle task and the thread with its process's number for the main thread, and
 would draw two lanes as one.
 """
 
@@ -23,7 +23,7 @@ _POINTS_PER_US = 8
 def complete_event(
     name: str, category: str, *, process: int, thread: int, start_s: float, stop_s: float, args: dict[str, Any]
 ) -> dict[str, Any]:
-    """A slice (``ph: X``) from ``start_s`` to ``stop_s``, seconds on the trace's own clock."""
+    """A slice (``ph: X``) from ``start_s`` to ``stop_s``, in seconds on the trace's own clock."""
     start_us, stop_us = _on_grid(start_s), _on_grid(stop_s)
     return {
         "ph": "X", "name": name, "cat": category, "pid": FIRST_PROCESS + process,
@@ -32,19 +32,19 @@ def complete_event(
 
 
 def name_process(process: int, name: str) -> Iterator[dict[str, Any]]:
-    """The process's name, and its place in the order of their numbers."""
+    """The process's name and position: processes are shown in the order of their numbers."""
     pid = FIRST_PROCESS + process
     yield {"ph": "M", "name": "process_name", "pid": pid, "args": {"name": name}}
     yield {"ph": "M", "name": "process_sort_index", "pid": pid, "args": {"sort_index": process}}
 
 
 def name_thread(process: int, thread: int, name: str) -> Iterator[dict[str, Any]]:
-    """The thread's name, and its place in the order of their numbers."""
+    """The thread's name and position: threads are shown in the order of their numbers."""
     place = {"pid": FIRST_PROCESS + process, "tid": FIRST_THREAD + thread}
     yield {"ph": "M", "name": "thread_name", **place, "args": {"name": name}}
     yield {"ph": "M", "name": "thread_sort_index", **place, "args": {"sort_index": thread}}
 
 
 def _on_grid(seconds: float) -> float:
-    """Microseconds."""
+    """Microseconds, rounded to the grid."""
     return round(seconds * MICROSECONDS_PER_S * _POINTS_PER_US) / _POINTS_PER_US

@@ -1,4 +1,4 @@
-"""From a strategy's choice of groups to a priced StepPlan. Every strategy ends here, so all plans are priced alike."""
+"""Build a priced StepPlan from a strategy's groups. Every strategy ends here, so all plans are priced alike."""
 
 from __future__ import annotations
 
@@ -18,16 +18,18 @@ from planner.plan import (
     SolveStatus,
     StepPlan,
 )
+from planner.pricing.microbatch import MicrobatchPrice, lone_group_s, price_groups
 from planner.pricing.pipeline_order import StageWork
-from planner.pricing.simulate import MicrobatchPrice, lone_group_s, price_groups, run_schedule
+from planner.pricing.problem import StepProblem
+from planner.pricing.simulate import run_schedule
 from planner.pricing.timeline import play
 from planner.schedules.remap import Move
 
 
 @dataclass(frozen=True, slots=True)
 class GroupChoice:
-    """Sequences (indices into the step) whose attention these ranks share. ``memory``: of the microbatch, so the same
-    in all of its groups."""
+    """A group: ranks that share the attention of these sequences (indices into the step). ``memory`` is the
+    microbatch's policy, so all of its groups have the same."""
 
     kind: AttentionKind
     ranks: tuple[int, ...]
@@ -35,13 +37,14 @@ class GroupChoice:
     memory: MemoryPolicy = KEEP
 
 
-MicrobatchChoice = GroupChoice | tuple[GroupChoice, ...]  # one group alone, or several that run as one microbatch
+MicrobatchChoice = GroupChoice | tuple[GroupChoice, ...]  # a microbatch: one group, or several
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
-    """A strategy's answer: microbatches in global order. ``bound_s`` (seconds) leaves ``step_fixed_s`` out. ``moves``:
-    of each microbatch (see ``Microbatch``); empty where none has any."""
+    """A strategy's answer. ``groups``: the microbatches in global order. ``bound_s``: proven lower bound of the
+    makespan in seconds, ``step_fixed_s`` left out. ``moves``: of each microbatch (see ``Microbatch``), or empty where
+    none has any."""
 
     groups: tuple[MicrobatchChoice, ...]
     status: SolveStatus
@@ -65,13 +68,13 @@ def assemble_plan(
     cost_digest: str | None = None,
     moves: SequenceOf[tuple[Move, ...]] = (),
 ) -> StepPlan:
-    """One microbatch per entry of ``groups``, in the given order, which becomes the plan's global order. The groups of
-    an entry that holds several may share ranks; they run in their order too.
+    """Build and price a plan with one microbatch per entry of ``groups``, in this order, which becomes the plan's
+    global order. The groups of one entry may share ranks; they too run in their order.
 
-    ``lengths[i]``: tokens of sequence i. ``bound_s``: proven lower bound of the whole step, ``step_fixed_s`` included
-    (0 where none is known); where rounding puts it above the simulated step, it is lowered to it. ``cost_digest``
-    saves hashing the cost model again where the caller holds its digest. ``moves``: of each entry, or nothing at all.
-    Raises PlanError where the cost model cannot price a group or moves.
+    ``lengths[i]``: tokens of sequence i. ``bound_s``: proven lower bound of the whole step, with ``step_fixed_s`` (0
+    where none is known); where it exceeds the simulated step by no more than rounding, it is lowered to that.
+    ``cost_digest``: the cost model's, where the caller has it already. ``moves``: of each entry, or empty. Raises
+    PlanError where the cost model cannot price a group or its moves.
     """
     choices = list(groups)
     moved = list(moves) or [()] * len(choices)
@@ -113,8 +116,8 @@ def assemble_plan(
 def price_choice(
     choice: MicrobatchChoice, lengths: SequenceOf[int], cost: CostModel, moves: SequenceOf[Move] = ()
 ) -> MicrobatchPrice:
-    """What the microbatch costs. Raises PlanError where the cost model cannot price it, or its groups do not agree on
-    the memory policy."""
+    """The price of a microbatch. Raises PlanError where the cost model cannot price it, or where its groups differ in
+    their memory policy."""
     return _price(choice, attention_groups(choice, cost), lengths, cost, moves)
 
 
@@ -131,31 +134,36 @@ def _price(
 
 
 def makespan_s(
-    groups: Iterable[MicrobatchChoice], lengths: SequenceOf[int], num_ranks: int, cost: CostModel
+    groups: Iterable[MicrobatchChoice], problem: StepProblem, moves: SequenceOf[tuple[Move, ...]] = ()
 ) -> float:
-    """When the last rank ends, ``step_fixed_s`` not included, as ``planner.pricing.simulate`` plays it."""
+    """Seconds until the last rank ends, ``step_fixed_s`` left out, exactly as ``planner.pricing.simulate`` has it.
+    ``moves``: of each microbatch, or nothing at all."""
+    lengths, num_ranks, cost = problem.lengths, problem.num_ranks, problem.cost
     choices = list(groups)
+    moved = list(moves) or [()] * len(choices)
     if cost.num_stages > 1:
-        prices = [price_choice(choice, lengths, cost) for choice in choices]
+        prices = [price_choice(choice, lengths, cost, part) for choice, part in zip(choices, moved, strict=True)]
         return run_schedule(prices, num_ranks=num_ranks, cost=cost).step_s - cost.step_fixed_s
-    work = [_work(choice, lengths, cost) for choice in choices]
+    work = [_work(choice, lengths, cost, part) for choice, part in zip(choices, moved, strict=True)]
     last_s = max((each.stop_s for each in play(work, sharding=cost.sharding, num_stages=1)), default=0.0)
-    return last_s + cost.step_fixed_s - cost.step_fixed_s  # rounded as a whole step is, so that equal plans tie
+    return last_s + cost.step_fixed_s - cost.step_fixed_s  # round as a whole step does, so that equal plans tie
 
 
-def _work(choice: MicrobatchChoice, lengths: SequenceOf[int], cost: CostModel) -> StageWork:
-    """Ranks and seconds of a microbatch, without the memory that ``price_choice`` counts where seconds do not need
-    it."""
-    if isinstance(choice, GroupChoice) and choice.memory.is_keep:
+def _work(
+    choice: MicrobatchChoice, lengths: SequenceOf[int], cost: CostModel, moves: tuple[Move, ...]
+) -> StageWork:
+    """Ranks and seconds of a microbatch. Memory, which ``price_choice`` counts as well, is left out where the seconds
+    do not depend on it."""
+    if isinstance(choice, GroupChoice) and choice.memory.is_keep and not moves:
         sizes = [lengths[index] for index in choice.sequences]
         return StageWork(ranks=choice.ranks, seconds=lone_group_s(choice.kind, len(choice.ranks), sizes, cost))
-    price = price_choice(choice, lengths, cost)
+    price = price_choice(choice, lengths, cost, moves)
     return StageWork(ranks=price.ranks, seconds=price.seconds)
 
 
 def attention_groups(choice: MicrobatchChoice, cost: CostModel) -> tuple[AttentionGroup, ...]:
-    """The groups of one microbatch, with the inner degree that the cost model prices. Raises PlanError where it prices
-    no such group."""
+    """The groups of one microbatch, with the inner degrees of the cost model. Raises PlanError where it does not price
+    a group."""
     choices = (choice,) if isinstance(choice, GroupChoice) else choice
     return tuple(
         AttentionGroup(
@@ -167,13 +175,13 @@ def attention_groups(choice: MicrobatchChoice, cost: CostModel) -> tuple[Attenti
 
 
 def _ranks(groups: tuple[AttentionGroup, ...]) -> tuple[int, ...]:
-    """The ranks of one microbatch: in group order where it has one group, else ascending."""
+    """The ranks of one microbatch: in the group's order where there is one group, else ascending."""
     if len(groups) == 1:
         return groups[0].ranks
     return tuple(sorted({rank for group in groups for rank in group.ranks}))
 
 
 def _rounded_bound(bound_s: float, step_s: float) -> float:
-    """A bound above the objective by no more than float rounding is the objective; a larger excess stays and is
-    rejected by ``verify_plan``: it would be a wrong bound."""
+    """Lower the bound to the step's seconds where it exceeds them by no more than float rounding. A larger excess is a
+    wrong bound: it stays, and ``verify_plan`` rejects it."""
     return step_s if step_s < bound_s <= step_s * (1 + 1e-9) else bound_s

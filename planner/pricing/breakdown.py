@@ -1,4 +1,4 @@
-"""Where the seconds of a step and the bytes of its fullest rank go."""
+"""What the seconds of a step and the bytes of its fullest rank are spent on."""
 
 from __future__ import annotations
 
@@ -8,19 +8,22 @@ from dataclasses import dataclass, replace
 from planner.cost.model import KEEP, CostModel
 from planner.inputs.cluster import ClusterSpec, LinkSpec
 from planner.plan import Microbatch, StepPlan
-from planner.pricing.simulate import Simulation, price_microbatch, step_lengths
+from planner.pricing.microbatch import price_microbatch
+from planner.pricing.simulate import Simulation, step_lengths
 
 _FREE_LINK = LinkSpec(bytes_per_s=1e30, latency_s=0.0, source="free")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TimeSplit:
-    """Seconds of one step, averaged over the ranks; the six add up to the step.
+    """Seconds of one step, averaged over the ranks. The six fields add up to the step.
 
-    ``communication_s``: exposed exchanges of the microbatches, None where the cost model was measured as a whole and
-    cannot tell them from ``work_s``. ``recompute_s``: activations computed again; ``swap_s``: exposed copies to and
-    from the host. ``waiting_s``: for slower ranks, inside microbatches and at the end. ``fixed_s``: gather, reduction
-    and optimizer, once a step.
+    - ``communication_s``: exposed exchanges of the microbatches. None where the cost model was measured as a whole and
+      cannot tell them from ``work_s``.
+    - ``recompute_s``: recomputation of activations.
+    - ``swap_s``: exposed copies to and from the host.
+    - ``waiting_s``: waiting for slower ranks, inside microbatches and at the end.
+    - ``fixed_s``: gather, reduction and optimizer, once a step.
     """
 
     work_s: float
@@ -33,7 +36,7 @@ class TimeSplit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemorySplit:
-    """Bytes of the fullest rank. ``headroom_bytes``: what the budget leaves."""
+    """Bytes of the fullest rank. ``headroom_bytes``: what is left of the budget."""
 
     rank: int
     fixed_bytes: int
@@ -50,12 +53,13 @@ class MemorySplit:
 
 
 def free_links(cluster: ClusterSpec) -> ClusterSpec:
-    """The same cluster with links that take no time: what a step costs there, it costs without communication."""
+    """The same cluster with links that take no time. A step's price there is its price without communication."""
     return replace(cluster, intra_node=_FREE_LINK, inter_node=_FREE_LINK)
 
 
 def time_split(plan: StepPlan, simulation: Simulation, cost: CostModel, free_cost: CostModel | None) -> TimeSplit:
-    """``free_cost``: the same cost model over ``free_links``, None where there is none."""
+    """Split the seconds of a simulated plan. ``free_cost``: the cost model derived for ``free_links``, None where there
+    is none."""
     lengths = step_lengths(plan)
 
     kept = [replace(microbatch, memory=KEEP) for microbatch in plan.microbatches]
@@ -81,7 +85,7 @@ def time_split(plan: StepPlan, simulation: Simulation, cost: CostModel, free_cos
 
 
 def memory_split(simulation: Simulation, cost: CostModel, budget_bytes: int) -> MemorySplit:
-    """Of the first of the fullest ranks."""
+    """The bytes of the fullest rank, the first among equals."""
     peak_bytes = max(simulation.rank_peak_bytes)
     return MemorySplit(
         rank=simulation.rank_peak_bytes.index(peak_bytes),

@@ -1,8 +1,8 @@
-"""Rounds of a step whose ranks move in lockstep: what ``zero3`` sharding makes of a plan.
+"""The rounds of a step whose ranks move in lockstep, as ``zero3`` sharding requires.
 
-With parameters gathered layer by layer, every rank takes part in every gather, so all ranks go through the same number
-of forwards and backwards side by side, with no microbatch where the plan has none for them. A microbatch runs in the
-first round in which none of its ranks has work that comes before it in the plan.
+Parameters are gathered layer by layer and every rank takes part in every gather. So all ranks run the same number of
+forwards and backwards side by side, and a rank for which the plan has no work in a round runs an empty microbatch. A
+microbatch runs in the first round that comes after those of all earlier microbatches of its ranks.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from collections.abc import Iterable
 
 
 def lockstep_rounds(rank_lists: Iterable[tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
-    """For each round the microbatches in it (places in the plan, ascending). ``rank_lists[i]``: ranks of microbatch i.
+    """The microbatches of each round (places in the plan, ascending). ``rank_lists[i]``: ranks of microbatch i.
 
-    Microbatches of a round share no rank, and every rank meets its microbatches in the plan's order.
+    Microbatches of a round share no rank, and every rank runs its microbatches in the plan's order.
     """
     next_round: dict[int, int] = {}
     rounds: list[list[int]] = []

@@ -3,8 +3,15 @@
 Every data rank is a pipeline of ``num_stages`` stages. A microbatch passes through the stages of all of its ranks in
 step, because at each stage its ranks exchange attention. Ranks may run different numbers of microbatches (ByteScale's
 PP case, arXiv 2502.21231, section on PP-Balance), so the usual tables for 1F1B do not fit. Instead the actions are
-list-scheduled: whatever can start first does, a backward before a forward, and a stage holds at most as many
-microbatches between forward and backward as there are stages from it to the last one (1F1B's limit).
+list-scheduled: of those that could run, the one that can start first is next, and a forward before a backward where
+both can start at once. A stage holds at most as many microbatches between forward and backward as there are stages
+from it to the last one (1F1B's limit).
+
+A stage that comes free often finds a forward and a backward waiting. The forward goes first because the stages after
+it wait for it; the limit then makes the backward next, so equal microbatches run as in 1F1B. Against the backward
+first, on six kinds of 300 random steps each (2 to 8 stages, unequal microbatches, most of them shared by several
+ranks), steps are 2.5 to 5 % shorter in the mean and 17 % at most; of a hundred, two are longer, by 7 % at most. On one
+pipeline they take 0.4 to 1 % longer than in 1F1B, whose fixed alternation can deadlock where microbatches are shared.
 
 The result is one total order of all actions. An action comes after everything it waits for: the stage before (after)
 it, and on each of its ranks all earlier forwards (backwards) of the stage. So when every (rank, stage) runs its
@@ -26,10 +33,12 @@ FORWARD_SHARE = 1 / 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageWork:
-    """One microbatch as the pipelines see it. ``seconds``: forward and backward of one stage."""
+    """One microbatch as the pipelines see it. ``seconds``: forward and backward of one stage; ``forward_share``: of
+    them."""
 
     ranks: tuple[int, ...]
     seconds: float
+    forward_share: float = FORWARD_SHARE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,94 +70,76 @@ def rank_actions(
 
 
 class _Scheduler:
-    """``next_place[direction][rank, stage]``: how many of the rank's microbatches have started that direction there."""
+    """Actions are numbered by direction, microbatch and stage, forwards first: of two that can start at once, the one
+    with the lower number is next."""
 
     def __init__(self, work: SequenceOf[StageWork], num_stages: int) -> None:
-        self.work = work
-        self.num_stages = num_stages
-        self.queues: dict[int, list[int]] = {}
-        for index, item in enumerate(work):
-            for rank in item.ranks:
-                self.queues.setdefault(rank, []).append(index)
-        places = [(rank, stage) for rank in self.queues for stage in range(num_stages)]
-        self.next_place = (dict.fromkeys(places, 0), dict.fromkeys(places, 0))
-        self.free_s = dict.fromkeys(places, 0.0)
-        self.done_s: dict[tuple[int, int, bool], float] = {}
-        self.heap: list[tuple[float, bool, int, int]] = []  # start, is forward, microbatch, stage
-        self.waiting: set[tuple[int, int, bool]] = set()
+        self.num_work, self.num_stages = len(work), num_stages
+        self.ranks = [item.ranks for item in work] * 2  # of the forwards, then of the backwards
+        self.seconds = [item.seconds * item.forward_share for item in work]
+        self.seconds += [item.seconds * (1 - item.forward_share) for item in work]
+        num_actions = 2 * len(work) * num_stages
+        self.followers: list[list[int]] = [[] for _ in range(num_actions)]
+        self.num_awaited = [0] * num_actions
+        self.ready_s = [0.0] * num_actions  # when the last action that it waits for ends
+        earlier: dict[int, list[int]] = {}  # microbatches of each rank
+        for microbatch, item in enumerate(work):
+            own = [earlier.setdefault(rank, []) for rank in item.ranks]
+            self._link(microbatch, own)
+            for microbatches in own:
+                microbatches.append(microbatch)
+        self.free_s = [dict.fromkeys(earlier, 0.0) for _ in range(num_stages)]
+
+    def _number(self, microbatch: int, stage: int, *, backward: bool) -> int:
+        return (backward * self.num_work + microbatch) * self.num_stages + stage
+
+    def _link(self, microbatch: int, earlier: SequenceOf[SequenceOf[int]]) -> None:
+        """Let the microbatch's actions wait for what must come before them; ``earlier``: the microbatches before it on
+        each of its ranks."""
+        before = [{own[-back] for own in earlier if len(own) >= back} for back in range(1, self.num_stages + 1)]
+        for stage in range(self.num_stages):
+            forward = self._number(microbatch, stage, backward=False)
+            backward = self._number(microbatch, stage, backward=True)
+            for other in before[0]:
+                self._wait(forward, self._number(other, stage, backward=False))
+                self._wait(backward, self._number(other, stage, backward=True))
+            for other in before[self.num_stages - stage - 1]:  # the limit
+                self._wait(forward, self._number(other, stage, backward=True))
+            if stage:
+                self._wait(forward, forward - 1)
+            self._wait(backward, backward + 1 if stage < self.num_stages - 1 else forward)
+
+    def _wait(self, action: int, awaited: int) -> None:
+        self.followers[awaited].append(action)
+        self.num_awaited[action] += 1
 
     def run(self) -> tuple[StageAction, ...]:
         order: list[StageAction] = []
-        for queue in self.queues.values():
-            self._offer(queue[0], 0, backward=False)
-        while self.heap:
-            offered_s, is_forward, microbatch, stage = heapq.heappop(self.heap)
-            start_s = self._start_s(microbatch, stage, not is_forward)
+        heap = [(0.0, action) for action, num_awaited in enumerate(self.num_awaited) if not num_awaited]
+        while heap:
+            offered_s, action = heapq.heappop(heap)
+            start_s = self._start_s(action)
             if start_s > offered_s:  # its ranks have been given other work since
-                heapq.heappush(self.heap, (start_s, is_forward, microbatch, stage))
-            else:
-                order.append(self._take(microbatch, stage, not is_forward, start_s))
+                heapq.heappush(heap, (start_s, action))
+                continue
+            order.append(self._take(action, start_s))
+            for follower in self.followers[action]:
+                self.num_awaited[follower] -= 1
+                self.ready_s[follower] = max(self.ready_s[follower], order[-1].stop_s)
+                if not self.num_awaited[follower]:
+                    heapq.heappush(heap, (self._start_s(follower), follower))
         return tuple(order)
 
-    def _take(self, microbatch: int, stage: int, backward: bool, start_s: float) -> StageAction:
-        item = self.work[microbatch]
-        stop_s = start_s + item.seconds * ((1 - FORWARD_SHARE) if backward else FORWARD_SHARE)
-        self.waiting.discard((microbatch, stage, backward))
-        self.done_s[microbatch, stage, backward] = stop_s
-        for rank in item.ranks:
-            self.free_s[rank, stage] = stop_s
-            self.next_place[backward][rank, stage] += 1
-        following = stage - 1 if backward else stage + 1
-        if 0 <= following < self.num_stages:
-            self._offer(microbatch, following, backward)
-        elif not backward:
-            self._offer(microbatch, stage, backward=True)
-        for rank in item.ranks:
-            for direction in (False, True):
-                self._offer_next(rank, stage, direction)
-        return StageAction(microbatch=microbatch, stage=stage, backward=backward, start_s=start_s, stop_s=stop_s)
+    def _start_s(self, action: int) -> float:
+        place, stage = divmod(action, self.num_stages)
+        free_s = self.free_s[stage]
+        return max(self.ready_s[action], *[free_s[rank] for rank in self.ranks[place]])
 
-    def _offer_next(self, rank: int, stage: int, backward: bool) -> None:
-        place, queue = self.next_place[backward][rank, stage], self.queues[rank]
-        if place < len(queue):
-            self._offer(queue[place], stage, backward)
-
-    def _offer(self, microbatch: int, stage: int, backward: bool) -> None:
-        key = (microbatch, stage, backward)
-        if key not in self.waiting and key not in self.done_s and self._ready(microbatch, stage, backward):
-            self.waiting.add(key)
-            heapq.heappush(self.heap, (self._start_s(microbatch, stage, backward), not backward, microbatch, stage))
-
-    def _ready(self, microbatch: int, stage: int, backward: bool) -> bool:
-        before = self._before(microbatch, stage, backward)
-        if before is not None and before not in self.done_s:
-            return False
-        for rank in self.work[microbatch].ranks:
-            started = self.next_place[backward][rank, stage]
-            if self.queues[rank][started] != microbatch:
-                return False
-            if not backward and started - self.next_place[True][rank, stage] >= self.num_stages - stage:
-                return False
-        return True
-
-    def _before(self, microbatch: int, stage: int, backward: bool) -> tuple[int, int, bool] | None:
-        """The action of the same microbatch that this one waits for."""
-        if not backward:
-            return (microbatch, stage - 1, False) if stage else None
-        last = stage == self.num_stages - 1
-        return (microbatch, stage, False) if last else (microbatch, stage + 1, True)
-
-    def _start_s(self, microbatch: int, stage: int, backward: bool) -> float:
-        before = self._before(microbatch, stage, backward)
-        ready_s = self.done_s[before] if before is not None else 0.0
-        return max(ready_s, *(self.free_s[rank, stage] for rank in self.work[microbatch].ranks))
-
-
-def peak_tokens_in_flight(actions: SequenceOf[StageAction], num_tokens: SequenceOf[int]) -> int:
-    """The most tokens one rank's stage holds between forwards and backwards at once. ``actions``: that stage's, in
-    order; ``num_tokens[i]``: tokens the rank holds of microbatch i."""
-    held = peak = 0
-    for action in actions:
-        held += -num_tokens[action.microbatch] if action.backward else num_tokens[action.microbatch]
-        peak = max(peak, held)
-    return peak
+    def _take(self, action: int, start_s: float) -> StageAction:
+        place, stage = divmod(action, self.num_stages)
+        backward, microbatch = divmod(place, self.num_work)
+        stop_s = start_s + self.seconds[place]
+        self.free_s[stage].update(dict.fromkeys(self.ranks[place], stop_s))
+        return StageAction(
+            microbatch=microbatch, stage=stage, backward=backward > 0, start_s=start_s, stop_s=stop_s
+        )

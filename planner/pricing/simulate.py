@@ -1,34 +1,29 @@
-"""What a plan costs under a cost model: seconds per rank, idle share, peak bytes. Says nothing about legality.
+"""What a plan costs under a cost model: seconds per rank, idle share and peak bytes. Legality is not checked.
 
-Microbatches run in the plan's one global order, as ``planner.pricing.timeline`` plays them: one keeps all of its ranks
-busy until it ends, and without zero3 or pipeline stages it waits for nobody but them. A rank in several groups of one
-microbatch runs their attention one after the other inside each layer: it takes their marginal seconds together and,
-since layers are launched once, the largest of their fixed times. Moves for the token-wise layers change who does them,
-for the time of the exchange. Recomputing and what a copy to the host exposes come on top; chunks have prices of their
-own. The microbatch lasts as long as its slowest rank.
+``planner.pricing.microbatch`` prices each microbatch and ``planner.pricing.timeline`` says when each runs, in the
+plan's one global order. A microbatch keeps all of its ranks busy until it ends; without zero3 or pipeline stages it
+waits for its own ranks only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
-from planner.cost.fits import TimeFit
-from planner.cost.model import KEEP, CostModel
-from planner.errors import PlanError
-from planner.plan import AttentionGroup, AttentionKind, MemoryPolicy, Microbatch, Sharding, StepPlan
+from planner.cost.model import CostModel
+from planner.plan import Sharding, StepPlan
+from planner.pricing.microbatch import (
+    MicrobatchPrice,
+    price_microbatch,
+)
 from planner.pricing.pipeline_order import StageWork
 from planner.pricing.timeline import play
-from planner.schedules.layout import local_token_counts
-from planner.schedules.linear_layout import linear_counts
-from planner.schedules.remap import Move
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
-    """One rank at work on one microbatch (its place in the plan) from ``start_s`` to ``stop_s``. With pipeline stages:
-    the rank's first stage, forward and backward apart."""
+    """One rank works on one microbatch (its place in the plan) from ``start_s`` to ``stop_s``. With pipeline stages the
+    events are those of the rank's first stage, with forward and backward as two events."""
 
     microbatch: int
     rank: int
@@ -38,12 +33,15 @@ class Event:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Simulation:
-    """A priced step. ``idle_fraction``: share of all rank seconds, up to the last finish, spent without work.
+    """A priced step.
 
-    ``step_s`` is the last finish plus the cost model's ``step_fixed_s``; the other times leave the fixed part out. In
-    lockstep all ranks finish together. ``rank_host_bytes``: most that a rank's microbatches have on its host at once.
-    With pipeline stages all but the finish is that of the first stage, which holds the most; the others are busy for as
-    long.
+    - ``step_s``: the last finish plus the cost model's ``step_fixed_s``, which the other times leave out. In lockstep
+      all ranks finish together.
+    - ``idle_fraction``: share of all rank seconds, up to the last finish, that is spent without work.
+    - ``rank_peak_bytes``, ``rank_host_bytes``: peak bytes on each rank's device and on its host.
+
+    With pipeline stages everything but the finish is that of the first stage, which holds the most; the other stages
+    are busy for as long.
     """
 
     step_s: float
@@ -59,143 +57,9 @@ class Simulation:
         return max(self.rank_peak_bytes)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MicrobatchPrice:
-    """One microbatch: seconds each of its ranks works and tokens it holds, in the order of ``ranks``; ``seconds`` are
-    the slowest rank's. ``kind``, ``degree``: of its group where it runs in chunks, and only there."""
-
-    seconds: float
-    ranks: tuple[int, ...]
-    rank_s: tuple[float, ...]
-    rank_tokens: tuple[int, ...]
-    memory: MemoryPolicy = KEEP
-    kind: AttentionKind = AttentionKind.LOCAL
-    degree: int = 1
-
-    def peak_bytes(self, cost: CostModel) -> int:
-        """Peak bytes of the fullest rank."""
-        return self.device_bytes(max(self.rank_tokens), cost)
-
-    def held_bytes(self, num_tokens: int, cost: CostModel) -> float:
-        """Most bytes of this microbatch on a rank that holds so many of its tokens."""
-        return cost.held_bytes(num_tokens, self.memory, self.kind, self.degree)
-
-    def device_bytes(self, num_tokens: int, cost: CostModel) -> int:
-        """Peak bytes of a rank that holds so many of its tokens."""
-        return cost.device_bytes(num_tokens, self.memory, self.kind, self.degree)
-
-
 def step_lengths(plan: StepPlan) -> tuple[int, ...]:
     """Tokens of the step's sequences by index (in a legal plan a sequence's index is its place)."""
     return tuple(sequence.num_tokens for sequence in plan.sequences)
-
-
-def price_groups(
-    ranks: tuple[int, ...], groups: SequenceOf[AttentionGroup], lengths: SequenceOf[int], cost: CostModel,
-    memory: MemoryPolicy = KEEP, moves: SequenceOf[Move] = (),
-) -> MicrobatchPrice:
-    """Price one microbatch of these ranks and groups; ``lengths[i]`` are the tokens of sequence i. With ``moves`` a
-    rank does the token-wise work of the tokens it has after them, and holds the memory of the fuller of its layouts.
-
-    Raises PlanError where the cost model has no coefficients for a group's kind and degree, the policy or moves, or has
-    none for chunks together with moves or several groups.
-    """
-    if memory.chunk_tokens:
-        return _price_in_chunks(ranks, groups, lengths, cost, memory, moves)
-    if len(groups) == 1 and groups[0].ranks == ranks and not moves:  # nearly always: all ranks are busy equally long
-        work_s, fixed, share, counts = _group_price(groups[0], lengths, cost)
-        seconds = _policy_s(work_s + fixed, share, memory, cost)
-        return MicrobatchPrice(
-            seconds=seconds, ranks=ranks, rank_s=(seconds,) * len(ranks), rank_tokens=counts, memory=memory
-        )
-    marginal_s, fixed_s = dict.fromkeys(ranks, 0.0), dict.fromkeys(ranks, 0.0)
-    tokens, shares = dict.fromkeys(ranks, 0), dict.fromkeys(ranks, 0.0)
-    for group in groups:
-        work_s, fixed, share, counts = _group_price(group, lengths, cost)
-        for rank, count in zip(group.ranks, counts, strict=True):
-            marginal_s[rank] += work_s
-            fixed_s[rank] = max(fixed_s[rank], fixed)
-            tokens[rank] += count
-            shares[rank] += share
-    if moves:
-        _apply_moves(moves, cost, marginal_s, fixed_s, tokens, shares)
-    rank_s = tuple(_policy_s(marginal_s[rank] + fixed_s[rank], shares[rank], memory, cost) for rank in ranks)
-    return MicrobatchPrice(
-        seconds=max(rank_s), ranks=ranks, rank_s=rank_s, rank_tokens=tuple(tokens.values()), memory=memory
-    )
-
-
-def _price_in_chunks(
-    ranks: tuple[int, ...], groups: SequenceOf[AttentionGroup], lengths: SequenceOf[int], cost: CostModel,
-    memory: MemoryPolicy, moves: SequenceOf[Move],
-) -> MicrobatchPrice:
-    if len(groups) != 1 or groups[0].ranks != ranks or moves:
-        what = "moved tokens" if moves else f"{len(groups)} groups"
-        raise PlanError(f"chunks are priced for microbatches of one group on all its ranks, not with {what}")
-    group = groups[0]
-    fit = cost.policy_fit(group.kind, group.degree, memory)
-    work_s, fixed_s, _, counts = _group_price(group, lengths, cost, fit)
-    seconds = work_s + fixed_s
-    return MicrobatchPrice(
-        seconds=seconds, ranks=ranks, rank_s=(seconds,) * len(ranks), rank_tokens=counts, memory=memory,
-        kind=group.kind, degree=group.degree,
-    )
-
-
-def _group_price(
-    group: AttentionGroup, lengths: SequenceOf[int], cost: CostModel, fit: TimeFit | None = None
-) -> tuple[float, float, float, tuple[int, ...]]:
-    """Marginal and fixed seconds, tokens per rank (a group's ranks are timed alike, whatever the remainders), and the
-    tokens that each of them really holds. ``fit``: where the group does not run whole."""
-    sizes = [lengths[index] for index in group.sequences]
-    fit, num_tokens = fit or cost.time_fit(group.kind, group.degree), sum(sizes)
-    work_s = _marginal_s(fit, sizes)
-    counts = local_token_counts(group.kind, group.degree, sizes, group.inner_degree)
-    return work_s, fit.fixed_s, num_tokens / group.degree, counts
-
-
-def lone_group_s(kind: AttentionKind, degree: int, sizes: SequenceOf[int], cost: CostModel) -> float:
-    """Seconds of a microbatch of one group that keeps all activations, as ``price_groups`` has them, for sequences of
-    these lengths: without what each rank holds. Raises PlanError where the cost model does not price the group."""
-    fit = cost.time_fit(kind, degree)
-    return _marginal_s(fit, sizes) + fit.fixed_s
-
-
-def _marginal_s(fit: TimeFit, sizes: SequenceOf[int]) -> float:
-    return fit.marginal_s(
-        num_tokens=sum(sizes), num_tokens2=sum(size * size for size in sizes), num_sequences=len(sizes)
-    )
-
-
-def _apply_moves(
-    moves: SequenceOf[Move], cost: CostModel, marginal_s: dict[int, float], fixed_s: dict[int, float],
-    tokens: dict[int, int], shares: dict[int, float],
-) -> None:
-    """Change what was summed up by rank. Groups charge the token-wise work of even shares; it gives way to that of the
-    tokens a rank has in the linear layout, so all ranks together work as long as before, and the exchange on top."""
-    fit = cost.remap
-    if fit is None:
-        raise PlanError("cost model does not price moving tokens for the token-wise layers")
-    after = linear_counts(tokens, moves)
-    for rank, count in after.items():
-        marginal_s[rank] += fit.linear_s_per_token * (count - shares[rank])
-        shares[rank], tokens[rank] = float(count), max(count, tokens[rank])
-    for source, destination, num_tokens in moves:
-        for rank in (source, destination):
-            marginal_s[rank] += fit.move_s(source, destination, num_tokens)
-    for rank in {rank for source, destination, _ in moves for rank in (source, destination)}:
-        fixed_s[rank] += fit.fixed_s
-
-
-def _policy_s(busy_s: float, num_tokens: float, memory: MemoryPolicy, cost: CostModel) -> float:
-    if memory.is_keep:
-        return busy_s
-    return busy_s + cost.recompute_s(num_tokens, memory) + cost.exposed_copy_s(num_tokens, busy_s, memory)
-
-
-def price_microbatch(microbatch: Microbatch, lengths: SequenceOf[int], cost: CostModel) -> MicrobatchPrice:
-    """``price_groups`` of a plan's microbatch."""
-    return price_groups(microbatch.ranks, microbatch.groups, lengths, cost, microbatch.memory, microbatch.moves)
 
 
 def run_schedule(prices: Iterable[MicrobatchPrice], *, num_ranks: int, cost: CostModel) -> Simulation:
@@ -240,7 +104,8 @@ def run_schedule(prices: Iterable[MicrobatchPrice], *, num_ranks: int, cost: Cos
 
 
 def simulate(plan: StepPlan, cost: CostModel) -> Simulation:
-    """Price a legal plan (see ``planner.pricing.verify``). Raises PlanError on a group the cost model cannot price."""
+    """Simulate a legal plan (see ``planner.pricing.verify``). Raises PlanError on a group that the cost model does not
+    price."""
     lengths = step_lengths(plan)
     prices = (price_microbatch(microbatch, lengths, cost) for microbatch in plan.microbatches)
     return run_schedule(prices, num_ranks=plan.num_ranks, cost=cost)

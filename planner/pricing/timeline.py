@@ -1,10 +1,10 @@
 """When each microbatch of a step runs: without barriers, in lockstep rounds, or through the stages of pipelines.
 
-- *Free* (``gather_once``): a microbatch starts when all of its ranks are free and waits for nobody else.
-- *Lockstep* (``zero3``): all ranks go through ``planner.pricing.lockstep``'s rounds side by side; a round lasts as long
-  as its slowest microbatch. A rank without work in a round runs an empty microbatch. That takes a fixed time and
-  nothing else, so no longer than the microbatches beside it, which pay theirs too, and needs no price of its own.
-- *Stages*: forwards and backwards in ``planner.pricing.pipeline_order``'s order; seconds are those of one stage.
+- *Free* (``gather_once``): a microbatch starts as soon as all of its ranks are free.
+- *Lockstep* (``zero3``): all ranks go through ``planner.pricing.lockstep``'s rounds side by side, and a round lasts as
+  long as its slowest microbatch. A rank without work runs an empty microbatch, which needs no price: it takes a fixed
+  time only, which the microbatches beside it take as well.
+- *Stages*: forwards and backwards run in ``planner.pricing.pipeline_order``'s order; seconds are those of one stage.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from planner.pricing.pipeline_order import StageWork, pipeline_order
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """A microbatch (its place in the plan) at work on all of its ranks, on the first stage where there are several.
+    """A microbatch (its place in the plan) runs on all of its ranks; with pipeline stages, on their first stage.
 
-    ``holds``: the microbatch's activations are held from the start of this pass, ``frees``: until its end. Forward and
-    backward together, as one pass, do both.
+    ``holds``: activations are held from the start of this pass on. ``frees``: they are freed at its end. A pass of
+    forward and backward together does both.
     """
 
     microbatch: int
@@ -34,10 +34,10 @@ class Pass:
 
 
 def play(work: SequenceOf[StageWork], *, sharding: Sharding, num_stages: int) -> tuple[Pass, ...]:
-    """All passes of a step, in an order in which start times never fall on any rank. The step ends with the last one:
+    """All passes of a step, so ordered that start times never fall on any rank. The step ends with the last of them:
     a backward ends on the first stage.
 
-    Raises PlanError where ``zero3`` is to run in stages: no pipeline keeps in step with the gathers of another.
+    Raises PlanError for ``zero3`` with stages: pipelines do not run in step, so they cannot share gathers.
     """
     if num_stages > 1:
         if sharding is Sharding.ZERO3:

@@ -1,9 +1,9 @@
-"""Proof that a plan is legal, before anybody executes it: every law recomputed from the plan, nothing believed.
+"""Check that a plan is legal before it is executed. Every number in it is recomputed.
 
-What makes a plan safe: each sequence is run exactly once, by ranks that exist, in groups the runtime and the cost model
-know, under allowed memory policies, within the device and host budgets, at the price the plan states. Deadlock needs no
-search: microbatches, and the groups inside one, stand in one global order that every rank follows, so two ranks meet
-their common work in the same order.
+In a legal plan each sequence runs exactly once, on ranks that exist, in groups that the runtime and the cost model
+know, under allowed memory policies, within the device and host budgets, at the price that the plan states. Such a plan
+cannot deadlock: microbatches, and the groups of each, stand in one global order that every rank follows, so any two
+ranks come to their common work in the same order.
 """
 
 from __future__ import annotations
@@ -26,20 +26,21 @@ from planner.plan import (
     StepPlan,
 )
 from planner.pricing.lockstep import lockstep_rounds
-from planner.pricing.simulate import MicrobatchPrice, Simulation, price_microbatch, run_schedule
+from planner.pricing.microbatch import MicrobatchPrice, price_microbatch
+from planner.pricing.problem import StepProblem
+from planner.pricing.simulate import Simulation, run_schedule
 from planner.schedules.layout import head_degree, local_token_counts
 from planner.units import format_bytes
 
 RELATIVE_TOLERANCE = 1e-9
 
 
-def verify_plan(
-    plan: StepPlan, lengths: SequenceOf[int], *, num_ranks: int, cost: CostModel, limits: PlanLimits
-) -> None:
-    """Check ``plan`` against this step's ``lengths`` (tokens of sequence i), the ranks, the cost model and the limits.
+def verify_plan(plan: StepPlan, problem: StepProblem) -> None:
+    """Check that ``plan`` is a legal answer to the problem.
 
-    Raises PlanError naming the first offender: the field, sequence, rank, group or microbatch.
+    Raises PlanError that names the first illegal field, sequence, rank, group or microbatch.
     """
+    lengths, num_ranks, cost, limits = problem.lengths, problem.num_ranks, problem.cost, problem.limits
     _verify_head(plan, num_ranks, cost)
     _verify_sequences(plan, lengths)
     for index, microbatch in enumerate(plan.microbatches):
@@ -100,7 +101,7 @@ def _verify_microbatch(
 
 
 def _verify_moves(microbatch: Microbatch, place: str, cost: CostModel) -> None:
-    """All but that a source has the tokens, which takes their prices (``_verify_prices``)."""
+    """Check the moves, except that a source holds the tokens it moves: ``_verify_prices`` checks that."""
     moves = microbatch.moves
     if moves and cost.remap is None:
         raise PlanError(f"{place}: the cost model does not price moving tokens for the token-wise layers")
@@ -118,7 +119,7 @@ def _verify_moves(microbatch: Microbatch, place: str, cost: CostModel) -> None:
 
 
 def _verify_moved_tokens(plan: StepPlan, index: int, lengths: SequenceOf[int]) -> None:
-    """No source moves more tokens than its groups give it."""
+    """Check that no source moves more tokens than it holds in its groups."""
     microbatch = plan.microbatches[index]
     leaving: dict[int, int] = {}
     for source, _, num_tokens in microbatch.moves:
@@ -140,7 +141,7 @@ def _verify_policy(memory: MemoryPolicy, place: str, cost: CostModel, limits: Pl
         MemoryAction.RECOMPUTE: memory.recompute_fraction,
     }
     for action, fraction in fractions.items():
-        if not 0 <= fraction <= 1:  # NaN is refused too
+        if not 0 <= fraction <= 1:  # refuses NaN as well
             raise PlanError(f"{place}: {action}_fraction must be in 0 .. 1, got {fraction}")
         if fraction > 0:
             _verify_allowed(action, memory, place, limits)
@@ -171,8 +172,9 @@ def _verify_chunks(microbatch: Microbatch, place: str, cost: CostModel, limits: 
 
 
 def _verify_rounds(plan: StepPlan, lengths: SequenceOf[int], cost: CostModel, limits: PlanLimits) -> None:
-    """In lockstep a round in which something runs in chunks goes group by group: nothing is put away in it, and what
-    runs whole is one chunk, for which queries move."""
+    """Check the lockstep rounds in which a microbatch runs in chunks. Such a round runs group by group: none of its
+    microbatches may swap or recompute, and one that does not run in chunks is a single chunk, for which queries
+    move."""
     if plan.sharding is not Sharding.ZERO3 or not any(each.memory.chunk_tokens for each in plan.microbatches):
         return
     for members in lockstep_rounds(each.ranks for each in plan.microbatches):
@@ -191,7 +193,7 @@ def _verify_rounds(plan: StepPlan, lengths: SequenceOf[int], cost: CostModel, li
 def _verify_one_chunk(
     microbatch: Microbatch, place: str, lengths: SequenceOf[int], cost: CostModel, limits: PlanLimits
 ) -> None:
-    assert cost.chunks is not None  # another microbatch runs in chunks and was found legal
+    assert cost.chunks is not None  # checked above for the microbatch that runs in chunks
     for group in microbatch.groups:
         sizes = [lengths[sequence] for sequence in group.sequences]
         tokens = max(local_token_counts(group.kind, group.degree, sizes, group.inner_degree))
@@ -213,15 +215,15 @@ def _verify_group(
         if not 0 <= sequence < num_sequences:
             raise PlanError(f"{place}: sequence {sequence} does not exist, the step has {num_sequences}")
     try:
-        team = head_degree(group.kind, group.degree, group.inner_degree)
+        ulysses_degree = head_degree(group.kind, group.degree, group.inner_degree)
     except PlanError as error:
         raise PlanError(f"{place}: {error}") from None
     if (group.kind is AttentionKind.LOCAL) != (group.degree == 1):
         raise PlanError(f"{place}: attention {group.kind} on {group.degree} ranks; local means exactly 1 rank")
     if group.kind is not AttentionKind.LOCAL and group.kind not in limits.kinds:
         raise PlanError(f"{place}: attention {group.kind} is not allowed here (allowed: {', '.join(limits.kinds)})")
-    if team > limits.max_ulysses_degree:
-        raise PlanError(f"{place}: ulysses degree {team} is above the limit {limits.max_ulysses_degree}")
+    if ulysses_degree > limits.max_ulysses_degree:
+        raise PlanError(f"{place}: ulysses degree {ulysses_degree} is above the limit {limits.max_ulysses_degree}")
     try:
         inner_degree = cost.time_fit(group.kind, group.degree).inner_degree
     except PlanError as error:
@@ -243,7 +245,7 @@ def _verify_ranks(ranks: tuple[int, ...], place: str, num_ranks: int) -> None:
 
 
 def _verify_coverage(plan: StepPlan) -> None:
-    """Every sequence in exactly one group of the step."""
+    """Check that every sequence is in exactly one group of the step."""
     seen: dict[int, int] = {}
     for index, microbatch in enumerate(plan.microbatches):
         for group in microbatch.groups:
@@ -284,7 +286,7 @@ def _verify_prices(plan: StepPlan, lengths: SequenceOf[int], cost: CostModel, li
 
 
 def _verify_in_flight(simulation: Simulation, cost: CostModel, limits: PlanLimits) -> None:
-    """Each microbatch fits alone; so must those that a pipeline's first stage holds at once."""
+    """Check that the microbatches which a pipeline's first stage holds at the same time fit together."""
     if simulation.peak_bytes > limits.device_budget_bytes:
         rank = simulation.rank_peak_bytes.index(simulation.peak_bytes)
         raise PlanError(
@@ -326,5 +328,5 @@ def _same_bytes(declared: int, actual: int, place: str) -> None:
 
 
 def _same_seconds(declared: float, actual: float, place: str) -> None:
-    if not math.isclose(declared, actual, rel_tol=RELATIVE_TOLERANCE):  # NaN and infinity are close to nothing finite
+    if not math.isclose(declared, actual, rel_tol=RELATIVE_TOLERANCE):  # also refuses NaN and infinity
         raise PlanError(f"{place} is stated as {declared}, the cost model says {actual}")

@@ -1,1 +1,1 @@
-"""A planned step replayed operation by operation on a machine's measured curves."""
+"""Replays a planned step operation by operation, with measured curves of the machine."""

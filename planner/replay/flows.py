@@ -1,10 +1,11 @@
 """What each kind of attention computes and sends, as arrays: from its schedules, or faster from a closed form.
 
-``group_shape`` takes any kind: what has no closed form here is read off ``write_schedule``, message by message. The
-closed forms exist because a group of a thousand ranks has a million rounds; a test holds them to the schedules.
+``group_shape`` accepts any kind. If there is no closed form for it here, the schedules of ``write_schedule`` are read
+message by message. Closed forms exist because a group of a thousand ranks has a million rounds; a test compares them
+with the schedules.
 
-A *batch* are the messages that a rank posts together and waits for together: posted when round ``posted`` starts,
-through when round ``wait_after`` ends. What goes from one rank to another in a batch counts as one message.
+A *batch* is the messages that a rank posts together and waits for together: posted when round ``posted`` starts, due
+when round ``wait_after`` ends. All that one rank sends to another in a batch counts as one message.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from planner.plan import AttentionGroup, AttentionKind
-from planner.replay.state import WIDE_BYTES, Setting
+from planner.replay.state import WIDE_BYTES, DataRanks
 from planner.replay.work import AttentionWork, Blocks, FloatArray, HeadSplit, IntArray, split_heads, zigzag_blocks
 from planner.schedules.exchange import Round, write_schedule
 from planner.schedules.layout import head_degree, local_token_counts
@@ -24,7 +25,7 @@ from planner.schedules.layout import head_degree, local_token_counts
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Messages:
-    """The messages of one walk, an element each. ``source``, ``target``: group index."""
+    """The messages of one walk, one array element per message. ``source``, ``target``: group indices."""
 
     posted: IntArray
     wait_after: IntArray
@@ -43,8 +44,8 @@ class WalkShape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupShape:
-    """One group. ``team_size``: consecutive members that trade heads before and after. ``rows``: tokens that each
-    member holds outside attention. ``heads``: by place in the team."""
+    """One group. ``team_size``: consecutive members that exchange heads before and after the rounds. ``rows``: tokens
+    of each member outside attention. ``heads``: by place in the team."""
 
     team_size: int
     rows: tuple[int, ...]
@@ -54,22 +55,22 @@ class GroupShape:
 
 
 def group_shape(
-    group: AttentionGroup, lengths: SequenceOf[int], setting: Setting, *, is_written: bool = False
+    group: AttentionGroup, lengths: SequenceOf[int], data_ranks: DataRanks, *, is_written: bool = False
 ) -> GroupShape:
-    """``lengths[i]``: tokens of the step's sequence i. ``is_written``: read the schedules even where a closed form is
-    known."""
+    """The work and messages of a group. ``lengths[i]``: tokens of the step's sequence i. ``is_written``: read the
+    schedules even if there is a closed form."""
     size = head_degree(group.kind, group.degree, group.inner_degree)
     sizes = [lengths[index] for index in group.sequences]
-    heads = split_heads(setting.query_heads, setting.kv_heads, size)
+    heads = split_heads(data_ranks.query_heads, data_ranks.kv_heads, size)
     form = None if is_written else _CLOSED_FORMS.get(group.kind)
     if form is None:
         schedules = [write_schedule(group, lengths, index) for index in range(group.degree)]
-        forward = _written(group, [schedule.forward for schedule in schedules], heads, setting)
-        backward = _written(group, [schedule.backward for schedule in schedules], heads, setting)
+        forward = _written(group, [schedule.forward for schedule in schedules], heads, data_ranks)
+        backward = _written(group, [schedule.backward for schedule in schedules], heads, data_ranks)
     else:
         blocks = zigzag_blocks(np.array(sizes, dtype=np.int64), group.degree // size)
         kv_heads = np.tile(heads.kv, len(blocks.tokens))
-        forward, backward = form(_Form(blocks, size, group.inner_degree, kv_heads, setting))
+        forward, backward = form(_Form(blocks, size, group.inner_degree, kv_heads, data_ranks))
     return GroupShape(
         team_size=size, heads=heads, forward=forward, backward=backward,
         rows=local_token_counts(group.kind, group.degree, sizes, group.inner_degree),
@@ -77,22 +78,22 @@ def group_shape(
 
 
 def has_closed_form(kind: AttentionKind) -> bool:
-    """Whether groups of this kind are worked out without writing their schedules."""
+    """Whether groups of this kind are computed without writing their schedules."""
     return kind in _CLOSED_FORMS
 
 
-def _token_bytes(setting: Setting, kv_heads: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """Of one token of one layer: K and V, and their gradients, which travel in fp32 or wider."""
-    elements = 2 * setting.model.head_dim * kv_heads
-    return elements * setting.element_bytes, elements * max(WIDE_BYTES, setting.element_bytes)
+def _token_bytes(data_ranks: DataRanks, kv_heads: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Bytes per token and layer of K and V, and of their gradients, which are sent in fp32 or wider."""
+    elements = 2 * data_ranks.model.head_dim * kv_heads
+    return elements * data_ranks.element_bytes, elements * max(WIDE_BYTES, data_ranks.element_bytes)
 
 
 def _written(
-    group: AttentionGroup, walks: SequenceOf[SequenceOf[Round]], heads: HeadSplit, setting: Setting
+    group: AttentionGroup, walks: SequenceOf[SequenceOf[Round]], heads: HeadSplit, data_ranks: DataRanks
 ) -> WalkShape:
     """Any kind, from the rounds of each member."""
     place_of = {rank: index for index, rank in enumerate(group.ranks)}
-    kv_bytes, grad_bytes = _token_bytes(setting, np.tile(heads.kv, group.degree // len(heads.kv)))
+    kv_bytes, grad_bytes = _token_bytes(data_ranks, np.tile(heads.kv, group.degree // len(heads.kv)))
     found: dict[tuple[int, int, int, int], float] = {}
     work = np.zeros((5, max(map(len, walks)), group.degree))
     for index, walk in enumerate(walks):
@@ -113,7 +114,7 @@ def _written(
 
 
 def _round_work(step: Round) -> tuple[float, float, float, float, float]:
-    """Calls, queries, keys, pairs, merged of one round of one rank."""
+    """Calls, queries, keys, pairs and merged queries of one round of one rank."""
     message_of = {span: number for number, into in enumerate(step.receives) for span in into.spans}
     queries = keys = pairs = own = 0
     calls = set()
@@ -129,33 +130,33 @@ def _round_work(step: Round) -> tuple[float, float, float, float, float]:
 
 @dataclass(frozen=True, slots=True)
 class _Form:
-    """What a closed form starts from. ``kv_heads``: of each member; ``size``: of a team."""
+    """Input of a closed form. ``size``: ranks per team. ``kv_heads``: KV heads of each member."""
 
     blocks: Blocks
     size: int
     inner_degree: int
     kv_heads: FloatArray
-    setting: Setting
+    data_ranks: DataRanks
 
     @property
     def num_teams(self) -> int:
         return len(self.blocks.tokens)
 
     def work(self, owners: IntArray) -> AttentionWork:
-        """``owners[round, team]``: whose keys the team meets in this round -> ``[round, member]``."""
+        """Work ``[round, member]``, where ``owners[round, team]`` is the team whose keys that team reads."""
         team = np.arange(self.num_teams)
         if self.size == 1:
             return self.blocks.work.each(lambda values: values[team, owners])
         return self.blocks.work.each(lambda values: np.repeat(values[team, owners], self.size, axis=1))
 
     def hops(self) -> _Hops:
-        return _Hops(self.size, *_token_bytes(self.setting, self.kv_heads))
+        return _Hops(self.size, *_token_bytes(self.data_ranks, self.kv_heads))
 
 
 @dataclass(slots=True)
 class _Hops:
-    """Messages by permutations of the teams: in each, every team has one message in and one out, from and to its
-    members at the same place."""
+    """Collects messages as permutations of the teams: in each, every team receives one message and sends one, member by
+    member at the same place."""
 
     size: int
     kv_bytes: FloatArray
@@ -175,7 +176,7 @@ class _Hops:
         num_bytes = token_bytes * (tokens if self.size == 1 else np.repeat(tokens, self.size))
         batch = self.batches.setdefault((posted, wait_after), [])
         for earlier, total in batch:
-            if earlier[0] == source[0]:  # shifts of the teams: equal for one, equal for all
+            if earlier[0] == source[0]:  # permutations are shifts of the teams, so equal for one means equal for all
                 total += num_bytes
                 return
         batch.append((source, num_bytes))
@@ -198,13 +199,13 @@ class _Hops:
 
 
 def _still(form: _Form) -> tuple[WalkShape, WalkShape]:
-    """One round, all keys at hand (local, ulysses)."""
+    """One round without messages (local, ulysses)."""
     walk = WalkShape(form.work(np.zeros((1, 1), dtype=np.int64)), form.hops().messages())
     return walk, walk
 
 
 def _ring(form: _Form) -> tuple[WalkShape, WalkShape]:
-    """Forward, blocks come from behind; backward, from ahead, their gradients one round later."""
+    """Forward: blocks come from behind. Backward: blocks come from ahead, and their gradients one round later."""
     degree, tokens = form.num_teams, form.blocks.tokens
     if degree == 1:
         return _still(form)
@@ -223,7 +224,7 @@ def _ring(form: _Form) -> tuple[WalkShape, WalkShape]:
 
 
 def _group_cast(form: _Form) -> tuple[WalkShape, WalkShape]:
-    """In round i the rank i places behind sends what is needed; its gradient goes back a round later."""
+    """In round i the rank i places behind sends what is needed; its gradient is sent back a round later."""
     degree, needed = form.num_teams, form.blocks.needed
     team, rounds = np.arange(degree), np.arange(degree)[:, None]
     there, back = form.hops(), form.hops()
@@ -239,7 +240,8 @@ def _group_cast(form: _Form) -> tuple[WalkShape, WalkShape]:
 
 
 def _all_gather(form: _Form) -> tuple[WalkShape, WalkShape]:
-    """All blocks to all ranks beside the own one's kernels; gradients straight home at the end."""
+    """All blocks to all ranks, while kernels run on the own block; gradients return directly to the owners at the
+    end."""
     degree, needed = form.num_teams, form.blocks.needed
     team = np.arange(degree)
     there, back = form.hops(), form.hops()
@@ -258,7 +260,7 @@ def _all_gather(form: _Form) -> tuple[WalkShape, WalkShape]:
 
 
 def _double_ring(form: _Form) -> tuple[WalkShape, WalkShape]:
-    """See ``planner.schedules.kinds.double_ring``: cycle c, step s of a member meet the block c rings and s places
+    """See ``planner.schedules.kinds.double_ring``: in cycle c, step s a member works on the block c rings and s places
     away."""
     degree, size, tokens = form.num_teams, form.inner_degree, form.blocks.tokens
     num_rings = degree // size
@@ -292,7 +294,7 @@ def _double_ring(form: _Form) -> tuple[WalkShape, WalkShape]:
 
 
 def _then_home(work: AttentionWork) -> AttentionWork:
-    """One more round, in which the last gradients come home."""
+    """One more round, in which the last gradients arrive at their owners."""
     return work.each(lambda values: np.concatenate([values, np.zeros((1, values.shape[1]))]))
 
 

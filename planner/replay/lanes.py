@@ -1,4 +1,4 @@
-"""What is kept of a replay to draw it: spans on lanes of a few ranks."""
+"""What is kept of a replay for drawing: spans on lanes of a few ranks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from planner.replay.work import FloatArray, IntArray
 LANES = ("compute", "exchange", "nic", "copy")
 MAX_DRAWN_RANKS = 16
 MAX_LANE_EVENTS = 10_000
-"""Per step. A ring of a thousand ranks has as many rounds: what is recorded later is left out of the drawing."""
+"""Per step. A ring of a thousand ranks has a thousand rounds; later events are left out of the drawing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class LaneEvent:
 
 
 class LaneRecorder:
-    """Keeps the events of every n-th rank, at most MAX_LANE_EVENTS of them."""
+    """Keeps the events of every n-th rank, at most MAX_LANE_EVENTS."""
 
     def __init__(self, num_ranks: int) -> None:
         self._is_drawn = np.zeros(num_ranks, dtype=np.bool_)

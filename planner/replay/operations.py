@@ -1,13 +1,13 @@
-"""Seconds of single operations on a cluster: what ``planner.replay.step`` puts together into a step.
+"""Seconds of single operations on a cluster, which ``planner.replay.step`` combines into a step.
 
-Attention and collectives follow curves fitted, when loaded, to the measured rows of
-``planner/replay/curves/h100.yaml``; other devices keep the curves and take their level from the cluster file
-(``scale_note`` says so, it is a guess). Token-wise compute is a roofline over the cluster file's numbers: matrix
-products run at ``linear_efficiency`` of the peak until so few tokens are left that reading the weights takes longer,
-and norms, RoPE, gate and residuals move their bytes.
+Attention and collectives follow curves that are fitted, when loaded, to the measured rows of
+``planner/replay/curves/h100.yaml``. Other devices use the same curves, scaled by the cluster file, which is a guess;
+``scale_note`` says so. Token-wise compute is a roofline with the cluster file's numbers: matrix products run at
+``linear_efficiency`` of the peak unless there are so few tokens that reading the weights takes longer; norms, RoPE,
+gate and residuals move their bytes.
 
-Every kind of operation has a factor around its nominal seconds, ``fast`` to ``slow``: the spread of the measured rows
-around the fit, or what the file states. ``MachineModel.at`` gives the machine at one end.
+Every kind of operation has a spread of factors on its nominal seconds, ``fast`` to ``slow``: that of the measured rows
+around the fit, or what the file states. ``MachineModel.at`` gives the machine at one end of the spread.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from planner.inputs.cluster import ClusterSpec, LinkSpec
 FloatArray = npt.NDArray[np.float64]
 
 TILE_TOKENS = 128
-"""Matrix products work on whole tiles of this many rows."""
+"""Matrix products work on whole tiles of so many rows."""
 
 _FIT_LOW, _FIT_HIGH = 0.1, 0.9
-"""Quantiles of measured over fitted seconds that the band reaches to."""
+"""Quantiles of measured over fitted seconds at the ends of the spread."""
 
 
 class End(StrEnum):
-    """One machine and its two ends: every operation at its fastest, every operation at its slowest."""
+    """A machine and the ends of its spread: every operation at its fastest, or every operation at its slowest."""
 
     FAST = "fast"
     NOMINAL = "nominal"
@@ -58,7 +58,7 @@ class AttentionCurve:
         launch_s + width * (s_per_query * queries + s_per_key * keys + 4 * pairs / flop_per_s)
 
     with width = heads * head_dim, queries and keys summed over the call's spans, and pairs the (query, key) pairs that
-    the mask allows. The middle terms are what makes short spans slow: ramps, edges of tiles, moving q, k, v and output.
+    the mask allows. The terms for queries and keys make short spans slow: ramp-up, partial tiles, moving q, k, v, out.
     """
 
     launch_s: float
@@ -76,11 +76,11 @@ class AttentionCurve:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Curves:
-    """The curve file, fitted. ``reference_flop_per_s``: peak times attention efficiency of the measured device,
-    ``reference_bytes_per_s``: its memory's rate.
+    """The fitted curve file. ``reference_flop_per_s``: peak times attention efficiency of the measured device.
+    ``reference_bytes_per_s``: its memory rate.
 
-    ``collective_steps``, ``collective_steps_per_rank``: a collective over n ranks waits for that many link latencies
-    plus n times the second number before its bytes flow. ``pass_s``: fixed seconds of a kernel that moves bytes.
+    ``collective_steps``, ``collective_steps_per_rank``: before its bytes flow, a collective over n ranks waits for the
+    first number plus n times the second, in link latencies. ``pass_s``: fixed seconds of a kernel that moves bytes.
     """
 
     attention: AttentionCurve
@@ -127,10 +127,11 @@ def load_curves() -> Curves:
 
 
 def attention_features(data: dict[str, Any]) -> tuple[FloatArray, FloatArray]:
-    """What the curve is linear in (calls, width x queries, width x keys, width x 4 pairs), and the measured seconds.
+    """The terms in which the curve is linear (calls, width x queries, width x keys, width x 4 pairs), and the measured
+    seconds.
 
-    A row is (tokens, context parallel c, tensor parallel, milliseconds). A zigzag rank of c holds two chunks of
-    tokens / 2c, whose keys add up to (2c + 1) / 2c of the document; unsplit it is one span.
+    A row is (tokens, context parallel c, tensor parallel, milliseconds). Each of c zigzag ranks holds two chunks of
+    tokens / 2c, whose keys sum to (2c + 1) / 2c of the document; with c = 1 it is a single span.
     """
     rows = np.array(data["rows"], dtype=np.float64)
     tokens, split = rows[:, 0], rows[:, 1]
@@ -141,7 +142,7 @@ def attention_features(data: dict[str, Any]) -> tuple[FloatArray, FloatArray]:
 
 
 def fit_attention(data: dict[str, Any]) -> tuple[AttentionCurve, Spread]:
-    """Least squares of relative errors over the measured rows."""
+    """Fit by least squares of relative errors over the measured rows."""
     features, measured_s = attention_features(data)
     launch_s, query_s, key_s, flop_s = found = _fit_relative(features, measured_s)
     curve = AttentionCurve(launch_s=launch_s, s_per_query=query_s, s_per_key=key_s, flop_per_s=1 / flop_s)
@@ -173,10 +174,10 @@ def _spread(ratios: FloatArray) -> Spread:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MachineModel:
-    """A cluster at one end of its uncertainties. All links and rates are those of one device, one direction.
+    """A cluster at one end of its spread. All links and rates are those of one device in one direction.
 
-    ``nic_bytes_per_s``: one NIC's rate, shared by the transfers under way. A cluster file gives the rate that a device
-    gets when all of them send.
+    ``nic_bytes_per_s``: rate of one NIC, which concurrent transfers share. A cluster file states the rate per device
+    while all of them send.
     """
 
     cluster: ClusterSpec
@@ -207,7 +208,7 @@ class MachineModel:
         )
 
     def products_s(self, flop_per_token: float, tokens: FloatArray, weight_bytes: float) -> FloatArray:
-        """Matrix products: whole tiles of tokens at the sustained rate, but never less than moving the weights."""
+        """Matrix products: whole tiles of tokens at the sustained rate, but at least the time to read the weights."""
         device = self.cluster.device
         tiles = np.ceil(tokens / TILE_TOKENS) * TILE_TOKENS
         flop_s = flop_per_token * tiles / (device.peak_flop_per_s * device.linear_efficiency)
@@ -215,12 +216,12 @@ class MachineModel:
         return np.asarray(self.linear_factor * np.maximum(flop_s, weights_s), dtype=np.float64)
 
     def move_s(self, num_bytes: FloatArray | float, num_kernels: int = 0) -> FloatArray:
-        """Kernels that only move bytes through the device's memory; none where there are no bytes."""
+        """Kernels that only move bytes through device memory; 0 where there are no bytes."""
         seconds = num_bytes / self.cluster.device.memory_bytes_per_s + num_kernels * self.curves.pass_s
         return np.asarray(self.linear_factor * np.where(np.asarray(num_bytes) > 0, seconds, 0.0), dtype=np.float64)
 
     def collective_latency_s(self, num_ranks: int, ranks_per_node: int) -> float:
-        """Before the bytes flow: the measured curve inside a node, plus one network latency for each further node."""
+        """Seconds before bytes flow: the measured curve within a node, plus one network latency per further node."""
         if num_ranks <= 1:
             return 0.0
         near, nodes = min(num_ranks, ranks_per_node), math.ceil(num_ranks / ranks_per_node)
@@ -229,7 +230,7 @@ class MachineModel:
 
 
 def machine_model(cluster: ClusterSpec, curves: Curves) -> MachineModel:
-    """The nominal machine."""
+    """The nominal machine of a cluster."""
     inter = cluster.inter_node
     product, move = _ratios(cluster, curves)
     sharing = max(1.0, cluster.devices_per_node / cluster.nics_per_node)
@@ -247,18 +248,18 @@ def machine_model(cluster: ClusterSpec, curves: Curves) -> MachineModel:
 
 
 def scale_note(cluster: ClusterSpec, curves: Curves) -> str | None:
-    """What to say where the measured curve stands in for another device; None on the measured one."""
+    """A note that the measured curves are used for another device; None on the measured device."""
     product, move = _ratios(cluster, curves)
     if abs(product - 1) < 0.01 and abs(move - 1) < 0.01:
         return None
     return (
-        f"guess: attention on {cluster.device.name} as measured on an H100, products {1 / product:.3g} times as fast "
-        f"(peak times attention_efficiency), what each token adds {1 / move:.3g} times (memory rate)"
+        f"guess: attention on {cluster.device.name} as measured on an H100, with products {1 / product:.3g} times as "
+        f"fast (peak times attention_efficiency) and per-token work {1 / move:.3g} times as fast (memory rate)"
     )
 
 
 def _ratios(cluster: ClusterSpec, curves: Curves) -> tuple[float, float]:
-    """Seconds of a product and of a moved byte over those of the measured device."""
+    """Seconds of a product and of a moved byte, relative to the measured device."""
     device = cluster.device
     product = curves.reference_flop_per_s / (device.peak_flop_per_s * device.attention_efficiency)
     return product, curves.reference_bytes_per_s / device.memory_bytes_per_s

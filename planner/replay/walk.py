@@ -1,11 +1,11 @@
-"""Groups of one shape going through the rounds of their schedules, as ``parallel.rounds`` walks them: post this round's
-messages, run its kernels, wait for both ends of the messages that are due.
+"""Walks groups of one shape through the rounds of their schedules, as ``parallel.rounds`` does: post this round's
+messages, run its kernels, wait for the messages that are due.
 
-A message starts when both ends have posted it and are through with what they posted before: a rank has one
+A message starts when both ends have posted it and have finished what they posted before, because a rank has one
 communicator, which runs its batches one after the other. Waiting for it to arrive is exposed communication; waiting
-because the other end posted late is idle time at first sight (see ``planner.replay.step`` for what the other end was
-late for). Messages of one group in one batch are under way together: those that share a port or a NIC are through when
-all of them are. What other groups take of a NIC comes with ``slowed``.
+because the other end posted late counts as idle time at first (``planner.replay.step`` decides why the other end was
+late). Messages of a group in one batch are in flight together: those that share a port or a NIC end together. The NIC
+use of other groups is taken into account by ``slowed``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from planner.replay.flows import Messages
-from planner.replay.state import BoolArray, Ledger, Recorder, Setting, Traffic
+from planner.replay.state import BoolArray, DataRanks, Recorder, TimeLedger, Traffic
 from planner.replay.work import FloatArray, IntArray
 
 
@@ -24,10 +24,10 @@ from planner.replay.work import FloatArray, IntArray
 class Flows:
     """Messages of several groups of one shape, in the order in which they are posted.
 
-    ``source``, ``target``: member, counted through the groups. ``port_bytes``, ``nic_bytes``: what its batch moves
-    through the busier of the ports and of the NICs on its way (no NICs inside a node).
-    ``batches[round]``: (round that waits, first and last + 1 message) of what is posted in that round. ``is_chained``:
-    whether a batch may still be under way when a later one is posted.
+    ``source``, ``target``: member, numbered over all groups. ``port_bytes``, ``nic_bytes``: bytes of the message's
+    batch through the busier of the two ports, and of the two NICs, that it uses (no NICs within a node).
+    ``batches[round]``: (round that waits, first message, last message + 1) of what is posted in that round.
+    ``is_chained``: whether a batch may still be in flight when a later one is posted.
     """
 
     source: IntArray
@@ -40,8 +40,8 @@ class Flows:
     is_chained: bool
 
 
-def flows_of(messages: SequenceOf[Messages], ranks: IntArray, setting: Setting, num_rounds: int) -> Flows:
-    """``messages[g]`` are those of the group of ``ranks[g]``."""
+def flows_of(messages: SequenceOf[Messages], ranks: IntArray, data_ranks: DataRanks, num_rounds: int) -> Flows:
+    """The flows of all groups; ``messages[g]`` are those of the group of ``ranks[g]``."""
     degree = ranks.shape[1]
     group = np.repeat(np.arange(len(messages)), [len(each.posted) for each in messages])
     posted, wait_after, source, target = (
@@ -58,7 +58,7 @@ def flows_of(messages: SequenceOf[Messages], ranks: IntArray, setting: Setting, 
     number = np.repeat(np.arange(len(starts)), np.diff(starts, append=len(batch)))
     source, target = group * degree + source, group * degree + target
     member_ranks = ranks.ravel()
-    nodes, nics = setting.node_of(member_ranks), setting.nic_of(member_ranks)
+    nodes, nics = data_ranks.node_of(member_ranks), data_ranks.nic_of(member_ranks)
     is_far = nodes[source] != nodes[target]
     port_bytes, nic_bytes = num_bytes, np.zeros_like(num_bytes)
     for end in (source, target):
@@ -84,22 +84,22 @@ def _batches(batch: IntArray, starts: IntArray, num_rounds: int) -> tuple[tuple[
 
 
 def _shared(owner: IntArray, num_bytes: FloatArray) -> FloatArray:
-    """Of each message the bytes of all messages with its owner."""
+    """For each message the bytes of all messages with the same owner."""
     return np.asarray(np.bincount(owner, weights=num_bytes)[owner], dtype=np.float64)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Walk:
-    """One direction of all groups of a run. ``kernel_s``: of each round, ``[round, member]``. ``latency_s``,
-    ``wire_s``: of each message of ``flows``."""
+    """One direction of all groups of a run. ``kernel_s``: ``[round, member]``. ``latency_s``, ``wire_s``: of each
+    message of ``flows``."""
 
     flows: Flows
     kernel_s: FloatArray
     latency_s: FloatArray
     wire_s: FloatArray
 
-    def run(self, ranks: IntArray, clock: FloatArray, ledger: Ledger, record: Recorder | None) -> None:
-        """``ranks[group, member]``, no rank twice."""
+    def run(self, ranks: IntArray, clock: FloatArray, ledger: TimeLedger, record: Recorder | None) -> None:
+        """Advance the clocks of ``ranks[group, member]``, in which no rank appears twice."""
         flat = ranks.ravel()
         start = clock[flat]
         exposed, idle, free_s = np.zeros(len(flat)), np.zeros(len(flat)), start
@@ -138,7 +138,7 @@ class Walk:
     def _draw(
         self, record: Recorder, number: int, ranks: IntArray, places: slice, begins: FloatArray, arrives: FloatArray
     ) -> None:
-        """On the receiver's lanes."""
+        """Record messages on the receivers' lanes."""
         name, target, is_far = f"message of round {number}", self.flows.target[places], self.flows.is_far[places]
         record("exchange", name, ranks[target], begins, arrives)
         record("nic", name, ranks[target[is_far]], begins[is_far], arrives[is_far])
@@ -156,7 +156,7 @@ class Walk:
         )
 
     def slowed(self, factor: FloatArray) -> Walk:
-        """``factor[group, member]``: on the seconds that a byte takes through the member's NIC."""
+        """``factor[group, member]``: multiplies the seconds per byte through the member's NIC."""
         factor = factor.ravel()
         slow = np.maximum(factor[self.flows.source], factor[self.flows.target])
         return replace(self, wire_s=np.where(self.flows.is_far, self.wire_s * slow, self.wire_s))
@@ -169,17 +169,17 @@ class Walk:
 def _latest(
     floor: FloatArray, source: IntArray, target: IntArray, at_source: FloatArray, at_target: FloatArray
 ) -> FloatArray:
-    """The floor of each member, or the latest of its messages."""
+    """The latest time of each member's messages, but at least its floor."""
     found = floor.copy()
     np.maximum.at(found, source, at_source)
     np.maximum.at(found, target, at_target)
     return found
 
 
-def walk_of(flows: Flows, kernel_s: FloatArray, setting: Setting) -> Walk:
-    """The flows at this machine's rates."""
-    machine = setting.machine
-    nic_s = setting.flows_per_rank * flows.nic_bytes / machine.nic_bytes_per_s
+def walk_of(flows: Flows, kernel_s: FloatArray, data_ranks: DataRanks) -> Walk:
+    """The walk of these flows at this machine's rates."""
+    machine = data_ranks.machine
+    nic_s = data_ranks.flows_per_rank * flows.nic_bytes / machine.nic_bytes_per_s
     near, far = machine.intra_node, machine.inter_node
     return Walk(
         flows=flows, kernel_s=kernel_s, latency_s=np.where(flows.is_far, far.latency_s, near.latency_s),

@@ -1,7 +1,7 @@
-"""The microbatches of a plan in waves: those that share no rank, in plan order, are replayed together as arrays.
+"""Splits the microbatches of a plan into waves: microbatches that share no rank are replayed together as arrays.
 
-Groups of one shape that share no rank are one array, too. Both only where every rank still meets its microbatches, and
-the groups in each, in the plan's order; so what is put together cannot change what a rank does or waits for.
+Groups of one shape that share no rank form one array as well. In both cases every rank still runs its microbatches, and
+the groups in each, in the plan's order, so grouping them does not change what a rank does or waits for.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import numpy as np
 from planner.plan import AttentionGroup, AttentionKind, MemoryPolicy, Microbatch
 from planner.pricing.lockstep import lockstep_rounds
 from planner.replay.groups import GroupStack, stack_groups
-from planner.replay.state import GroupRun, Setting, Traffic
+from planner.replay.state import DataRanks, GroupRun, Traffic
 from planner.replay.work import FloatArray, IntArray, group_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wave:
-    """Microbatches that share no rank. ``part``: ranks tied together by groups have the same number, others their own.
-    Fractions are of the tokens that the rank holds in this wave; ``chunk_tokens``: of them in one chunk, all where the
-    rank's microbatch runs whole."""
+    """Microbatches that share no rank. ``part``: equal for ranks that groups connect, different otherwise. Fractions
+    are of the tokens that a rank holds in this wave. ``chunk_tokens``: how many of these are in one chunk; all of them
+    if the rank's microbatch runs whole."""
 
     ranks: IntArray
     runs: tuple[GroupRun, ...]
@@ -35,7 +35,7 @@ class Wave:
 
     @property
     def num_chunks(self) -> FloatArray:
-        """Of each rank, at least 1."""
+        """Number of chunks of each rank, at least 1."""
         return np.ceil(self.rank_tokens / np.maximum(self.chunk_tokens, 1.0)).clip(min=1.0)
 
     @property
@@ -45,7 +45,7 @@ class Wave:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WaveShape:
-    """A wave before its groups have seconds."""
+    """A wave without seconds: what its groups compute and send."""
 
     ranks: IntArray
     stacks: tuple[GroupStack, ...]
@@ -55,26 +55,27 @@ class WaveShape:
     recompute_fraction: FloatArray
     chunk_tokens: FloatArray
 
-    def priced(self, setting: Setting) -> Wave:
+    def priced(self, data_ranks: DataRanks) -> Wave:
         return Wave(
-            ranks=self.ranks, runs=tuple(stack.priced(setting) for stack in self.stacks), part=self.part,
+            ranks=self.ranks, runs=tuple(stack.priced(data_ranks) for stack in self.stacks), part=self.part,
             rank_tokens=self.rank_tokens, swap_fraction=self.swap_fraction,
             recompute_fraction=self.recompute_fraction, chunk_tokens=self.chunk_tokens,
         )
 
 
 def split_waves(microbatches: SequenceOf[Microbatch]) -> list[list[Microbatch]]:
-    """The rounds of ``planner.pricing.lockstep``: each microbatch in the first one after those before it that share a
-    rank with it. With ``zero3`` they are what runs; else only a way to replay many microbatches at once."""
+    """The rounds of ``planner.pricing.lockstep``: each microbatch is in the first round after all earlier ones with
+    which it shares a rank. With ``zero3`` the runtime executes these rounds; otherwise they only speed up the
+    replay."""
     rounds = lockstep_rounds(microbatch.ranks for microbatch in microbatches)
     return [[microbatches[index] for index in members] for members in rounds]
 
 
-def wave_shape(microbatches: SequenceOf[Microbatch], lengths: SequenceOf[int], setting: Setting) -> WaveShape:
+def wave_shape(microbatches: SequenceOf[Microbatch], lengths: SequenceOf[int], data_ranks: DataRanks) -> WaveShape:
     """Work and traffic of a wave's groups."""
-    tokens = np.zeros(setting.num_ranks)
-    swap, recompute = np.zeros(setting.num_ranks), np.zeros(setting.num_ranks)
-    sizes = np.full(setting.num_ranks, np.inf)
+    tokens = np.zeros(data_ranks.num_ranks)
+    swap, recompute = np.zeros(data_ranks.num_ranks), np.zeros(data_ranks.num_ranks)
+    sizes = np.full(data_ranks.num_ranks, np.inf)
     for microbatch in microbatches:
         policy: MemoryPolicy = microbatch.memory
         for fractions, value in ((swap, policy.swap_fraction), (recompute, policy.recompute_fraction)):
@@ -86,24 +87,24 @@ def wave_shape(microbatches: SequenceOf[Microbatch], lengths: SequenceOf[int], s
             sizes[list(microbatch.ranks)] = policy.chunk_tokens
     chunks = np.minimum(tokens, sizes)
     found = _stacks(group for microbatch in microbatches for group in microbatch.groups)
-    stacks = tuple(stack_groups(groups, lengths, setting) for groups in found)
+    stacks = tuple(stack_groups(groups, lengths, data_ranks) for groups in found)
     return WaveShape(
         ranks=np.array(sorted(rank for microbatch in microbatches for rank in microbatch.ranks)), stacks=stacks,
-        part=_parts(stacks, setting.num_ranks), rank_tokens=tokens, swap_fraction=swap, recompute_fraction=recompute,
+        part=_parts(stacks, data_ranks.num_ranks), rank_tokens=tokens, swap_fraction=swap, recompute_fraction=recompute,
         chunk_tokens=chunks,
     )
 
 
 def first_pass(
-    microbatches: SequenceOf[Microbatch], lengths: SequenceOf[int], setting: Setting
+    microbatches: SequenceOf[Microbatch], lengths: SequenceOf[int], data_ranks: DataRanks
 ) -> WaveShape | None:
-    """What runs forward once more before the wave, since it runs in chunks."""
+    """The wave of microbatches in chunks, which run forward once more before; None if there are none."""
     chunked = [microbatch for microbatch in microbatches if microbatch.memory.chunk_tokens]
-    return wave_shape(chunked, lengths, setting) if chunked else None
+    return wave_shape(chunked, lengths, data_ranks) if chunked else None
 
 
 def _stacks(groups: Iterable[AttentionGroup]) -> list[list[AttentionGroup]]:
-    """Groups of one shape in one stack, none before or beside an earlier group that it shares a rank with."""
+    """Stacks of groups of one shape, each group after all earlier groups with which it shares a rank."""
     stacks: list[list[AttentionGroup]] = []
     shape_of: list[tuple[AttentionKind, int, int]] = []
     next_stack: dict[int, int] = {}
@@ -111,7 +112,7 @@ def _stacks(groups: Iterable[AttentionGroup]) -> list[list[AttentionGroup]]:
         shape = (group.kind, group.degree, group.inner_degree)
         place = max(next_stack.get(rank, 0) for rank in group.ranks)
         if group.degree == 1 and place and shape_of[place - 1] == shape:
-            place -= 1  # kernels of one rank just follow each other
+            place -= 1  # kernels of one rank run one after the other in any case
         while place < len(stacks) and shape_of[place] != shape:
             place += 1
         if place == len(stacks):
@@ -139,19 +140,19 @@ def free_links(wave: Wave) -> Wave:
 
 
 def contended(
-    wave: Wave, setting: Setting, windows: SequenceOf[tuple[SequenceOf[FloatArray], SequenceOf[FloatArray]]]
+    wave: Wave, data_ranks: DataRanks, windows: SequenceOf[tuple[SequenceOf[FloatArray], SequenceOf[FloatArray]]]
 ) -> Wave:
-    """The wave with NICs shared between its groups. ``windows``: start and stop of each group of each run, for the
-    forward and the backward of one layer, as they are with a NIC to themselves.
+    """The wave with NICs shared between its groups. ``windows``: start and stop of each group of each run, in the
+    forward and in the backward of one layer, as if each had its NICs to itself.
 
-    While two groups are under way together, one's messages meet the other's with the chance that it uses the NIC, and
-    then share it. So a group is slowed by 1 + the sum over the others of (share of its own time that they overlap) x
-    (share of that time they use the NIC): k groups that do nothing but send slow each other k times.
+    While two groups overlap, a message of one meets messages of the other with the probability that the other uses the
+    NIC, and then shares it. So a group is slowed down by 1 + the sum over the others of (fraction of its own time that
+    they overlap) x (fraction of that time in which they use the NIC). k groups that only send slow each other k times.
     """
     factors = []
     for (starts, stops), forward in zip(windows, (True, False), strict=True):
         traffic = [run.forward_traffic if forward else run.backward_traffic for run in wave.runs]
-        factors.append(_slowdowns(wave.runs, traffic, starts, stops, setting))
+        factors.append(_slowdowns(wave.runs, traffic, starts, stops, data_ranks))
     return replace(
         wave, runs=tuple(run.slowed(*both) for run, both in zip(wave.runs, zip(*factors, strict=True), strict=True))
     )
@@ -159,20 +160,20 @@ def contended(
 
 def _slowdowns(
     runs: SequenceOf[GroupRun], traffic: SequenceOf[Traffic], starts: SequenceOf[FloatArray],
-    stops: SequenceOf[FloatArray], setting: Setting,
+    stops: SequenceOf[FloatArray], data_ranks: DataRanks,
 ) -> list[FloatArray]:
-    """Factor on the seconds a byte takes through the NIC of each rank of each run."""
+    """Factor on the seconds per byte through the NIC of each rank of each run."""
     start, stop = np.concatenate(starts), np.concatenate(stops)
     length = np.maximum(stop - start, 1e-12)
-    nics = [setting.nic_of(run.ranks) for run in runs]
+    nics = [data_ranks.nic_of(run.ranks) for run in runs]
     num_nics = 1 + max(int(each.max()) for each in nics)
     first = np.cumsum([0, *(len(run.ranks) for run in runs)])
     used = np.zeros((2, len(start), num_nics))
     for index, (nic, flow) in enumerate(zip(nics, traffic, strict=True)):
         group = np.broadcast_to(np.arange(first[index], first[index + 1])[:, None], nic.shape)
         for direction, num_bytes in enumerate((flow.far_sent, flow.far_received)):
-            np.add.at(used[direction], (group, nic), setting.flows_per_rank * num_bytes)
-    used = np.minimum(1.0, used / setting.machine.nic_bytes_per_s / length[:, None])
+            np.add.at(used[direction], (group, nic), data_ranks.flows_per_rank * num_bytes)
+    used = np.minimum(1.0, used / data_ranks.machine.nic_bytes_per_s / length[:, None])
     overlap = np.minimum(stop[:, None], stop) - np.maximum(start[:, None], start)
     overlap = np.maximum(0.0, overlap) / length[:, None]
     np.fill_diagonal(overlap, 0.0)

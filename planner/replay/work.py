@@ -1,5 +1,6 @@
-"""What the members of one attention group compute, hold and trade, as arrays: ``planner.schedules.exchange`` without
-the objects, so that a ring of a thousand ranks (a million rounds) takes milliseconds. A test holds the two together.
+"""What the members of an attention group compute and hold, and how they split heads, as arrays. The same as
+``planner.schedules.exchange`` without objects, so that a ring of a thousand ranks (a million rounds) takes
+milliseconds. A test compares the two.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ IntArray = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionWork:
-    """Kernel work as arrays of one shape, mostly ``[round, member]``.
+    """Kernel work as arrays of the same shape, mostly ``[round, member]``.
 
     ``queries`` and ``keys``: tokens summed over the spans of all tasks (a span in two tasks counts twice). ``pairs``:
     (query, key) pairs computed. ``calls``: kernel launches: one for the triangles, one for the rest of the own keys,
@@ -34,7 +35,7 @@ class AttentionWork:
     merged: FloatArray
 
     def each(self, change: Callable[[FloatArray], FloatArray]) -> AttentionWork:
-        """The same change made to all arrays."""
+        """Apply the same change to all arrays."""
         return AttentionWork(
             calls=change(self.calls), queries=change(self.queries), keys=change(self.keys), pairs=change(self.pairs),
             merged=change(self.merged),
@@ -42,7 +43,7 @@ class AttentionWork:
 
 
 def side_by_side(works: SequenceOf[AttentionWork]) -> AttentionWork:
-    """Members of several groups in one array, one group behind the other."""
+    """Members of several groups in one array, group after group."""
     return AttentionWork(
         calls=np.concatenate([work.calls for work in works], axis=1),
         queries=np.concatenate([work.queries for work in works], axis=1),
@@ -54,21 +55,21 @@ def side_by_side(works: SequenceOf[AttentionWork]) -> AttentionWork:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadSplit:
-    """Heads of each member of a team that trades heads, by its place. ``width``: in a row of q, k and v together."""
+    """Heads of each member of a team, by its place. ``width``: heads per row of q, k and v together."""
 
     queries: FloatArray
     width: FloatArray
 
     @property
     def kv(self) -> FloatArray:
-        """KV heads of each member: those that its query heads read."""
+        """KV heads that the query heads of each member read."""
         return (self.width - self.queries) / 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Blocks:
-    """A group's tokens by team. ``tokens[t]``: of team t. ``work[t, s]``: its queries over the keys of team s.
-    ``needed[t, s]``: tokens of team s that some query of team t reads."""
+    """A group's tokens by team. ``tokens[t]``: tokens of team t. ``work[t, s]``: its queries over the keys of team s.
+    ``needed[t, s]``: tokens of team s that at least one query of team t reads."""
 
     tokens: FloatArray
     work: AttentionWork
@@ -76,19 +77,19 @@ class Blocks:
 
 
 def group_tokens(group: AttentionGroup, lengths: SequenceOf[int]) -> tuple[int, ...]:
-    """Tokens each rank of the group holds, by group index."""
+    """Tokens of each rank of the group, by group index."""
     sizes = [lengths[index] for index in group.sequences]
     return local_token_counts(group.kind, group.degree, sizes, group.inner_degree)
 
 
 def whole_work(sizes: IntArray) -> AttentionWork:
-    """Sequences of these lengths, each in one piece, one call: ``[1, 1]``."""
+    """Work of sequences of these lengths, each in one piece, in one call: ``[1, 1]``."""
     one, total, pairs = np.ones((1, 1)), float(sizes.sum()), float((sizes * (sizes + 1) // 2).sum())
     return AttentionWork(calls=one, queries=total * one, keys=total * one, pairs=pairs * one, merged=0.0 * one)
 
 
 def zigzag_blocks(sizes: IntArray, num_teams: int) -> Blocks:
-    """Sequences of these lengths dealt to the teams as ``planner.schedules.layout`` does."""
+    """Sequences of these lengths, distributed over the teams as in ``planner.schedules.layout``."""
     if num_teams == 1:
         total = np.array([float(sizes.sum())])
         return Blocks(tokens=total, work=whole_work(sizes), needed=total[:, None])
@@ -100,8 +101,8 @@ def zigzag_blocks(sizes: IntArray, num_teams: int) -> Blocks:
 
 
 def _zigzag_chunks(sizes: IntArray, degree: int) -> tuple[FloatArray, FloatArray]:
-    """Early and late chunk of every sequence on every rank, ``[sequence, rank]`` tokens. Two chunks with nothing
-    between them are one span, as the layout has it: it counts as early, the late one is empty."""
+    """Early and late chunk of every sequence on every rank, ``[sequence, rank]`` tokens. Two adjacent chunks are one
+    span in the layout: it counts as the early chunk, and the late one is empty."""
     edges = sizes[:, None] * np.arange(2 * degree + 1, dtype=np.int64) // (2 * degree)
     chunks = np.diff(edges, axis=1)
     early, late = chunks[:, :degree], chunks[:, :degree - 1:-1]
@@ -111,8 +112,8 @@ def _zigzag_chunks(sizes: IntArray, degree: int) -> tuple[FloatArray, FloatArray
 
 
 def _zigzag_work(early: FloatArray, late: FloatArray) -> AttentionWork:
-    """Team r meets the keys of team s, ``[r, s]``. Behind it (s < r) only s's early chunk lies before r's chunks; ahead
-    of it (s > r) both of s's chunks lie before r's late chunk."""
+    """Work of team r on the keys of team s, ``[r, s]``. If s < r, only s's early chunk comes before r's chunks; if s >
+    r, both of s's chunks come before r's late chunk."""
     degree = early.shape[1]
     has_early, has_late = (early > 0).astype(np.float64), (late > 0).astype(np.float64)
     both, has = early + late, has_early + has_late
@@ -131,8 +132,8 @@ def _zigzag_work(early: FloatArray, late: FloatArray) -> AttentionWork:
 
 
 def split_heads(num_query_heads: int, num_kv_heads: int, degree: int) -> HeadSplit:
-    """As ``parallel.heads`` splits them: contiguous, uneven where the degree does not divide them, and every KV head to
-    the ranks whose query heads read it."""
+    """Heads as ``parallel.heads`` splits them: contiguous, uneven if the degree does not divide them, and every KV head
+    on the ranks whose query heads read it."""
     edges = num_query_heads * np.arange(degree + 1, dtype=np.int64) // degree
     first, stop = edges[:-1], edges[1:]
     ratio = num_query_heads // num_kv_heads

@@ -12,16 +12,16 @@ from dataclasses import dataclass
 
 from planner.inputs.length_generators import length_table
 from planner.reproduce.bytescale_step import (
+    BytescaleWorkload,
     Model,
-    Setting,
     Trace,
     balance_plan,
     batches_of,
     busiest_over_idlest,
     hdp_step_s,
     naive_plan,
-    setting_of,
     static_step_s,
+    workload_of,
 )
 from planner.reproduce.table import Reproduction, Row, Rule, load_data
 
@@ -151,8 +151,8 @@ def reproduce_bytescale(*, num_batches: int = NUM_BATCHES) -> Reproduction:
     )
 
 
-def bar_setting(data: BytescaleData, bar: Bar) -> Setting:
-    return setting_of(
+def bar_workload(data: BytescaleData, bar: Bar) -> BytescaleWorkload:
+    return workload_of(
         bar.model, data.models[bar.model], data.trace, context_tokens=bar.context * K,
         capacity_tokens=data.capacity_tokens,
     )
@@ -160,13 +160,13 @@ def bar_setting(data: BytescaleData, bar: Bar) -> Setting:
 
 def bar_result(data: BytescaleData, bar: Bar, *, num_batches: int) -> BarResult:
     """The bar's three systems on the same batches."""
-    setting = bar_setting(data, bar)
+    workload = bar_workload(data, bar)
     baseline_s, naive_s, balance_s, spreads = [], [], [], []
     for lengths in batches_of(bar.lengths, bar.context * K, data.batch_tokens, num_batches):
-        naive = naive_plan(setting, lengths)
-        baseline_s.append(static_step_s(setting, lengths))
-        naive_s.append(hdp_step_s(setting, naive))
-        balance_s.append(hdp_step_s(setting, balance_plan(setting, lengths, naive)))
+        naive = naive_plan(workload, lengths)
+        baseline_s.append(static_step_s(workload, lengths))
+        naive_s.append(hdp_step_s(workload, naive))
+        balance_s.append(hdp_step_s(workload, balance_plan(workload, lengths, naive)))
         spreads.append(busiest_over_idlest(naive))
     return BarResult(
         baseline=System.of(baseline_s, data.batch_tokens), naive=System.of(naive_s, data.batch_tokens),
@@ -215,17 +215,17 @@ def doubling_rows(data: BytescaleData, results: dict[str, BarResult]) -> list[Ro
 
 
 def case_rows(data: BytescaleData, result: BarResult) -> list[Row]:
-    """The traced step against our mean step of the same setting, and the ablation that was measured on it."""
+    """The traced step against our mean step of the same workload, and the ablation that was measured on it."""
     case, ablation = data.case, data.ablation
-    setting = bar_setting(data, next(bar for bar in data.figure17 if bar.name == CASE_BAR))
-    plan = naive_plan(setting, [312 * K])
-    prices, degree = setting.prices, setting.grid_degree
+    workload = bar_workload(data, next(bar for bar in data.figure17 if bar.name == CASE_BAR))
+    plan = naive_plan(workload, [312 * K])
+    prices, degree = workload.prices, workload.grid_degree
     baseline_s, naive_s, balance_s = result.baseline.step_s, result.naive.step_s, result.balance.step_s
     return [
         Row(name="case: ranks of a 312K sequence", paper=case.ranks_of_312k, ours=len(plan.microbatches[0].ranks),
             rule=CASE_RANKS),
         Row(name="case: a 2M sequence on 256 ranks, s", paper=case.longest_s,
-            ours=prices.microbatch_s([setting.context_tokens], degree), rule=CASE),
+            ours=prices.microbatch_s([workload.context_tokens], degree), rule=CASE),
         Row(name="case: a baseline pack of short sequences, s", paper=case.ring_bound_s,
             ours=prices.microbatch_s([data.capacity_tokens] * degree, degree), rule=CASE),
         Row(name="case: baseline step, s", paper=case.baseline_s, ours=baseline_s, rule=CASE),
@@ -304,8 +304,8 @@ _ASSUMPTIONS = (
     "naive: our hdp-naive; the paper does not say where a microbatch goes, which moves these rows by tens of percent",
     "balance: our hdp for LLaMA-7B; for Mistral-8x7B naive's microbatches placed by our reading of PP-Balance, as its "
     "number of buckets and its slack are not published",
-    "stages: equal, transfers free; 1F1B in which a stage whose next pass is late may run another one, because a fixed "
-    "alternation can deadlock with rings across pipelines",
+    "stages: equal, transfers free, in the order in which our runtime runs them: 1F1B in which a stage whose next pass "
+    "is late may run another one, because a fixed alternation can deadlock with rings across pipelines",
     "no offloading (x1.26 in the paper's ablation) and no remote data loader (x1.05), which the paper's bars include",
     "case study: the mean of our batches, the traced batch is not published. 'Nearly 2x' per doubling is read as 2",
     "offload: rate of copies and hidden seconds from ratios 0.6 and 1.0, the other ratios predicted; memory linear",

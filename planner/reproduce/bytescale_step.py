@@ -23,11 +23,13 @@ from planner.cost.fits import MemoryFit, Provenance, TimeFit
 from planner.cost.limits import PlanLimits
 from planner.cost.model import CostModel
 from planner.inputs.length_generators import length_table
-from planner.plan import AttentionKind, StepPlan
+from planner.plan import AttentionKind, Sharding, StepPlan
+from planner.pricing.pipeline_order import StageWork
+from planner.pricing.problem import StepProblem
+from planner.pricing.timeline import play
 from planner.pricing.verify import verify_plan
 from planner.reproduce.bytescale_stages import pp_balance
 from planner.reproduce.flexsp import pack_best_fit
-from planner.reproduce.pipeline import PipelineWork, pipeline_makespan_s, step_makespan_s
 from planner.step_planner import plan_step
 
 
@@ -96,7 +98,7 @@ def prices_of(model: Model, trace: Trace, capacity_tokens: int) -> Prices:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Setting:
+class BytescaleWorkload:
     """A model at one context, ready to be planned and priced. ``cost`` and ``limits``: its prices for our planner."""
 
     model: Model
@@ -112,7 +114,9 @@ class Setting:
         return -(-self.context_tokens // self.capacity_tokens)
 
 
-def setting_of(name: str, model: Model, trace: Trace, *, context_tokens: int, capacity_tokens: int) -> Setting:
+def workload_of(
+    name: str, model: Model, trace: Trace, *, context_tokens: int, capacity_tokens: int
+) -> BytescaleWorkload:
     prices = prices_of(model, trace, capacity_tokens)
     fits = [
         TimeFit(
@@ -129,7 +133,7 @@ def setting_of(name: str, model: Model, trace: Trace, *, context_tokens: int, ca
     limits = PlanLimits(
         device_budget_bytes=capacity_tokens, max_ulysses_degree=1, kinds=(AttentionKind.RING,), time_limit_s=math.inf
     )
-    return Setting(
+    return BytescaleWorkload(
         model=model, prices=prices, context_tokens=context_tokens, capacity_tokens=capacity_tokens, cost=cost,
         limits=limits,
     )
@@ -180,38 +184,41 @@ def static_packs(lengths: SequenceOf[int], context_tokens: int) -> list[list[int
     return kept
 
 
-def static_step_s(setting: Setting, lengths: SequenceOf[int]) -> float:
+def static_step_s(workload: BytescaleWorkload, lengths: SequenceOf[int]) -> float:
     """The grid: the ring that holds one context takes a pack at a time, the others of its size work beside it. Packs
     are dealt out in turn, by where their longest sequence stands in the data; the step waits for the slowest ring."""
-    num_rings = setting.model.num_ranks // setting.grid_degree
+    num_rings = workload.model.num_ranks // workload.grid_degree
     places: dict[int, list[int]] = {}
     for place in reversed(range(len(lengths))):
         places.setdefault(lengths[place], []).append(place)
-    keyed = [(places[pack[0]].pop(), pack) for pack in static_packs(lengths, setting.context_tokens)]
-    seconds = [setting.prices.microbatch_s(pack, setting.grid_degree) for _, pack in sorted(keyed)]
-    slowest_s = max(_pipeline_s(setting, seconds[ring::num_rings]) for ring in range(num_rings))
-    return slowest_s + setting.prices.step_fixed_s
+    keyed = [(places[pack[0]].pop(), pack) for pack in static_packs(lengths, workload.context_tokens)]
+    seconds = [workload.prices.microbatch_s(pack, workload.grid_degree) for _, pack in sorted(keyed)]
+    work = [((place % num_rings,), each_s) for place, each_s in enumerate(seconds)]
+    return _makespan_s(workload, work) + workload.prices.step_fixed_s
 
 
-def naive_plan(setting: Setting, lengths: SequenceOf[int]) -> StepPlan:
+def naive_plan(workload: BytescaleWorkload, lengths: SequenceOf[int]) -> StepPlan:
     """Algorithm 1: our strategy ``hdp-naive``, verified."""
-    return _plan(setting, lengths, "hdp-naive")
+    return _plan(workload, lengths, "hdp-naive")
 
 
-def balance_plan(setting: Setting, lengths: SequenceOf[int], naive: StepPlan) -> StepPlan:
+def balance_plan(workload: BytescaleWorkload, lengths: SequenceOf[int], naive: StepPlan) -> StepPlan:
     """Algorithm 2, verified: our strategy ``hdp`` (DP-Balance), or PP-Balance of the naive plan's microbatches where
     ranks are pipelines."""
-    if setting.model.stages == 1:
-        return _plan(setting, lengths, "hdp")
-    plan = pp_balance(naive, num_stages=setting.model.stages, cost=setting.cost)
-    verify_plan(plan, lengths, num_ranks=setting.model.num_ranks, cost=setting.cost, limits=setting.limits)
+    if workload.model.stages == 1:
+        return _plan(workload, lengths, "hdp")
+    plan = pp_balance(naive, num_stages=workload.model.stages, cost=workload.cost)
+    verify_plan(plan, _problem(workload, lengths))
     return plan
 
 
-def _plan(setting: Setting, lengths: SequenceOf[int], strategy: str) -> StepPlan:
-    return plan_step(
-        lengths, step=0, num_ranks=setting.model.num_ranks, cost=setting.cost, limits=setting.limits,
-        strategy=strategy,
+def _plan(workload: BytescaleWorkload, lengths: SequenceOf[int], strategy: str) -> StepPlan:
+    return plan_step(_problem(workload, lengths), step=0, strategy=strategy)
+
+
+def _problem(workload: BytescaleWorkload, lengths: SequenceOf[int]) -> StepProblem:
+    return StepProblem(
+        lengths=tuple(lengths), num_ranks=workload.model.num_ranks, cost=workload.cost, limits=workload.limits
     )
 
 
@@ -223,26 +230,17 @@ def busiest_over_idlest(plan: StepPlan) -> float:
     return float(busy_s.max() / busy_s.min())
 
 
-def hdp_step_s(setting: Setting, plan: StepPlan) -> float:
+def hdp_step_s(workload: BytescaleWorkload, plan: StepPlan) -> float:
     """The plan's own price; where ranks are pipelines, the time of its microbatches in them."""
-    if setting.model.stages == 1:
+    if workload.model.stages == 1:
         return plan.predicted_s
-    works = []
-    for microbatch in plan.microbatches:
-        forward_s, backward_s = _passes_s(setting, microbatch.predicted_s)
-        works.append(PipelineWork(pipelines=microbatch.ranks, forward_s=forward_s, backward_s=backward_s))
-    makespan_s = step_makespan_s(works, num_pipelines=plan.num_ranks, num_stages=setting.model.stages)
-    return makespan_s + setting.prices.step_fixed_s
+    work = [(microbatch.ranks, microbatch.predicted_s) for microbatch in plan.microbatches]
+    return _makespan_s(workload, work) + workload.prices.step_fixed_s
 
 
-def _pipeline_s(setting: Setting, seconds: SequenceOf[float]) -> float:
-    if setting.model.stages == 1:
-        return sum(seconds)
-    passes_s = [_passes_s(setting, each) for each in seconds]
-    return pipeline_makespan_s([each[0] for each in passes_s], [each[1] for each in passes_s], setting.model.stages)
-
-
-def _passes_s(setting: Setting, seconds: float) -> tuple[float, float]:
-    """Forward and backward on one stage of a microbatch that takes this long on all."""
-    forward_s = seconds / setting.model.stages / (1 + setting.prices.backward_over_forward)
-    return forward_s, forward_s * setting.prices.backward_over_forward
+def _makespan_s(workload: BytescaleWorkload, work: Iterable[tuple[tuple[int, ...], float]]) -> float:
+    """When the last of these microbatches ends: the ranks of each and its seconds on all stages together."""
+    stages = workload.model.stages
+    forward_share = 1 / (1 + workload.prices.backward_over_forward)
+    staged = [StageWork(ranks=ranks, seconds=each_s / stages, forward_share=forward_share) for ranks, each_s in work]
+    return max(each.stop_s for each in play(staged, sharding=Sharding.GATHER_ONCE, num_stages=stages))

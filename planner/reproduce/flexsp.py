@@ -18,6 +18,7 @@ from planner.cost.limits import PlanLimits
 from planner.cost.model import CostModel
 from planner.inputs.length_generators import generate_lengths
 from planner.plan import AttentionKind
+from planner.pricing.problem import StepProblem
 from planner.reproduce.table import Reproduction, Row, Rule, load_data
 from planner.strategies.flexsp.strategy import FlexspResult, flexsp_schedule
 from planner.strategies.search.shapes import allowed_shapes, price_table
@@ -99,7 +100,7 @@ class FlexspData:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Setting:
+class FlexspWorkload:
     """One model at one context, priced."""
 
     data: FlexspData
@@ -139,7 +140,7 @@ def reproduce_flexsp(*, num_batches: int = NUM_BATCHES, num_planned: int = NUM_P
     )
 
 
-def setting_of(data: FlexspData, model: str, context: int) -> Setting:
+def workload_of(data: FlexspData, model: str, context: int) -> FlexspWorkload:
     """``context``: thousands of tokens. Formulas of the paper's equations 11 to 14 with the released numbers."""
     gpt = data.models[model]
     # q, k, v and output, forward and backward, two bytes an element
@@ -162,13 +163,13 @@ def setting_of(data: FlexspData, model: str, context: int) -> Setting:
         device_budget_bytes=data.device_memory_mib * MIB, max_ulysses_degree=data.num_ranks, max_nodes=MAX_NODES,
         time_limit_s=SOLVER_GUARD_S,
     )
-    return Setting(data=data, cost=cost, limits=limits, context_tokens=context * THOUSAND)
+    return FlexspWorkload(data=data, cost=cost, limits=limits, context_tokens=context * THOUSAND)
 
 
-def batches_of(setting: Setting, lengths: str, num_batches: int) -> list[list[int]]:
+def batches_of(workload: FlexspWorkload, lengths: str, num_batches: int) -> list[list[int]]:
     """Consecutive batches of padded lengths; what is longer than the context or than all devices hold is dropped."""
-    data = setting.data
-    longest = min(setting.context_tokens - data.length_multiple, setting.rank_tokens * data.num_ranks)
+    data = workload.data
+    longest = min(workload.context_tokens - data.length_multiple, workload.rank_tokens * data.num_ranks)
     padded = (-(-size // data.length_multiple) * data.length_multiple for size in generate_lengths(lengths))
     kept = (size for size in padded if size <= longest)
     return [list(islice(kept, data.batch_sequences)) for _ in range(num_batches)]
@@ -185,12 +186,12 @@ class BarSpeed:
 
 def bar_speed(data: FlexspData, bar: Figure4Bar, *, num_batches: int, num_planned: int) -> BarSpeed:
     """Mean seconds over mean seconds, as the figure's; FlexSP's by way of BatchAda, see ``reproduce_flexsp``."""
-    setting = setting_of(data, bar.model, bar.context)
-    batches = batches_of(setting, bar.lengths, num_batches)
-    degrees = setting.cost.degrees(AttentionKind.ULYSSES)
-    deepspeed_s = sum(_deepspeed_s(setting, lengths, bar) for lengths in batches)
-    batchada_s = [min(static_s(setting, lengths, degree) for degree in degrees) for lengths in batches]
-    planned = [flexsp_result(setting, lengths) for lengths in batches[:num_planned]]
+    workload = workload_of(data, bar.model, bar.context)
+    batches = batches_of(workload, bar.lengths, num_batches)
+    degrees = workload.cost.degrees(AttentionKind.ULYSSES)
+    deepspeed_s = sum(_deepspeed_s(workload, lengths, bar) for lengths in batches)
+    batchada_s = [min(static_s(workload, lengths, degree) for degree in degrees) for lengths in batches]
+    planned = [flexsp_result(workload, lengths) for lengths in batches[:num_planned]]
     flexsp_s = sum(
         best_s if result is None else result.makespans_s
         for result, best_s in zip(planned, batchada_s[:num_planned], strict=True)
@@ -213,12 +214,12 @@ def _bar_rows(bar: Figure4Bar, speed: BarSpeed) -> list[Row]:
 
 def case_rows(data: FlexspData, case: Case) -> list[Row]:
     """The first of our batches that keeps DeepSpeed busy for as many rounds as the case did, planned by FlexSP."""
-    setting = setting_of(data, "7b", 384)
+    workload = workload_of(data, "7b", 384)
     rounds, largest, smallest = math.nan, math.nan, math.nan
-    for lengths in batches_of(setting, "commoncrawl", MAX_CASE_BATCHES):
-        bins = pack_best_fit(lengths, _fill_tokens(setting, data.num_ranks), setting.rank_tokens * data.num_ranks)
+    for lengths in batches_of(workload, "commoncrawl", MAX_CASE_BATCHES):
+        bins = pack_best_fit(lengths, _fill_tokens(workload, data.num_ranks), workload.rank_tokens * data.num_ranks)
         if len(bins) == case.deepspeed_rounds:
-            result = flexsp_result(setting, lengths)
+            result = flexsp_result(workload, lengths)
             if result is not None:
                 degrees = [len(group.ranks) for group in result.schedule.groups]
                 rounds, largest, smallest = result.num_rounds, max(degrees), min(degrees)
@@ -230,25 +231,26 @@ def case_rows(data: FlexspData, case: Case) -> list[Row]:
     ]
 
 
-def flexsp_result(setting: Setting, lengths: list[int]) -> FlexspResult | None:
+def flexsp_result(workload: FlexspWorkload, lengths: list[int]) -> FlexspResult | None:
     """FlexSP's rounds for one batch, degrees 1 to 64, no incumbent from elsewhere."""
-    num_ranks = setting.data.num_ranks
+    num_ranks = workload.data.num_ranks
+    problem = StepProblem(lengths=tuple(lengths), num_ranks=num_ranks, cost=workload.cost, limits=workload.limits)
     return flexsp_schedule(
-        price_table(lengths, allowed_shapes(num_ranks, setting.cost, setting.limits)), num_ranks=num_ranks,
-        max_local_tokens=setting.rank_tokens, limits=setting.limits, incumbent_s=math.inf,
-        deadline_s=time.perf_counter() + setting.limits.time_limit_s,
+        price_table(lengths, allowed_shapes(problem)), num_ranks=num_ranks,
+        max_local_tokens=workload.rank_tokens, limits=workload.limits, incumbent_s=math.inf,
+        deadline_s=time.perf_counter() + workload.limits.time_limit_s,
     )
 
 
-def static_s(setting: Setting, lengths: list[int], degree: int) -> float:
+def static_s(workload: FlexspWorkload, lengths: list[int], degree: int) -> float:
     """Seconds of one degree for the whole batch, infinite where a sequence does not fit. Groups of similar time share
     a round."""
-    most_tokens = setting.rank_tokens * degree
+    most_tokens = workload.rank_tokens * degree
     if max(lengths) > most_tokens:
         return math.inf
-    bins = pack_best_fit(lengths, _fill_tokens(setting, degree), most_tokens)
-    times_s = sorted((setting.cost.group_s(AttentionKind.ULYSSES, degree, sizes) for sizes in bins), reverse=True)
-    return sum(times_s[:: setting.data.num_ranks // degree])
+    bins = pack_best_fit(lengths, _fill_tokens(workload, degree), most_tokens)
+    times_s = sorted((workload.cost.group_s(AttentionKind.ULYSSES, degree, sizes) for sizes in bins), reverse=True)
+    return sum(times_s[:: workload.data.num_ranks // degree])
 
 
 def pack_best_fit(lengths: list[int], fill_tokens: int, most_tokens: int) -> list[list[int]]:
@@ -269,14 +271,14 @@ def pack_best_fit(lengths: list[int], fill_tokens: int, most_tokens: int) -> lis
     return bins
 
 
-def _fill_tokens(setting: Setting, degree: int) -> int:
-    return int(setting.data.baseline_fill * setting.rank_tokens * degree)
+def _fill_tokens(workload: FlexspWorkload, degree: int) -> int:
+    return int(workload.data.baseline_fill * workload.rank_tokens * degree)
 
 
-def _deepspeed_s(setting: Setting, lengths: list[int], bar: Figure4Bar) -> float:
+def _deepspeed_s(workload: FlexspWorkload, lengths: list[int], bar: Figure4Bar) -> float:
     """Degree 64 above 192K and for Wikipedia, else 32, as the released scripts choose; 64 where 32 cannot hold it."""
     if bar.context <= 192 and bar.lengths != "wikipedia":
-        seconds = static_s(setting, lengths, 32)
+        seconds = static_s(workload, lengths, 32)
         if seconds < math.inf:
             return seconds
-    return static_s(setting, lengths, 64)
+    return static_s(workload, lengths, 64)

@@ -21,6 +21,7 @@ from planner.inputs.files import load_cluster, load_model
 from planner.inputs.length_generators import generate_lengths
 from planner.inputs.model import ModelSpec
 from planner.plan import AttentionKind
+from planner.pricing.problem import StepProblem
 from planner.reproduce.table import Reproduction, Row, Rule, load_data
 from planner.reproduce.zeppelin_layer import Layer, ZoneGroup
 from planner.strategies.zeppelin import plan_zeppelin
@@ -179,7 +180,7 @@ def zones_of(layer: Layer, batches: list[list[int]]) -> list[tuple[ZoneGroup, ..
     zones = []
     for lengths in batches:
         found = plan_zeppelin(
-            lengths, num_ranks=layer.num_ranks, cost=cost, limits=limits, degree=None, deadline_s=math.inf
+            StepProblem(lengths=tuple(lengths), num_ranks=layer.num_ranks, cost=cost, limits=limits)
         )
         (microbatch,) = found.groups
         groups = microbatch if isinstance(microbatch, tuple) else (microbatch,)

@@ -1,1 +1,1 @@
-"""What an attention group does on the wire, as data: rounds of messages and tasks, who holds what, the checker."""
+"""What an attention group sends and computes, as data: rounds of messages and tasks, token layouts, and a checker."""

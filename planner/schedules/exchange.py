@@ -1,20 +1,21 @@
-"""What one attention group does on the wire and in the kernel, as data: one executor runs every schedule.
+"""What one attention group sends and computes, as data: a single executor runs every schedule.
 
-A schedule belongs to one rank. K and V move, queries stay; with a head exchange, heads are traded for tokens first, and
-then a rank works on all tokens of its exchange group, for some of the heads. Rules, which ``schedule_check`` proves:
+A schedule belongs to one rank. K and V move, queries stay. With a head exchange, ranks first exchange heads for tokens;
+then each rank works on all tokens of its team, for some of the heads. The rules, which ``planner.schedules.check``
+verifies:
 
-- In round i a rank *holds* its own spans and the spans it receives for round i, not longer. Of its own spans it may
-  send parts, and parts of their gradients may come home by different ways.
-- A message that arrives for round i with lead n is posted while round i - n runs. It holds spans that are the sender's
-  own or that it holds in round i - n. A longer lead lets nobody use them longer: the message only starts earlier.
-- Messages between two ranks that are posted together stand in the same order at both ends.
-- The keys of a task are held in that round. Forward and backward walk different routes but do the same tasks.
-- Backward only: after the tasks of round i, the partial dK/dV of every span received for round i that has any leaves
-  through ``grad_sends`` and is added to what its receiver has for the same span in the round it arrives for. So each
-  part of a gradient ends, once, at its owner: along the way its keys came, or directly.
+- In round i a rank *holds* its own spans and the spans it receives for round i, no longer. It may send parts of its own
+  spans, and gradients of these parts may return by different routes.
+- A message that arrives for round i with lead n is posted in round i - n. It contains spans that the sender owns or
+  holds in round i - n. A longer lead only starts the message earlier; nobody holds the spans for longer.
+- Two ranks list the messages that they post together in the same order.
+- The keys of a task are held in its round. Forward and backward use different routes but do the same tasks.
+- Backward only: after the tasks of round i, the partial dK/dV of every span received for round i (if there are any) are
+  sent by ``grad_sends``; the receiver adds them to what it has for that span in the round they arrive for. So every
+  part of a gradient reaches its owner exactly once, either along the route of its keys or directly.
 
-Adding a kind of attention is adding one file, ``planner/schedules/kinds/<kind>.py``, that holds its ``SCHEDULE`` (an
-``AttentionSchedule``), and its name to ``AttentionKind``, the names that stored plans and flags may use.
+To add a kind of attention, add one file ``planner/schedules/kinds/<kind>.py`` with its ``SCHEDULE`` (an
+``AttentionSchedule``), and its name to ``AttentionKind``, which lists the names for stored plans and flags.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ from planner.schedules.wire_price import WirePrice, WireSetting
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """Spans that travel in one message, in this order. ``rank`` is the other end (data rank). ``lead``: how many
-    rounds before the one it arrives for it is posted; for gradients, how many rounds after their tasks it arrives."""
+    """Spans sent in one message, in this order. ``rank``: the other end (data rank). ``lead``: how many rounds before
+    the round it arrives for it is posted; for gradients, how many rounds after their tasks they arrive."""
 
     rank: int
     spans: tuple[Span, ...]
@@ -44,7 +45,7 @@ class Transfer:
 class Task:
     """Attention of one query span over one key span of the same sequence.
 
-    ``causal`` only with ``query == key``: the triangle. Otherwise the key span lies wholly before the query span.
+    ``causal``: only with ``query == key``, the triangle. Otherwise the key span lies completely before the query span.
     """
 
     query: Span
@@ -54,10 +55,10 @@ class Task:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Round:
-    """One step of the walk. Gradients only move in the backward.
+    """One round of the walk. Gradients move only in the backward.
 
-    ``receives`` and ``sends`` arrive for this round at this rank and at the peer; ``grad_receives`` arrive for this
-    round; ``grad_sends`` leave after it.
+    ``receives``, ``sends``: messages that arrive for this round, at this rank or at the peer. ``grad_receives``:
+    gradients that arrive for this round. ``grad_sends``: gradients that are sent after it.
     """
 
     receives: tuple[Transfer, ...] = ()
@@ -69,7 +70,7 @@ class Round:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExchangeSchedule:
-    """One rank's part. ``head_exchange``: the ranks that trade heads for tokens before the first round, or None."""
+    """One rank's part. ``head_exchange``: the ranks that exchange heads for tokens before the first round, or None."""
 
     head_exchange: tuple[int, ...] | None
     forward: tuple[Round, ...]
@@ -78,8 +79,8 @@ class ExchangeSchedule:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupLimits:
-    """What forming a group depends on. ``num_heads``: query heads of one data rank. ``node_size``: consecutive data
-    ranks of a node; a group larger than that starts with a node."""
+    """What decides whether and how a group can be formed. ``num_heads``: query heads of one data rank. ``node_size``:
+    consecutive data ranks per node; a group larger than that starts at a node."""
 
     num_heads: int
     node_size: int
@@ -87,14 +88,14 @@ class GroupLimits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionSchedule:
-    """Everything that one kind of attention is.
+    """Everything that defines one kind of attention.
 
     ``write(group, lengths, group_index)``: the rank's schedule; ``lengths[i]`` is the tokens of the step's sequence i.
-    ``inner_degree(degree, limits)``: the ``AttentionGroup.inner_degree`` of such a group, None where there can be none.
-    ``head_degree(degree, inner_degree)``: consecutive members that trade heads; it decides who holds which tokens (see
-    ``planner.schedules.layout``). ``price(setting, degree, inner_degree)``: its communication. ``in_auto``: whether a
-    planner that may choose may choose it. ``any_degree``: else derived cost models price powers of two and all ranks
-    only.
+    ``inner_degree(degree, limits)``: the ``AttentionGroup.inner_degree`` of a group; None if there can be no such
+    group. ``head_degree(degree, inner_degree)``: number of consecutive members that exchange heads, which decides the
+    token layout (see ``planner.schedules.layout``). ``price(setting, degree, inner_degree)``: cost of its
+    communication. ``in_auto``: whether ``--attention auto`` includes it. ``any_degree``: whether derived cost models
+    price every degree and not only powers of two and all ranks.
     """
 
     write: Callable[[AttentionGroup, SequenceOf[int], int], ExchangeSchedule]
@@ -106,13 +107,13 @@ class AttentionSchedule:
 
 
 def schedule_of(kind: AttentionKind) -> AttentionSchedule:
-    """The ``SCHEDULE`` of ``planner/schedules/kinds/<kind>.py``. Raises PlanError where there is no such file."""
+    """The ``SCHEDULE`` of ``planner/schedules/kinds/<kind>.py``. Raises PlanError if there is no such file."""
     name = f"planner.schedules.kinds.{kind}"
     try:
-        module = sys.modules.get(name) or importlib.import_module(name)  # every group asks, and importing takes time
+        module = sys.modules.get(name) or importlib.import_module(name)  # called for every group, and imports are slow
         found = getattr(module, "SCHEDULE", None)
     except ModuleNotFoundError as error:
-        if error.name is None or not name.startswith(error.name):  # a kind's own import that fails is not its absence
+        if error.name is None or not name.startswith(error.name):  # the kind exists, but an import inside it failed
             raise
         found = None
     if not isinstance(found, AttentionSchedule):
@@ -121,12 +122,12 @@ def schedule_of(kind: AttentionKind) -> AttentionSchedule:
 
 
 def attention_names() -> tuple[str, ...]:
-    """What ``--attention`` takes: auto, then one kind each."""
+    """The values of ``--attention``: auto, and one per kind."""
     return ("auto", *(kind.value for kind in AttentionKind if kind is not AttentionKind.LOCAL))
 
 
 def attention_kinds(name: str) -> tuple[AttentionKind, ...]:
-    """The kinds for groups of two and more that ``--attention name`` allows. Raises SpecError for an unknown name."""
+    """The kinds for groups of two or more ranks that ``--attention name`` allows. Raises SpecError if it is unknown."""
     if name not in attention_names():
         raise SpecError(f"--attention: {name!r} is none of {', '.join(attention_names())}")
     if name != "auto":
@@ -140,12 +141,12 @@ def write_schedule(group: AttentionGroup, lengths: SequenceOf[int], group_index:
 
 
 def message(rank: int, spans: SequenceOf[Span], lead: int = 1) -> tuple[Transfer, ...]:
-    """One transfer, or none where there is nothing to send."""
+    """One transfer, or none if there are no spans to send."""
     return (Transfer(rank, tuple(spans), lead),) if spans else ()
 
 
 def span_tasks(queries: SequenceOf[Span], keys: SequenceOf[Span]) -> tuple[Task, ...]:
-    """All the causal attention these query spans owe these key spans, document by document.
+    """All causal attention of these query spans over these key spans, within each document.
 
     Two spans of one sequence must be equal or disjoint (true of any partition of the tokens).
     """
@@ -163,7 +164,7 @@ def span_tasks(queries: SequenceOf[Span], keys: SequenceOf[Span]) -> tuple[Task,
 
 
 def needed_spans(queries: SequenceOf[Span], keys: SequenceOf[Span]) -> tuple[Span, ...]:
-    """Those of ``keys`` that some of the query spans read, in their order."""
+    """Those of ``keys`` that at least one of the query spans reads, in their order."""
     last = {query.sequence: 0 for query in queries}
     for query in queries:
         last[query.sequence] = max(last[query.sequence], query.start_token)

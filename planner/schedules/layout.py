@@ -1,10 +1,10 @@
-"""Which tokens of a group each of its ranks holds. Pure integers, exact for any length: nothing is padded.
+"""Which tokens each rank of a group holds. Pure integers, exact for any length; nothing is padded.
 
-One rule for every kind. ``head_degree`` consecutive members form a *team*, which trades heads for tokens (1 where a
-kind does not). Every sequence is cut into two chunks for each team, and team t holds chunk t and its mirror image from
-the end (zigzag: under a causal mask each team then has the same work). A team's tokens, packed one sequence behind the
-other, are cut into contiguous pieces for its members that differ by at most one token. With one team (ulysses) that is
-the packed sequences cut into pieces; with teams of one (ring) it is the zigzag alone.
+One rule covers all kinds. ``head_degree`` consecutive members form a *team*, which exchanges heads for tokens (1 for
+kinds that do not). Every sequence is cut into two chunks per team, and team t holds chunk t and the t-th chunk from the
+end (zigzag), so that all teams have the same work under a causal mask. A team's tokens, with its sequences packed in
+order, are cut into contiguous pieces for its members, whose sizes differ by at most one token. With a single team
+(ulysses) this just cuts the packed sequences into pieces; with teams of one rank (ring) it is just the zigzag.
 """
 
 from __future__ import annotations
@@ -12,18 +12,24 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence as SequenceOf
 from itertools import pairwise
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
 
 from planner.plan import AttentionGroup, AttentionKind, Span
 from planner.schedules.exchange import schedule_of
 
+Tokens = TypeVar("Tokens", int, npt.NDArray[np.int64])
+
 
 def head_degree(kind: AttentionKind, degree: int, inner_degree: int = 1) -> int:
-    """Ranks of a team in a group of this shape. Raises PlanError for an unknown kind."""
+    """Ranks per team in a group of this shape. Raises PlanError for an unknown kind."""
     return schedule_of(kind).head_degree(degree, inner_degree)
 
 
 def team_spans(group: AttentionGroup, lengths: SequenceOf[int]) -> tuple[tuple[Span, ...], ...]:
-    """The spans of each team, in the order of its rows: what its members work on once heads are traded."""
+    """The spans of each team in row order: what its members work on after the head exchange."""
     num_teams = group.degree // head_degree(group.kind, group.degree, group.inner_degree)
     sequences = [(index, lengths[index]) for index in group.sequences]
     return tuple(_zigzag_spans(sequences, team, num_teams) for team in range(num_teams))
@@ -32,7 +38,7 @@ def team_spans(group: AttentionGroup, lengths: SequenceOf[int]) -> tuple[tuple[S
 def shard_spans(group: AttentionGroup, lengths: SequenceOf[int]) -> tuple[tuple[Span, ...], ...]:
     """The spans each rank of ``group`` holds, by group index, in the order of the rank's rows.
 
-    ``lengths[i]`` is the number of tokens of the step's sequence i. Empty spans are left out.
+    ``lengths[i]`` is the number of tokens of the step's sequence i. Empty spans are omitted.
     """
     teams = team_spans(group, lengths)
     size = group.degree // len(teams)
@@ -47,7 +53,7 @@ def shard_spans(group: AttentionGroup, lengths: SequenceOf[int]) -> tuple[tuple[
 def local_token_counts(
     kind: AttentionKind, degree: int, lengths: SequenceOf[int], inner_degree: int = 1
 ) -> tuple[int, ...]:
-    """Tokens each rank of such a group would hold, by group index, for sequences of these lengths."""
+    """Tokens that each rank of such a group holds, by group index, for sequences of these lengths."""
     size = head_degree(kind, degree, inner_degree)
     teams = (sum(lengths),) if size == degree else _zigzag_counts(degree // size, lengths)
     if size == 1:
@@ -55,13 +61,27 @@ def local_token_counts(
     return tuple(stop - start for total in teams for start, stop in pairwise(_even_cuts(total, size)))
 
 
+def peak_team_tokens(num_tokens: Tokens, num_teams: Tokens) -> Tokens:
+    """The most tokens that one of so many teams holds of a sequence, for numbers or for arrays.
+
+    A sequence has 2 * num_teams chunks, and a remainder of r tokens makes r of them one token longer. A team holds a
+    chunk and its mirror image. Both are longer for some team exactly where r does not divide the number of chunks: only
+    then some multiple j / r of the whole, 0 < j < r, falls strictly inside a chunk.
+    """
+    chunks = 2 * num_teams
+    whole, rest = num_tokens // chunks, num_tokens % chunks
+    peak: Tokens = 2 * whole + (rest > 0) * (1 + (chunks % (rest + (rest == 0)) > 0))
+    return peak
+
+
 def _even_cuts(total: int, parts: int) -> list[int]:
     return [total * index // parts for index in range(parts + 1)]
 
 
 def _zigzag_counts(degree: int, lengths: SequenceOf[int]) -> tuple[int, ...]:
-    """Tokens per team from all sequences' chunk edges at once. Only remainders make chunks differ, and there are at
-    most 2 * degree of them, so the cost does not grow with the number of sequences."""
+    """Tokens per team, computed from the chunk edges of all sequences at once. Chunks differ only by the remainders of
+    the lengths, of which there are at most 2 * degree different ones, so the cost barely grows with the number of
+    sequences."""
     chunks = 2 * degree
     whole = sum(size // chunks for size in lengths)
     rests = Counter(size % chunks for size in lengths)
@@ -71,13 +91,13 @@ def _zigzag_counts(degree: int, lengths: SequenceOf[int]) -> tuple[int, ...]:
 
 
 def cut_spans(packed: SequenceOf[Span], num_parts: int) -> tuple[tuple[Span, ...], ...]:
-    """These spans, put one behind the other, cut into contiguous parts that differ by at most one token."""
+    """Cut these spans, packed in order, into contiguous parts whose sizes differ by at most one token."""
     cuts = _even_cuts(sum(span.num_tokens for span in packed), num_parts)
     return tuple(packed_spans(packed, start, stop) for start, stop in pairwise(cuts))
 
 
 def packed_spans(packed: SequenceOf[Span], start: int, stop: int) -> tuple[Span, ...]:
-    """Rows ``start .. stop`` of these spans put one behind the other."""
+    """Rows ``start .. stop`` of these spans, packed in order."""
     spans, offset = [], 0
     for span in packed:
         low, high = max(start - offset, 0), min(stop - offset, span.num_tokens)

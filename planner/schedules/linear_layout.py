@@ -1,9 +1,9 @@
 """Which tokens each rank of a microbatch holds outside attention: the *linear layout*.
 
-Attention leaves ranks with unequal tokens; embedding, norms, MLP and loss may run on others. A microbatch's ``moves``
-say how: (source, destination, tokens). Each takes that many tokens from the end of what is left of the source's
-attention rows, in the order listed, and puts them behind the destination's rows. No rank both sends and receives, so a
-rank's first rows are the same in both layouts. Without moves the two layouts are one.
+The attention layout may give ranks unequal numbers of tokens; embedding, norms, MLP and loss may use another layout. A
+microbatch's ``moves`` describe it as (source, destination, tokens). Each move takes that many tokens from the end of
+the source's remaining attention rows, in the listed order, and appends them to the destination's rows. No rank both
+sends and receives, so a rank's first rows are the same in both layouts. Without moves the layouts are equal.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from planner.schedules.remap import Move
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankMoves:
     """One rank's part. Its first ``num_kept`` rows are in both layouts. ``lent``: (rank, first row, last row + 1) of
-    attention rows that live elsewhere in the linear layout; ``guests``: of linear rows that belong to the attention of
-    others. One of the two is empty."""
+    attention rows that are on other ranks in the linear layout. ``guests``: the same for linear rows that belong to
+    other ranks in attention. One of the two is empty."""
 
     num_kept: int
     lent: tuple[tuple[int, int, int], ...]
@@ -37,7 +37,7 @@ class RankMoves:
 
 
 def rank_moves(moves: SequenceOf[Move], rank: int, num_attention_rows: int) -> RankMoves:
-    """The part of a rank that holds so many rows in attention. Raises PlanError where the moves take more than that."""
+    """The moves of a rank with this many attention rows. Raises PlanError if they take more rows than it has."""
     lent, guests = [], []
     num_kept = num_linear = num_attention_rows
     for source, destination, tokens in moves:
@@ -53,7 +53,7 @@ def rank_moves(moves: SequenceOf[Move], rank: int, num_attention_rows: int) -> R
 
 
 def linear_counts(counts: dict[int, int], moves: SequenceOf[Move]) -> dict[int, int]:
-    """Tokens of each rank in the linear layout, from those in attention."""
+    """Tokens of each rank in the linear layout, given those in the attention layout."""
     after = dict(counts)
     for source, destination, tokens in moves:
         after[source] -= tokens
@@ -62,7 +62,7 @@ def linear_counts(counts: dict[int, int], moves: SequenceOf[Move]) -> dict[int, 
 
 
 def attention_spans(microbatch: Microbatch, lengths: SequenceOf[int], rank: int) -> tuple[Span, ...]:
-    """The rank's rows in attention: its groups' one behind the other. ``lengths[i]``: tokens of sequence i."""
+    """The rank's attention rows: those of its groups, in order. ``lengths[i]``: tokens of sequence i."""
     return tuple(
         span for group in microbatch.groups if rank in group.ranks
         for span in shard_spans(group, lengths)[group.ranks.index(rank)]

@@ -1,10 +1,10 @@
-"""Remapping for the token-wise layers: which tokens change ranks so that every rank holds its due share of them.
+"""Remapping for the token-wise layers: which tokens change ranks so that every rank gets its share of them.
 
-Attention leaves ranks with as many tokens as balance its quadratic work; matrix products want equal counts. Moving
-tokens there and back is a transportation problem (Zeppelin, arXiv 2509.21841). With two costs, inside a node and
-between nodes, it needs no solver: every plan in which no rank both sends and receives moves the same number of tokens,
-the surplus; and a node cannot pass on less than what it has too much as a whole. So ranks first even out inside their
-node, and only what is left travels.
+Attention distributes tokens so that its quadratic work is balanced; matrix products need equal token counts. Moving
+tokens there and back is a transportation problem (Zeppelin, arXiv 2509.21841). With two costs, within and between
+nodes, it needs no solver: every plan in which no rank both sends and receives moves the same number of tokens, the
+surplus; and each node must send at least its own net surplus. So ranks first balance within their node, and only the
+rest moves between nodes.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ Move = tuple[int, int, int]
 
 
 def balanced_counts(total: int, num_ranks: int) -> tuple[int, ...]:
-    """``total`` tokens over the ranks, at most one apart, the first ranks holding one more. Raises ValueError on no
-    ranks or a negative total."""
+    """``total`` tokens over the ranks, counts differing by at most one, larger counts first. Raises ValueError if there
+    are no ranks or the total is negative."""
     if num_ranks < 1 or total < 0:
         raise ValueError(f"cannot share {total} tokens over {num_ranks} ranks")
     share, rest = divmod(total, num_ranks)
@@ -28,10 +28,10 @@ def balanced_counts(total: int, num_ranks: int) -> tuple[int, ...]:
 def token_moves(current: SequenceOf[int], target: SequenceOf[int], node_size: int) -> tuple[Move, ...]:
     """The moves from ``current`` tokens of each rank to ``target``, sorted by source, then destination.
 
-    Ranks fill nodes of ``node_size`` in order; the last node may be smaller. No rank both sends and receives; of all
-    such moves these send the fewest tokens between nodes: the sum of what every node has too much. That traffic is
-    spread as evenly over a node's ranks, and so over its NICs, as their surpluses and deficits allow. Raises ValueError
-    where the counts do not match in number or sum, one is negative, or ``node_size`` is below 1.
+    Ranks fill nodes of ``node_size`` in order; the last node may be smaller. No rank both sends and receives, and as
+    few tokens as possible move between nodes: the sum of all nodes' net surpluses. That traffic is spread over a node's
+    ranks, and so over its NICs, as evenly as their surpluses and deficits allow. Raises ValueError if the counts differ
+    in number or sum, if one is negative, or if ``node_size`` is below 1.
     """
     if len(current) != len(target) or sum(current) != sum(target):
         raise ValueError(
@@ -57,7 +57,7 @@ def token_moves(current: SequenceOf[int], target: SequenceOf[int], node_size: in
 
 
 def _even_parts(amounts: SequenceOf[int], total: int) -> list[int]:
-    """Parts of ``amounts`` that sum to ``total`` (at most their sum), the largest part as small as possible."""
+    """Parts of ``amounts`` that sum to ``total`` (at most their sum), with the largest part as small as possible."""
     parts, left = [0] * len(amounts), total
     order = sorted(range(len(amounts)), key=lambda place: (amounts[place], place))
     for taken, place in enumerate(order):
@@ -67,7 +67,7 @@ def _even_parts(amounts: SequenceOf[int], total: int) -> list[int]:
 
 
 def _match(senders: Iterable[tuple[int, int]], receivers: Iterable[tuple[int, int]]) -> list[Move]:
-    """(Rank, tokens) of both sides, equal in sum, joined in order: the first sender to the first receiver."""
+    """Moves that match senders to receivers in order. Both are (rank, tokens) with the same total."""
     moves: list[Move] = []
     waiting = [pair for pair in receivers if pair[1]]
     place, room = 0, waiting[0][1] if waiting else 0

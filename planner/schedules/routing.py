@@ -1,8 +1,8 @@
-"""Routed transfers: one message between nodes spread over several NICs of its node, as Zeppelin's routing layer does.
+"""Routed transfers: one message between nodes uses several NICs of its node, as in Zeppelin's routing layer.
 
-The sender scatters the message over proxy ranks of its own node, every proxy sends its part over its own NIC to a
-proxy of the other node, and these gather the parts on the receiver (Chen et al., arXiv 2509.21841; the formula is ours,
-the paper's could not be read).
+The sender scatters the message over proxy ranks of its own node, each proxy sends its part over its own NIC to a proxy
+of the other node, and the receiver gathers the parts there (Chen et al., arXiv 2509.21841; the formula is our own,
+because the paper's was not legible).
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import math
 def routed_transfer_s(
     num_bytes: float, *, intra_s_per_byte: float, inter_s_per_byte: float, num_proxies: int, pipelined: bool = False
 ) -> float:
-    """Seconds of a message over ``num_proxies`` proxies in each of the two nodes; with 1, of a direct message.
+    """Seconds of a message over ``num_proxies`` proxies in each of the two nodes; 1 means a direct message.
 
-    The three stages run one after the other and a stage is as long as its transfers at their rates, latency left out.
-    Of the message 1 / num_proxies stays with the sender, and as much is at the receiver already. ``pipelined``: each of
-    many such messages in a row, whose stages overlap: the longest stage. Raises ValueError on fewer than one proxy or
-    on a negative size or rate.
+    The three stages run one after the other. A stage takes as long as its transfers at the given rates; latency is not
+    included. The sender keeps 1 / num_proxies of the message for its own NIC, and the receiver gets as much directly.
+    ``pipelined``: seconds per message in a long series, whose stages overlap; this is the longest stage. Raises
+    ValueError for fewer than one proxy or a negative size or rate.
     """
     if num_proxies < 1:
         raise ValueError(f"a routed transfer needs at least 1 proxy, got {num_proxies}")
@@ -29,10 +29,11 @@ def routed_transfer_s(
 
 
 def best_num_proxies(*, intra_s_per_byte: float, inter_s_per_byte: float, num_available: int) -> int:
-    """The number of proxies, 1 .. ``num_available``, with the shortest ``routed_transfer_s`` of any message.
+    """The number of proxies, 1 .. ``num_available``, with the shortest ``routed_transfer_s``, for a message of any
+    size.
 
-    That time is a constant plus (inter - 2 intra) / num_proxies, so it is all of them or, where a hop inside the node
-    costs half a direct one or more, none but the sender.
+    That time is a constant plus (inter - 2 intra) / num_proxies. So all proxies are best, or none but the sender if a
+    hop within the node costs at least half of a direct one.
     """
     if num_available < 1:
         raise ValueError(f"a routed transfer needs at least 1 proxy, got {num_available}")

@@ -1,16 +1,17 @@
-"""Parts of what communication costs, for the kinds of attention to put together (see ``planner.schedules``).
+"""Parts of the cost of communication, which the kinds of attention combine (see ``planner.schedules``).
 
-All of it is seconds of one forward plus backward over all layers, and linear in the tokens of the group: a term a
-token, and a latency term a microbatch.
+All costs are seconds of one forward plus backward over all layers. They are linear in the tokens of the group: a term
+per token, and a latency term per microbatch.
 
-Transfers that run beside kernels are not linear. Per token of a group let c be the seconds of its transfers, r what
-going in rounds adds to its kernels (``WireSetting.rounds_s``), b its token-wise compute, A m its attention, with m the
-tokens a rank holds (of one sequence over the whole group). Then a token takes b + max(c, r + A m); what a planner can
-price is b + p + A m. The p here makes the largest relative error over all m as small as it can be: too low by a factor
-e where sequences are short, too high by the same e where the kernels just hide the transfers (m = (c - r) / A, or the
-most tokens a rank can hold), and nearly exact for long ones. e is at most 1.62 (the golden ratio, where b and r are
-nothing); rings of Llama 3 8B have 1.0 inside an H100 node and 1.26 to 1.38 across nodes. Charging all of c would be
-exact for short sequences and up to twice too high; a fixed share of it is up to 1 / share too low.
+Transfers that overlap with kernels are not linear. Per token of a group let c be the seconds of its transfers, r the
+extra kernel seconds of working in rounds (``WireSetting.rounds_s``), b its token-wise compute, and A m its attention,
+where m is the number of tokens per rank (of one sequence over the whole group). Then a token takes
+b + max(c, r + A m), but a planner can only price b + p + A m. The p used here minimises the largest relative error over
+all m: the price is too low by a factor e for short sequences, too high by the same e where kernels just hide the
+transfers (m = (c - r) / A, or the most tokens that a rank can hold), and nearly exact for long sequences. e is at most
+1.62 (the golden ratio, for b = r = 0); rings of Llama 3 8B have 1.0 within an H100 node and 1.26 to 1.38 across nodes.
+Charging all of c would be exact for short sequences and up to twice too high; a fixed share of it is up to 1 / share
+too low.
 """
 
 from __future__ import annotations
@@ -22,17 +23,18 @@ from planner.inputs.cluster import ClusterSpec, LinkSpec
 from planner.inputs.model import ModelSpec
 
 WIDE_BYTES = 4
-"""Partial results and gradients are summed in fp32."""
+"""Bytes per element of partial results and gradients, which are summed in fp32."""
 SPAN_BYTES = 72
-"""Memory traffic that one query element and one key element more in a span are worth to the attention kernels, forward
-and backward: the curve that ``planner.replay.operations`` fits to measured H100 rows, times that device's memory
-rate."""
+"""Memory traffic in bytes that one more query element and one more key element per span cost the attention kernels,
+forward and backward: from the curve that ``planner.replay.operations`` fits to measured H100 rows, times that device's
+memory rate."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WirePrice:
-    """``s_per_token``: per token of the group, exposed. ``fixed_s``: latencies of one microbatch. ``attention_factor``:
-    what uneven heads multiply the slowest rank's share of the attention work by."""
+    """``s_per_token``: exposed seconds per token of the group. ``fixed_s``: latencies of one microbatch.
+    ``attention_factor``: the slowest rank's share of the attention work, relative to an even share; above 1 if heads do
+    not divide evenly."""
 
     s_per_token: float = 0.0
     fixed_s: float = 0.0
@@ -41,8 +43,8 @@ class WirePrice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WireSetting:
-    """Model, links and compute as one data rank sees them. Groups are of consecutive ranks; those of several nodes
-    start with a node. ``element_bytes``: of activations."""
+    """Model, links and compute of one data rank. Groups have consecutive ranks; those of several nodes start at a node.
+    ``element_bytes``: bytes per activation element."""
 
     cluster: ClusterSpec
     model: ModelSpec
@@ -63,35 +65,35 @@ class WireSetting:
 
     @property
     def head_bytes(self) -> int:
-        """One head of one token, in all layers."""
+        """Bytes of one head of one token, over all layers."""
         return self.model.head_dim * self.element_bytes * self.model.num_layers
 
     @property
     def kv_bytes(self) -> int:
-        """K and V of one token, in all layers."""
+        """Bytes of K and V of one token, over all layers."""
         return 2 * self.kv_heads * self.head_bytes
 
     @property
     def kv_passes(self) -> float:
-        """How often ``kv_bytes`` travel: forward, backward, and as gradients in fp32 or wider."""
+        """How often ``kv_bytes`` are sent: in forward, in backward, and as gradients in fp32 or wider."""
         return 2 + max(WIDE_BYTES, self.element_bytes) / self.element_bytes
 
     @property
     def attention_s(self) -> float:
-        """Of one rank alone, for a token squared."""
+        """Attention seconds of one rank alone, per token squared."""
         device = self.cluster.device
         flop_per_s = device.peak_flop_per_s * device.attention_efficiency * self.tensor_parallel
         return self.model.attention_flop((1,)) / flop_per_s
 
     @property
     def linear_s(self) -> float:
-        """Matrix products of one rank alone, for a token."""
+        """Seconds of matrix products of one rank alone, per token."""
         device = self.cluster.device
         return self.model.linear_flop(1) / (device.peak_flop_per_s * device.linear_efficiency * self.tensor_parallel)
 
     @property
     def most_tokens(self) -> float:
-        """No rank can hold more, activations kept, even with nothing else in its memory."""
+        """Upper bound on the tokens of a rank: as many as fit with all activations kept and nothing else in memory."""
         device, model = self.cluster.device, self.model
         saved_bytes = model.num_layers * model.saved_bytes_per_token(self.element_bytes) / self.tensor_parallel
         return (device.memory_bytes - device.reserved_bytes) / saved_bytes
@@ -101,30 +103,30 @@ class WireSetting:
         return self.cluster.intra_node if num_ranks <= self.ranks_per_node else self.cluster.inter_node
 
     def latency_s(self, num_ranks: int, hops: int) -> float:
-        """So many messages a layer, one after the other, in a group of this many ranks."""
+        """Seconds of ``hops`` messages per layer, one after the other, in a group of this many ranks."""
         return hops * self.model.num_layers * self.link(num_ranks).latency_s
 
     def boundary_bytes_per_s(self, num_crossing: int) -> float:
-        """What each of ``num_crossing`` ranks of a node gets that send to the next node while the others do not: they
-        share the node's NICs, and none can use more than one."""
+        """Rate for each of ``num_crossing`` ranks of a node that send to the next node at the same time. They share the
+        node's NICs, and each rank can use at most one."""
         nodes, nics = self.cluster, self.cluster.nics_per_node
         nic_bytes_per_s = nodes.inter_node.bytes_per_s * nodes.devices_per_node / nics
         return min(nodes.intra_node.bytes_per_s, nic_bytes_per_s * min(1.0, nics / num_crossing))
 
     def direct_s_per_token(self, degree: int, spread_bytes: float) -> float:
-        """Everyone sends to everyone, per token of the group. ``spread_bytes``: of one token for all members together,
-        its own rank (which needs no message) included. Of what a rank receives, the part from inside its node and the
-        part that enters the node travel at the same time over their own links."""
+        """Seconds per token of the group if every rank sends to every other. ``spread_bytes``: bytes of one token
+        summed over all members, including its own rank, which needs no message. What a rank receives from its own node
+        and what enters the node travel at the same time over their own links."""
         near = min(degree, self.ranks_per_node)
         intra_s = (near - 1) / degree * spread_bytes / self.cluster.intra_node.bytes_per_s
         inter_s = (degree - near) / degree * spread_bytes / self.cluster.inter_node.bytes_per_s
         return max(intra_s, inter_s) / degree
 
     def head_exchange(self, size: int, degree: int) -> WirePrice:
-        """Teams of ``size`` of a group's ``degree`` ranks trade q, k, v and output, forward and backward; nothing
-        overlaps that. K and V count the heads that are sent: at least one for each member, so they are replicated where
-        the team is larger than the number of KV heads. Where it does not divide the query heads, the member with one
-        head more sets the pace of the attention."""
+        """Teams of ``size`` of a group's ``degree`` ranks exchange q, k, v and output, forward and backward, without
+        overlap. For K and V the heads sent are counted: at least one per member, so they are replicated if the team is
+        larger than the number of KV heads. If the size does not divide the query heads, a member with one head more
+        determines the attention time."""
         if size == 1:
             return WirePrice()
         heads = 2 * self.query_heads + 2 * size * math.ceil(self.kv_heads / size)
@@ -135,9 +137,9 @@ class WireSetting:
         )
 
     def rounds_s(self, num_teams: int, size: int) -> float:
-        """What it adds to the kernels of a rank, per token of the group, that a walk meets the keys of one team (of
-        ``size``) at a time: every round works on all queries of the rank, merges what it finds into its partial result
-        and adds to the gradients of queries and keys, over memory. A group of any degree pays this for every token."""
+        """Extra kernel seconds per token of the group for working on the keys of one team (of ``size``) at a time.
+        Every round reads all queries of the rank, merges its result into the partial output, and adds to the gradients
+        of queries and keys, through memory. Groups of any degree pay this for every token."""
         queries = math.ceil(self.query_heads / size) * self.model.head_dim * self.model.num_layers
         keys = math.ceil(self.kv_heads / size) * self.model.head_dim * self.model.num_layers
         merge_bytes = 2 * WIDE_BYTES + self.element_bytes
@@ -145,8 +147,8 @@ class WireSetting:
         return (num_teams - 1) / num_teams * moved_bytes / self.cluster.device.memory_bytes_per_s
 
     def beside_kernels(self, degree: int, size: int, kv_pass_s: float) -> float:
-        """Seconds to charge a token for rounds whose transfers run beside kernels (p in the module's text).
-        ``kv_pass_s``: of one pass of K/V, per token of the group. Teams are of ``size`` ranks."""
+        """Seconds per token to charge for rounds whose transfers overlap with kernels: p in the module's docstring.
+        ``kv_pass_s``: seconds of one pass of K/V, per token of the group. Teams have ``size`` ranks."""
         transfer_s, rounds_s = self.kv_passes * kv_pass_s, self.rounds_s(degree // size, size)
         if transfer_s <= rounds_s:
             return rounds_s  # always hidden
@@ -155,8 +157,8 @@ class WireSetting:
         return (math.hypot(hidden_s, 2 * (linear_s + transfer_s)) - hidden_s) / 2 - linear_s
 
     def ring(self, num_teams: int, size: int) -> WirePrice:
-        """Rings of one member of each team (of ``size``), beside kernels. A rank passes its share of the KV heads of
-        all teams' tokens but one on. Across nodes, the last team of each node sends over the boundary."""
+        """Rings over one member of each team (of ``size``), overlapping with kernels. A rank passes on its share of the
+        KV heads for the tokens of all teams but one. The last team of each node sends across the node boundary."""
         degree = num_teams * size
         inside = degree <= self.ranks_per_node
         bytes_per_s = self.cluster.intra_node.bytes_per_s if inside else self.boundary_bytes_per_s(size)

@@ -1,47 +1,46 @@
 """Zeppelin (Chen et al., arXiv 2509.21841): one microbatch over all ranks, its sequences in three zones.
 
-As published, with what its text leaves open filled in: long sequences are cut over whole nodes (*cluster* zone), the
-others are dealt to nodes; inside a node the longer ones are cut over some of its ranks (*node* zone) and the rest stay
-whole on one rank (*local* zone). A rank may be in rings of both zones and hold local sequences as well, all in one
-microbatch: cluster rings first, since their transfers are the slowest, local sequences last, since they wait for
-nothing. Thresholds start at what a node, or a rank, may hold and fall until everything fits.
+The published method, with its gaps filled: long sequences are cut over whole nodes (*cluster* zone) and the others are
+dealt to nodes. Inside a node the longer ones are cut over some of its ranks (*node* zone) and the rest stay whole on
+one rank (*local* zone). In one microbatch a rank may be in rings of both zones and hold local sequences as well.
+Cluster rings run first, because their transfers are the slowest, and local sequences last, because they wait for
+nothing. Two thresholds on the length, one per cut, start at what a node or a rank may hold and fall until all fits.
 
-Flaws and gaps of the method, and what happens here:
+Flaws and gaps of the method, and what is done here:
 
-- What ranks may hold is the step's mean, which keeps token-wise layers even. Without slack on it hardly anything fits
-  whole, thresholds collapse and nearly every sequence is cut over all nodes. So a rank may take ``RANK_SLACK`` above
-  the mean, and a node each of ``NODE_SLACKS`` in turn: the plan with the lowest price is the answer. Where that is not
-  enough, memory alone is the limit.
-- Thresholds are found by doubling steps and bisection over the lengths, not by starting again for each of them.
-- Work is balanced in seconds of the cost model where the paper balances squared lengths: that is right only with
-  remapping. Where moving tokens is priced, balancing the seconds of attention alone is tried as well. And a sequence
-  is cut where it has more tokens *or* more work than its node, or rank, is due: by tokens alone, one long sequence that
-  just fits a node makes that node the slowest.
+- Ranks may hold the step's mean number of tokens, which keeps token-wise layers even. Without slack hardly any sequence
+  fits whole, thresholds collapse and nearly every sequence is cut over all nodes. So a rank may hold ``RANK_SLACK``
+  more than the mean, and each of ``NODE_SLACKS`` is tried for nodes; the plan with the lowest price is the answer.
+  Where the slack is not enough, memory alone is the limit.
+- Thresholds are found by doubling steps and bisection over the lengths, not by a new start for each of them.
+- Work is balanced in the cost model's seconds. The paper balances squared lengths, which is right only with remapping;
+  where moving tokens is priced, balancing the seconds of attention alone is tried as well. A sequence is cut where it
+  has more tokens *or* more work than the share of its node or rank. By tokens alone, one long sequence that just fits a
+  node would make that node the slowest.
 - A step is assumed to fit memory at once. Where it does not, sequences are dealt to as few microbatches as hold them
-  with the slack, longest first, each to the one with the fewest tokens.
+  with the slack: longest first, each to the one with the fewest tokens.
 
-The routing layer: rings over several nodes are of the allowed kind that the cost model finds cheapest a token
-(``routed_ring``, ``double_ring``), plain rings where only those are allowed. The remapping layer: where the priced time
-of a microbatch falls, its tokens are evened out for the token-wise layers
-(``planner.strategies.search.linear_balance``). Layers are launched once a microbatch: a rank in several groups is
-charged the largest of their fixed times (``planner.pricing.simulate``).
+Routing layer: rings over several nodes have the allowed kind with the fewest seconds per token in the cost model
+(``routed_ring``, ``double_ring`` or plain rings). Remapping layer: a microbatch's tokens are evened out for the
+token-wise layers where that lowers its price (``planner.strategies.search.linear_balance``). Layers are launched once
+a microbatch, so a rank in several groups is charged the largest of their fixed times (``planner.pricing.microbatch``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import chain
 from typing import TypeVar
 
 import numpy as np
 
-from planner.cost.limits import PlanLimits
-from planner.cost.model import CostModel
 from planner.plan import AttentionKind, SolveStatus
 from planner.pricing.assemble import Found, GroupChoice
-from planner.pricing.simulate import MicrobatchPrice, run_schedule
+from planner.pricing.microbatch import MicrobatchPrice, rank_loads
+from planner.pricing.problem import StepProblem
+from planner.pricing.simulate import run_schedule
 from planner.schedules.remap import Move
 from planner.strategies.search.linear_balance import attention_shapes, price_with_moves, remap_bound_s
 from planner.strategies.search.shapes import (
@@ -60,47 +59,44 @@ T = TypeVar("T")
 NODE_SLACKS = (Fraction(5, 100), Fraction(10, 100), Fraction(20, 100))
 RANK_SLACK = Fraction(25, 100)
 CLUSTER_KINDS = (AttentionKind.ROUTED_RING, AttentionKind.DOUBLE_RING)
-"""Kinds that use all NICs of a node, beside plain rings."""
+"""Kinds of rings over several nodes that use all NICs of a node; plain rings do not."""
 _NO_MOVES: tuple[Move, ...] = ()
-_Members = dict[tuple[int, ...], list[int]]  # rows of the table by the ranks that share them, in order of first use
+_Members = dict[tuple[int, ...], list[int]]  # the ranks of each group and its rows of the table
 
 
-def plan_zeppelin(
-    lengths: SequenceOf[int], *, num_ranks: int, cost: CostModel, limits: PlanLimits, degree: int | None,
-    deadline_s: float,
-) -> Found:
-    """The strategy ``zeppelin``. It chooses its own degrees and takes milliseconds, so neither ``degree`` nor the
-    deadline matters. Raises SpecError where no ring can be formed, InfeasibleError where a sequence fits on none."""
-    nodes = _Nodes(num_ranks, limits.node_size(num_ranks))
-    shapes = _shapes(nodes, cost, limits)
-    table = price_table(lengths, shapes)
-    require_fits(table, cost, limits)
+def plan_zeppelin(problem: StepProblem) -> Found:
+    """The strategy ``zeppelin``. Raises SpecError where no ring can be formed, InfeasibleError where a sequence fits on
+    none."""
+    nodes = _Nodes(problem.num_ranks, problem.node_size)
+    shapes = _shapes(nodes, problem)
+    table = price_table(problem.lengths, shapes)
+    require_fits(table, problem)
     tables = [table]
-    if attention := attention_shapes(shapes, cost):  # with moves to come, attention alone has to be even
-        tables.append(price_table(lengths, attention))
+    if attention := attention_shapes(shapes, problem.cost):  # moves will balance the rest, so balance attention alone
+        tables.append(price_table(problem.lengths, attention))
     plans = [
-        _priced(_microbatches(each, nodes, slack), table, num_ranks, cost) for each in tables for slack in NODE_SLACKS
+        _priced(_microbatches(each, nodes, slack), table, problem) for each in tables for slack in NODE_SLACKS
     ]
     best = min(plans, key=lambda plan: plan.seconds)
     counts = [sum(len(rows) for members in best.parts for ranks, rows in members.items() if low < len(ranks) <= high)
-              for low, high in ((0, 1), (1, nodes.size), (nodes.size, num_ranks))]
+              for low, high in ((0, 1), (1, nodes.size), (nodes.size, nodes.num_ranks))]
     note = f"zeppelin zones: {counts[0]} local, {counts[1]} node, {counts[2]} cluster sequences"
     num_moved = sum(tokens for moves in best.moves for _, _, tokens in moves)
     if num_moved:
         note += f"; {num_moved} tokens moved for the token-wise layers"
     return Found(
-        groups=best.groups, status=SolveStatus.GREEDY, bound_s=remap_bound_s(lengths, shapes, num_ranks, cost),
+        groups=best.groups, status=SolveStatus.GREEDY, bound_s=remap_bound_s(problem, shapes),
         note=note, moves=best.moves,
     )
 
 
-def _shapes(nodes: _Nodes, cost: CostModel, limits: PlanLimits) -> tuple[GroupShape, ...]:
-    """Local and rings; over several nodes, of each degree the allowed kind that takes the fewest seconds a token."""
-    shapes = list(ring_shapes("zeppelin", nodes.ring_degrees(), nodes.num_ranks, cost, limits))
+def _shapes(nodes: _Nodes, problem: StepProblem) -> tuple[GroupShape, ...]:
+    """Local and rings. Over several nodes, each degree gets the allowed kind with the fewest seconds per token."""
+    shapes = list(ring_shapes("zeppelin", nodes.ring_degrees(), problem))
     for place, ring in enumerate(shapes):
         if ring.degree <= nodes.size:
             continue
-        rivals = (shape_of(kind, ring.degree, cost, limits) for kind in CLUSTER_KINDS)
+        rivals = (shape_of(kind, ring.degree, problem.cost, problem.limits) for kind in CLUSTER_KINDS)
         shapes[place] = min(
             (ring, *(shape for shape in rivals if shape is not None)),
             key=lambda shape: (shape.fit.s_per_token, shape.fit.fixed_s),
@@ -110,7 +106,7 @@ def _shapes(nodes: _Nodes, cost: CostModel, limits: PlanLimits) -> tuple[GroupSh
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Priced:
-    """A way to cut the step, and what it takes."""
+    """A way to cut the step and its price. ``parts``: the groups of each microbatch. ``seconds``: of the step."""
 
     parts: list[_Members]
     groups: tuple[tuple[GroupChoice, ...], ...]
@@ -118,14 +114,14 @@ class _Priced:
     seconds: float
 
 
-def _priced(parts: list[_Members], table: PriceTable, num_ranks: int, cost: CostModel) -> _Priced:
+def _priced(parts: list[_Members], table: PriceTable, problem: StepProblem) -> _Priced:
+    """Price these microbatches, with moves where they are priced and pay off."""
     groups = tuple(_choices(table, members) for members in parts)
-    lengths: list[int] = table.lengths.tolist()
-    if cost.remap is None:
+    if problem.cost.remap is None:
         found = [(_table_price(table, members), _NO_MOVES) for members in parts]
     else:
-        found = [price_with_moves(choice, lengths, num_ranks, cost) for choice in groups]
-    simulation = run_schedule([price for price, _ in found], num_ranks=num_ranks, cost=cost)
+        found = [price_with_moves(choice, problem) for choice in groups]
+    simulation = run_schedule([price for price, _ in found], num_ranks=problem.num_ranks, cost=problem.cost)
     return _Priced(parts=parts, groups=groups, moves=tuple(moves for _, moves in found), seconds=simulation.step_s)
 
 
@@ -143,24 +139,21 @@ class _Nodes:
         return [min(self.size, self.num_ranks - first) for first in range(0, self.num_ranks, self.size)]
 
     def ring_degrees(self) -> set[int]:
-        """Any number of ranks inside a node, or all ranks of several nodes, with or without the smaller one."""
+        """Every number of ranks inside a node, and all ranks of several nodes, with or without the smaller one."""
         num_full, rest = divmod(self.num_ranks, self.size)
         whole = {count * self.size for count in range(2, num_full + 1)}
         return {*range(2, self.size + 1), *whole, *(count * self.size + rest for count in range(1, num_full + 1))}
 
 
 def _table_price(table: PriceTable, members: _Members) -> MicrobatchPrice:
-    """The microbatch without moves, as ``planner.pricing.simulate`` prices it but for its memory, which fits: a quick
-    sum."""
+    """The price of a microbatch without moves. It is faster than ``price_choice`` because tokens and memory, which are
+    known to fit, are left out."""
     columns = {degree: column for column, degree in enumerate(table.degrees.tolist())}
-    marginal_s: dict[int, float] = {}
-    fixed_s: dict[int, float] = {}
+    groups = []
     for ranks, rows in members.items():
         column = columns[len(ranks)]
-        work_s, group_fixed_s = float(table.marginal_s[rows, column].sum()), float(table.fixed_s[column])
-        for rank in ranks:
-            marginal_s[rank] = marginal_s.get(rank, 0.0) + work_s
-            fixed_s[rank] = max(fixed_s.get(rank, 0.0), group_fixed_s)
+        groups.append((ranks, float(table.marginal_s[rows, column].sum()), float(table.fixed_s[column])))
+    marginal_s, fixed_s = rank_loads(chain.from_iterable(members), groups)
     rank_s = tuple(marginal_s[rank] + fixed_s[rank] for rank in marginal_s)
     return MicrobatchPrice(
         seconds=max(rank_s), ranks=tuple(marginal_s), rank_s=rank_s, rank_tokens=(0,) * len(rank_s)
@@ -168,7 +161,7 @@ def _table_price(table: PriceTable, members: _Members) -> MicrobatchPrice:
 
 
 def _microbatches(table: PriceTable, nodes: _Nodes, node_slack: Fraction) -> list[_Members]:
-    """One microbatch, or as few as hold the step with the slack; at the latest, one for each sequence."""
+    """One microbatch, or as few as hold the step with the slack, at most one for each sequence."""
     held = nodes.num_ranks * int(table.capacity_tokens[0])
     needed = int(table.lengths.sum()) * (1 + node_slack) / held
     num_parts = min(-(-needed.numerator // needed.denominator), table.num_rows)
@@ -186,7 +179,7 @@ def _microbatches(table: PriceTable, nodes: _Nodes, node_slack: Fraction) -> lis
 
 
 def _deal(lengths: IntArray, num_parts: int) -> list[list[int]]:
-    """Rows longest first, each to the part with the fewest tokens."""
+    """Deal the rows, longest first, each to the part with the fewest tokens."""
     parts: list[list[int]] = [[] for _ in range(num_parts)]
     tokens = np.zeros(num_parts, dtype=np.int64)
     for row in np.lexsort((np.arange(len(lengths)), -lengths)).tolist():
@@ -197,7 +190,7 @@ def _deal(lengths: IntArray, num_parts: int) -> list[list[int]]:
 
 
 def _partition(table: PriceTable, rows: list[int], nodes: _Nodes, node_slack: Fraction) -> _Members | None:
-    """The zones of one microbatch, ``rows`` longest first; None where these sequences were not made to fit."""
+    """The zones of one microbatch (``rows``: longest first), or None where no thresholds were found that fit."""
     if len(rows) == 1:
         return _alone(table, rows[0], nodes)
     for slack in (node_slack, None):
@@ -209,7 +202,8 @@ def _partition(table: PriceTable, rows: list[int], nodes: _Nodes, node_slack: Fr
 
 
 def _alone(table: PriceTable, row: int, nodes: _Nodes) -> _Members:
-    """The quickest shape, from the first rank on, or, with the smaller last node, up to the last one."""
+    """A single sequence on its quickest shape: from the first rank on, or, where the shape includes the smaller last
+    node, up to the last rank."""
     alone_s = np.where(table.fits[row], table.marginal_s[row] + table.fixed_s, np.inf)
     degree = int(table.degrees[int(np.argmin(alone_s))])
     first = 0 if degree <= nodes.size or degree % nodes.size == 0 else nodes.num_ranks - degree
@@ -217,12 +211,13 @@ def _alone(table: PriceTable, row: int, nodes: _Nodes) -> _Members:
 
 
 def _thresholds(lengths: IntArray, start: int) -> list[int]:
-    """``start`` and every lower threshold that cuts one more length, descending. Longer sequences are cut."""
+    """``start`` and every lower threshold that cuts one more distinct length, descending. A threshold cuts the
+    sequences that are longer."""
     return [start, *(np.unique(lengths[lengths <= start])[::-1] - 1).tolist()]
 
 
 def _highest_threshold(attempt: Callable[[int], T | None], thresholds: list[int]) -> T | None:
-    """What ``attempt`` finds at the highest threshold where it finds anything: steps that double, then bisection."""
+    """The result of ``attempt`` at the highest threshold where there is one, by doubling steps, then bisection."""
     low, high, last = -1, 0, len(thresholds) - 1
     found = attempt(thresholds[0])
     while found is None and high < last:
@@ -239,10 +234,10 @@ def _highest_threshold(attempt: Callable[[int], T | None], thresholds: list[int]
 
 
 class _Cutter:
-    """Zones of one microbatch for a threshold of the cluster zone.
+    """Cuts one microbatch into zones, given a threshold of the cluster zone.
 
-    ``rows`` longest first. With ``node_slack`` nodes and ranks stay near their due share, else memory alone limits
-    them. A ring takes of each of its ranks the most tokens that one of them gets.
+    ``rows``: longest first. ``node_slack``: how far nodes and ranks may exceed their share of the tokens; None: memory
+    alone limits them. A ring counts on each of its ranks with the tokens of its fullest one.
     """
 
     def __init__(self, table: PriceTable, nodes: _Nodes, rows: list[int], node_slack: Fraction | None) -> None:
@@ -258,7 +253,7 @@ class _Cutter:
             self.node_limits = np.minimum(self.node_limits, due * float(1 + node_slack) + 1)
 
     def thresholds(self) -> list[int]:
-        """Descending thresholds of the cluster zone; with one node there is none to cut over."""
+        """Thresholds of the cluster zone, descending. With a single node the only one cuts nothing."""
         if len(self.sizes) == 1:
             return [UNLIMITED_TOKENS]
         start = int(self.node_limits.max())
@@ -268,12 +263,13 @@ class _Cutter:
         return _thresholds(self.table.lengths[self.rows], start)
 
     def within(self, rows: list[int], tokens: int, due_s: float) -> int:
-        """The highest threshold that cuts every row of more than these tokens or this work."""
+        """The highest threshold that cuts every row of more than ``tokens`` tokens or ``due_s`` rank seconds."""
         over = self.table.lengths[rows][self.work_s[rows] > due_s]
         return min(tokens, int(over.min()) - 1) if len(over) else tokens
 
     def cut(self, threshold: int) -> _Members | None:
-        """Longer sequences over several nodes, the rest dealt to nodes and cut there."""
+        """Cut the sequences above the threshold over several nodes, deal the rest to nodes and cut them there. None
+        where that does not fit."""
         ring_tokens = np.zeros(len(self.sizes), dtype=np.int64)  # of each rank of the node
         node_tokens, node_s = np.zeros(len(self.sizes)), np.zeros(len(self.sizes))
         members: _Members = {}
@@ -303,7 +299,8 @@ class _Cutter:
         return self._fill_nodes(members, lists, node_tokens, ring_tokens)
 
     def _cluster_ring(self, row: int, node_s: FloatArray, ring_tokens: IntArray) -> list[int] | None:
-        """The least busy nodes for a sequence: as many as its tokens and its work are due, else more, else fewer."""
+        """The least busy nodes for a sequence: as many as its share of the tokens and of the work requires, else more,
+        else fewer. None where no number of nodes fits."""
         table, num_nodes = self.table, len(self.sizes)
         order = np.argsort(node_s / self.sizes, kind="stable").tolist()
         share = max(values[row] / values[self.rows].sum() for values in (table.lengths, self.work_s))
@@ -338,8 +335,8 @@ class _Cutter:
 
 @dataclass(frozen=True, slots=True)
 class _NodeFiller:
-    """Sequences ``rows`` (longest first) on one node's ``ranks``, each of which holds ``taken`` tokens of cluster rings
-    and may hold ``limit`` in all."""
+    """Cuts the sequences of one node (``rows``, longest first) into its zones. Each of its ``ranks`` already holds
+    ``taken`` tokens of cluster rings and may hold ``limit`` in all."""
 
     cutter: _Cutter
     rows: list[int]
@@ -354,8 +351,9 @@ class _NodeFiller:
         return _highest_threshold(self.cut, _thresholds(self.cutter.table.lengths[self.rows], start))
 
     def cut(self, threshold: int) -> _Members | None:
-        """Sequences longer than the threshold in rings, the others whole on one rank."""
-        table, members = self.cutter.table, _Members()  # of its shapes, local is the first
+        """Run the sequences above the threshold in rings and the others whole on one rank. None where that does not
+        fit."""
+        table, members = self.cutter.table, _Members()  # column 0 of the table is local
         seconds, fixed_s = np.zeros(len(self.ranks)), np.zeros(len(self.ranks))
         tokens = np.full(len(self.ranks), self.taken, dtype=np.int64)
         lengths, alone_s = table.lengths[self.rows], table.marginal_s[self.rows, 0].tolist()
@@ -393,8 +391,8 @@ class _NodeFiller:
         return int(np.where(free, seconds, np.inf).argmin()) if free.any() else None
 
     def _ring(self, row: int, share_s: float, seconds: FloatArray, tokens: IntArray) -> list[int] | None:
-        """The least busy ranks that have room: as many as the sequence's share of the cut work takes, else more, else
-        fewer."""
+        """The least busy ranks that have room: as many as the sequence's share of the work in rings requires, else
+        more, else fewer."""
         order = np.argsort(seconds, kind="stable")
         wanted = self.cutter.work_s[row] / share_s * (1 - 1e-9) if share_s > 0 else 0.0
         degrees = self.cutter.inside[self.cutter.inside <= len(self.ranks)]
@@ -408,7 +406,7 @@ class _NodeFiller:
 
 
 def _choices(table: PriceTable, members: _Members) -> tuple[GroupChoice, ...]:
-    """Groups of one microbatch: the most ranks first."""
+    """The groups of one microbatch, those of the most ranks first."""
     kinds = {shape.degree: shape.kind for shape in table.shapes}
     groups = []
     for ranks in sorted(members, key=lambda ranks: (-len(ranks), ranks)):

@@ -99,8 +99,8 @@ def work_alone(rank, world_size, init_method, arguments):
 
 
 def test_one_step_with_the_tier_moves_all_rows_out_and_back():
-    settings = {"num_layers": 3, "dim": 64, "repeats": 1, "chunk_tokens": 16}
-    told = {"job": "step", "way": "seco disk", "length": 64, "settings": settings}
+    workload = {"num_layers": 3, "dim": 64, "repeats": 1, "chunk_tokens": 16}
+    told = {"job": "step", "way": "seco disk", "length": 64, "workload": workload}
     pool = RankPool(1)  # a process of its own, but with torch already loaded
     try:
         (answer,) = pool.run(work_alone, ["--worker", json.dumps(told)])

@@ -24,9 +24,9 @@ from benchmarks.peers.planners import (
 from benchmarks.planner import (
     COLUMNS,
     PUBLISHED,
-    SETTINGS,
+    SCENARIOS,
     Result,
-    Setting,
+    Scenario,
     goal_lines,
     main,
     measure,
@@ -37,16 +37,16 @@ from planner.plan import AttentionKind
 from planner.pricing.assemble import GroupChoice
 from planner.step_planner import STRATEGIES
 from tests.planner.step_cases import LOCAL, RING, ULYSSES, make_cost, make_limits, skewed_lengths
+from tests.plans import step_problem
 
 weights = st.lists(st.integers(1, 10**6), min_size=1, max_size=40)
 
 
 def step_of(lengths: list[int], num_ranks: int, *, rank_tokens: int = 4096, fixed_s: float = 2e-3) -> Step:
     kinds = (ULYSSES, RING)
-    return Step(
-        number=0, lengths=lengths, num_ranks=num_ranks, cost=make_cost(num_ranks, kinds=kinds, fixed_s=fixed_s),
-        limits=make_limits(rank_tokens=rank_tokens, kinds=kinds, time_limit_s=60.0),
-    )
+    cost = make_cost(num_ranks, kinds=kinds, fixed_s=fixed_s)
+    limits = make_limits(rank_tokens=rank_tokens, kinds=kinds, time_limit_s=60.0)
+    return Step(0, step_problem(lengths, num_ranks, cost, limits))
 
 
 @given(weights, st.integers(1, 12))
@@ -90,21 +90,21 @@ def test_a_barrier_waits_for_the_slowest_group_of_each_round() -> None:
         [GroupChoice(LOCAL, (0,), (2,)), GroupChoice(LOCAL, (1,), (3,))],
     ]
     found = priced_rounds(step, "hand-made", rounds, 0.0)
-    long_s, short_s = (step.cost.group_s(LOCAL, 1, [size]) for size in (4000, 1000))
-    assert found.step_s == pytest.approx(step.cost.step_fixed_s + 2 * long_s)
-    assert found.plan.predicted_s == pytest.approx(step.cost.step_fixed_s + long_s + short_s)
+    long_s, short_s = (step.problem.cost.group_s(LOCAL, 1, [size]) for size in (4000, 1000))
+    assert found.step_s == pytest.approx(step.problem.cost.step_fixed_s + 2 * long_s)
+    assert found.plan.predicted_s == pytest.approx(step.problem.cost.step_fixed_s + long_s + short_s)
     together = priced_rounds(step, "hand-made", [[group for groups in rounds for group in groups]], 0.0)
     assert together.step_s == pytest.approx(together.plan.predicted_s)
     with pytest.raises(ValueError, match="rounds of 2 microbatches in a plan of 4"):
-        barrier_step_s(found.plan, [2], step.cost)
+        barrier_step_s(found.plan, [2], step.problem.cost)
 
 
 def test_published_flexsp_pays_the_sum_of_its_rounds() -> None:
     # Memory allows one sequence of 4096 a rank: two rounds, each of them four times the same local group.
     step = step_of([4096] * 8, 4)
     found = flexsp_published(step, solver_s=5.0)
-    alone_s = step.cost.group_s(LOCAL, 1, [4096])
-    assert found.step_s == pytest.approx(step.cost.step_fixed_s + 2 * alone_s)
+    alone_s = step.problem.cost.group_s(LOCAL, 1, [4096])
+    assert found.step_s == pytest.approx(step.problem.cost.step_fixed_s + 2 * alone_s)
 
 
 def test_published_flexsp_without_time_has_no_plan() -> None:
@@ -142,7 +142,7 @@ def test_megatron_core_fails_beyond_the_largest_power_of_two() -> None:
 def test_karmarkar_karp_keeps_the_token_cap_and_refuses_what_fits_no_single_degree() -> None:
     step = step_of([4000, 3000, 2000, 1000, 900, 800], 2)
     for batch in karmarkar_karp_plan(step).plan.microbatches:
-        assert sum(step.lengths[index] for index in batch.groups[0].sequences) <= 4096 * len(batch.ranks)
+        assert sum(step.problem.lengths[index] for index in batch.groups[0].sequences) <= 4096 * len(batch.ranks)
     with pytest.raises(PeerFailureError, match="no single degree"):
         karmarkar_karp_plan(step_of([9000], 2))
 
@@ -158,17 +158,17 @@ def test_ours_plans_what_megatron_core_cannot() -> None:
 
 
 def test_held_out_batches_differ_and_repeat() -> None:
-    tuned, held_out, again = (list(islice(read_batches(SETTINGS[0], "github", seed), 2)) for seed in (0, 1, 1))
+    tuned, held_out, again = (list(islice(read_batches(SCENARIOS[0], "github", seed), 2)) for seed in (0, 1, 1))
     assert held_out == again
     assert tuned != held_out
-    assert all(len(step) == SETTINGS[0].batch_sequences for step in tuned + held_out)
+    assert all(len(step) == SCENARIOS[0].batch_sequences for step in tuned + held_out)
     with pytest.raises(SystemExit):
         main(["--seed", "0"])
 
 
 def result_of(step_s: dict[str, list[float]], batches: str = "held out") -> Result:
     return Result(
-        setting=SETTINGS[0], batches=batches, lengths="made-up", steps=[[10, 20], [30]], step_s=step_s,
+        scenario=SCENARIOS[0], batches=batches, lengths="made-up", steps=[[10, 20], [30]], step_s=step_s,
         failures={"hdp": 1}, gaps=[0.0, 0.5], plan_s=[0.1, 0.3],
     )
 
@@ -193,10 +193,10 @@ def test_ratios_are_against_the_best_single_published_strategy() -> None:
 
 
 def test_a_small_row_has_every_strategy_and_peer() -> None:
-    setting = Setting(cluster="h200-64", model="llama-3-8b", num_ranks=16, batch_sequences=24, max_tokens=2**15,
+    scenario = Scenario(cluster="h200-64", model="llama-3-8b", num_ranks=16, batch_sequences=24, max_tokens=2**15,
                       num_batches=1)
-    steps = list(islice(read_batches(setting, "prolong", 3), setting.num_batches))
-    result = measure(setting, "held out", "prolong", steps, solver_s=0.3)
+    steps = list(islice(read_batches(scenario, "prolong", 3), scenario.num_batches))
+    result = measure(scenario, "held out", "prolong", steps, solver_s=0.3)
     assert set(result.step_s) | set(result.failures) == set(STRATEGIES) | set(PUBLISHED)
     assert set(PUBLISHED) <= set(result.step_s)
     assert result.headroom >= (result.least_ratio or 0.0)

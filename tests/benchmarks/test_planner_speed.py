@@ -10,7 +10,7 @@ from planner.step_planner import STRATEGIES
 
 def test_every_strategy_has_a_row(tmp_path, monkeypatch, capsys):
     small = planner_speed.make_case("h200-8", 12)
-    assert (len(small.lengths), small.num_ranks) == (12, 8)
+    assert (len(small.problem.lengths), small.problem.num_ranks) == (12, 8)
     monkeypatch.setattr(planner_speed, "make_case", lambda *_: small)
     monkeypatch.setattr(planner_speed, "start_ratio", lambda repeats: 3.0)
     path = tmp_path / "speed.md"

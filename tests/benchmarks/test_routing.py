@@ -10,9 +10,9 @@ from benchmarks.box import box_problem
 from benchmarks.routing import (
     KV_BYTES,
     ONE_CARD,
+    ExchangeSetup,
     Rate,
     RemapRow,
-    Settings,
     exchange_plan,
     markdown,
     measure,
@@ -21,15 +21,15 @@ from benchmarks.routing import (
 )
 from planner.plan import AttentionKind
 
-SETTINGS = Settings(num_nodes=2, ranks_per_node=4, num_tokens=8 * 80, num_repeats=2)
+SETUP = ExchangeSetup(num_nodes=2, ranks_per_node=4, num_tokens=8 * 80, num_repeats=2)
 
 
 def test_bytes_that_leave_a_node_are_those_of_the_plan() -> None:
     block_bytes = 80 * KV_BYTES
     leaving = {}
     for kind in (AttentionKind.RING, AttentionKind.DOUBLE_RING, AttentionKind.ROUTED_RING):
-        (group,) = exchange_plan(kind, SETTINGS).microbatches[0].groups
-        leaving[kind] = [node_bytes(group, SETTINGS, walk) for walk in ("forward", "backward")]
+        (group,) = exchange_plan(kind, SETUP).microbatches[0].groups
+        leaving[kind] = [node_bytes(group, SETUP, walk) for walk in ("forward", "backward")]
     assert leaving[AttentionKind.RING] == [7 * block_bytes, 14 * block_bytes]
     assert leaving[AttentionKind.DOUBLE_RING][0] == 4 * block_bytes  # each block enters the other node once
     # blocks cross as in a ring, but for the piece that a block's owner has: three blocks come back by their owner
@@ -43,12 +43,12 @@ def test_the_table_compares_with_one_card_and_with_the_ring() -> None:
         Rate(kind="routed_ring", nics_per_node=4, walk="forward", num_bytes=9_000_000, seconds=0.25),
     ]
     remaps = [RemapRow(name="a step", without_s=2.0, with_s=1.5, num_moved=7, num_tokens=100)]
-    text = markdown(rates, remaps, SETTINGS, 12.5e6)
+    text = markdown(rates, remaps, SETUP, 12.5e6)
     assert "| 4 | routed_ring | forward | 9.00 | 0.250 | 36.00 | 3.60 | 4.00 |" in text
     assert "| 4 | one card, plain send | send | 1.00 | 0.125 | 8.00 | 0.80 | - |" in text
     assert "forward and backward: met (3.60)." in text
     slow = [*rates[:2], replace(rates[2], seconds=0.4)]
-    assert "forward and backward: NOT met (2.25)." in markdown(slow, remaps, SETTINGS, 12.5e6)
+    assert "forward and backward: NOT met (2.25)." in markdown(slow, remaps, SETUP, 12.5e6)
     assert "| a step | 2.0000 | 1.5000 | 7 of 100 |" in text
 
 
@@ -63,7 +63,7 @@ def test_a_routed_ring_uses_all_cards() -> None:
     problem = box_problem()
     if problem is not None:
         pytest.skip(f"no cluster in a box here: {problem}")
-    settings = Settings(num_nodes=2, ranks_per_node=4, num_tokens=4096, num_repeats=1)
-    rates = {(rate.kind, rate.walk): rate for rate in measure(settings, 4, 2e6)}
+    setup = ExchangeSetup(num_nodes=2, ranks_per_node=4, num_tokens=4096, num_repeats=1)
+    rates = {(rate.kind, rate.walk): rate for rate in measure(setup, 4, 2e6)}
     assert rates["ring", "forward"].bytes_per_s < 1.3 * 2e6  # one card, and what a bucket lets through
     assert rates["routed_ring", "forward"].bytes_per_s > 1.5 * 2e6

@@ -13,7 +13,7 @@ import pytest
 from benchmarks.lengths import skewed_batches
 from benchmarks.peers.report import goal_lines
 from benchmarks.step import main
-from benchmarks.step_report import Setting, markdown
+from benchmarks.step_report import RunConditions, markdown
 from benchmarks.step_results import (
     BATCH_BEST,
     FLEXSP,
@@ -93,7 +93,7 @@ WITH_PEERS = dataclasses.replace(
     peer_checks=(check("verl 2", right=True), check("ring-flash-attn 4", right=False)),
     peer_misfits=(PeerMisfit(name="verl 4", reason="heads do not divide"),),
 )
-SETTING = Setting(command="the command", day="2001-02-03", cpu="a processor", num_cores=2, torch_version="2.x")
+CONDITIONS = RunConditions(command="the command", day="2001-02-03", cpu="a processor", num_cores=2, torch_version="2.x")
 
 
 class TestLengths:
@@ -165,7 +165,7 @@ class TestPeers:
         assert planned_errors(run) == pytest.approx((2.0 / 2.5 - 1, -0.5))
 
     def test_report_rows_and_goal(self):
-        text = markdown(WITH_PEERS, dataclasses.replace(SETTING, peer_versions=("verl 0.9",)))
+        text = markdown(WITH_PEERS, dataclasses.replace(CONDITIONS, peer_versions=("verl 0.9",)))
         # 400 tokens in 5 s against static 4's 400 in 6 s
         assert "| verl 2 (best peer) | 80 | 1.20x | 2.500 | 2.0 | 10.0% | 2e-07 | 3e-06 |" in text
         assert "| ring-flash-attn 4 | 65 | 0.97x | 3.100 | 2.0 | 10.0% | 2e-07 | known to be wrong" in text
@@ -180,7 +180,7 @@ class TestPeers:
         slow = dataclasses.replace(WITH_PEERS, steps=tuple(
             dataclasses.replace(step, measured_s=1.2 * step.measured_s) for step in WITH_PEERS.steps
         ))
-        text = markdown(slow, SETTING)
+        text = markdown(slow, CONDITIONS)
         assert "goal: adaptive at 1.5x the tokens/s of the best peer: 1.39x of verl 2: NOT met" in text
 
     def test_predictions_are_judged_over_twenty_plans(self):
@@ -190,14 +190,14 @@ class TestPeers:
             assert line == f"goal: step time predicted to 10%: {verdict}"
 
     def test_report_without_peers_does_not_mention_them(self):
-        assert "peer" not in markdown(RUN, SETTING)
+        assert "peer" not in markdown(RUN, CONDITIONS)
 
 
 class TestReport:
     def test_table(self):
         cells = {
             line.split(" | ")[0].strip("| "): [cell.strip(" |") for cell in line.split(" | ")[1:]]
-            for line in markdown(RUN, SETTING).splitlines()
+            for line in markdown(RUN, CONDITIONS).splitlines()
             if line.startswith(("| flexsp", "| static"))
         }
         assert cells[FLEXSP] == ["133", "125", "2.00x", "1.750", "1.500", "25.0% (+25.0%)", "4.0", "10.0%"]
@@ -205,7 +205,7 @@ class TestReport:
         assert cells["static 1"][0] == "does not fit: the longest sequence of 1 of 2 batches"
 
     def test_says_how_it_was_made(self):
-        text = markdown(RUN, SETTING)
+        text = markdown(RUN, CONDITIONS)
         for fact in (
             "the command", "2001-02-03", "a processor, 2 cores", "4 ranks share 2 cores", "device budget 1 GiB",
             "median 2.00x, lowest 2.00x, highest 2.00x", "2 of 4 sequences",
@@ -248,4 +248,4 @@ def test_real_run(tmp_path):
     assert {name for name, _ in run.misfits} == {"static 1", "static 2"} - set(run.strategies())
     assert [step.num_tokens for step in run.of(FLEXSP)] == [sum(batch) for batch in run.batches]
     assert all(step.measured_s > 0 and step.predicted_s > 0 for step in run.steps)
-    assert f"up to {SETTINGS.tokens_per_batch}" in markdown(run, SETTING)
+    assert f"up to {SETTINGS.tokens_per_batch}" in markdown(run, CONDITIONS)

@@ -176,7 +176,9 @@ def test_dropping_leaves_nothing(refuse: Refuse) -> None:
     assert "no sample is left: all 120 documents are empty or longer than data.max_length (1)" in line
 
 
-@pytest.mark.parametrize(("policy", "what"), [("split", "were split"), ("drop", "were dropped (")])
+@pytest.mark.parametrize(
+    ("policy", "what"), [("auto", "were split"), ("split", "were split"), ("drop", "were dropped (")]
+)
 def test_documents_over_the_limit_are_told(work: Path, policy: str, what: str) -> None:
     config = resolve_config(train_arguments(work, work / "run", "--data.over-length", policy)[1:])
     lines = open_training_data(config, work / "cache").describe()
@@ -258,7 +260,7 @@ def test_a_run_folder_that_holds_a_run(work: Path, refuse: Refuse) -> None:
     code, line = refuse()
     assert code == 2
     held = f"{work / 'run'} already holds a run (step-00000004)"
-    assert line == f"{held}: add --resume to go on, or --run-dir for a new one"
+    assert line == f"{held}: add --resume to continue it, or --run-dir for a new one"
 
 
 def test_resume_of_the_same_run_would_start(work: Path) -> None:

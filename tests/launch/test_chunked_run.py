@@ -49,7 +49,7 @@ def spaco(work: Path) -> Shown:
 
 def test_estimates_are_called_estimates(spaco: Shown) -> None:
     shown, records = spaco
-    assert "chunks: 8 tokens a rank" in shown and shown.count(ESTIMATE) == 1
+    assert "chunks: 8 tokens per rank" in shown and shown.count(ESTIMATE) == 1
     assert [record["gradients"] for record in records] == [ESTIMATE] * 2
 
 

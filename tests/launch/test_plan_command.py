@@ -81,7 +81,7 @@ def test_table_for_people(lengths: str, capsys: pytest.CaptureFixture[str]) -> N
     assert "guess: replay, device: attention on CPU process as measured on an H100" in out
     assert fourth.startswith("memory of rank ") and "activations" in fourth
     for words in ("tiny on laptop-cpu", "ring 2", "solver: static plan", "cost model: derived for tiny",
-                  "what would help most", "guess: device CPU process", f"lengths {lengths}: a file of yours"):
+                  "what would help most", "guess: device CPU process", f"lengths {lengths}: your own file"):
         assert words in out
 
 
@@ -100,7 +100,7 @@ def test_the_sharding_that_fits_is_priced_and_named(tmp_path: Path, capsys: pyte
     path.write_text("100000\n" + "2000\n" * 60)
     flags = ["--lengths", str(path), "--model", "gpt-7b", "--cluster", "a100-40g-64", "--strategy", "static"]
     assert run(flags) == 0
-    assert "priced with zero3: gather_once needs 49.1 GiB a device" in " ".join(capsys.readouterr().out.split())
+    assert "priced with zero3: gather_once needs 49.1 GiB per device" in " ".join(capsys.readouterr().out.split())
     assert run(["--lengths", str(path), "--model", "tiny", "--cluster", "a100-40g-64", "--strategy", "static"]) == 0
     assert "zero3" not in capsys.readouterr().out
 

@@ -55,8 +55,8 @@ def test_chunks_hold_what_nothing_else_does(tmp_path: Path, capsys: pytest.Captu
     trace, page = tmp_path / "plan.json", tmp_path / "plan.html"
     assert run([*flags, "--memory", "chunk", "--trace", str(trace), "--html", str(page)]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    size = re.search(r"memory policy: 1 of 1 microbatches do not keep all, 1 run in chunks of ([\d,]+) tokens a rank: "
-                     r"1 since no number of ranks could keep all \(2M tokens on 8\)", text)
+    size = re.search(r"memory policy: 1 of 1 microbatches do not keep all, 1 run in chunks of ([\d,]+) tokens per "
+                     r"rank: 1 since no number of ranks could keep all \(2M tokens on 8\)", text)
     assert size and f"chunks of {size.group(1)}" in text.split("microbatch", 1)[1]  # in the table of groups
     assert json.loads(trace.read_text())["traceEvents"] and page.read_text()
 

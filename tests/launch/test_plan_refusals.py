@@ -124,7 +124,7 @@ def test_a_malformed_file_is_one_line_and_exit_2(
 
 def test_a_cluster_that_nobody_has_is_refused(lengths: str, tmp_path: Path) -> None:
     path = tmp_path / "own.yaml"
-    built_in = (ROOT / "planner" / "hardware" / "h100-8.yaml").read_text()
+    built_in = (ROOT / "planner" / "inputs" / "hardware" / "h100-8.yaml").read_text()
     path.write_text(built_in.replace("num_nodes: 1\n", "num_nodes: 10000000\n"))
     with pytest.raises(SpecError, match="has 80000000 devices; at most 1000000 are planned for"):
         run(["--lengths", lengths, "--cluster", str(path)])
@@ -150,12 +150,12 @@ def test_an_interrupt_is_one_line_and_leaves_no_file(tmp_path: Path) -> None:
     program = (
         "import os, signal, sys, threading\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # tests in the background inherit: ignore it
-        "from launch import cli, plan_command\n"
-        "planned = plan_command._candidates\n"
+        "from launch import cli, plan_run\n"
+        "planned = plan_run._candidates\n"
         "def interrupted(*arguments):\n"
         "    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()\n"
         "    return planned(*arguments)\n"
-        "plan_command._candidates = interrupted\n"
+        "plan_run._candidates = interrupted\n"
         "sys.exit(cli.main(sys.argv[1:]))\n"
     )
     done = subprocess.run(

@@ -22,6 +22,7 @@ from planner.cost.machine_profile import load_cost
 from planner.errors import InfeasibleError
 from planner.step_planner import greedy_step
 from tests.launch.tiny_run import train_arguments, write_corpus, write_cost
+from tests.plans import step_problem
 from trainer.checkpoint.manifests import list_checkpoints
 from trainer.prices.plan_inputs import with_policies
 from trainer.prices.planned_memory import plan_memory
@@ -95,7 +96,7 @@ def test_a_run_that_only_chunks_fit_trains_as_if_all_were_kept(lean: Path) -> No
     scarce = ("--steps", "3", "--plan.device-budget", "20 B", "--attention", "ring")
     done = train(lean, "run", *scarce)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "the longest sequence (64) on 2 of 2 ranks: chunks of 10, 16 B a device instead of 32 B" in " ".join(
+    assert "the longest sequence (64) on 2 of 2 ranks: chunks of 10, 16 B per device instead of 32 B" in " ".join(
         done.stdout.split()
     )
     plans, metrics = records(lean, "run", "plans.jsonl"), records(lean, "run", "metrics.jsonl")
@@ -152,9 +153,11 @@ def test_a_late_step_gets_a_plan_whose_policies_make_it_fit(work: Path) -> None:
     cost = load_cost(str(work / "cost.json"))
     kept = PlanLimits(device_budget_bytes=24, max_ulysses_degree=4)
     with pytest.raises(InfeasibleError):
-        greedy_step([64, 5, 9], step=0, num_ranks=2, cost=cost, limits=kept)
+        greedy_step(step_problem([64, 5, 9], 2, cost, kept), step=0)
     limits = with_policies(kept, host_budget_bytes=10**6)
-    plan = greedy_step([64, 5, 9], step=0, num_ranks=2, cost=cost, limits=limits)  # verified inside
+    plan = greedy_step(step_problem([64, 5, 9], 2, cost, limits), step=0)  # verified inside
     assert any(not each.memory.is_keep for each in plan.microbatches) and plan.peak_bytes <= 24
-    assert greedy_step([40, 5], step=0, num_ranks=2, cost=cost, limits=limits).microbatches == greedy_step(
-        [40, 5], step=0, num_ranks=2, cost=cost, limits=kept).microbatches
+    assert (
+        greedy_step(step_problem([40, 5], 2, cost, limits), step=0).microbatches
+        == greedy_step(step_problem([40, 5], 2, cost, kept), step=0).microbatches
+    )

@@ -34,6 +34,8 @@ KERNEL_NAMES = re.compile(r"flash_attention|scaled_dot_product|efficient_attenti
 KERNEL_FILE = "parallel/kernel.py"
 ENVIRONMENT_FILE = "launch/environment.py"
 UNITS_FILE = "planner/units.py"
+PRICE_FILE = "planner/pricing/microbatch.py"
+QUADRATIC = "s_per_token2"
 _UNIT_NUMBERS = {1e9, 1e12, 1e15, 2.0**20, 2.0**30, 2.0**40}
 _PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 _MUTABLE_CALLS = {"list", "dict", "set", "bytearray", "defaultdict", "OrderedDict", "Counter", "deque"}
@@ -218,6 +220,14 @@ def check_unsafe_loading(path: str, tree: ast.AST) -> list[str]:
         if is_unsafe:
             found.append(f"{path}:{node.lineno}: {ast.unparse(node)[:80]}")
     return found
+
+
+def check_one_price(path: str, tree: ast.AST) -> list[str]:
+    """Seconds of a microbatch are computed in one place: nobody else reads the quadratic coefficient."""
+    if path.startswith("planner/cost/") or path == PRICE_FILE:
+        return []
+    reads = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr == QUADRATIC]
+    return [f"{path}:{node.lineno}: {QUADRATIC} is read in planner/cost/ and {PRICE_FILE} only" for node in reads]
 
 
 def check_foreign_text(path: str, text: str) -> list[str]:

@@ -51,7 +51,7 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
     "planner.step_planner": (
         *_GROUND, "planner.cost", "planner.pricing", "planner.strategies", _FLEXSP, "planner.strategies.adaptive",
     ),
-    "planner.service": (*_GROUND, "planner.cost", "planner.step_planner"),
+    "planner.service": (*_GROUND, "planner.cost", "planner.pricing", "planner.step_planner"),
     # planner/, what people read
     "planner.pages": (
         *_GROUND, *_STEPS, "planner.inputs", "planner.schedules", "planner.cost", "planner.pricing",

@@ -92,6 +92,15 @@ def test_module_state(text: str, expected: int) -> None:
     assert breaches(checks.check_module_state, "planner/a.py", text) == expected
 
 
+def test_one_price() -> None:
+    text = "seconds = fit.s_per_token2 * tokens**2"
+    assert breaches(checks.check_one_price, "planner/strategies/search/bounds.py", text) == 1
+    assert breaches(checks.check_one_price, "trainer/prices/chunk_prices.py", text) == 1
+    assert breaches(checks.check_one_price, "planner/pricing/simulate.py", text) == 1
+    assert breaches(checks.check_one_price, checks.PRICE_FILE, text) == 0
+    assert breaches(checks.check_one_price, "planner/cost/fits.py", text) == 0
+
+
 def test_file_names() -> None:
     assert checks.check_file_name("planner/queue.py")
     assert checks.check_file_name("trainer/signal.py")

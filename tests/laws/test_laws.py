@@ -61,6 +61,7 @@ def python(code: str) -> str:
     [
         checks.check_import_direction,
         checks.check_one_place,
+        checks.check_one_price,
         checks.check_module_state,
         checks.check_exceptions,
         checks.check_unsafe_loading,

@@ -37,7 +37,7 @@ from tests.memory.chunk_cases import (
     reader,
     worst_error,
 )
-from tests.plans import cost_model, verified_plan
+from tests.plans import cost_model, step_problem, verified_plan
 from tests.ranks import ThreadFabric
 from trainer.step.chunk_policy import ChunkPolicy
 from trainer.step.chunks import run_chunked
@@ -164,8 +164,7 @@ class TestExactness:
         def check(lengths, num_ranks, chunk_tokens, keep_rows):
             lengths, documents = [*lengths, 80], random_documents([*lengths, 80])
             limits = PlanLimits(device_budget_bytes=80 // num_ranks + 30, max_ulysses_degree=4, kinds=KINDS)
-            plan = plan_step(lengths, step=0, num_ranks=num_ranks, cost=cost_model(num_ranks), limits=limits,
-                             strategy=strategy)
+            plan = plan_step(step_problem(lengths, num_ranks, cost_model(num_ranks), limits), step=0, strategy=strategy)
             assert any(group.degree > 1 for microbatch in plan.microbatches for group in microbatch.groups)
             policy = ChunkPolicy(chunk_tokens=chunk_tokens, keep_rows=keep_rows)
             loss, got = plan_gradients(model, plan, policy, reader(documents))

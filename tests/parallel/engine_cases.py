@@ -20,6 +20,7 @@ from planner.pricing.assemble import GroupChoice, MicrobatchChoice, assemble_pla
 from planner.pricing.verify import verify_plan
 from tests.parallel.test_attention import dense_attention
 from tests.planner.random_plans import Case
+from tests.plans import step_problem
 from tests.ranks import ThreadFabric, run_threads
 
 SHARED_KINDS = tuple(kind for kind in AttentionKind if kind is not AttentionKind.LOCAL)
@@ -63,7 +64,7 @@ def make_case(
         step=0, strategy="test", num_ranks=num_ranks, lengths=lengths, groups=microbatches, cost=cost,
         status=SolveStatus.STATIC, bound_s=0.0, wall_s=0.0,
     )
-    verify_plan(plan, lengths, num_ranks=num_ranks, cost=cost, limits=limits)
+    verify_plan(plan, step_problem(lengths, num_ranks, cost, limits))
     return Case(plan=plan, lengths=tuple(lengths), num_ranks=num_ranks, cost=cost, limits=limits)
 
 
@@ -124,7 +125,7 @@ def engine_results(
     head_dim = documents[0][0].shape[2]
 
     def rank_main(rank: int) -> None:
-        verify_plan(case.plan, case.lengths, num_ranks=case.num_ranks, cost=case.cost, limits=case.limits)
+        verify_plan(case.plan, step_problem(case.lengths, case.num_ranks, case.cost, case.limits))
         engine = AttentionEngine(CpuFlashKernel(), fabric.wire(rank), CPU)
         for microbatch in compile_rank_program(case.plan, rank).microbatches:
             attention = engine.bind(microbatch, num_query_heads=heads[0], num_kv_heads=heads[1], head_dim=head_dim)

@@ -14,6 +14,7 @@ from planner.plan import StepPlan, plan_digest
 from planner.pricing.verify import verify_plan
 from planner.step_planner import plan_step
 from tests.planner.step_cases import make_cost, make_limits
+from tests.plans import step_problem
 from tests.ranks import RankPool
 
 NUM_RANKS = 3
@@ -23,7 +24,7 @@ TIMEOUT_S = 30.0
 
 
 def make_plan() -> StepPlan:
-    return plan_step(LENGTHS, step=7, num_ranks=NUM_RANKS, cost=COST, limits=LIMITS, strategy="flexsp")
+    return plan_step(step_problem(LENGTHS, NUM_RANKS, COST, LIMITS), step=7, strategy="flexsp")
 
 
 def on_rank(
@@ -49,7 +50,7 @@ def pool() -> Iterator[RankPool]:
 
 
 def verify(plan: StepPlan) -> None:
-    verify_plan(plan, LENGTHS, num_ranks=NUM_RANKS, cost=COST, limits=LIMITS)
+    verify_plan(plan, step_problem(LENGTHS, NUM_RANKS, COST, LIMITS))
 
 
 def agree(rank: int, group: comm.Group) -> str:
@@ -84,7 +85,7 @@ def test_another_plan_on_one_rank_stops_all(pool: RankPool) -> None:
 def reject_on_rank_1(rank: int, group: comm.Group) -> None:
     def verify_here(plan: StepPlan) -> None:
         lengths = (*LENGTHS[:-1], 81) if rank == 1 else LENGTHS  # this rank reads other data than the planner did
-        verify_plan(plan, lengths, num_ranks=NUM_RANKS, cost=COST, limits=LIMITS)
+        verify_plan(plan, step_problem(lengths, NUM_RANKS, COST, LIMITS))
 
     agree_on_plan(make_plan() if rank == 0 else None, source=0, group=group, verify=verify_here)
 
@@ -113,7 +114,7 @@ def send_no_plan(rank: int, group: comm.Group) -> None:
     error = None
     if rank == 0:
         try:
-            plan_step([10**6], step=0, num_ranks=NUM_RANKS, cost=COST, limits=LIMITS, strategy="flexsp")
+            plan_step(step_problem([10**6], NUM_RANKS, COST, LIMITS), step=0, strategy="flexsp")
         except InfeasibleError as found:
             error = found
     agree_on_plan(error, source=0, group=group, verify=verify)

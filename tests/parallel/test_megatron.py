@@ -34,7 +34,7 @@ from planner.plan import AttentionGroup, AttentionKind
 from planner.pricing.assemble import GroupChoice
 from planner.step_planner import plan_step
 from tests.parallel.engine_cases import SHARED_KINDS, make_case
-from tests.plans import cost_model, verified_plan
+from tests.plans import cost_model, step_problem, verified_plan
 from tests.ranks import RankPool, ThreadFabric
 from tests.trainer import dense
 
@@ -172,7 +172,7 @@ def adaptive_plan(num_ranks):
         device_budget_bytes=110, max_ulysses_degree=4, kinds=(AttentionKind.ULYSSES, AttentionKind.RING)
     )
     cost = cost_model(num_ranks)
-    return plan_step(LENGTHS, step=0, num_ranks=num_ranks, cost=cost, limits=limits, strategy="adaptive")
+    return plan_step(step_problem(LENGTHS, num_ranks, cost, limits), step=0, strategy="adaptive")
 
 
 @pytest.fixture(scope="module")

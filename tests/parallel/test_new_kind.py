@@ -30,6 +30,7 @@ from planner.schedules.layout import team_spans
 from planner.schedules.wire_price import WirePrice
 from planner.step_planner import plan_step
 from tests.parallel.test_attention import TOLERANCE, run_case
+from tests.plans import step_problem
 
 NAME = "through_first"
 
@@ -114,6 +115,6 @@ def test_a_new_kind_is_priced_and_chosen_by_cost(kind: NewKind, monkeypatch: pyt
         kinds=(AttentionKind.ULYSSES, AttentionKind.RING, kind),
     )
     lengths = [60_000, 2000, 500]
-    plan = plan_step(lengths, step=0, num_ranks=8, cost=cost, limits=limits, strategy="static", degree=8)
-    verify_plan(plan, lengths, num_ranks=8, cost=cost, limits=limits)
+    plan = plan_step(step_problem(lengths, 8, cost, limits), step=0, strategy="static", degree=8)
+    verify_plan(plan, step_problem(lengths, 8, cost, limits))
     assert {group.kind for microbatch in plan.microbatches for group in microbatch.groups} == {kind}

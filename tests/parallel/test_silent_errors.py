@@ -42,7 +42,7 @@ from tests.parallel.engine_cases import (
 )
 from tests.parallel.test_attention import dense_attention
 from tests.planner.random_plans import Case
-from tests.plans import cost_model
+from tests.plans import cost_model, step_problem
 from tests.ranks import ThreadFabric, ThreadWire, run_threads
 
 TOLERANCE = 1e-11
@@ -103,7 +103,7 @@ def test_no_swapping_that_nobody_allowed() -> None:
     microbatch = dataclasses.replace(case.plan.microbatches[0], memory=policy)
     plan = dataclasses.replace(case.plan, microbatches=(microbatch,))
     with pytest.raises(PlanError, match="memory policy swap is not allowed here"):
-        verify_plan(plan, case.lengths, num_ranks=2, cost=case.cost, limits=case.limits)
+        verify_plan(plan, step_problem(case.lengths, 2, case.cost, case.limits))
 
 
 def chained_error(kind: AttentionKind, degree: int, depth: int, length: int) -> float:
@@ -203,7 +203,9 @@ def test_no_crash_of_the_attention_under_any_packing_scheduler(strategy: str) ->
     num_ranks, cost = 4, cost_model(4)
     limits = PlanLimits(device_budget_bytes=200, max_ulysses_degree=4, kinds=SHARED_KINDS)
     plan = plan_step(
-        lengths, step=0, num_ranks=num_ranks, cost=cost, limits=limits, strategy=strategy,
+        step_problem(lengths, num_ranks, cost, limits),
+        step=0,
+        strategy=strategy,
         degree=2 if strategy == "static" else None,
     )
     case = Case(plan=plan, lengths=tuple(lengths), num_ranks=num_ranks, cost=cost, limits=limits)

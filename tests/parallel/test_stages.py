@@ -1,4 +1,4 @@
-"""Stage links: what arrives is what was sent, and nothing under way is kept for longer than needed."""
+"""Stage links: what arrives is what was sent, and nothing in flight is kept for longer than needed."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_hidden_states_and_gradients_travel(rows):
             own.send_gradient(5, gradient * 2)
             own.gradient_has_arrived(5)
         own.drain()
-        assert not own._under_way
+        assert not own._in_flight
         return hidden.detach(), gradient
 
     results = run_threads(num_stages, run)

@@ -1,4 +1,4 @@
-"""Every plan there is, for steps of three sequences on three ranks."""
+"""The best plan by enumeration of all plans, for steps of about three sequences on three ranks."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from tests.planner.strategies.test_static_greedy import partitions
 
 @dataclass(frozen=True)
 class Group:
-    """A shape on some ranks: seconds with and without the fixed part, tokens of each of its ranks. ``fits``: as a
-    microbatch of its own. ``kept``: all activations are kept, so it may share a microbatch."""
+    """A shape on some ranks: marginal and fixed seconds, and the tokens of each of its ranks. ``fits``: whether it fits
+    as a microbatch of its own. ``kept``: whether all activations are kept, so that it may share a microbatch."""
 
     ranks: tuple[int, ...]
     marginal_s: float
@@ -29,7 +29,7 @@ GroupsOf = Callable[[list[int]], list[Group]]
 
 
 def kept_groups(shapes: Sequence[GroupShape], num_ranks: int, rank_tokens: int) -> GroupsOf:
-    """All groups for sequences of some lengths: every shape, every set of ranks, activations kept."""
+    """A function from lengths to all groups for them: every shape on every set of ranks, activations kept."""
 
     def groups_of(sizes: list[int]) -> list[Group]:
         squares = sum(size * size for size in sizes)
@@ -49,8 +49,9 @@ def kept_groups(shapes: Sequence[GroupShape], num_ranks: int, rank_tokens: int) 
 def best_makespan_s(
     lengths: list[int], groups_of: GroupsOf, num_ranks: int, rank_tokens: int, *, lockstep: bool = False
 ) -> float:
-    """The best of all plans: every partition of the sequences to groups, every group for them, every partition of the
-    groups to microbatches, every order. ``lockstep``: all ranks wait for each other after each round."""
+    """The smallest makespan (seconds) of all plans: every partition of the sequences into parts, every group for each
+    part, every partition of the groups into microbatches, and every order. ``lockstep``: all ranks wait for each other
+    after each round."""
     best_s = float("inf")
     for parts in partitions(list(range(len(lengths)))):
         options = [groups_of([lengths[index] for index in part]) for part in parts]
@@ -74,7 +75,7 @@ def best_makespan_s(
 
 
 def _bundle(groups: list[Group], rank_tokens: int) -> tuple[tuple[int, ...], float, bool]:
-    """Ranks of one microbatch, its seconds, and whether its ranks hold it."""
+    """The ranks of a microbatch of these groups, its seconds, and whether it fits in memory."""
     if len(groups) == 1:
         return groups[0].ranks, groups[0].marginal_s + groups[0].fixed_s, groups[0].fits
     marginal_s: dict[int, float] = {}

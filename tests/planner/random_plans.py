@@ -1,4 +1,4 @@
-"""Random legal plans and everything needed to verify them. Pure functions of a ``random.Random``."""
+"""Random legal plans, with everything that verifying them needs. Pure functions of a ``random.Random``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from planner.cost.limits import PlanLimits
 from planner.cost.model import CostModel
 from planner.plan import AttentionGroup, AttentionKind, Microbatch, SolveStatus, StepPlan
 from planner.pricing.assemble import GroupChoice, assemble_plan
-from planner.pricing.simulate import price_microbatch, simulate, step_lengths
+from planner.pricing.microbatch import price_microbatch
+from planner.pricing.simulate import simulate, step_lengths
 from planner.schedules.exchange import GroupLimits, schedule_of
 from planner.schedules.layout import local_token_counts
 
@@ -19,7 +20,8 @@ KINDS = tuple(kind for kind in AttentionKind if kind is not AttentionKind.LOCAL)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """A plan with the step, ranks, cost model and limits it is legal for. The budget is the plan's peak, to a byte."""
+    """A plan, and the step, ranks, cost model and limits for which it is legal. The budget is exactly the plan's
+    peak."""
 
     plan: StepPlan
     lengths: tuple[int, ...]
@@ -40,7 +42,7 @@ def toy_cost(rng: random.Random, num_ranks: int) -> CostModel:
         )
         for kind, degree in shapes
     ]
-    rest = random.Random(num_ranks)  # for the kinds of later: what was drawn before stays what it was
+    rest = random.Random(num_ranks)  # kinds added later have their own generator, so that earlier draws stay the same
     for kind in KINDS[2:]:
         for degree in range(2, num_ranks + 1):
             inner_degree = schedule_of(kind).inner_degree(degree, GroupLimits(num_heads=num_ranks, node_size=3)) or 1
@@ -65,7 +67,7 @@ def random_choice(rng: random.Random, num_ranks: int, sequences: tuple[int, ...]
 
 
 def random_case(rng: random.Random, lengths: tuple[int, ...] | None = None) -> Case:
-    """A legal plan over random groups, some of its microbatches holding several groups that may share ranks."""
+    """A legal plan of random groups. Some microbatches have several groups, which may share ranks."""
     num_ranks = rng.randint(2, 9)
     if lengths is None:
         lengths = tuple(int(rng.paretovariate(0.8) * 30) % 20_000 + 1 for _ in range(rng.randint(3, 30)))
@@ -89,7 +91,7 @@ def random_case(rng: random.Random, lengths: tuple[int, ...] | None = None) -> C
 
 
 def merged(rng: random.Random, microbatches: tuple[Microbatch, ...]) -> tuple[Microbatch, ...]:
-    """Neighbours put into one microbatch over the union of their ranks (Zeppelin's shape)."""
+    """Neighbouring microbatches merged into one over the union of their ranks, as Zeppelin's are."""
     rest, found = list(microbatches), []
     while rest:
         size = rng.randint(1, 3)
@@ -101,7 +103,8 @@ def merged(rng: random.Random, microbatches: tuple[Microbatch, ...]) -> tuple[Mi
 
 
 def with_moves(rng: random.Random, case: Case) -> Case:
-    """Some microbatches with legal moves of any size, down to a rank left with nothing. ``case.cost`` prices moves."""
+    """The case with random legal moves in its microbatches; a rank may give all its tokens away. ``case.cost`` must
+    price moves."""
     microbatches = []
     for microbatch in case.plan.microbatches:
         held = dict.fromkeys(microbatch.ranks, 0)
@@ -125,7 +128,7 @@ def with_moves(rng: random.Random, case: Case) -> Case:
 
 
 def reprice(plan: StepPlan, cost: CostModel) -> StepPlan:
-    """The plan with every stated price made true again."""
+    """The plan with all its stated prices recomputed."""
     lengths = step_lengths(plan)
     microbatches = []
     for microbatch in plan.microbatches:

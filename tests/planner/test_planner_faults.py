@@ -21,6 +21,7 @@ from planner.pricing.verify import verify_plan
 from planner.solver import LinearModel, SolverFailure
 from planner.step_planner import STRATEGIES, plan_step
 from tests.planner.step_cases import RING, ULYSSES, make_cost, make_limits, skewed_lengths
+from tests.plans import step_problem
 
 ROOT = Path(__file__).parents[2]
 NUM_RANKS = 8
@@ -29,7 +30,7 @@ SHARDED = pytest.mark.parametrize("sharding", list(Sharding))
 
 
 def setting(sharding: Sharding, **limits: Any) -> tuple[list[int], CostModel, PlanLimits]:
-    """Skewed lengths that no simple plan serves well, so that strategies with a solver ask it."""
+    """Skewed lengths for which no simple plan is proven good, so that strategies with a solver call it."""
     kinds = (ULYSSES, RING)
     cost = replace(make_cost(NUM_RANKS, kinds=kinds, fixed_s=0.03), sharding=sharding)
     return skewed_lengths(4, 40, 9000), cost, make_limits(kinds=kinds, max_nodes=30, relative_gap=0.0, **limits)
@@ -40,8 +41,8 @@ def setting(sharding: Sharding, **limits: Any) -> tuple[list[int], CostModel, Pl
 @pytest.mark.parametrize("time_limit_s", [0.0, 0.01, 0.1])
 def test_hardly_any_time_is_enough_for_a_legal_plan(strategy: str, sharding: Sharding, time_limit_s: float) -> None:
     lengths, cost, limits = setting(sharding, time_limit_s=time_limit_s)
-    plan = plan_step(lengths, step=0, num_ranks=NUM_RANKS, cost=cost, limits=limits, strategy=strategy)
-    verify_plan(plan, lengths, num_ranks=NUM_RANKS, cost=cost, limits=limits)
+    plan = plan_step(step_problem(lengths, NUM_RANKS, cost, limits), step=0, strategy=strategy)
+    verify_plan(plan, step_problem(lengths, NUM_RANKS, cost, limits))
 
 
 @EVERY
@@ -57,8 +58,8 @@ def test_a_solver_that_breaks_down_leaves_a_legal_plan(
 
     monkeypatch.setattr(LinearModel, "solve", broken)
     lengths, cost, limits = setting(sharding)
-    plan = plan_step(lengths, step=0, num_ranks=NUM_RANKS, cost=cost, limits=limits, strategy=strategy)
-    verify_plan(plan, lengths, num_ranks=NUM_RANKS, cost=cost, limits=limits)
+    plan = plan_step(step_problem(lengths, NUM_RANKS, cost, limits), step=0, strategy=strategy)
+    verify_plan(plan, step_problem(lengths, NUM_RANKS, cost, limits))
     if strategy == "flexsp":
         assert asked
         assert "solver failed: made up" in plan.solver.note
@@ -70,7 +71,7 @@ def test_a_step_that_fits_nowhere_says_what_is_missing(strategy: str, sharding: 
     lengths, cost, limits = setting(sharding)
     lengths[7] = 4096 * NUM_RANKS + 1
     with pytest.raises(InfeasibleError, match=r"sequence 7 \(32769 tokens\)") as refused:
-        plan_step(lengths, step=0, num_ranks=NUM_RANKS, cost=cost, limits=limits, strategy=strategy)
+        plan_step(step_problem(lengths, NUM_RANKS, cost, limits), step=0, strategy=strategy)
     assert refused.value.binding == "device memory"
     assert refused.value.needed_bytes > refused.value.available_bytes == limits.device_budget_bytes
     assert refused.value.exit_code == 94
@@ -81,12 +82,13 @@ DIGESTS = """
 import json
 from planner.plan import Sharding, plan_digest
 from planner.step_planner import STRATEGIES, plan_step
+from tests.plans import step_problem
 from tests.planner.test_planner_faults import NUM_RANKS, setting
 found = {}
 for sharding in Sharding:
     lengths, cost, limits = setting(sharding)
     for name in STRATEGIES:
-        plan = plan_step(lengths, step=1, num_ranks=NUM_RANKS, cost=cost, limits=limits, strategy=name)
+        plan = plan_step(step_problem(lengths, NUM_RANKS, cost, limits), step=1, strategy=name)
         found[f"{name}, {sharding}"] = plan_digest(plan)
 print(json.dumps(found))
 """

@@ -23,6 +23,7 @@ from planner.solver import LinearModel, SolverFailure
 from planner.step_planner import greedy_step, plan_step
 from planner.strategies.flexsp import strategy as flexsp
 from tests.planner.step_cases import RING, ULYSSES, make_cost, make_limits, skewed_lengths
+from tests.plans import step_problem
 
 BOTH = (ULYSSES, RING)
 
@@ -38,12 +39,12 @@ def test_flexsp_is_legal_and_never_behind_static_or_greedy(
     lengths = skewed_lengths(seed, num_sequences, 4096)
     cost = make_cost(num_ranks, kinds=kinds, fixed_s=fixed_s)
     limits = make_limits(kinds=kinds, max_ulysses_degree=6, max_nodes=10)
-    plan = plan_step(lengths, step=7, num_ranks=num_ranks, cost=cost, limits=limits, strategy="flexsp")
-    verify_plan(plan, lengths, num_ranks=num_ranks, cost=cost, limits=limits)
+    plan = plan_step(step_problem(lengths, num_ranks, cost, limits), step=7, strategy="flexsp")
+    verify_plan(plan, step_problem(lengths, num_ranks, cost, limits))
     assert (plan.step, plan.strategy) == (7, "flexsp")
     others = [
-        plan_step(lengths, step=7, num_ranks=num_ranks, cost=cost, limits=limits, strategy="static"),
-        greedy_step(lengths, step=7, num_ranks=num_ranks, cost=cost, limits=limits),
+        plan_step(step_problem(lengths, num_ranks, cost, limits), step=7, strategy="static"),
+        greedy_step(step_problem(lengths, num_ranks, cost, limits), step=7),
     ]
     for other in others:
         proven = plan.solver.status is SolveStatus.OPTIMAL  # then the search stops at the gap asked for
@@ -57,8 +58,8 @@ def test_flexsp_is_legal_and_never_behind_static_or_greedy(
 def test_skewed_lengths_gain_over_the_best_static_degree() -> None:
     cost, limits = make_cost(4), make_limits()
     lengths = [4000, 500, 400, 400, 300, 300, 200, 200, 100, 100]
-    flexible = plan_step(lengths, step=0, num_ranks=4, cost=cost, limits=limits, strategy="flexsp")
-    best_static = plan_step(lengths, step=0, num_ranks=4, cost=cost, limits=limits, strategy="static")
+    flexible = plan_step(step_problem(lengths, 4, cost, limits), step=0, strategy="flexsp")
+    best_static = plan_step(step_problem(lengths, 4, cost, limits), step=0, strategy="static")
     assert flexible.predicted_s < 0.99 * best_static.predicted_s
 
 
@@ -71,15 +72,13 @@ def test_skewed_lengths_gain_over_the_best_static_degree() -> None:
 )
 def test_bad_strategies(strategy: str, degree: int | None, message: str) -> None:
     with pytest.raises(SpecError, match=message):
-        plan_step(
-            [10], step=0, num_ranks=2, cost=make_cost(2), limits=make_limits(), strategy=strategy, degree=degree
-        )
+        plan_step(step_problem([10], 2, make_cost(2), make_limits()), step=0, strategy=strategy, degree=degree)
 
 
 @pytest.mark.parametrize(("lengths", "message"), [([], "at least one sequence"), ([5, 0], "sequence 1 has 0 tokens")])
 def test_bad_lengths(lengths: list[int], message: str) -> None:
     with pytest.raises(SpecError, match=message):
-        plan_step(lengths, step=0, num_ranks=2, cost=make_cost(2), limits=make_limits(), strategy="flexsp")
+        plan_step(step_problem(lengths, 2, make_cost(2), make_limits()), step=0, strategy="flexsp")
 
 
 def test_a_cost_model_for_other_ranks_is_refused() -> None:
@@ -89,7 +88,7 @@ def test_a_cost_model_for_other_ranks_is_refused() -> None:
         times=cost.times[1:], memory=cost.memory, step_fixed_s=0.0, peak_flop_per_s=1.0, provenance=cost.provenance
     )
     with pytest.raises(SpecError, match="calibrate again"):
-        plan_step([10], step=0, num_ranks=4, cost=only_groups, limits=limits, strategy="flexsp")
+        plan_step(step_problem([10], 4, only_groups, limits), step=0, strategy="flexsp")
 
 
 def test_a_broken_solver_leaves_a_plan_and_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,7 +98,7 @@ def test_a_broken_solver_leaves_a_plan_and_a_note(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(flexsp, "flexsp_schedule", broken)
     cost, limits = make_cost(4), make_limits(relative_gap=0.0)
     lengths = skewed_lengths(3, 12, 4096)
-    plan = plan_step(lengths, step=0, num_ranks=4, cost=cost, limits=limits, strategy="flexsp")
+    plan = plan_step(step_problem(lengths, 4, cost, limits), step=0, strategy="flexsp")
     assert "solver failed: HiGHS failed: test" in plan.solver.note
     assert plan.solver.status in (SolveStatus.GREEDY, SolveStatus.FEASIBLE)
 
@@ -112,7 +111,7 @@ def test_no_time_still_gives_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     cost = make_cost(16, fixed_s=0.05)
     lengths = skewed_lengths(2, 60, 30_000)
     limits = make_limits(time_limit_s=0.0, relative_gap=0.0)
-    plan = plan_step(lengths, step=0, num_ranks=16, cost=cost, limits=limits, strategy="flexsp")
+    plan = plan_step(step_problem(lengths, 16, cost, limits), step=0, strategy="flexsp")
     assert plan.solver.status is SolveStatus.GREEDY
 
 
@@ -121,9 +120,11 @@ def child_digest(hash_seed: str) -> str:
         "from tests.planner.step_cases import *\n"
         "from planner.step_planner import plan_step\n"
         "from planner.plan import plan_digest\n"
+        "from tests.plans import step_problem\n"
         "limits = make_limits(kinds=(ULYSSES, RING), max_nodes=30)\n"
-        "plan = plan_step(skewed_lengths(4, 40, 9000), step=1, num_ranks=8, limits=limits, strategy='flexsp',\n"
-        "                 cost=make_cost(8, kinds=(ULYSSES, RING), fixed_s=0.03))\n"
+        "cost = make_cost(8, kinds=(ULYSSES, RING), fixed_s=0.03)\n"
+        "asked = step_problem(skewed_lengths(4, 40, 9000), 8, cost, limits)\n"
+        "plan = plan_step(asked, step=1, strategy='flexsp')\n"
         "assert 'programs' in plan.solver.note, plan.solver.note\n"
         "print(plan_digest(plan))\n"
     )
@@ -152,9 +153,7 @@ def test_service_answers_as_plan_step_and_ends_with_its_input() -> None:
     lines = header() + request(5, [900, 800, 10]) + request(6, [10**6]) + request(7, [])
     done = subprocess.run(SERVICE, input=lines, capture_output=True, text=True, timeout=60, check=True)
     plan, infeasible, empty = (json.loads(line) for line in done.stdout.splitlines())
-    here = plan_step(
-        [900, 800, 10], step=5, num_ranks=4, cost=make_cost(4), limits=make_limits(), strategy="flexsp"
-    )
+    here = plan_step(step_problem([900, 800, 10], 4, make_cost(4), make_limits()), step=5, strategy="flexsp")
     assert plan["step"] == 5
     assert plan_digest(plan_from_json(plan["plan"])) == plan_digest(here)
     error = error_from_plain(infeasible["error"])

@@ -18,6 +18,7 @@ from planner.plan import SolveStatus, plan_digest
 from planner.pricing.verify import verify_plan
 from planner.step_planner import plan_step
 from tests.planner.step_cases import make_cost, make_limits, skewed_lengths
+from tests.plans import step_problem
 from trainer.plan_feed import PlanFeed, PlanTaken
 
 COST, LIMITS = make_cost(4), make_limits()
@@ -52,7 +53,7 @@ def check_late(taken: PlanTaken, step: int, budget_s: float, limits: PlanLimits 
     assert taken.plan.solver.status is SolveStatus.LATE
     assert taken.plan.strategy == "flexsp"
     assert taken.plan.step == step
-    verify_plan(taken.plan, LENGTHS[step], num_ranks=4, cost=COST, limits=limits)
+    verify_plan(taken.plan, step_problem(LENGTHS[step], 4, COST, limits))
 
 
 def kill_child(feed: PlanFeed) -> None:
@@ -69,7 +70,7 @@ def test_plans_come_in_order_as_plan_step_makes_them(make_feed: Callable[..., Pl
         if step + 3 < 6:
             feed.submit(step + 3, LENGTHS[step + 3])
         assert not taken.late
-        here = plan_step(LENGTHS[step], step=step, num_ranks=4, cost=COST, limits=LIMITS, strategy="flexsp")
+        here = plan_step(step_problem(LENGTHS[step], 4, COST, LIMITS), step=step, strategy="flexsp")
         assert plan_digest(taken.plan) == plan_digest(here)
 
 
@@ -150,9 +151,10 @@ def break_solver(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     """Children of feeds made from here on run ``fault`` in place of the solver."""
     start = subprocess.Popen
     program = (
-        "from planner import flexsp, service\n"
+        "from planner import service\n"
+        "from planner.strategies.flexsp import strategy\n"
         f"def broken(*_, **__):\n    {fault}\n"
-        "flexsp.flexsp_schedule = broken\n"
+        "strategy.flexsp_schedule = broken\n"
         "service.main()\n"
     )
 

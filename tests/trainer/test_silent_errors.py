@@ -31,7 +31,7 @@ from planner.plan import AttentionGroup, AttentionKind, Span, StepPlan, plan_dig
 from planner.pricing.verify import verify_plan
 from planner.step_planner import plan_step
 from planner.units import MIB
-from tests.plans import cost_model, verified_plan
+from tests.plans import cost_model, step_problem, verified_plan
 from tests.ranks import RankPool
 from tests.trainer import dense
 from tests.trainer.step.dense_runs import CONFIG, SPEC, full_weights
@@ -157,8 +157,7 @@ def own_plan(rank: int) -> StepPlan:
     """What a planner that is not a function of its input would give: every rank another plan."""
     limits = PlanLimits(device_budget_bytes=2**40, max_ulysses_degree=4, kinds=KINDS)
     return plan_step(
-        LENGTHS, step=0, num_ranks=NUM_RANKS, cost=cost_model(NUM_RANKS), limits=limits, strategy="static",
-        degree=rank + 1,
+        step_problem(LENGTHS, NUM_RANKS, cost_model(NUM_RANKS), limits), step=0, strategy="static", degree=rank + 1
     )
 
 
@@ -168,7 +167,7 @@ def run_with_own_plans(rank: int, world_size: int, init_method: str) -> tuple[st
     limits = PlanLimits(device_budget_bytes=2**40, max_ulysses_degree=4, kinds=KINDS)
 
     def verify(plan: StepPlan) -> None:
-        verify_plan(plan, LENGTHS, num_ranks=NUM_RANKS, cost=cost_model(NUM_RANKS), limits=limits)
+        verify_plan(plan, step_problem(LENGTHS, NUM_RANKS, cost_model(NUM_RANKS), limits))
 
     agreed = agree_on_plan(own_plan(rank) if rank == 0 else None, source=0, group=group, verify=verify)
     with pytest.raises(PlanMismatchError) as refused:
@@ -251,7 +250,7 @@ def test_no_data_skipped_or_repeated_after_resuming_with_other_ranks() -> None:
             samples = ledger.batch(step)
             assert samples == wanted.batch(step)
             sizes = [int(lengths[sample]) for sample in samples]
-            plan = plan_step(sizes, step=step, num_ranks=num_ranks, cost=cost, limits=limits, strategy="adaptive")
+            plan = plan_step(step_problem(sizes, num_ranks, cost, limits), step=step, strategy="adaptive")
             seen += consumed(plan, samples)
             step += 1
         position = ledger.position(step)

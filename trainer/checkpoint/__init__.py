@@ -1,1 +1,1 @@
-"""Checkpoints: tensors, their hashes, and which checkpoint is whole."""
+"""Checkpoints: tensors, their hashes, and which checkpoints are complete."""

@@ -1,7 +1,7 @@
-"""Which checkpoints lie in a run folder and which of them are whole: JSON and hashes, no torch.
+"""Which checkpoints a run folder holds and which of them are complete: JSON and hashes, no torch.
 
-A checkpoint is a folder ``step-N`` whose ``manifest.json`` records the size and SHA-256 of every file beside it, and
-its own SHA-256, so that no flipped bit is taken for a setting or a position.
+A checkpoint is a folder ``step-N`` whose ``manifest.json`` records the size and SHA-256 of every other file, and its
+own SHA-256, so that damage to the manifest is found too.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint, whose files are not looked at. Raises CheckpointError."""
+    """The manifest of a checkpoint; its other files are not read. Raises CheckpointError."""
     try:
         manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         recorded = manifest.pop("sha256")
@@ -45,7 +45,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
-    """Write the manifest of the checkpoint in folder ``path`` through to the disk."""
+    """Write the manifest of the checkpoint in folder ``path`` and sync it to disk."""
     with (path / MANIFEST).open("w", encoding="utf-8") as file:
         json.dump({**manifest, "sha256": _digest(manifest)}, file, indent=1)
         file.flush()
@@ -57,7 +57,7 @@ def _digest(manifest: dict[str, Any]) -> str:
 
 
 def verify_checkpoint(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint whose every file has its recorded size and hash. Raises CheckpointError."""
+    """The manifest of a checkpoint, after checking size and hash of every file. Raises CheckpointError."""
     manifest = read_manifest(path)
     for name, recorded in manifest["files"].items():
         file = path / name
@@ -71,9 +71,9 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def newest_checkpoint(folder: Path, *, verify: bool = True) -> tuple[Path, dict[str, Any], list[str]]:
-    """The newest checkpoint that verifies, its manifest, and a line for each newer one that had to be passed over.
+    """The newest checkpoint that verifies, its manifest, and one line for each newer one that was skipped.
 
-    ``verify`` False: only the manifest must be readable, which takes no time however large the files are.
+    ``verify`` False: only the manifest is checked, which is quick however large the files are.
     Raises CheckpointError if there is none.
     """
     complaints: list[str] = []
@@ -89,8 +89,8 @@ def newest_checkpoint(folder: Path, *, verify: bool = True) -> tuple[Path, dict[
 
 
 def run_identity(config: TrainConfig, spec: ModelSpec) -> dict[str, Any]:
-    """What a checkpoint and the run that resumes from it must share for the weights to fit and the steps to repeat,
-    by the setting's name."""
+    """Settings, by name, that must be equal in a checkpoint and in the run that resumes from it, so that the weights
+    fit and the steps repeat."""
     model = {f"model.{key}": value for key, value in to_plain(spec).items() if key not in ("name", "source")}
     optimizer = {f"optimizer.{key}": value for key, value in to_plain(config.optimizer).items()}
     return {
@@ -103,7 +103,7 @@ def run_identity(config: TrainConfig, spec: ModelSpec) -> dict[str, Any]:
 
 
 def check_same_run(path: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
-    """Raises CheckpointError naming the first setting in which this run differs from the one that saved."""
+    """Raise CheckpointError naming the first setting in which this run differs from the one that saved."""
     for key, value in current.items():
         if saved.get(key) != value:
             raise CheckpointError(

@@ -1,9 +1,9 @@
-"""Checkpoints that are whole or absent: model, optimizer, RNG and data position, through torch's DCP.
+"""Checkpoints that are complete or absent: model, optimizer, RNG and data position, through torch's DCP.
 
 Protocol: everything is written to ``step-N.tmp``; each rank hashes its own file; rank 0 writes ``manifest.json`` with
 sizes and SHA-256 of all files, syncs it, and renames the folder to ``step-N``. Only a folder whose manifest verifies
 is ever loaded: DCP itself has no checksum, and its ``.metadata`` is a pickle, so it is hashed before it is read.
-Old checkpoints go only after the new one is published. Non-tensor state is JSON inside the manifest.
+Old checkpoints are deleted only after the new one is published. State that is not a tensor is JSON in the manifest.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ _REASON_BYTES = 256
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingState:
-    """Where training stands, in plain values. ``next_step``: the first step not yet done. ``run``: what a checkpoint
-    must share with the run that resumes from it (model, data, seed, tensor parallelism)."""
+    """The state of training in plain values. ``next_step``: the first step not yet done. ``run``: the ``run_identity``
+    that a run must share to resume from the checkpoint (model, data, seed, tensor parallelism)."""
 
     next_step: int
     ledger: dict[str, Any]
@@ -65,17 +65,17 @@ def save_checkpoint(runtime: Runtime, folder: Path, state: TrainingState, *, kee
         raise LonghaulError(f"checkpoint {final} could not be written ({error}); older ones are untouched") from None
     if mesh.rank == 0:
         for old in list_checkpoints(folder)[:-keep]:
-            shutil.rmtree(old, ignore_errors=True)  # what cannot be deleted is no reason to stop training
+            shutil.rmtree(old, ignore_errors=True)  # failing to delete is no reason to stop training
     return final
 
 
 class _NotWritten(Exception):
-    """Some rank could not write; raised on all. The text says which and why."""
+    """Some rank could not write; raised on all ranks. The text says which rank and why."""
 
 
 def _together(mesh: RankMesh, work: Callable[[], T]) -> T:
-    """``work`` on every rank at once. Where the disk fails one rank, all raise _NotWritten: no rank may go on alone
-    and wait for one that stopped. Collective."""
+    """Run ``work`` on every rank. If the disk fails one rank, all raise _NotWritten, so that no rank waits for one that
+    stopped. Collective."""
     reason, result = "", None
     try:
         result = work()
@@ -94,11 +94,11 @@ def _make_folder(partial: Path) -> None:
 
 
 def _write_tensors(runtime: Runtime, partial: Path) -> None:
-    """Raises OSError where this rank, or another, could not write."""
+    """Raises OSError if this rank could not write; failures of other ranks are reported there."""
     writer = dcp.FileSystemWriter(partial, sync_files=True)
     try:
         dcp.save(_tensors(runtime), storage_writer=writer, process_group=runtime.mesh.control_group)
-    except CheckpointException as error:  # on every rank, with the failures of all
+    except CheckpointException as error:  # raised on every rank, with the failures of all ranks
         own = error.failures.get(runtime.mesh.rank)
         if own is not None:
             raise OSError(str(own[0])) from None
@@ -122,7 +122,7 @@ def _publish(partial: Path, final: Path, digests: list[str], state: TrainingStat
 
 
 def choose_checkpoint(mesh: RankMesh, folder: Path) -> tuple[Path, dict[str, Any], list[str]]:
-    """``newest_checkpoint`` as rank 0 finds it, the same on every rank. Collective. Raises CheckpointError on all."""
+    """``newest_checkpoint`` as rank 0 sees it, on every rank. Collective. Raises CheckpointError on all ranks."""
     payload = None
     if mesh.rank == 0:
         try:
@@ -138,9 +138,9 @@ def choose_checkpoint(mesh: RankMesh, folder: Path) -> tuple[Path, dict[str, Any
 
 
 def load_tensors(runtime: Runtime, path: Path, manifest: dict[str, Any]) -> None:
-    """Fill model, optimizer and (at the same world size) RNG from a verified checkpoint. Collective.
+    """Load model, optimizer and (at the same world size) RNG from a verified checkpoint. Collective.
 
-    The number of data ranks may differ from the saving run's: DCP reshards.
+    The number of data ranks may differ from that of the saving run: DCP reshards.
     """
     runtime.optimizer.materialize_state()
     same_world = manifest["world_size"] == runtime.mesh.world_size
@@ -153,7 +153,7 @@ def load_tensors(runtime: Runtime, path: Path, manifest: dict[str, Any]) -> None
 
 
 def _tensors(runtime: Runtime, *, with_rng: bool = True) -> dict[str, Any]:
-    """Everything DCP stores, by key. Tensor ranks hold different slices under one name, so keys carry the rank."""
+    """Everything DCP stores, by key. Keys carry the tensor rank, whose slices would otherwise share one name."""
     runtime.optimizer.materialize_state()
     prefix = f"tensor{runtime.mesh.tensor_rank}"
     tensors: dict[str, Any] = {f"rng.{runtime.mesh.rank}": torch.get_rng_state()} if with_rng else {}
@@ -166,7 +166,7 @@ def _tensors(runtime: Runtime, *, with_rng: bool = True) -> dict[str, Any]:
 
 
 def _like(local: torch.Tensor, sharded: torch.Tensor) -> torch.Tensor:
-    """``local`` as the shard of a tensor laid out like ``sharded``."""
+    """``local`` as the local shard of a DTensor with the layout of ``sharded``."""
     if not isinstance(sharded, DTensor):
         return local
     return DTensor.from_local(
@@ -175,7 +175,7 @@ def _like(local: torch.Tensor, sharded: torch.Tensor) -> torch.Tensor:
 
 
 def weights_digest(runtime: Runtime) -> str:
-    """sha256 over all weights in full, equal on all ranks of a tensor rank. Collective over all ranks."""
+    """sha256 over all full weights, equal on all data ranks and stages of a tensor rank. Collective over all ranks."""
     total = hashlib.sha256()
     for name, parameter in sorted(runtime.model.named_parameters()):
         full = parameter.full_tensor() if isinstance(parameter, DTensor) else local_shard(parameter)

@@ -1,4 +1,4 @@
-"""Tokens of the spans a rank's program names, and nothing else."""
+"""Reads the tokens of the spans in a rank's program, and no others."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from trainer.data.training_data import TrainingData
 
 @dataclass(frozen=True, slots=True)
 class TokenRows:
-    """Packed inputs of one microbatch on one rank, int64 ``[T]`` each. Positions count from each sample's start."""
+    """Packed inputs of one microbatch on one rank, int64 ``[T]`` each. Positions restart at 0 for each sample."""
 
     tokens_T: torch.Tensor
     positions_T: torch.Tensor
@@ -31,7 +31,7 @@ class SpanReader:
     device: torch.device
 
     def __call__(self, spans: tuple[Span, ...]) -> TokenRows:
-        """Reads one token more than each span: the label of its last row."""
+        """Reads one token beyond each span, which is the label of the span's last row."""
         return token_rows([self._ids(span) for span in spans], spans, self.device)
 
     def _ids(self, span: Span) -> npt.NDArray[np.int64]:
@@ -44,7 +44,7 @@ class SpanReader:
 def token_rows(
     ids: SequenceOf[npt.NDArray[np.int64]], spans: SequenceOf[Span], device: torch.device
 ) -> TokenRows:
-    """Pack spans into rows; ``ids[i]`` holds span i's tokens and the one that follows."""
+    """Pack spans into rows; ``ids[i]`` holds span i's tokens and the token that follows."""
 
     def tensor(parts: list[npt.NDArray[np.int64]]) -> torch.Tensor:
         joined = np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, dtype=np.int64)

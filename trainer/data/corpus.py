@@ -1,7 +1,7 @@
 """Where documents come from: text files, JSONL, token arrays, or by default Python's own source files.
 
-``find_corpus`` looks and lists; ``read_documents`` reads, one document at a time. What is left out is counted and
-told, what is wrong is a SpecError with the file (and line) in it.
+``find_corpus`` lists the files; ``read_documents`` reads them, one document at a time. Documents that are skipped are
+counted and reported; a mistake is a SpecError with the file (and line).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ JSONL_SUFFIXES = (".jsonl", ".ndjson")
 ARRAY_SUFFIX = ".npy"
 OFFSETS_SUFFIX = ".offsets.npy"
 
-# Not in every installation (tests, IDE), installed by the user (site-packages), or tables rather than text (encodings).
+# Not in every installation (tests, IDE), installed by users (site-packages), or tables instead of text (encodings).
 _LIBRARY_SKIPS = frozenset({
     "test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip", "encodings", "site-packages", "dist-packages",
 })
@@ -38,7 +38,7 @@ _LIBRARY_SKIPS = frozenset({
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CorpusSource:
-    """Files to read documents from. ``strict``: they were named one by one, so one that is not text is an error."""
+    """Files to read documents from. ``strict``: the user named these files, so one that is not text is an error."""
 
     name: str
     files: tuple[Path, ...]
@@ -50,7 +50,7 @@ def find_corpus(path: str | None, *, text_field: str = "text") -> CorpusSource:
     """List the files of a corpus, sorted, without reading them.
 
     ``path``: None (the standard library), a folder (every visible regular file below it), one file, or a glob
-    pattern. Raises SpecError when nothing is there or a folder cannot be read.
+    pattern. Raises SpecError if there is nothing, or if a folder cannot be read.
     """
     if path is None:
         return _standard_library(Path(sysconfig.get_paths()["stdlib"]), text_field)
@@ -69,10 +69,10 @@ def find_corpus(path: str | None, *, text_field: str = "text") -> CorpusSource:
     try:
         matches = sorted(Path(root.anchor).glob(str(root.relative_to(root.anchor))))
         files = tuple({
-            match.resolve(): match  # a file that links lead to twice is still one file
+            match.resolve(): match  # a file with two links to it is read once
             for match in reversed(matches) if match.is_file() and not match.name.endswith(OFFSETS_SUFFIX)
         }.values())[::-1]
-    except (OSError, ValueError, NotImplementedError):  # not a pattern that pathlib takes
+    except (OSError, ValueError, NotImplementedError):  # not a valid pattern for pathlib
         files = ()
     if not files:
         raise SpecError(f"corpus {path!r}: no such file or folder, and no file matches it as a pattern")
@@ -80,10 +80,10 @@ def find_corpus(path: str | None, *, text_field: str = "text") -> CorpusSource:
 
 
 def read_documents(source: CorpusSource, skipped: Counter[str]) -> Iterator[tuple[str, str | IdArray]]:
-    """Documents in order, as (name, text) or (name, token ids); ``skipped`` counts what was left out, by reason.
+    """Documents in order, as (name, text) or (name, token ids); ``skipped`` counts skipped documents by reason.
 
-    Each file is read by what it is: JSONL (one document a line), ``.npy`` token ids with ``.offsets.npy`` beside
-    them, any other file one document of UTF-8 text. Raises SpecError naming the file and line that is wrong.
+    JSONL files hold one document per line; ``.npy`` files hold token ids, with ``.offsets.npy`` next to them; any other
+    file is one document of UTF-8 text. Raises SpecError naming the wrong file and line.
     """
     for file in source.files:
         try:
@@ -110,7 +110,7 @@ def _standard_library(root: Path, text_field: str) -> CorpusSource:
 
 
 def _walk(root: Path, skip_folders: frozenset[str]) -> Iterator[Path]:
-    """Visible regular files below ``root``, sorted folder by folder, not following links to folders."""
+    """Visible regular files below ``root``, sorted within each folder; links to folders are not followed."""
 
     def refuse(error: OSError) -> None:
         raise SpecError(f"{error.filename}: cannot be listed ({error.strerror})")
@@ -141,7 +141,7 @@ def _read_text(file: Path, strict: bool, skipped: Counter[str]) -> Iterator[tupl
             raise SpecError(f"{file}: not UTF-8 text (byte {error.start})") from None
         skipped["files that are not UTF-8 text"] += 1
         return
-    if "\0" in text:  # decodes, yet no text holds a NUL
+    if "\0" in text:  # valid UTF-8, but no text contains NUL
         if strict:
             raise SpecError(f"{file}: a binary file, not text (NUL at character {text.index(chr(0))})")
         skipped["files that are not UTF-8 text"] += 1
@@ -208,7 +208,7 @@ def _read_arrays(file: Path, strict: bool, skipped: Counter[str]) -> Iterator[tu
 
 
 def load_array(file: Path) -> IdArray:
-    """A one-dimensional integer .npy, memory-mapped; nothing in it can run code. Raises SpecError naming the file."""
+    """A one-dimensional integer .npy, memory-mapped, without pickle. Raises SpecError naming the file."""
     try:
         array = np.load(file, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError) as error:
@@ -221,11 +221,11 @@ def load_array(file: Path) -> IdArray:
 
 
 def check_offsets(offsets: IdArray, *, num_tokens: int, where: str) -> None:
-    """Offsets start at 0, never fall and end at the last token. Raises SpecError otherwise."""
+    """Raise SpecError unless offsets start at 0, never decrease, and end at the last token."""
     if len(offsets) == 0 or offsets[0] != 0:
         raise SpecError(f"{where}: the first offset must be 0")
     if np.any(offsets[1:] < offsets[:-1]):
         place = int(np.argmax(offsets[1:] < offsets[:-1])) + 1
-        raise SpecError(f"{where}: offsets must not fall (offset {place} is less than the one before)")
+        raise SpecError(f"{where}: offsets must not decrease (offset {place} is less than the previous one)")
     if offsets[-1] != num_tokens:
         raise SpecError(f"{where}: the last offset is {offsets[-1]}, but there are {num_tokens} token ids")

@@ -1,4 +1,4 @@
-"""Document lengths at a glance: a histogram in plain text."""
+"""A histogram of document lengths in plain text."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 
 def length_histogram(lengths: npt.NDArray[np.integer], *, width: int = 40) -> list[str]:
-    """Lines: one per power of two (lower end included, K = 1024): number of samples, share of all tokens, a bar.
+    """One line per power of two (lower end included, K = 1024): number of samples, share of all tokens, a bar.
 
     ``lengths``: tokens per sample, each at least 1. ``width``: characters of the longest bar.
     """

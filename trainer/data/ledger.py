@@ -1,7 +1,7 @@
 """Which samples a step trains on: a pure function of the seed and the step, the same at any world size.
 
-Every epoch is one permutation of all samples, drawn from a counter-based generator keyed by (seed, epoch). The epochs
-follow one another in an endless stream, and each step takes samples from it while their lengths fit the step.
+Every epoch is one permutation of all samples, drawn from a counter-based generator with the key (seed, epoch). Epochs
+form one endless stream; each step takes samples from it as long as their lengths fit the step.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from planner.errors import SpecError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LedgerPosition:
-    """Where a step starts: ``offset`` samples into ``epoch``. ``digest`` names the stream it belongs to."""
+    """Where a step starts: ``offset`` samples into ``epoch``. ``digest``: hash of the stream it belongs to."""
 
     step: int
     epoch: int
@@ -26,7 +26,7 @@ class LedgerPosition:
 
 
 class SampleLedger:
-    """The stream of samples, cut into steps. Remembers step boundaries it has walked past; results never depend on it.
+    """The stream of samples, cut into steps. Caches known step boundaries; results do not depend on the cache.
 
     ``sample_lengths``: tokens per sample [num_samples], each 1 .. ``tokens_per_step``. Raises SpecError otherwise.
     """
@@ -58,7 +58,7 @@ class SampleLedger:
     def batch(self, step: int) -> tuple[int, ...]:
         """Sample ids of a step (from 0), in order: never empty, never more than ``tokens_per_step`` tokens.
 
-        A batch may run over the end of an epoch, so a corpus smaller than a step appears in it more than once.
+        A batch may continue into the next epoch, so a corpus smaller than a step appears in it more than once.
         """
         position, end = self._start_of(step), self._start_of(step + 1)
         samples: list[int] = []
@@ -76,7 +76,7 @@ class SampleLedger:
         return LedgerPosition(step=step, epoch=epoch, offset=offset, digest=self.digest)
 
     def restore(self, position: LedgerPosition) -> None:
-        """Go on from a saved position without walking there. Raises SpecError if it is not one of this stream's."""
+        """Continue from a saved position without recomputing it. Raises SpecError if it belongs to another stream."""
         if position.digest != self.digest:
             raise SpecError("the checkpoint was made with other data: corpus, tokenizer, run.seed, data.max_length, "
                             "data.over_length and data.tokens_per_step must be the same to resume")
@@ -86,7 +86,7 @@ class SampleLedger:
         self._starts = [position.epoch * self.num_samples + position.offset]
 
     def _start_of(self, step: int) -> int:
-        """Stream position of a step's first sample; walks from the last step known, or from 0 for one before."""
+        """Stream position of a step's first sample; counts on from the last known step, or from step 0."""
         if step < 0:
             raise IndexError(f"step {step}")
         if step < self._first_known_step:
@@ -96,7 +96,7 @@ class SampleLedger:
         return self._starts[step - self._first_known_step]
 
     def _end_after(self, start: int) -> int:
-        """Stream position behind the last sample that still fits a step starting at ``start``."""
+        """Stream position after the last sample that fits a step starting at ``start``."""
         position, room = start, self._tokens_per_step
         while True:
             epoch, offset = divmod(position, self.num_samples)
@@ -108,11 +108,11 @@ class SampleLedger:
             room -= int(self._totals[last] - self._totals[offset])
 
     def _load(self, epoch: int) -> None:
-        """Make ``epoch`` the one whose order and running token totals are at hand."""
+        """Compute the order and running token totals of ``epoch``."""
         if epoch == self._epoch:
             return
         key = np.array([self._seed, epoch], dtype=np.uint64)
-        # sorting raw draws, not Generator.permutation: numpy promises the raw stream for good, the other not
+        # sort raw draws instead of Generator.permutation: numpy guarantees only the raw stream across versions
         draws = np.random.Philox(key=key).random_raw(self.num_samples)
         self._order = np.argsort(draws, kind="stable")
         self._totals = np.concatenate(([0], np.cumsum(self._lengths[self._order])))

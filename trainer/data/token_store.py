@@ -1,9 +1,9 @@
 """Tokenised documents on disk, memory-mapped, and the samples cut from them.
 
-A store is a folder: ``tokens.npy`` (every document's ids one behind the other, uint16 or uint32), ``offsets.npy``
-(int64, where each document starts, and the end) and ``meta.json``. A document is its tokens plus the end-of-document
-id. Stores are built under a temporary name and renamed, so a store is there whole or not at all, however many
-processes build it at once; the name is a fingerprint of the files and the tokenizer, so a changed file gives a new one.
+A store is a folder: ``tokens.npy`` (the ids of all documents in order, uint16 or uint32), ``offsets.npy`` (int64, the
+start of each document, and the end) and ``meta.json``. A document is its tokens plus the end-of-document id. Stores are
+built under a temporary name and then renamed, so a store is always complete, even if several processes build it at
+once. Its name is a fingerprint of the files and the tokenizer, so a changed file gives a new store.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _FLUSH_TOKENS = 2**18
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreMeta:
-    """What a store holds and where it came from. ``skipped`` counts what was left out of the corpus, by reason."""
+    """What a store holds and where it came from. ``skipped`` counts skipped documents by reason."""
 
     schema: int
     corpus: str
@@ -61,10 +61,10 @@ class StoreMeta:
 
 
 class TokenStore:
-    """Read access to a store folder. Only the bytes asked for are read."""
+    """Read access to a store folder. Reads only the requested bytes."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises SpecError, naming the file, when the store is not whole."""
+        """Raises SpecError, naming the file, if the store is incomplete."""
         self.folder = folder
         self.meta = _read_meta(folder / META_FILE)
         try:
@@ -91,7 +91,7 @@ class TokenStore:
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
-        """Ids per document, end-of-document included [num_documents]."""
+        """Number of ids per document, with the end-of-document id [num_documents]."""
         return np.diff(self._offsets)
 
     def document(self, index: int) -> npt.NDArray[np.int64]:
@@ -99,7 +99,7 @@ class TokenStore:
         return self.read(index, 0, int(self._offsets[index + 1] - self._offsets[index]))
 
     def read(self, document: int, start: int, stop: int) -> npt.NDArray[np.int64]:
-        """Ids ``start <= i < stop`` of one document. Raises IndexError outside it, SpecError on ids that cannot be."""
+        """Ids ``start <= i < stop`` of one document. Raises IndexError outside it, SpecError for impossible ids."""
         if not 0 <= document < self.num_documents:
             raise IndexError(f"document {document} of {self.num_documents}")
         first, end = int(self._offsets[document]), int(self._offsets[document + 1])
@@ -112,7 +112,7 @@ class TokenStore:
         return ids
 
     def describe(self) -> tuple[str, ...]:
-        """Lines for the log: what there is, what was left out."""
+        """Lines for the log: what the store holds, and what was skipped."""
         meta = self.meta
         lines = [f"corpus: {meta.corpus}: {meta.num_documents:,} documents, {meta.num_tokens:,} tokens "
                  f"({meta.tokenizer} tokenizer, vocabulary {meta.vocab_size:,})"]
@@ -121,9 +121,9 @@ class TokenStore:
 
 
 def open_store(data: DataConfig, cache_root: Path) -> TokenStore:
-    """The tokenised corpus of ``data``, built on first use below ``data.cache_dir`` or else ``cache_root``.
+    """The tokenised corpus of ``data``, built on first use in ``data.cache_dir``, or in ``cache_root`` if that is None.
 
-    Raises SpecError: no corpus, an unreadable file, a bad line, a tokenizer that does not fit, a full disk.
+    Raises SpecError: no corpus, an unreadable file, a wrong line, a tokenizer that does not fit, a full disk.
     """
     tokenizer = load_tokenizer(data.tokenizer)
     if data.path is not None and is_store(Path(data.path)):
@@ -145,7 +145,7 @@ def open_store(data: DataConfig, cache_root: Path) -> TokenStore:
 
 
 def is_store(folder: Path) -> bool:
-    """Whether this folder is (or was meant to be) a token store."""
+    """Whether this folder is a token store, complete or not."""
     return (folder / META_FILE).is_file() and any((folder / name).is_file() for name in (TOKENS_FILE, OFFSETS_FILE))
 
 
@@ -160,9 +160,9 @@ def unigram_entropy_nats(counts: npt.NDArray[np.int64]) -> float:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class SampleIndex:
-    """What a training step draws from: sample i predicts ``num_tokens[i]`` tokens, starting at id ``start[i]`` of
-    document ``document[i]``. n predicted tokens need n + 1 ids (inputs ``ids[:-1]``, labels ``ids[1:]``), so the
-    pieces of a split document share one boundary id and every id after a document's first is predicted once.
+    """The training samples. Sample i predicts ``num_tokens[i]`` tokens, starting at id ``start[i]`` of document
+    ``document[i]``. Predicting n tokens needs n + 1 ids (inputs ``ids[:-1]``, labels ``ids[1:]``), so adjacent pieces
+    of a split document share one id, and every id but a document's first is predicted once.
     """
 
     document: npt.NDArray[np.int64]
@@ -178,7 +178,7 @@ class SampleIndex:
         return len(self.document)
 
     def describe(self) -> tuple[str, ...]:
-        """Lines for the log: samples, and what the length limit did."""
+        """Lines for the log: samples, and the effect of the length limit."""
         lines = [f"samples: {len(self):,} of at most {self.max_length:,} tokens, "
                  f"{int(self.num_tokens.sum()):,} predicted tokens in all"]
         if self.num_split:
@@ -192,9 +192,9 @@ class SampleIndex:
 
 
 def build_sample_index(lengths: npt.NDArray[np.int64], *, max_length: int, over_length: str) -> SampleIndex:
-    """Samples of documents with these lengths (ids), in document order. ``over_length``: ``split`` or ``drop``.
+    """Cut documents of these lengths (in ids) into samples, in document order. ``over_length``: ``split`` or ``drop``.
 
-    Raises SpecError when no sample is left.
+    Raises SpecError if no sample is left.
     """
     if max_length < 1 or over_length not in ("split", "drop"):
         raise SpecError(f"max_length {max_length} and over_length {over_length!r}: expected 1 or more, split or drop")
@@ -225,14 +225,14 @@ def _read_meta(path: Path) -> StoreMeta:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise SpecError(f"{path}: not a whole token store ({error}); delete its folder and build it again") from None
+        raise SpecError(f"{path}: not a complete token store ({error}); delete its folder to build it again") from None
     if not isinstance(data, dict) or data.get("schema") != STORE_SCHEMA:
         raise SpecError(f"{path}: not a token store of version {STORE_SCHEMA}")
     return from_plain(StoreMeta, data, where=str(path))
 
 
 def _fingerprint(source: CorpusSource, tokenizer: TextTokenizer) -> str:
-    """sha256 of all that decides a store's content; files by path, size and modification time."""
+    """sha256 of everything that determines a store's content; files by path, size and modification time."""
     files: list[Any] = []
     for file in source.files:
         beside = file.with_name(file.name.removesuffix(ARRAY_SUFFIX) + OFFSETS_SUFFIX)
@@ -258,7 +258,7 @@ def _build(folder: Path, source: CorpusSource, tokenizer: TextTokenizer, fingerp
         try:
             draft.rename(folder)
         except OSError:
-            if not folder.is_dir():  # otherwise another process was first, and its store is as good as ours
+            if not folder.is_dir():  # otherwise another process was first, and its store is the same
                 raise
 
 
@@ -306,14 +306,14 @@ def _checked(ids: IdArray, name: str, tokenizer: TextTokenizer) -> IdArray:
 
 
 def _drain(waiting: array[int], file: BinaryIO, dtype: np.dtype[Any], counts: npt.NDArray[np.int64]) -> None:
-    """Append the waiting ids to the file, count them, forget them."""
+    """Append the waiting ids to the file, count them and clear the buffer."""
     counts += np.bincount(np.frombuffer(waiting, dtype=dtype), minlength=len(counts))
     file.write(waiting.tobytes())
     del waiting[:]
 
 
 def _write_header(file: BinaryIO, dtype: np.dtype[Any], num_tokens: int) -> None:
-    """numpy pads the header so that the first dimension can grow in place: the same size for any count."""
+    """Write a header of constant size: numpy pads it so that the first dimension can grow in place."""
     np.lib.format.write_array_header_1_0(
         file, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (num_tokens,)}
     )

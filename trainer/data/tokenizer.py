@@ -1,4 +1,4 @@
-"""Text to token ids: the built-in bytes, or a file of the ``tokenizers`` library."""
+"""Text to token ids: built-in byte tokenizer, or a file of the ``tokenizers`` library."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _END_NAMES = ("<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "</s>", "<eos>",
 
 
 class TextTokenizer(Protocol):
-    """What the data path needs to know. ``name`` is the identity under which tokenised text is cached."""
+    """What the data path needs of a tokenizer. ``name``: identifies it in the cache of tokenised text."""
 
     @property
     def name(self) -> str: ...
@@ -36,7 +36,7 @@ class TextTokenizer(Protocol):
 
 
 class ByteTokenizer:
-    """One id per UTF-8 byte, and 256 for the end of a document."""
+    """One id per UTF-8 byte; id 256 ends a document."""
 
     name = "bytes"
     vocab_size = 257
@@ -48,12 +48,12 @@ class ByteTokenizer:
 
 
 class FileTokenizer:
-    """A ``tokenizer.json``. The end of a document is the file's own end token, or one extra id after its last."""
+    """A ``tokenizer.json``. A document ends with the file's own end token, or else with one extra id after its last."""
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, *, name: str) -> None:
         ids = tokenizer.get_vocab(with_added_tokens=True)
         if not ids:
-            raise SpecError(f"tokenizer {name}: it knows no token at all")
+            raise SpecError(f"tokenizer {name}: it has no tokens")
         next_id = max(ids.values()) + 1
         self.name = name
         self.eod_id = _first_known(ids, _END_NAMES, default=next_id)
@@ -66,10 +66,10 @@ class FileTokenizer:
 
 
 def load_tokenizer(path: str | None) -> TextTokenizer:
-    """None: bytes. Otherwise a JSON file of the ``tokenizers`` library; raises SpecError naming it."""
+    """None: the byte tokenizer. Else a JSON file of the ``tokenizers`` library; raises SpecError naming it."""
     if path is None:
         return ByteTokenizer()
-    import tokenizers  # 0.1 s that a run on bytes does not pay
+    import tokenizers  # takes 0.1 s, not needed for byte tokens
 
     try:
         content = Path(path).read_bytes()

@@ -1,4 +1,4 @@
-"""The data of a run, opened: store, samples, order, and the model shape that fits the tokenizer. No torch."""
+"""The opened data of a run: store, samples, order, and the model shape for the tokenizer. Does not import torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from trainer.settings.tree import TrainConfig, model_spec
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingData:
-    """Read access to everything a step needs to know about its documents."""
+    """Read access to everything a step needs to know about its samples."""
 
     store: TokenStore
     samples: SampleIndex
@@ -27,22 +27,23 @@ class TrainingData:
         return ids, tuple(int(self.samples.num_tokens[index]) for index in ids)
 
     def describe(self) -> list[str]:
-        """Lines for the log: corpus, samples, length histogram, and what a model without context would reach."""
+        """Lines for the log: corpus, samples, length histogram, and the loss of a model that ignores context."""
         entropy = self.store.meta.unigram_entropy_nats
         return [
             *self.store.describe(),
             *self.samples.describe(),
             *length_histogram(self.samples.num_tokens),
-            f"corpus: unigram entropy {entropy:.3f} nats a token: the loss of a model that ignores context",
+            f"corpus: unigram entropy {entropy:.3f} nats per token, the loss of a model that ignores context",
         ]
 
 
 def open_training_data(config: TrainConfig, cache_root: Path) -> TrainingData:
-    """Tokenise (or find in the cache) and index the corpus. Raises SpecError."""
+    """Tokenise the corpus, or find it in the cache, and index it. Raises SpecError."""
     store = open_store(config.data, cache_root)
-    samples = build_sample_index(
-        store.lengths, max_length=config.data.max_length, over_length=config.data.over_length
-    )
+    over_length = config.data.over_length
+    if over_length == "auto":
+        over_length = "drop" if config.data.path is None else "split"
+    samples = build_sample_index(store.lengths, max_length=config.data.max_length, over_length=over_length)
     ledger = SampleLedger(
         samples.num_tokens, seed=config.run.seed, tokens_per_step=config.data.tokens_per_step
     )

@@ -1,4 +1,4 @@
-"""Initial weights as a pure function of (seed, parameter name): the same model at any world size and any slicing."""
+"""Initial weights as a pure function of (seed, parameter name): the same at any world size and with any slicing."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _EMBEDDING_STD = 0.02
 def initialize_weights(model: Decoder, *, seed: int) -> None:
     """Fill an unsharded model in place (this tensor rank's slices). Draws each full tensor on the CPU, one at a time.
 
-    Matrices are normal with std fan_in^-0.5, those that write into the residual stream times (2 layers)^-0.5
-    (GPT-2's rule); embedding and head 0.02; norms one; padded vocabulary rows zero.
+    Matrices are normal with std fan_in^-0.5; those that write into the residual stream are multiplied by
+    (2 layers)^-0.5 (GPT-2's rule). Embedding and head have std 0.02, norms are one, padded vocabulary rows are zero.
     """
     tensor = model.tensor
     for name, module in model.named_modules():
@@ -32,7 +32,7 @@ def initialize_weights(model: Decoder, *, seed: int) -> None:
 
 
 def _full_weight(name: str, slice_shape: torch.Size, dim: int, model: Decoder, seed: int) -> torch.Tensor:
-    """The whole matrix of which this tensor rank holds a slice along ``dim`` (1 writes into the residual stream)."""
+    """The full matrix of which this tensor rank holds a slice along ``dim`` (1: it writes into the residual stream)."""
     spec, generator = model.spec, torch.Generator().manual_seed(_seed_of(seed, name))
     if name.startswith(("embedding.", "head.")):
         weight = torch.randn(spec.vocab_size, spec.hidden_dim, generator=generator) * _EMBEDDING_STD
@@ -47,8 +47,8 @@ def _seed_of(seed: int, name: str) -> int:
 
 
 def tensor_partial_grads(model: nn.Module) -> list[nn.Parameter]:
-    """Parameters every tensor rank holds whole but sees only through its own heads: their gradients must be summed
-    over the tensor group (the QK norms)."""
+    """Parameters that every tensor rank holds whole but applies only to its own heads (the QK norms). Their gradients
+    must be summed over the tensor group."""
     return [
         parameter for name, parameter in model.named_parameters() if "query_norm" in name or "key_norm" in name
     ]

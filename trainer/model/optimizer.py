@@ -1,7 +1,7 @@
-"""AdamW on local shards, warm-up and cosine, clipping by the global norm.
+"""AdamW on local shards with warm-up, cosine decay and clipping by the global norm.
 
-The optimizer sees each parameter's local shard as a plain tensor (same storage): the arithmetic is element-wise, so
-DTensor dispatch would cost time and change nothing.
+The optimizer sees each parameter's local shard as a plain tensor with the same storage: the arithmetic is element-wise,
+so DTensor dispatch would only cost time.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def local_shard(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class ShardedAdamW:
-    """Owns the optimizer state of one rank's shards. ``named_shards``: parameter name -> plain local tensor."""
+    """Optimizer state of one rank's shards. ``named_shards``: parameter name -> plain local tensor."""
 
     def __init__(self, model: nn.Module, config: OptimizerConfig, mesh: RankMesh) -> None:
         self._config = config
@@ -53,9 +53,9 @@ class ShardedAdamW:
             parameter.grad = None
 
     def squared_norm(self) -> torch.Tensor:
-        """This rank's part of the squared global gradient norm (float64 scalar on CPU), replicas counted once.
+        """This rank's part of the squared global gradient norm (float64 scalar on CPU); replicas count once.
 
-        First completes the gradients that are partial over the tensor axis (communicates there if there are any).
+        First sums gradients that are partial over the tensor axis; communicates over that axis if there are any.
         """
         for parameter in self._partial:
             comm.all_reduce_sum(local_shard(_grad(parameter)), self._mesh.tensor_group)
@@ -66,7 +66,8 @@ class ShardedAdamW:
         return total.cpu()
 
     def step(self, *, lr: float, grad_norm: float) -> None:
-        """Clip to ``clip_norm`` by ``grad_norm`` (the root of all ranks' ``squared_norm``) and update."""
+        """Clip to ``clip_norm``, given ``grad_norm`` (the root of the sum of all ranks' ``squared_norm``), and
+        update."""
         scale = min(1.0, self._config.clip_norm / (grad_norm + 1e-6))
         for name, parameter in self._parameters.items():
             grad = local_shard(_grad(parameter))
@@ -79,11 +80,11 @@ class ShardedAdamW:
 
     @property
     def state_bytes(self) -> int:
-        """Of what the optimizer remembers of this rank's shards; 0 before the first step."""
+        """Bytes of optimizer state for this rank's shards; 0 before the first step."""
         return sum(value.nbytes for state in self.adamw.state.values() for value in state.values())
 
     def forget_state(self) -> None:
-        """Back to the state before the first step."""
+        """Return to the state before the first step."""
         self.adamw.state.clear()
 
     def materialize_state(self) -> None:

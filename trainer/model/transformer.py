@@ -1,11 +1,11 @@
-"""A Llama-family decoder on megatron-core's tensor-parallel layers. It knows tokens, positions and a callable that
-computes attention; it knows nothing of data ranks, plans or groups. With pipeline parallelism it is one stage's part:
-the first one embeds, the last one has norm, head and loss.
+"""A Llama-family decoder on megatron-core's tensor-parallel layers. Its inputs are tokens, positions and a callable
+that computes attention; it knows nothing of data ranks, plans or groups. With pipeline parallelism it is one stage: the
+first has the embedding, the last has the final norm, head and loss.
 
-Each layer is three segments, so that one layer serves every system: ``before_attention`` (norm, qkv, RoPE; token-wise),
-``attention`` (given from outside; crosses tokens and ranks), ``after_attention`` (output projection, residual, norm,
-MLP; token-wise). The token-wise ones are chains of steps on a ``memory.tape``, which may swap or recompute what they
-save, token by token.
+Each layer has three segments: ``before_attention`` (norm, qkv, RoPE; token-wise), ``attention`` (an argument; mixes
+tokens and communicates with other ranks) and ``after_attention`` (output projection, residual, norm, MLP; token-wise).
+So one layer serves every system. The token-wise segments are chains of steps on a ``memory.tape``, which may swap or
+recompute what they save, token by token.
 Shapes: T packed tokens on this rank, D hidden, N/K query/KV heads of this tensor rank, H head dim.
 """
 
@@ -28,13 +28,13 @@ from parallel.rotary import RotaryTable, inverse_frequencies, rotary_table, rota
 from planner.inputs.model import ModelSpec
 
 STEPS = ("attention_norm", "qkv", "attention_output", "mlp_norm", "gate_up", "swiglu", "down")
-"""The token-wise steps of a layer, in order; a memory policy may name them. With an MLP in pieces, ``mlp`` stands for
-the last four."""
+"""The token-wise steps of a layer, in order, by which a memory policy may name them. If the MLP runs in pieces, ``mlp``
+replaces the last four."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorShard:
-    """This rank's place on the tensor axis."""
+    """This rank's position on the tensor axis."""
 
     rank: int
     size: int
@@ -43,7 +43,7 @@ class TensorShard:
 
 @dataclass(frozen=True, slots=True)
 class StageShard:
-    """This rank's place among the pipeline's stages."""
+    """This rank's pipeline stage."""
 
     stage: int = 0
     num_stages: int = 1
@@ -62,9 +62,9 @@ class StageShard:
 
 
 class DecoderLayer(nn.Module):
-    """One layer. Fused weights are laid out so that any tensor-parallel slice is a run of rows:
-    qkv as KV-head groups of (queries..., key, value), gate and up interleaved row by row.
-    ``mlp_chunk_tokens``: the MLP runs over so many rows at a time (0: over all)."""
+    """One layer. Fused weights are laid out so that any tensor-parallel slice is a contiguous range of rows: qkv as
+    KV-head groups of (queries..., key, value), gate and up interleaved row by row.
+    ``mlp_chunk_tokens``: how many rows the MLP processes at a time (0: all)."""
 
     def __init__(
         self, spec: ModelSpec, config: ModelParallelConfig, tensor: TensorShard, mlp_chunk_tokens: int = 0
@@ -158,8 +158,8 @@ def _swiglu(gate_up_TF2: torch.Tensor) -> torch.Tensor:
 
 
 class Decoder(nn.Module):
-    """Embedding, layers, final norm, head and loss, or one stage's part of them. One call is one microbatch's part on
-    this rank. Parameters have the same names whatever the number of stages."""
+    """Embedding, layers, final norm, head and loss, or one stage's part of them. One call runs this rank's part of one
+    microbatch. Parameter names do not depend on the number of stages."""
 
     def __init__(
         self, spec: ModelSpec, tensor: TensorShard, stage: StageShard = StageShard(), *, loss_chunk_tokens: int = 1024,
@@ -198,11 +198,11 @@ class Decoder(nn.Module):
         self, tokens_T: torch.Tensor, positions_T: torch.Tensor, labels_T: torch.Tensor | None, attention: Attention,
         hidden_TD: torch.Tensor | None = None, memory: MicrobatchMemory | None = None,
     ) -> torch.Tensor:
-        """Sum of the losses of this rank's tokens (fp32 scalar or wider). ``labels_T`` may hold IGNORE; None: no loss,
-        hidden states are returned.
+        """Sum of the losses of this rank's tokens (scalar, fp32 or wider). ``labels_T`` may hold IGNORE; if it is None,
+        hidden states are returned instead.
 
-        ``hidden_TD``: what the stage before returned; a stage that is not the last returns hidden states ``[T, D]``.
-        ``memory``: what becomes of the layers' saved activations (None: they stay).
+        ``hidden_TD``: what the previous stage returned; a stage that is not the last returns hidden states ``[T, D]``.
+        ``memory``: decides what happens to the layers' saved activations (None: they are kept).
         """
         if hidden_TD is None:
             assert self.embedding is not None, "only the first stage starts from tokens"

@@ -1,1 +1,1 @@
-"""What plans of a run are priced with: calibration, measured memory and tiers."""
+"""The prices that a run's plans use: calibration, and measurements of memory, tiers and chunks."""

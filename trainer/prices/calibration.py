@@ -1,8 +1,8 @@
-"""Measure this machine with the very code that trains on it, and fit the cost model the planner uses.
+"""Measures this machine with the training code itself, and fits the planner's cost model to the measurements.
 
-Whole microbatches of made-up tokens run through model, engine and links, every rank at work at once as in a real
-step, over a small design of length sets for each attention kind and degree. What the planner predicts is then what
-was measured, interpolated, instead of a sum of parts measured apart.
+Whole microbatches of made-up tokens run through model, engine and network, with all ranks busy as in a real step. For
+each attention kind and degree a small set of sequence lengths is measured. So predictions interpolate measured
+microbatches instead of adding up parts that were measured separately.
 """
 
 from __future__ import annotations
@@ -44,17 +44,17 @@ from trainer.step.one_step import train_step
 from trainer.step.runtime import ReadSpans, Runtime, bind_attention, run_alone, run_empty_microbatch
 
 CALIBRATION_VERSION = 9
-"""Goes up with every change of what is measured or how it is fitted: older stored results are then measured again."""
+"""Increase it with every change of what is measured or how it is fitted; older stored results are then not used."""
 _SHORT_S = 0.1
-"""A microbatch shorter than this runs twice in each sweep."""
-_LEAST_SWEEPS = 2
-_MOST_SWEEPS = 5
+"""A microbatch shorter than this runs twice per sweep."""
+_MIN_SWEEPS = 2
+_MAX_SWEEPS = 5
 _BUDGET_S = 18.0
-"""For all timed sweeps together; at least two are made."""
+"""Seconds for all timed sweeps together; at least two sweeps run."""
 _EMPTY_STEPS = 5
 PEAK_MARGIN = 1.03
-"""On predicted peaks. Without one, ``benchmarks.memory --part predict`` came out 1.9 % below to 1.2 % above what was
-measured (a resident set is never the same twice): with it predictions lie within 0 to 5 % above."""
+"""Factor on predicted peaks. Without it, predictions of ``benchmarks.memory --part predict`` were between 1.9 % below
+and 1.2 % above the measured peaks, because resident sets vary; with it they are 0 to 5 % above."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ class MeasuredShape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Calibration:
-    """The fitted model and what it was fitted from."""
+    """The fitted cost model and the samples it was fitted to."""
 
     cost: CostModel
     operations: tuple[SizeSample, ...]
@@ -79,9 +79,10 @@ class Calibration:
 def calibrate(
     runtime: Runtime, shapes: tuple[MeasuredShape, ...], *, max_length: int, machine: str, node_size: int | None = None
 ) -> Calibration:
-    """Measure every one of ``shapes`` and fit. Collective; weights are unchanged afterwards, and optimizer
-    state is empty: call it before training or loading. Sequences go up to ``max_length``. ``node_size``: consecutive
-    data ranks that share a node (None: all); groups are measured where planners put them, within nodes if they fit."""
+    """Measure all ``shapes`` with sequences of up to ``max_length`` tokens and fit the cost model. Collective. Weights
+    do not change, but optimizer state is empty afterwards, so call it before training or loading. ``node_size``: number
+    of consecutive data ranks on one node (None: all); groups are measured where planners place them, within nodes if
+    they fit."""
     operations = measure_operations(runtime, max_length=max_length)
     cases = [
         _Case(shape, lengths, node_size) for shape in shapes for lengths in length_design(max_length, shape.degree)
@@ -90,7 +91,7 @@ def calibrate(
         _reset_peak(runtime)
         run_empty_microbatch(runtime)
         empty_bytes = _highest(runtime, runtime.peak.read_bytes())
-        # of each shape the largest set; of groups of one, which are quick, all: the line needs small ones too
+        # the largest case of each shape, and all cases of single ranks: they are quick and the fit needs small ones too
         largest = {shape: max((case for case in cases if case.shape == shape), key=_local_tokens) for shape in shapes}
         probes = [case for case in cases if case.shape.degree == 1 or case is largest[case.shape]]
         memory = [(_local_tokens(case), _peak_bytes(runtime, case)) for case in probes]
@@ -110,7 +111,8 @@ def calibrate(
         peak_flop_per_s=best_rate(operations, "linear"),
         provenance=Provenance(
             source="measured", cluster=machine, model=runtime.model.spec.name,
-            measured_on=datetime.now(UTC).date().isoformat(), torch_version=torch.__version__,
+            measured_on=datetime.now(UTC).date().isoformat(),
+            torch_version=str(torch.__version__),  # torch's own subclass of str cannot be written as YAML
             num_samples=len(samples), mean_relative_error=statistics.fmean(map(abs, errors)),
             max_relative_error=max(map(abs, errors)),
         ),
@@ -121,12 +123,13 @@ def calibrate(
 
 
 def length_design(max_length: int, degree: int) -> tuple[tuple[int, ...], ...]:
-    """Length sets of one group that tell s^2, s, count and fixed cost apart.
+    """Sequence lengths for groups of one shape that tell the costs per token^2, per token, per sequence and per group
+    apart.
 
-    The joint fit has fewer unknowns than samples, so that its error says something. Most is measured on one rank, whose
-    work all shapes share: also as many tokens at once as a full microbatch has, where memory is slower than it is for
-    few. Groups of less than four stop at half of ``max_length``: short looks at the quadratic part cost less than one
-    long one. Degrees that are no power of two have just as many sets as prices of their own: most degrees are such.
+    The joint fit has fewer unknowns than samples, so its error is meaningful. Most cases run on one rank, because all
+    shapes share that work; one of them has as many tokens as a full microbatch, where memory is slower. Groups of fewer
+    than four ranks only go up to half of ``max_length``: several short cases show the quadratic part at lower cost than
+    one long one. Degrees that are not powers of two, which most are, get just as many cases as they have own prices.
     """
     small, middle = max(max_length // 32, 16), max(max_length // 8, 32)
     long = max_length if degree >= 4 else max(max_length // 2, 64)
@@ -141,12 +144,12 @@ def length_design(max_length: int, degree: int) -> tuple[tuple[int, ...], ...]:
 def fit_memory(
     peaks: SequenceOf[tuple[int, int]], *, state_bytes: int, update_bytes: int, least_slope: float = 0.0
 ) -> MemoryFit:
-    """Peak bytes as a line over local tokens that no measured peak lies above, as low as it can be over all of them.
+    """The lowest line over local tokens that lies on or above all measured peaks (summed over all of them).
 
-    ``peaks``: (local tokens, peak bytes) of microbatches that ran without optimizer state, one of them empty;
-    ``state_bytes`` lies beside them in a real step. ``update_bytes``: peak of a step without tokens. A little is added
-    to all of it: the resident set of a process is never the same twice. ``least_slope``: of chunked
-    training, what a token adds once there is more than one chunk; the line then follows the larger sets.
+    ``peaks``: (local tokens, peak bytes) of microbatches that ran without optimizer state, one of them empty.
+    ``state_bytes``: optimizer state, which a real step holds in addition. ``update_bytes``: peak of a step without
+    tokens. All results are multiplied by PEAK_MARGIN. ``least_slope``: in chunked training, bytes that each token adds
+    from the second chunk on; the larger cases then have more weight.
     """
     slopes = [least_slope]
     for place, (tokens, peak) in enumerate(peaks):
@@ -166,14 +169,14 @@ def fit_memory(
 
 @dataclass(frozen=True, slots=True)
 class _Case:
-    """One length set of one shape."""
+    """One set of sequence lengths for one shape."""
 
     shape: MeasuredShape
     lengths: tuple[int, ...]
     node_size: int | None
 
     def work(self, runtime: Runtime, *, keep_busy: bool) -> _Work:
-        """What this rank does of it."""
+        """What this rank runs of this case."""
         plan = design_plan(
             runtime.mesh.data_size, self.shape, self.lengths, runtime.sharding, node_size=self.node_size,
             keep_busy=keep_busy,
@@ -188,7 +191,7 @@ class _Case:
 
 @dataclass(frozen=True, slots=True)
 class _Work:
-    """``counts``: this rank is in one of the groups that are measured."""
+    """``counts``: this rank is in one of the measured groups, so its time counts."""
 
     microbatch: RankMicrobatch | None
     counts: bool
@@ -199,15 +202,15 @@ def _local_tokens(case: _Case) -> int:
 
 
 def _peak_bytes(runtime: Runtime, case: _Case) -> int:
-    """The highest peak of any rank. A shape's first run: it loads code and makes buffers, so its time says nothing."""
+    """The highest peak of any rank. It is the first run of a shape, which loads code, so it cannot be timed."""
     _reset_peak(runtime)
     _run_case(runtime, case.work(runtime, keep_busy=False))
     return _highest(runtime, runtime.peak.read_bytes())
 
 
 def run_probe(runtime: Runtime, shape: MeasuredShape, lengths: tuple[int, ...]) -> tuple[float, int]:
-    """Seconds and peak bytes, each the most of any rank, of a microbatch of these lengths (tokens; none: an empty one)
-    in as many groups of this shape as there is room for. Collective; belongs inside ``sharded_step``."""
+    """Run a microbatch of these lengths (tokens; none: an empty one) in as many groups of this shape as fit side by
+    side. Returns seconds and peak bytes, each the maximum over ranks. Collective; call it inside ``sharded_step``."""
     _reset_peak(runtime)
     if lengths:
         seconds = _run_case(runtime, _Case(shape, lengths, None).work(runtime, keep_busy=False))
@@ -218,14 +221,14 @@ def run_probe(runtime: Runtime, shape: MeasuredShape, lengths: tuple[int, ...]) 
 
 
 def _timed_sweeps(runtime: Runtime, cases: SequenceOf[_Case]) -> list[GroupSample]:
-    """A sample of every case, from several sweeps over all of them: its median run. (The quickest would be what a step
-    never takes.) What another process does to the machine for some seconds then hits each case once, and not one of
-    them every time, which would make its shape look dear and the others cheap."""
+    """A sample of every case: the median of several sweeps over all cases. (The minimum would be faster than real
+    steps.) With sweeps, a disturbance of some seconds hits every case once, instead of every run of a single case,
+    which would make its shape look expensive and the others cheap."""
     works = [case.work(runtime, keep_busy=True) for case in cases]
     times: list[list[float]] = [[] for _ in cases]
     spent_s = 0.0
-    for sweep in range(_MOST_SWEEPS):
-        if sweep >= _LEAST_SWEEPS and spent_s * (sweep + 1) / sweep > _BUDGET_S:
+    for sweep in range(_MAX_SWEEPS):
+        if sweep >= _MIN_SWEEPS and spent_s * (sweep + 1) / sweep > _BUDGET_S:
             break
         for work, found in zip(works, times, strict=True):
             seconds = _run_case(runtime, work)
@@ -243,7 +246,7 @@ def _timed_sweeps(runtime: Runtime, cases: SequenceOf[_Case]) -> list[GroupSampl
 
 
 def _run_case(runtime: Runtime, work: _Work) -> float:
-    """Seconds of the slowest rank that counts, from a barrier on; the same on every rank."""
+    """Seconds of the slowest rank that counts, from a barrier on; the same value on every rank."""
     comm.barrier(runtime.mesh.control_group)
     start_s = time.perf_counter()
     if work.microbatch is None and runtime.chunking is None:
@@ -256,7 +259,7 @@ def _run_case(runtime: Runtime, work: _Work) -> float:
 
 
 def _run_microbatch(runtime: Runtime, microbatch: RankMicrobatch | None) -> None:
-    """Forward and backward of made-up tokens under the run's memory policy. Of sampled chunks always the same ones."""
+    """Forward and backward of made-up tokens under the run's memory policy. Sampled chunks are always the same ones."""
 
     def read(spans: tuple[Span, ...]) -> TokenRows:
         ids = [np.full(span.num_tokens + 1, span.start_token % 7) for span in spans]
@@ -273,10 +276,10 @@ def design_plan(
     num_ranks: int, shape: MeasuredShape, lengths: tuple[int, ...], sharding: Sharding = Sharding.GATHER_ONCE, *,
     node_size: int | None = None, keep_busy: bool = False,
 ) -> StepPlan:
-    """As many equal groups side by side as fit, each with its own copy of the sequences. A group that fits within a
-    node (``node_size`` consecutive ranks; None: all) lies within one, others begin with a node. ``keep_busy``: the
-    left-over ranks have about as much work of their own. Where ranks share cores, idle ones would lend theirs to the
-    group, and shapes that leave ranks over would look cheap."""
+    """As many equal groups as fit side by side, each with its own copy of the sequences. A group that fits into a node
+    (``node_size`` consecutive ranks; None: all) stays within one; larger groups start at a node. ``keep_busy``: give
+    left-over ranks about as much work. Otherwise, where ranks share cores, idle ranks would leave theirs to the group,
+    and shapes with left-over ranks would look cheap."""
     groups = []
     sequences: list[Sequence] = []
     for first in first_ranks(num_ranks, shape.degree, num_ranks if node_size is None else min(node_size, num_ranks)):
@@ -303,15 +306,15 @@ def design_plan(
 
 
 def rank_share(lengths: tuple[int, ...], degree: int) -> tuple[int, ...]:
-    """Whole sequences for one rank with as much attention as each of ``degree`` ranks has of these, or a little more
-    work: as many of them over ``degree``, rounded up, and shorter where that is more than its part."""
+    """Whole sequences for one rank with as much attention as each of ``degree`` ranks has in a group of ``lengths``,
+    and at least as much other work: their number divided by ``degree``, rounded up, each made shorter to compensate."""
     num_own = -(-len(lengths) // degree)
     factor = math.sqrt(len(lengths) / (num_own * degree))
     return tuple(math.ceil(size * factor) for size in lengths[:num_own])
 
 
 def first_ranks(num_ranks: int, degree: int, node_size: int) -> tuple[int, ...]:
-    """Where groups of this degree begin that lie side by side."""
+    """First ranks of the groups of this degree that fit side by side."""
     if degree > node_size:
         return tuple(range(0, num_ranks - degree + 1, -(-degree // node_size) * node_size))
     nodes = range(0, num_ranks, node_size)
@@ -322,8 +325,8 @@ def first_ranks(num_ranks: int, degree: int, node_size: int) -> tuple[int, ...]:
 
 
 def _measure_empty_step(runtime: Runtime) -> tuple[float, int, int]:
-    """Seconds and peak bytes of a step without sequences (gather, reduce, optimizer at learning rate zero), and the
-    optimizer state of the rank that has most."""
+    """A step without sequences (gather, reduce, optimizer at learning rate zero): its seconds and peak bytes, and the
+    largest optimizer state of any rank."""
     design = design_plan(runtime.mesh.data_size, MeasuredShape(AttentionKind.LOCAL, 1), (), runtime.sharding)
     program = compile_rank_program(design, 0)
     times = []
@@ -345,8 +348,8 @@ def _no_rows(runtime: Runtime) -> ReadSpans:
 
 
 def _reset_peak(runtime: Runtime) -> None:
-    """Start a measurement of memory. On CPU the C library keeps freed memory for later: the resident set would still
-    show what the set before needed, so it is given back first (glibc; elsewhere peaks err on the high side)."""
+    """Start a memory measurement. On CPU the C library keeps freed memory, and the resident set would still include
+    what the previous case needed, so that memory is released first (glibc; elsewhere measured peaks are too high)."""
     if runtime.mesh.device.type == "cpu":
         give_back_freed_memory()
     runtime.peak.reset()

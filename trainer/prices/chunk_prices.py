@@ -1,9 +1,9 @@
-"""What chunks cost in this run, for plans that may choose them: the runtime's own chunks, timed and weighed.
+"""Measures what chunks cost in this run, for plans that may choose them, by running the runtime's own chunks.
 
-Microbatches of one sequence, of each rank alone and of all ranks together, run whole and in chunks of a few sizes.
-From the seconds beyond the whole ones come the further forward and the seconds a chunk; from the peaks beyond an empty
-microbatch's a line over the tokens of a chunk that none of them lies above. K/V and their gradients follow from the
-model. Only what is kept for less than recomputing leaves behind is worth measuring at all.
+Microbatches of one sequence, on each rank alone and on all ranks together, run whole and in chunks of a few sizes.
+Their extra seconds over whole microbatches give the cost of the second forward and the seconds per chunk. Their peaks
+over an empty microbatch give the lowest line over chunk tokens that lies on or above all of them. Bytes of K/V and
+their gradients follow from the model. Chunks are only measured if they keep fewer bytes than recompute does.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from trainer.step.chunks import layer_row_bytes
 from trainer.step.runtime import Runtime, run_empty_microbatch
 
 _PARTS = (2, 8)
-"""Chunks of a probe."""
+"""Into how many chunks the probes are cut."""
 _SWEEPS = 2
-_LEAST_AGAIN = 2 / 7
-"""So much of attention's seconds is its forward's, and a third of all else's: a fit to a few noisy seconds may say
-more, but not less."""
+_MIN_AGAIN = 2 / 7
+"""Smallest cost of the second forward, as a share of a microbatch's seconds. Forward takes 2/7 of attention's FLOP and
+a third of all others; a fit to a few noisy measurements may give more, but not less."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Probe:
-    """One way to run ``num_tokens`` a rank: seconds (the median) and peak bytes."""
+    """One way to run ``num_tokens`` per rank, with its seconds (the median) and peak bytes."""
 
     shape: MeasuredShape
     chunk_tokens: int
@@ -45,27 +45,27 @@ class _Probe:
 
 
 def resident_bytes(runtime: Runtime) -> float:
-    """K/V and dK/dV of a local token, all layers of this rank."""
+    """Bytes of K/V and dK/dV per local token, over all layers of this rank."""
     num_layers, kv_bytes, dkv_bytes = layer_row_bytes(runtime)
     return num_layers * (kv_bytes + dkv_bytes)
 
 
 def chunks_may_pay(runtime: Runtime, cost: CostModel, activation: ActivationFit) -> bool:
-    """Whether chunks keep less of a token than recomputing does, which is quicker."""
+    """Whether chunks keep fewer bytes per token than recompute, which is faster."""
     return resident_bytes(runtime) < cost.memory.bytes_per_token - activation.recompute_bytes_per_token
 
 
 def map_chunk_blocks(runtime: Runtime) -> None:
-    """In a run whose plans choose chunks, the resident set is to show what a chunk takes (see ``map_large_blocks``): a
-    heap that keeps what a whole microbatch needed before would be above every prediction."""
+    """Prepare a run whose plans may choose chunks, so that the resident set shows what a chunk needs (see
+    ``map_large_blocks``): a heap that keeps an earlier whole microbatch's memory would exceed every prediction."""
     if runtime.mesh.device.type == "cpu":
         map_large_blocks(fine=True)
         give_back_freed_memory()
 
 
 def measure_chunks(runtime: Runtime, cost: CostModel, limits: PlanLimits, *, num_tokens: int) -> ChunkFit:
-    """Prices of chunks from sequences of ``num_tokens`` a rank, which run whole as well. Collective; weights and
-    gradients stay as they are."""
+    """Prices of chunks, from sequences of ``num_tokens`` per rank, which must also fit as a whole. Collective; weights
+    and gradients do not change."""
     map_chunk_blocks(runtime)
     with sharded_step(runtime.model, runtime.sharding, lambda: run_empty_microbatch(runtime)):
         local = MeasuredShape(AttentionKind.LOCAL, 1)
@@ -91,7 +91,7 @@ def measure_chunks(runtime: Runtime, cost: CostModel, limits: PlanLimits, *, num
 
 
 def _shared_shapes(runtime: Runtime, cost: CostModel, limits: PlanLimits) -> tuple[MeasuredShape, ...]:
-    """All ranks in one group, of a kind whose queries move if there is one (they need more room)."""
+    """All ranks in one group, if possible of a kind that sends queries, because these need more memory."""
     degree = runtime.mesh.data_size
     kinds = sorted(
         (kind for kind in limits.kinds if degree > 1 and degree in cost.degrees(kind)),
@@ -101,19 +101,19 @@ def _shared_shapes(runtime: Runtime, cost: CostModel, limits: PlanLimits) -> tup
 
 
 def _probe(runtime: Runtime, shape: MeasuredShape, num_tokens: int, chunk_tokens: int) -> _Probe:
-    """``chunk_tokens`` 0: whole."""
+    """Run one probe. ``chunk_tokens`` 0: as a whole."""
     if chunk_tokens:
         runtime = dataclasses.replace(runtime, chunking=ChunkPolicy(chunk_tokens=chunk_tokens))
     lengths = (num_tokens * shape.degree,) if num_tokens else ()
     runs = [run_probe(runtime, shape, lengths) for _ in range(1 + _SWEEPS if num_tokens else 1)]
-    later = runs[1:] or runs  # the first one makes buffers
+    later = runs[1:] or runs  # the first run allocates buffers
     return _Probe(
         shape, chunk_tokens, statistics.median(seconds for seconds, _ in later), max(peak for _, peak in runs)
     )
 
 
 def _fit_seconds(probes: SequenceOf[_Probe], cost: CostModel, num_tokens: int) -> tuple[float, float]:
-    """The further forward as a share of a microbatch's own seconds, and seconds a chunk."""
+    """Cost of the second forward as a share of a microbatch's own seconds, and seconds per chunk."""
     whole_s = {probe.shape: probe.seconds for probe in probes if not probe.chunk_tokens}
     rows, extra_s = [], []
     for probe in probes:
@@ -121,18 +121,19 @@ def _fit_seconds(probes: SequenceOf[_Probe], cost: CostModel, num_tokens: int) -
             continue
         total = num_tokens * probe.shape.degree
         fit = cost.time_fit(probe.shape.kind, probe.shape.degree)
-        work_s = fit.s_per_token2 * total * total + fit.s_per_token * total
+        work_s = fit.marginal_s(num_tokens=total, num_tokens2=total * total, num_sequences=0)
         rows.append([work_s, num_tokens / probe.chunk_tokens + 1])
-        extra_s.append(max(0.0, probe.seconds - whole_s[probe.shape] - _LEAST_AGAIN * work_s))
+        extra_s.append(max(0.0, probe.seconds - whole_s[probe.shape] - _MIN_AGAIN * work_s))
     again, s_per_chunk = non_negative_fit(rows, extra_s, scales=[row[0] or 1.0 for row in rows])
-    return _LEAST_AGAIN + again, s_per_chunk
+    return _MIN_AGAIN + again, s_per_chunk
 
 
 def _fit_bytes(
     probes: SequenceOf[_Probe], least_slope: float, resident: float
 ) -> tuple[float, float, float]:
-    """Bytes of the chunk at work: fixed, per own token and per token of the whole group, the lowest upper line over the
-    ranks alone that is at least as steep as whole microbatches; the group's on top."""
+    """Bytes of the chunk being computed: fixed, per own token, and per token of the whole group. The first two are the
+    lowest line on or above all single-rank peaks that is at least as steep as for whole microbatches; the third is what
+    groups need in addition."""
     alone = [(probe.chunk_tokens, probe.peak_bytes - resident) for probe in probes if probe.shape.degree == 1]
     slopes = [
         (high - low) / (size - fewer)

@@ -1,4 +1,4 @@
-"""The cost model of a run: a file the user names, or this machine's own measurements, made once and cached."""
+"""The cost model of a run: from a file the user names, or measured on this machine once and cached."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from trainer.settings.tree import TrainConfig
 from trainer.step.runtime import Runtime
 
 RUN_COST = "cost.json"
-"""A run's own cost model, in its folder."""
+"""The run's own cost model, in its folder."""
 AUTO_MEASURED = (AttentionKind.ULYSSES, AttentionKind.RING)
 _FEW_RANKS = 8
 _USABLE_SHARE = 0.8
-"""Of a device's memory: the rest is for what no plan can see (fragmentation, other processes)."""
+"""Share of a device's memory that plans may use; the rest is for fragmentation, other processes and the like."""
 _AMPLE_SHARE = 0.5
-"""Of the budget: an estimate below it may be wrong by as much again."""
+"""Share of the budget. An estimate below it stays within the budget even if the true value is twice as large."""
 _STATE_BYTES = 20
-"""Of a parameter on one rank: fp32 weight as shard and gathered, gradient, AdamW's two moments."""
+"""Bytes per parameter on one rank: fp32 weight as shard and gathered, gradient, AdamW's two moments."""
 
 
 def make_limits(config: TrainConfig, runtime: Runtime, local_world_size: int) -> PlanLimits:
-    """What plans of this run may use. The same on every rank of a job with equal devices."""
+    """Limits for plans of this run. The same on every rank of a job with equal devices."""
     budget_bytes = own_budget_bytes(config, runtime.mesh.device, local_world_size)
     if config.plan.device_budget == "auto":
         lowest = torch.tensor([-budget_bytes], dtype=torch.float64)
@@ -48,15 +48,15 @@ def make_limits(config: TrainConfig, runtime: Runtime, local_world_size: int) ->
 
 
 def own_budget_bytes(config: TrainConfig, device: torch.device, local_world_size: int) -> int:
-    """What this rank's device may use."""
+    """Bytes that this rank's device may use."""
     if config.plan.device_budget == "auto":
         return int(_USABLE_SHARE * device_memory_bytes(device, local_world_size))
     return parse_bytes(config.plan.device_budget, what="--plan.device-budget")
 
 
 def memory_may_bind(config: TrainConfig, spec: ModelSpec, budget_bytes: int) -> bool:
-    """Whether a step that lies on one rank, everything kept, takes more than half of the budget: by the model's sizes,
-    before anything is measured. Where it does not, no plan turns on a predicted peak."""
+    """Whether all of a step's tokens on one rank, with everything kept, would need more than half of the budget,
+    estimated from the model's sizes before anything is measured. If not, no plan depends on a predicted peak."""
     element_bytes = 2 if config.run.dtype == "bf16" else 4
     layers, parallel = spec.num_layers, config.parallel
     held_bytes = layers * spec.saved_bytes_per_token(element_bytes) * most_rows(config) + _STATE_BYTES * spec.num_params
@@ -64,7 +64,7 @@ def memory_may_bind(config: TrainConfig, spec: ModelSpec, budget_bytes: int) -> 
 
 
 def device_memory_bytes(device: torch.device, local_world_size: int) -> int:
-    """Bytes this rank's device has: the GPU's, or an equal share of the host's memory for a CPU rank."""
+    """Memory of this rank's device: the GPU's, or for a CPU rank an equal share of the host's."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     for line in Path("/proc/meminfo").read_text().splitlines():
@@ -74,11 +74,11 @@ def device_memory_bytes(device: torch.device, local_world_size: int) -> int:
 
 
 def measured_shapes(config: TrainConfig, num_ranks: int, limits: PlanLimits) -> tuple[MeasuredShape, ...]:
-    """The shapes a run's planner may choose from: powers of two and all ranks, a given degree and the group left over
-    beside it, or every degree for planners that use any and few ranks.
+    """The shapes that a run's planner may choose from. Degrees are powers of two and all ranks; or a given degree and
+    the left-over ranks; or, with few ranks and a planner that uses any degree, every degree.
 
-    ``--attention auto`` measures ulysses and rings: on one node, where the first step should not wait long for it, they
-    are what the other kinds are made of. A cost model from a file may price all kinds.
+    ``--attention auto`` measures only ulysses and ring, to keep the first step's wait short: on one node the other
+    kinds are combinations of these. A cost model from a file may price all kinds.
     """
     degrees = {1 << power for power in range(1, num_ranks.bit_length()) if 1 << power <= num_ranks} | {num_ranks}
     if config.plan.strategy not in ("flexsp", "static") and num_ranks <= _FEW_RANKS:
@@ -99,9 +99,9 @@ def measured_shapes(config: TrainConfig, num_ranks: int, limits: PlanLimits) -> 
 def obtain_cost(
     config: TrainConfig, runtime: Runtime, limits: PlanLimits, cache_root: Path
 ) -> tuple[CostModel, str]:
-    """The run's cost model and one line saying where it is from. Collective; every rank gets rank 0's numbers.
+    """The run's cost model and one line for the log on its origin. Collective; every rank gets rank 0's numbers.
 
-    A resumed run takes the one it began with (``RUN_DIR/cost.json``): the same prices give the same plans.
+    A resumed run uses the cost model it began with (``RUN_DIR/cost.json``), because equal prices give equal plans.
     """
     if config.plan.cost != "auto":
         cost = load_run_cost(config)
@@ -137,14 +137,14 @@ def _shared(runtime: Runtime, payload: bytes | None) -> bytes:
 
 
 def _first_stored(places: list[Path], key: str) -> bytes:
-    """The first of these files that holds a cost model made under ``key``; empty where none does."""
+    """Content of the first of these files that holds a cost model made under ``key``; empty if none does."""
     for path in places:
         try:
             payload = path.read_bytes()
             if json.loads(payload)["key"] == key:
                 _decode(payload)
                 return payload
-        except (OSError, ValueError, KeyError, TypeError):  # absent, cut short or from another version: measure again
+        except (OSError, ValueError, KeyError, TypeError):  # absent, incomplete or from another version: measure again
             continue
     return b""
 
@@ -162,7 +162,7 @@ def _store(path: Path, payload: bytes) -> None:
 
 def _cost_key(config: TrainConfig, runtime: Runtime, shapes: tuple[MeasuredShape, ...], limits: PlanLimits) -> str:
     mesh, node_size = runtime.mesh, limits.node_size(runtime.mesh.data_size)
-    scarce = memory_may_bind(config, runtime.model.spec, limits.device_budget_bytes)  # memory is then mapped otherwise
+    scarce = memory_may_bind(config, runtime.model.spec, limits.device_budget_bytes)  # decides how memory is mapped
     device = torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else platform.processor()
     conditions = {
         "calibration": CALIBRATION_VERSION, "host": platform.node(), "device": device, "torch": torch.__version__,

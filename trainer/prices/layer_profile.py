@@ -1,4 +1,4 @@
-"""What one decoder layer saves for its backward and what each of its steps costs, measured on the layer itself."""
+"""What one decoder layer saves for its backward and how long each of its steps takes, measured on the layer itself."""
 
 from __future__ import annotations
 
@@ -26,12 +26,13 @@ _REPEATS = 3
 _LINK_PIECES = 4
 _LINK_PIECE_BYTES = 16 * MIB
 LINK_TIER_BYTES = _LINK_PIECES * _LINK_PIECE_BYTES
-"""What a tier must hold while its speed is measured: so much that the disk tier flushes it from the page cache."""
+"""Size of the tier in which its speed is measured: large enough that the disk tier flushes the page cache."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerProfile:
-    """Of one layer with ``num_tokens`` local tokens of one sequence on this rank. ``tensors``: by token-wise step."""
+    """One layer with ``num_tokens`` local tokens of one sequence on this rank. ``tensors``: one per token-wise step.
+    ``pair_bytes_per_token``: layer input and what attention saves. ``forward_s``: seconds of the layer's forward."""
 
     tensors: tuple[SavedTensor, ...]
     pair_bytes_per_token: float
@@ -43,8 +44,8 @@ LOCAL = MeasuredShape(AttentionKind.LOCAL, 1)
 
 
 def profile_layer(runtime: Runtime, *, num_tokens: int, shape: MeasuredShape = LOCAL) -> LayerProfile:
-    """Run the first layer of this stage forward under a tape, in groups of a shape that leaves no rank out.
-    Collective; weights and gradients stay as they are."""
+    """Run the forward of this stage's first layer under a tape, in groups of a shape that uses all ranks. Collective;
+    weights and gradients do not change."""
     plan = design_plan(runtime.mesh.data_size, shape, (num_tokens * shape.degree,))
     (microbatch,) = compile_rank_program(plan, runtime.mesh.data_rank).microbatches
     model, device = runtime.model, runtime.mesh.device
@@ -57,7 +58,7 @@ def profile_layer(runtime: Runtime, *, num_tokens: int, shape: MeasuredShape = L
         size = (num_tokens, model.spec.hidden_dim)
         hidden_TD = torch.randn(size, device=device, dtype=runtime.compute_dtype).requires_grad_()
         tape = _TimedTape(LayerTape(KEEP_ALL, None, layer.parameters(), num_tokens), device)
-        # not through the module's call: FSDP counts those, and this forward has no backward
+        # not through the module's __call__, which FSDP counts: this forward has no backward
         layer.forward(hidden_TD, rotary, bind_attention(runtime, microbatch), tape)
         tape.tape.finish()
         saved = tape.tape.saved_bytes()
@@ -76,7 +77,7 @@ def profile_layer(runtime: Runtime, *, num_tokens: int, shape: MeasuredShape = L
 
 
 def measure_link(runtime: Runtime, tier: Tier) -> tuple[float, float]:
-    """Bytes a second that this rank stores and loads while all ranks do the same. Collective."""
+    """Bytes per second that this rank stores and loads while all ranks do the same. Collective."""
     data = torch.ones(_LINK_PIECE_BYTES, dtype=torch.uint8, device=runtime.mesh.device)
     best = [float("inf"), float("inf")]
     for _ in range(_REPEATS):
@@ -85,11 +86,11 @@ def measure_link(runtime: Runtime, tier: Tier) -> tuple[float, float]:
         pieces = [tier.store(data) for _ in range(_LINK_PIECES)]
         for piece in pieces:
             piece.transfer.wait()
-        _settle(runtime.mesh.device)
+        _synchronize(runtime.mesh.device)
         stored_s = time.perf_counter()
         for piece in pieces:
             tier.load(piece, data).wait()
-        _settle(runtime.mesh.device)
+        _synchronize(runtime.mesh.device)
         best = [min(best[0], stored_s - began_s), min(best[1], time.perf_counter() - stored_s)]
         for piece in pieces:
             tier.release(piece)
@@ -97,7 +98,7 @@ def measure_link(runtime: Runtime, tier: Tier) -> tuple[float, float]:
 
 
 class _TimedTape:
-    """A tape that runs every step a few more times, for its seconds."""
+    """A tape that runs every step several times to measure its seconds."""
 
     def __init__(self, tape: LayerTape, device: torch.device) -> None:
         self.tape = tape
@@ -116,13 +117,13 @@ class _TimedTape:
         return self.tape.attention(function, q, k, v)
 
     def _time(self, work: Callable[[], Any]) -> float:
-        _settle(self._device)
+        _synchronize(self._device)
         began_s = time.perf_counter()
         work()
-        _settle(self._device)
+        _synchronize(self._device)
         return time.perf_counter() - began_s
 
 
-def _settle(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,4 +1,4 @@
-"""Single operations by size, all ranks at once: attention, linear, head exchange (all-to-all) and point-to-point."""
+"""Times single operations by size, on all ranks at once: attention, linear, all-to-all and point-to-point."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ _WIRE_BYTES = (4 * KIB, 64 * KIB, 1024 * KIB)
 
 
 def measure_operations(runtime: Runtime, *, max_length: int) -> tuple[SizeSample, ...]:
-    """A few seconds of measurements, the same samples on every rank (the slowest rank counts). Collective."""
+    """A few seconds of measurements. Every rank gets the same samples, which are those of the slowest rank.
+    Collective."""
     sizes = tuple(dict.fromkeys(max(16, max_length // share) for share in (32, 8, 2)))
     samples = [_linear(runtime, size) for size in sizes]
     samples += [_attention(runtime, size) for size in sizes]

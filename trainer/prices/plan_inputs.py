@@ -1,5 +1,5 @@
-"""What the planner of a run is given: limits from the settings, a cost model from a file. No torch, so that mistakes
-are found before any process starts."""
+"""Inputs of a run's planner: limits from the settings, a cost model from a file. Does not import torch, so that
+mistakes are found before any process starts."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from planner.errors import InfeasibleError, SpecError
 from planner.inputs.model import ModelSpec
 from planner.pages.policy_reasons import POLICY_STRATEGIES, chooses_none
 from planner.plan import AttentionKind, MemoryAction, Sharding, StepPlan
+from planner.pricing.problem import StepProblem
 from planner.schedules.exchange import attention_kinds
 from planner.step_planner import plan_step
 from trainer.data.training_data import TrainingData
@@ -23,8 +24,8 @@ from trainer.settings.tree import TrainConfig
 def plan_limits(
     config: TrainConfig, spec: ModelSpec, *, device_budget_bytes: int, devices_per_node: int | None = None
 ) -> PlanLimits:
-    """What plans of this run may use of each device and of the solver. ``devices_per_node``: data ranks of a node,
-    None for one node."""
+    """What plans of this run may use of each device and of the solver. ``devices_per_node``: number of data ranks per
+    node (None: there is only one node)."""
     return PlanLimits(
         device_budget_bytes=device_budget_bytes,
         max_ulysses_degree=spec.num_query_heads // config.parallel.tensor_parallel,
@@ -37,7 +38,7 @@ def plan_limits(
 
 
 def plans_policies(config: TrainConfig) -> bool:
-    """Whether this run's plans may choose memory policies, where memory is scarce and the cost model prices them."""
+    """Whether this run's plans may choose memory policies (if memory is scarce and the cost model prices them)."""
     return config.memory.policy == "auto" and config.plan.strategy in POLICY_STRATEGIES
 
 
@@ -47,8 +48,8 @@ def plans_chunks(config: TrainConfig) -> bool:
 
 
 def measures_policies(cost: CostModel) -> bool:
-    """Whether what the cost model does not say of swapping, recomputing and chunks may be measured in this run and
-    added: only where its bytes and seconds are a machine's own."""
+    """Whether this run may measure prices of swap, recompute and chunks and add them to a cost model without them: only
+    if the rest of the cost model was measured too."""
     return cost.activation is None and cost.provenance.source == "measured"
 
 
@@ -58,7 +59,7 @@ def with_policies(limits: PlanLimits, *, host_budget_bytes: int) -> PlanLimits:
 
 
 def load_run_cost(config: TrainConfig) -> CostModel:
-    """The cost model of ``plan.cost``, a file. Raises SpecError naming the file and what is wrong or does not serve."""
+    """The cost model in the file ``plan.cost``. Raises SpecError naming the file and what is wrong or does not fit."""
     cost = load_cost(config.plan.cost)
     parallel = config.parallel
     _check_cost(cost, f"--plan.cost {config.plan.cost}", Sharding(parallel.sharding), parallel.pipeline_parallel)
@@ -89,13 +90,12 @@ def _check_cost(cost: CostModel, where: str, sharding: Sharding, num_stages: int
 def require_longest_fits(
     config: TrainConfig, data: TrainingData, num_ranks: int, cost: CostModel, limits: PlanLimits
 ) -> StepPlan:
-    """The plan of the corpus's longest sequence alone. Raises InfeasibleError where it fits no group of ``num_ranks``
-    data ranks at all, with what would help, SpecError where the cost model does not price what the settings ask for."""
+    """The plan of the corpus's longest sequence alone. Raises InfeasibleError, with what would help, if no group of the
+    ``num_ranks`` data ranks can hold it; SpecError if the cost model does not price what the settings ask for."""
+    longest = int(data.samples.num_tokens.max())
+    problem = StepProblem(lengths=(longest,), num_ranks=num_ranks, cost=cost, limits=limits)
     try:
-        return plan_step(
-            [int(data.samples.num_tokens.max())], step=0, num_ranks=num_ranks, cost=cost, limits=limits,
-            strategy=config.plan.strategy, degree=config.plan.degree,
-        )
+        return plan_step(problem, step=0, strategy=config.plan.strategy, degree=config.plan.degree)
     except InfeasibleError as error:
         raise InfeasibleError(
             f"{error}{_what_helps(config, cost)}", binding=error.binding, needed_bytes=error.needed_bytes,
@@ -104,8 +104,8 @@ def require_longest_fits(
 
 
 def _what_helps(config: TrainConfig, cost: CostModel) -> str:
-    """Memory policies that this run could have and has not, as the end of a sentence. A cost model from a file holds
-    for the policy it was made with, so there only what the plan chooses can help."""
+    """Memory policies that would help and that this run does not use, as the end of a sentence. A cost model from a
+    file is valid only for the policy it was made with; with such a file only policies chosen by plans can help."""
     policy, strategy = config.memory.policy, config.plan.strategy
     chooses = strategy in POLICY_STRATEGIES
     can_choose = cost.activation is not None or measures_policies(cost)

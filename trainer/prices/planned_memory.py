@@ -1,19 +1,19 @@
-"""``--memory auto``: what the planner needs to choose a memory policy for each microbatch, and the tier to run it with.
+"""``--memory auto``: what the planner needs to choose a memory policy per microbatch, and the tier it swaps to.
 
-Nothing happens where memory cannot bind: where one device can hold all of a step, no plan gains by swapping. Else one
-layer is run under a tape and the link to the tier is timed, once for a machine and model (cached), and the planner gets
+If one device can hold all of a step, no plan gains from a policy and nothing is measured. Otherwise one layer runs
+under a tape and the link to the tier is timed, once per machine and model (cached). The planner gets:
 
-    swap bytes per token       what a layer saves, times the layers that are put away
-    recompute bytes per token  the same without layer input and attention's output, which are never computed again
-    recompute seconds          the token-wise steps whose outputs the backward needs
-    copy rate                  out of the device; where the way back is less than half as fast, twice that: a backward
-                               takes twice a forward
-    hidden share               the forwards of the layers that are put away, as a share of a microbatch's seconds
-    chunks                     (only for ``adaptive``) where they keep less of a token than recomputing does: see
+    swap bytes per token       what a layer saves, times the number of layers that are not kept whole
+    recompute bytes per token  the same without layer input and attention's output, which are never recomputed
+    recompute seconds          seconds of the token-wise steps whose outputs the backward needs
+    copy rate                  bytes per second from the device, or twice the rate back if that is lower: a backward
+                               takes twice as long as a forward
+    hidden share               the forwards of layers that are not kept whole, as a share of a microbatch's seconds
+    chunks                     only for ``adaptive``, and only if they keep fewer bytes per token than recompute: see
                                ``trainer.prices.chunk_prices``
 
-What one device may swap follows from the tier's room. Plans depend on all of these, so a resumed run takes those it
-began with (``RUN_DIR/memory.json``).
+The tier's capacity decides how much one device may swap. Plans depend on all of these values, so a resumed run uses
+those it began with (``RUN_DIR/memory.json``).
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ from planner.cost.model import KEEP, CostModel
 from planner.pages.policy_reasons import chooses_none
 from planner.pages.policy_words import policy_name
 from planner.plan import AttentionKind, StepPlan, digest_of
-from planner.pricing.simulate import price_microbatch, step_lengths
+from planner.pricing.microbatch import price_microbatch
+from planner.pricing.simulate import step_lengths
 from planner.strategies.search.memory_policy import swaps
 from planner.units import format_bytes, format_seconds
 from trainer.model.transformer import StageShard
@@ -56,14 +57,14 @@ from trainer.settings.tree import TrainConfig
 from trainer.step.runtime import Runtime
 
 _VERSION = 2
-"""Goes up with every change of what is measured: older stored results are then measured again."""
+"""Increase it with every change of what is measured; older stored results are then not used."""
 _ROOM_TO_SPARE = 1.02
-"""A tier's room over what plans may put there: places of unequal size do not fill it without gaps."""
+"""Tier bytes per byte that plans put there: places of unequal size leave gaps."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Measured:
-    """What plans depend on, as it is stored."""
+    """The measured values that plans depend on, as they are stored."""
 
     activation: ActivationFit
     host_budget_bytes: int
@@ -72,8 +73,8 @@ class _Measured:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Layer:
-    """What one layer saves for a token of a rank, by kinds of groups: the device counts on the least to be freed, the
-    tier has room for the most. ``alone``: the layer of a rank alone."""
+    """Bytes that one layer saves per token of a rank; they differ by kind of group. The device counts on the fewest
+    bytes to be freed, and the tier has room for the most. ``alone``: the layer in a group of one rank."""
 
     alone: LayerProfile
     least_bytes: float
@@ -82,15 +83,15 @@ class _Layer:
 
     @property
     def tier_bytes_per_byte(self) -> float:
-        """Bytes of the tier for a byte that a plan puts there."""
+        """Tier bytes to reserve per byte that a plan swaps."""
         return _ROOM_TO_SPARE * self.most_bytes / self.least_bytes
 
 
 def plan_memory(
     config: TrainConfig, runtime: Runtime, cost: CostModel, limits: PlanLimits, cache_root: Path, local_world_size: int
 ) -> tuple[ActivationMemory, CostModel, PlanLimits]:
-    """The run's memory, cost model and limits, with policies where plans may gain by them. Collective; all ranks get
-    the same. Raises the errors of tiers that have no room."""
+    """The run's memory, cost model and limits, with policies if plans may gain from them. Collective; the same on all
+    ranks. Raises the errors of tiers without enough space."""
     if not plans_policies(config):
         return _with_note(runtime.memory, _why_none_planned(config)), cost, limits
     reason = _why_keep(config, runtime, cost, limits)
@@ -129,7 +130,7 @@ def _with_prices(cost: CostModel, measured: _Measured, num_tokens: int, tier_nam
 
 
 def policy_note(plan: StepPlan, cost: CostModel, limits: PlanLimits) -> str:
-    """One line for the log: what was chosen for the longest sequence, of which ``plan`` is, and why: seconds, bytes."""
+    """One line for the log: the policy chosen for the longest sequence (``plan`` is its plan) and its prices."""
     fit = cost.activation
     assert fit is not None
     (microbatch,) = plan.microbatches
@@ -138,14 +139,14 @@ def policy_note(plan: StepPlan, cost: CostModel, limits: PlanLimits) -> str:
     chosen = policy_name(microbatch.memory)
     if not microbatch.memory.is_keep:
         chosen += (
-            f", {format_bytes(microbatch.peak_bytes)} a device instead of {format_bytes(kept.peak_bytes(cost))} "
+            f", {format_bytes(microbatch.peak_bytes)} per device instead of {format_bytes(kept.peak_bytes(cost))}, "
             f"for {format_seconds(microbatch.predicted_s - kept.seconds)} more"
         )
     return (
         f"memory: chosen by the plan; {format_bytes(budget)} hold {cost.max_local_tokens(budget):,} kept tokens; "
         f"the longest sequence ({plan.num_tokens:,}) on {len(microbatch.ranks)} of {plan.num_ranks} ranks: {chosen}; "
-        f"a token swapped frees {format_bytes(fit.swap_bytes_per_token)} (room for {format_bytes(host)}, "
-        f"{format_bytes(fit.copy_bytes_per_s)}/s), recomputed {format_bytes(fit.recompute_bytes_per_token)} "
+        f"swapping a token frees {format_bytes(fit.swap_bytes_per_token)} (room for {format_bytes(host)}, "
+        f"{format_bytes(fit.copy_bytes_per_s)}/s), recomputing it {format_bytes(fit.recompute_bytes_per_token)} "
         f"for {format_seconds(fit.recompute_s_per_token)}{_chunk_note(cost)}"
     )
 
@@ -153,42 +154,42 @@ def policy_note(plan: StepPlan, cost: CostModel, limits: PlanLimits) -> str:
 def _chunk_note(cost: CostModel) -> str:
     if cost.chunks is None:
         return ""
-    return f", in chunks all but {format_bytes(cost.chunks.resident_bytes_per_token)} of it for another forward"
+    return f", chunks all but {format_bytes(cost.chunks.resident_bytes_per_token)} of it for a second forward"
 
 
 def _with_note(memory: ActivationMemory, reason: str) -> ActivationMemory:
-    """With one line for the log where ``reason`` says why everything is kept."""
+    """``memory`` with a line for the log that says why everything is kept; unchanged if ``reason`` is empty."""
     return dataclasses.replace(memory, note=f"memory: all activations kept: {reason}") if reason else memory
 
 
 def _why_none_planned(config: TrainConfig) -> str:
-    """Why no plan of this run chooses policies, where they keep everything for it."""
+    """Why plans of this run do not choose policies; empty if the user set a policy that is not keep."""
     if config.memory.policy == "auto":
         return f"{chooses_none(config.plan.strategy)}; --memory recompute, swap or seco hold for a whole run"
     return "as --memory keep says" if config.memory.policy == "keep" else ""
 
 
 def _why_keep(config: TrainConfig, runtime: Runtime, cost: CostModel, limits: PlanLimits) -> str:
-    """Why plans keep everything; empty where they may choose."""
+    """Why plans keep everything; empty if they may choose."""
     most, budget = cost.device_bytes(most_rows(config) * cost.num_stages), limits.device_budget_bytes
     if most <= budget:
         return f"a whole step on one device would take {format_bytes(most)} of {format_bytes(budget)}"
     if _fewest_layers(runtime) <= RECOMPUTE_KEEPS_LAYERS:
         where = "the model has" if cost.num_stages == 1 else "a pipeline stage has"
-        return f"{where} one layer, and the last one stays"
+        return f"{where} one layer, and the last one is always kept"
     if cost.activation is None and not measures_policies(cost):
         return f"{config.plan.cost} does not price swapping and recomputing"
     return ""
 
 
 def _kept_layers(runtime: Runtime) -> int:
-    """Swapping needs one layer more that stays than recomputing; of two layers none would be left."""
+    """How many last layers are kept whole. Swap needs one more than recompute, which would leave none of two layers."""
     can_swap = _fewest_layers(runtime) > SWAP_KEEPS_LAYERS
     return SWAP_KEEPS_LAYERS if can_swap else RECOMPUTE_KEEPS_LAYERS
 
 
 def _stage_layers(runtime: Runtime) -> tuple[int, ...]:
-    """Layers of each pipeline stage."""
+    """Number of layers in each pipeline stage."""
     num_layers, num_stages = runtime.model.spec.num_layers, runtime.mesh.num_stages
     return tuple(len(StageShard(stage, num_stages).layers(num_layers)) for stage in range(num_stages))
 
@@ -198,8 +199,8 @@ def _fewest_layers(runtime: Runtime) -> int:
 
 
 def _profile(config: TrainConfig, runtime: Runtime, cost: CostModel, limits: PlanLimits) -> _Layer:
-    """Of ranks alone, and of an exchange of heads between all of them where plans may have one: attention then saves
-    its tensors in both layouts, but not those that are exchanged again where something is recomputed."""
+    """Measure a layer on single ranks and, if plans may use it, in a ulysses group of all ranks. There attention saves
+    its tensors in both layouts, except those that are exchanged again if something is recomputed."""
     num_tokens, degree = profile_tokens(config), runtime.mesh.data_size
     alone = profile_layer(runtime, num_tokens=num_tokens)
     whole, freed = [_saved_bytes(alone)], [_saved_bytes(alone) - alone.pair_bytes_per_token]
@@ -221,7 +222,7 @@ def _saved_bytes(profile: LayerProfile) -> float:
 def _capacity_bytes(
     config: TrainConfig, runtime: Runtime, layer: _Layer, tier_name: str, local_world_size: int
 ) -> int:
-    """Room of the tier: all that a step could put there, within what is free or set."""
+    """Size of the tier: all that a step could swap, but at most what is free or set."""
     if _kept_layers(runtime) < SWAP_KEEPS_LAYERS:
         return 0
     limit_bytes = tier_limit_bytes(config, runtime, tier_name, local_world_size)
@@ -234,7 +235,8 @@ def _stored_or_measured(
     config: TrainConfig, runtime: Runtime, cost: CostModel, limits: PlanLimits, layer: _Layer, tier_name: str,
     capacity_bytes: int, key: str, cached: Path,
 ) -> _Measured:
-    """Rank 0's numbers: those the run began with if it is resumed, else the cached fit and what the tier holds now."""
+    """Rank 0's numbers: those the run began with if it resumes, else the cached fit with the tier's current
+    capacity."""
     host_budget = max(0, int((capacity_bytes - padding_bytes(runtime)) / layer.tier_bytes_per_byte))
     found = None
     if runtime.mesh.rank == 0:
@@ -247,7 +249,7 @@ def _stored_or_measured(
         if activation is None:
             activation = _measure(config, runtime, cost, layer, tier_name)
             if plans_chunks(config) and cost.num_stages == 1 and chunks_may_pay(runtime, cost, activation):
-                # half of what one layer was measured with: as much as calibration has run whole on one rank
+                # half the tokens of the layer profile: calibration has run that many whole on one rank
                 chunks = measure_chunks(runtime, cost, limits, num_tokens=max(1, layer.alone.num_tokens // 2))
         found = _shared(runtime, _Measured(activation=activation, host_budget_bytes=host_budget, chunks=chunks))
         assert found is not None
@@ -255,7 +257,7 @@ def _stored_or_measured(
 
 
 def _key(config: TrainConfig, cost: CostModel, profile: LayerProfile, tier_name: str) -> str:
-    """Of all that the measurement depends on."""
+    """A hash of everything that the measurement depends on."""
     conditions = {
         "cost": cost.digest, "memory": to_plain(config.memory), "tier": tier_name, "tokens": profile.num_tokens,
         "disk": _disk_of(Path(config.run.dir)), "version": _VERSION, "chunks": plans_chunks(config),
@@ -272,7 +274,7 @@ def _write(path: Path, values: dict[str, object]) -> None:
 
 
 def _shared(runtime: Runtime, measured: _Measured | None) -> _Measured | None:
-    """Rank 0's, everywhere."""
+    """Rank 0's value, on every rank."""
     mesh = runtime.mesh
     payload = json.dumps(to_plain(measured)).encode() if mesh.rank == 0 else None
     answer = json.loads(comm.broadcast_bytes(payload, source=0, group=mesh.control_group))
@@ -282,9 +284,9 @@ def _shared(runtime: Runtime, measured: _Measured | None) -> _Measured | None:
 def _measure(
     config: TrainConfig, runtime: Runtime, cost: CostModel, layer: _Layer, tier_name: str
 ) -> ActivationFit:
-    """What is freed for a token is the least of all stages. With several, all but the last one put every layer away:
-    then more is copied and computed again than counts as freed (the layers in use are there for each microbatch in
-    flight, as if none of the others could use their room)."""
+    """Prices of swap and recompute. Bytes freed per token are the minimum over stages. With several stages, all but the
+    last one swap or recompute every layer, so more is copied and recomputed than counts as freed: each microbatch in
+    flight is charged for its layers in use as if no other microbatch could use their memory."""
     layers, profile = _fewest_layers(runtime) - _kept_layers(runtime), layer.alone
     num_busy = layers if cost.num_stages == 1 else max(_stage_layers(runtime))
     can_swap = _kept_layers(runtime) == SWAP_KEEPS_LAYERS
@@ -302,7 +304,7 @@ def _measure(
 
 
 def _read(path: Path, key: str) -> _Measured | None:
-    """What was stored under ``key``; None where the file is absent, cut short or of another version."""
+    """What was stored under ``key``; None if the file is absent, incomplete or of another version."""
     try:
         stored = json.loads(path.read_bytes())
         return from_plain(_Measured, stored["measured"], where=str(path)) if stored["key"] == key else None
@@ -311,7 +313,7 @@ def _read(path: Path, key: str) -> _Measured | None:
 
 
 def _disk_of(folder: Path) -> int:
-    """The number of the file system that a folder (which need not exist) is or will be on."""
+    """Number of the file system that holds, or will hold, a folder that need not exist yet."""
     folder = folder.resolve()
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent

@@ -1,4 +1,4 @@
-"""The run's memory policy and tier, made from its settings: ``--memory``, ``--swap-fraction``, ``--tier``."""
+"""Makes the run's memory policy and tier from its settings: ``--memory``, ``--swap-fraction``, ``--tier``."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from trainer.step.runtime import Runtime
 SWAP_FOLDER = "swap"
 """Folder of the disk tier's files in a run folder."""
 POLICY_FILE = "memory.json"
-"""The fractions a run began with, in its folder: a resumed run goes on with them."""
+"""The fractions a run began with, in its folder; a resumed run continues with them."""
 _PROFILE_TOKENS = 4096
 _BACKWARD_OVER_FORWARD = 2.0
 _CUDA_ROW_MULTIPLE = 128
@@ -35,20 +35,20 @@ _USABLE_DISK_SHARE = 0.9
 _PLACE_BYTES = 4 * KIB
 _PLACES_PER_LAYER = 32
 _FRACTION_STEPS = 32
-"""Fractions from measured speeds are rounded down to 1/32: finer is noise."""
+"""Fractions from measured speeds are rounded down to multiples of 1/32; finer differences are noise."""
 
 
 def make_memory(config: TrainConfig, runtime: Runtime, local_world_size: int) -> ActivationMemory:
-    """What happens to saved activations in this run. Collective; every rank gets the same fractions.
+    """The run's policy for saved activations, and its tier. Collective; every rank gets the same fractions.
 
-    Raises TierError or InfeasibleError where the tier has not enough room.
+    Raises TierError or InfeasibleError if the tier has too little space.
     """
     policy, device = config.memory.policy, runtime.mesh.device
     row_multiple = _CUDA_ROW_MULTIPLE if device.type == "cuda" else 1
     if policy == "recompute":
         return ActivationMemory(
             policy=dataclasses.replace(RECOMPUTE_ALL, row_multiple=row_multiple),
-            note="memory: activations recomputed but for layer inputs and attention outputs, which stay",
+            note="memory: activations recomputed, except layer inputs and attention outputs, which are kept",
         )
     if policy != "swap":
         return ActivationMemory(policy=dataclasses.replace(KEEP_ALL, row_multiple=row_multiple))
@@ -66,11 +66,11 @@ def make_memory(config: TrainConfig, runtime: Runtime, local_world_size: int) ->
     needed_bytes = _needed_bytes(config, runtime, profile, chosen)
     capacity_bytes = min(limit_bytes, needed_bytes) if config.memory.tier_budget == "auto" else limit_bytes
     tier, ledger = make_tier(config, runtime, tier_name, capacity_bytes)
-    note = f"memory: {tier_name} tier of {format_bytes(capacity_bytes)} a rank; {how}"
+    note = f"memory: {tier_name} tier of {format_bytes(capacity_bytes)} per rank; {how}"
     if capacity_bytes < needed_bytes:
-        note += f"; all of a step on one rank would need {format_bytes(needed_bytes)}"
+        note += f"; a whole step on one rank would need {format_bytes(needed_bytes)}"
     if runtime.model.stage.is_last and len(runtime.model.layers) <= chosen.num_kept_layers:
-        note += f"; the last {chosen.num_kept_layers} layers stay and there are no others: nothing is swapped"
+        note += f"; the last {chosen.num_kept_layers} layers are kept and there are no others: nothing is swapped"
     return ActivationMemory(
         policy=chosen, tier=tier, ledger=ledger, note=note,
         tier_bytes_per_token=_swapped_bytes_per_token(runtime, profile, chosen),
@@ -78,17 +78,17 @@ def make_memory(config: TrainConfig, runtime: Runtime, local_world_size: int) ->
 
 
 def tier_name_of(config: TrainConfig, device: torch.device) -> str:
-    """Where this run swaps to."""
+    """The name of the tier that this run swaps to."""
     return config.memory.tier or (HOST if device.type == "cuda" else DISK)
 
 
 def profile_tokens(config: TrainConfig) -> int:
-    """Local tokens that layers are measured with."""
+    """Number of local tokens with which layers are measured."""
     return min(config.data.max_length, _PROFILE_TOKENS)
 
 
 def link_bytes_per_s(config: TrainConfig, runtime: Runtime, tier_name: str) -> tuple[float, float]:
-    """Bytes a second out to a tier of this name and back, measured. Collective."""
+    """Measured bytes per second to a tier of this name and back. Collective."""
     probe, _ = make_tier(config, runtime, tier_name, LINK_TIER_BYTES)
     rates = measure_link(runtime, probe)
     probe.close()
@@ -98,7 +98,7 @@ def link_bytes_per_s(config: TrainConfig, runtime: Runtime, tier_name: str) -> t
 def _best_fractions(
     config: TrainConfig, runtime: Runtime, profile: LayerProfile, tier_name: str, limit_bytes: int, row_multiple: int
 ) -> tuple[ActivationPolicy, str]:
-    """The linear program on rank 0's measurements, or what the run began with if it is resumed."""
+    """The fractions of the linear program for rank 0's measurements, or those the run began with if it resumes."""
     mesh = runtime.mesh
     store_bytes_per_s, load_bytes_per_s = link_bytes_per_s(config, runtime, tier_name)
     answer = b""
@@ -109,12 +109,12 @@ def _best_fractions(
             num_kept_layers=2 if runtime.model.stage.is_last else 0, forward_s=profile.forward_s,
             backward_s=_BACKWARD_OVER_FORWARD * profile.forward_s, store_bytes_per_s=store_bytes_per_s,
             load_bytes_per_s=load_bytes_per_s,
-            # speeds are those of one sequence of num_tokens, room is needed for all a rank may hold
+            # speeds were measured with num_tokens, but the tier must hold all tokens that a rank may have
             tier_capacity_bytes=limit_bytes * profile.num_tokens / most_rows(config),
         )
         try:
             answer = _stored_or_solved(config, problem, row_multiple)
-        except InfeasibleError as error:  # every rank must end, not just this one
+        except InfeasibleError as error:  # every rank must raise it, not just this one
             answer = json.dumps({"infeasible": [str(error), error.needed_bytes, error.available_bytes]}).encode()
     found = json.loads(comm.broadcast_bytes(answer if mesh.rank == 0 else None, source=0, group=mesh.control_group))
     if "infeasible" in found:
@@ -132,7 +132,7 @@ def _stored_or_solved(config: TrainConfig, problem: SwapProblem, row_multiple: i
             if stored["key"] == key:
                 from_plain(ActivationPolicy, stored["policy"], where=str(path))
                 return json.dumps({**stored, "how": f"{stored['how']}, as the run began"}).encode()
-        except (OSError, ValueError, KeyError, TypeError):  # absent or of another version: measured again
+        except (OSError, ValueError, KeyError, TypeError):  # absent or of another version: solve again
             pass
     plan = solve_fractions(problem)
     shares = zip(problem.tensors, plan.swap_fractions, plan.keep_fractions, strict=True)
@@ -151,13 +151,13 @@ def _rounded_down(fraction: float) -> float:
 
 
 def most_rows(config: TrainConfig) -> int:
-    """Most tokens that one rank may hold at once: all of a step, or the longest sequence that calibration runs."""
+    """Most tokens that one rank may hold at once: a whole step, or the longest sequence that calibration runs."""
     return max(config.data.tokens_per_step, config.data.max_length, 256)
 
 
 def _needed_bytes(config: TrainConfig, runtime: Runtime, profile: LayerProfile, policy: ActivationPolicy) -> int:
-    """Bytes of the tier that ``most_rows`` tokens take, with what head exchanges add to the pair: attention's output
-    in both layouts and, where nothing is recomputed, q, k and v as they were exchanged (uneven heads: up to twice)."""
+    """Tier bytes for ``most_rows`` tokens. Head exchanges add to the pair: attention's output in both layouts and, if
+    nothing is recomputed, the exchanged q, k and v (with uneven heads, up to twice their size)."""
     spec, mesh = runtime.model.spec, runtime.mesh
     rows, swapped = most_rows(config), 0.0
     for tensor in profile.tensors:
@@ -171,7 +171,7 @@ def _needed_bytes(config: TrainConfig, runtime: Runtime, profile: LayerProfile, 
 
 
 def _swapped_bytes_per_token(runtime: Runtime, profile: LayerProfile, policy: ActivationPolicy) -> float:
-    """What a token that a rank runs alone leaves in the tier, all layers that swap together."""
+    """Bytes in the tier per token of a group of one rank, over all layers that swap."""
     layers = len(runtime.model.layers) - (policy.num_kept_layers if runtime.model.stage.is_last else 0)
     rows = profile.num_tokens
     swapped = sum(tensor.bytes_per_token * policy.split(tensor.name, rows)[0] / rows for tensor in profile.tensors)
@@ -179,12 +179,12 @@ def _swapped_bytes_per_token(runtime: Runtime, profile: LayerProfile, policy: Ac
 
 
 def padding_bytes(runtime: Runtime) -> int:
-    """Most bytes of a tier that its places' alignment wastes."""
+    """Most bytes of a tier that alignment can waste."""
     return len(runtime.model.layers) * _PLACES_PER_LAYER * _PLACE_BYTES * (runtime.mesh.num_stages + 1)
 
 
 def tier_limit_bytes(config: TrainConfig, runtime: Runtime, tier_name: str, local_world_size: int) -> int:
-    """Most bytes this rank's tier may take: as set, or a share of what is free now, the same on every rank."""
+    """Most bytes that this rank's tier may take: as set, or a share of what is free now, the same on every rank."""
     if config.memory.tier_budget != "auto":
         return int(parse_bytes(config.memory.tier_budget, what="--memory.tier-budget"))
     if tier_name == DISK:
@@ -209,7 +209,7 @@ def _swap_file(config: TrainConfig, runtime: Runtime) -> Path:
 def make_tier(
     config: TrainConfig, runtime: Runtime, tier_name: str, capacity_bytes: int
 ) -> tuple[Tier, MemoryLedger]:
-    """A tier of this size and the ledger it reserves in. Raises TierError and MemoryFullError."""
+    """A tier of this size and the ledger it reserves from. Raises TierError and MemoryFullError."""
     ledger = MemoryLedger({tier_name: capacity_bytes})
     if tier_name == DISK:
         return DiskTier(_swap_file(config, runtime), capacity_bytes, ledger, device=runtime.mesh.device), ledger

@@ -1,1 +1,1 @@
-"""What a run leaves behind: metrics, reports, progress lines."""
+"""What a run writes to its folder and its screen: metrics, reports, progress lines."""

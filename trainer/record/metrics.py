@@ -1,4 +1,4 @@
-"""What one step did, as one flat record, and the file that keeps one record a line."""
+"""The record of one step, and the file that holds one record per line."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from typing import Any, Self
 METRICS = "metrics.jsonl"
 """Name of the metrics file in a run folder."""
 PLANS = "plans.jsonl"
-"""Name of the file with every executed plan, one canonical JSON a line."""
+"""Name of the file with every executed plan, one canonical JSON per line."""
 SPANS = "spans.jsonl"
-"""Name of the file with the microbatch times of recorded steps, one step a line, see
+"""Name of the file with the microbatch times of recorded steps, one step per line; see
 ``planner.measured.step_times``."""
 LANES = "lanes.jsonl"
-"""Name of the file with layers and copies of activations over time, of a few steps, see
+"""Name of the file with the times of layers and of activation copies in a few steps; see
 ``planner.measured.copy_times``."""
 REFIT = "cost-refit.json"
-"""Name of the cost model refitted to the run's own steps, written when it ends: for the next run's ``--plan.cost``."""
+"""Name of the cost model that is fitted to the run's own steps when it ends, for the next run's ``--plan.cost``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,19 +28,19 @@ class StepReport:
     """Predicted and measured facts of one executed step; the field names are the keys of ``metrics.jsonl``.
 
     ``loss``: mean over the valid tokens of the step, nats. ``num_tokens``: all tokens of the step, all ranks.
-    ``measured_s``: wall seconds of the step. ``plan_s``: seconds the planner worked on this step's plan, beside
-    training; ``plan_wait_s``: seconds the step stood still for it. ``gap``: (predicted - bound) / predicted, 0 .. 1.
-    Of the step: ``gather_s`` and ``reduce_s``, the quickest rank's (it waited for nobody); ``compute_s`` and
-    ``exchange_wait_s``, means over ranks of the seconds inside microbatches at work and waiting for messages;
-    ``update_s``, clipping and optimizer. ``drift_ratio``: measured over predicted seconds of the microbatches, median
-    of the last steps, None before there are enough.
+    ``measured_s``: wall seconds of the step. ``plan_s``: seconds the planner worked on this step's plan, in parallel
+    with training; ``plan_wait_s``: seconds the step waited for it. ``gap``: (predicted - bound) / predicted, 0 .. 1.
+    ``gather_s``, ``reduce_s``: those of the quickest rank, which waited for no other. ``compute_s``,
+    ``exchange_wait_s``: seconds in microbatches spent computing and waiting for messages, means over ranks.
+    ``update_s``: clipping and optimizer. ``drift_ratio``: measured over predicted seconds of the microbatches, median
+    of the last steps; None until there are enough.
     ``idle_fraction``: share of rank-seconds spent waiting. ``imbalance``: slowest rank's busy time over the mean,
     minus 1. ``model_flops``: forward and backward, attention counted from the sum of squared document lengths.
-    ``mfu``: model_flops over what the devices could do in ``measured_s``; None where their peak is unknown.
-    ``host_peak_bytes``, ``predicted_host_bytes``: of one device's tier, where swapped activations are; measured with
-    the padding of their places.
-    ``gradients``: "exact", or in words what kind of estimate they (and the loss) are.
-    ``group_summary``: degrees of the attention groups, ``+`` inside a microbatch, ``|`` between: ``"4 | 2+1+1"``.
+    ``mfu``: model_flops over the devices' peak FLOP in ``measured_s``; None if that peak is not known.
+    ``host_peak_bytes``, ``predicted_host_bytes``: bytes of one device in the tier of swapped activations; the measured
+    ones include alignment padding.
+    ``gradients``: "exact", or a text that says how the gradients (and the loss) are estimated.
+    ``group_summary``: degrees of the attention groups, ``+`` within a microbatch, ``|`` between: ``"4 | 2+1+1"``.
     """
 
     step: int
@@ -80,10 +80,10 @@ class StepReport:
 
 
 class MetricsLog:
-    """``metrics.jsonl``: one JSON object a line, flushed after every step, each step at most once.
+    """``metrics.jsonl``: one JSON object per line, flushed after every step, each step at most once.
 
-    Opening for ``first_step`` drops the records of that step and later ones (an interrupted run wrote them and the
-    resumed run is about to repeat them) and a line cut short by a kill. Blocks on the disk; used by rank 0 only.
+    Opening it for ``first_step`` drops the records of that step and later ones, which a resumed run will repeat, and a
+    line cut short by a kill. Blocks on the disk; used by rank 0 only.
     """
 
     def __init__(self, path: Path, *, first_step: int = 0) -> None:
@@ -108,7 +108,7 @@ class MetricsLog:
 
 
 def json_line(record: dict[str, Any]) -> str:
-    """One line of strict JSON. Infinite and undefined numbers become null: JSON has no word for them."""
+    """One line of strict JSON. Infinite and undefined numbers become null, because JSON cannot express them."""
     finite = {
         key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()
     }
@@ -116,7 +116,7 @@ def json_line(record: dict[str, Any]) -> str:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics file in order; lines that are not whole records are left out."""
+    """The records of a metrics file in order; incomplete lines are skipped."""
     if not path.exists():
         return []
     records = (_parse(line) for line in path.read_text(encoding="utf-8", errors="replace").splitlines())
@@ -124,7 +124,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def keep_steps_before(path: Path, first_step: int) -> None:
-    """Rewrite ``path`` with only the whole records of steps below ``first_step``, unchanged, in one atomic replace."""
+    """Reduce ``path`` to the complete records of steps below ``first_step``, unchanged, in one atomic replacement."""
     if not path.exists():
         return
     kept = []

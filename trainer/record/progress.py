@@ -1,4 +1,4 @@
-"""What rank 0 shows while training: a live panel on a terminal, one aligned line a step anywhere else."""
+"""What rank 0 shows while training: a live panel on a terminal, elsewhere one aligned line per step."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from rich.text import Text
 from planner.units import format_bytes, format_count, format_seconds
 from trainer.record.metrics import StepReport
 
-_SPARKS = "".join(chr(0x2581 + level) for level in range(8))  # block characters, an eighth to a full cell
+_SPARKS = "".join(chr(0x2581 + level) for level in range(8))  # block characters from an eighth to a full cell
 _ASCII_SPARKS = "_.-~=+*#"
 _SPARK_WIDTH = 48
 _ETA_STEPS = 20
 
 
 class Progress:
-    """The display of one run. ``note`` prints a line that stays, ``step`` shows a report, ``close`` ends the panel.
+    """The display of one run. ``note`` prints a permanent line, ``step`` shows a report, ``close`` ends the panel.
 
-    ``is_terminal``: None asks ``stream``. ``every``: plain lines only; show every n-th step and always the last.
-    ``clock`` returns seconds and exists for tests.
+    ``is_terminal``: None asks ``stream``. ``every``: without a terminal, show every n-th step and always the last.
+    ``clock``: returns seconds; a parameter for tests.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Progress:
             self._live.start()
 
     def note(self, line: str) -> None:
-        """One line for people that stays on the screen or in the log."""
+        """Print a line that stays on the screen or in the log."""
         if self._live is not None:
             self._live.console.print(Text(line))
         else:
@@ -69,7 +69,7 @@ class Progress:
         """Show a finished step."""
         self._losses.append(report.loss)
         now_s = self._clock()
-        # Wall time between steps holds what measured_s leaves out (checkpoints, waiting), and the ETA needs it.
+        # The ETA needs wall time between steps, because measured_s does not include checkpoints and waiting.
         self._step_times_s.append(report.measured_s if self._last_time_s is None else now_s - self._last_time_s)
         self._last_time_s = now_s
         num_left = max(0, self._total_steps - report.step - 1)
@@ -84,13 +84,13 @@ class Progress:
             print(plain_line(report, total_steps=self._total_steps, eta_s=eta_s), file=self._stream, flush=True)
 
     def close(self) -> None:
-        """Leave the last panel on the screen and give the terminal back. Safe to call twice."""
+        """Leave the last panel on the screen and release the terminal. Safe to call twice."""
         if self._live is not None:
             self._live.stop()
 
 
 def plain_line(report: StepReport, *, total_steps: int, eta_s: float) -> str:
-    """One step as one line; columns keep their width from step to step. Steps count from 1 for people."""
+    """One step as one line, with columns of constant width. Steps are shown counted from 1."""
     width = len(str(total_steps))
     return "  ".join(
         (
@@ -111,7 +111,7 @@ def live_panel(
     report: StepReport, losses: Sequence[float] | deque[float], *, total_steps: int, eta_s: float, title: str,
     is_ascii: bool = False,
 ) -> RenderableType:
-    """The panel of a terminal: a bar, the loss curve, and predicted beside measured."""
+    """The panel for a terminal: a progress bar, the loss curve, and predicted and measured values."""
     head = Table.grid(expand=True, padding=(0, 2))
     head.add_column(no_wrap=True)
     head.add_column(ratio=1)
@@ -158,12 +158,12 @@ def _facts(report: StepReport) -> Table:
 
 
 def _error(report: StepReport) -> float:
-    """How far the prediction was off: above 0 it was too slow. 0 where nothing was measured."""
+    """Relative error of the prediction: positive if the step was faster than predicted; 0 if nothing was measured."""
     return report.predicted_s / report.measured_s - 1 if report.measured_s > 0 else 0.0
 
 
 def sparkline(values: Sequence[float] | deque[float], *, is_ascii: bool = False) -> str:
-    """One character a value, lowest to highest; a value that is not finite shows as ``?``."""
+    """One character per value, from lowest to highest; ``?`` for a value that is not finite."""
     levels = _ASCII_SPARKS if is_ascii else _SPARKS
     finite = [value for value in values if abs(value) < float("inf")]
     if not finite:

@@ -1,6 +1,6 @@
-"""Reads back what a run left in its folder: metrics, plans and measured times. No torch; never writes.
+"""Reads what a run left in its folder: metrics, plans and measured times. Imports no torch and writes nothing.
 
-The run may still be going on: a line that is cut short, or is not what its file holds, is left out.
+The run may still be going on, so lines that are incomplete or not valid are skipped.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from planner.plan import StepPlan, plan_from_json
 from planner.units import MIB
 from trainer.record.metrics import LANES, METRICS, PLANS, SPANS, read_metrics
 
-MOST_STEPS = 500
-"""Recorded steps compared in detail: the last ones. Enough for any figure, and a long run still answers at once."""
+MAX_STEPS = 500
+"""How many recorded steps are compared in detail: the last ones, so that a report of a long run is still quick."""
 _LAST_BYTES = 256 * MIB
-"""Of a file, where only its last steps are wanted: the plans of thousands of ranks over a long run are too many."""
-# Canonical JSON has sorted keys and no spaces; earlier versions left spaces in what a resumed run kept.
+"""How much of a file's end is read for its last steps: plans of thousands of ranks make very large files."""
+# Canonical JSON has sorted keys and no spaces; earlier versions kept spaces in a resumed run's lines.
 _STEP_OF_PLAN = re.compile(r'"step": ?(\d+), ?"strategy":')
 _COST_OF_PLAN = re.compile(r'"cost_digest": ?"([0-9a-f]+)"')
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunRecords:
-    """``metrics``: one record a step. ``executed``: plan and measured times of the recorded steps, ascending.
-    ``lanes``: layers and copies of those steps that have any, by step.
-    ``cost``: what the plans were made with, None where it is not in the folder any more. ``settings``: config.yaml."""
+    """``metrics``: one record per step. ``executed``: plan and measured times of the recorded steps, in order of steps.
+    ``lanes``: times of layers and copies, by step, for steps that have them. ``cost``: the cost model that the plans
+    were made with; None if the folder no longer has it. ``settings``: the contents of config.yaml."""
 
     folder: Path
     metrics: tuple[dict[str, Any], ...]
@@ -47,20 +47,20 @@ class RunRecords:
     settings: dict[str, Any]
 
     def setting(self, section: str, key: str) -> Any:
-        """A setting of the run, None where it is not known."""
+        """A setting of the run; None if it is not known."""
         found = self.settings.get(section)
         return found.get(key) if isinstance(found, dict) else None
 
 
 def read_run(folder: Path) -> RunRecords:
-    """Raises SpecError, one line, where ``folder`` is not a run's or holds no step yet."""
+    """Read a run folder. Raises SpecError, one line, if ``folder`` is not a run's or holds no step yet."""
     if not folder.is_dir():
         raise SpecError(f"{folder}: no such folder; give the --run-dir of a training run")
     if not (folder / METRICS).exists():
         raise SpecError(f"{folder}: no {METRICS} in it, so no training run wrote here; give the --run-dir of one")
     metrics = tuple(record for record in read_metrics(folder / METRICS) if _is_step(record))
     if not metrics:
-        raise SpecError(f"{folder}: {METRICS} holds no step yet; come back when the run has finished its first")
+        raise SpecError(f"{folder}: {METRICS} holds no step yet: wait until the run has finished its first step")
     executed = read_executed(folder)
     settings = _settings(folder / "config.yaml")
     digest = executed[-1][0].cost_digest if executed else _last_digest(folder / PLANS)
@@ -71,15 +71,15 @@ def read_run(folder: Path) -> RunRecords:
 
 
 def read_executed(folder: Path) -> tuple[Executed, ...]:
-    """The last MOST_STEPS recorded steps with their plans."""
+    """The last MAX_STEPS recorded steps with their plans."""
     measured = {step.step: step for step in _measured(folder / SPANS)}
-    wanted = sorted(measured)[-MOST_STEPS:]
+    wanted = sorted(measured)[-MAX_STEPS:]
     plans = _plans(_lines(folder / PLANS, last_bytes=_LAST_BYTES), set(wanted))
     return tuple((plans[step], measured[step]) for step in wanted if _fit(plans.get(step), measured[step]))
 
 
 def read_lanes(folder: Path, executed: SequenceOf[Executed]) -> dict[int, StepLanes]:
-    """Layers and copies of these steps, by step, as far as they are on disk and can be of their plans."""
+    """Times of layers and copies of these steps, by step, where the folder has them and they can belong to the plan."""
     num_ranks = {plan.step: plan.num_ranks for plan, _ in executed}
     found = {}
     for line in _lines(folder / LANES, last_bytes=_LAST_BYTES):
@@ -93,7 +93,7 @@ def read_lanes(folder: Path, executed: SequenceOf[Executed]) -> dict[int, StepLa
 
 
 def read_plans(folder: Path, steps: Collection[int]) -> dict[int, StepPlan]:
-    """The executed plans of these steps, as far as they are on disk. Reads the whole file."""
+    """The executed plans of these steps that are on disk. Reads the whole file."""
     return _plans(_lines(folder / PLANS), set(steps))
 
 
@@ -111,7 +111,7 @@ def _plans(lines: Iterator[str], wanted: set[int]) -> dict[int, StepPlan]:
 
 
 def _fit(plan: StepPlan | None, measured: MeasuredStep) -> bool:
-    """Whether these times can be of this plan."""
+    """Whether these times can belong to this plan."""
     if plan is None or len(measured.ranks) != plan.num_ranks:
         return False
     return all(
@@ -125,18 +125,18 @@ def _measured(path: Path) -> Iterator[MeasuredStep]:
     for line in _lines(path, last_bytes=_LAST_BYTES):
         try:
             yield measured_from_plain(json.loads(line))
-        except ValueError:  # json's error is one too
+        except ValueError:  # includes json.JSONDecodeError
             continue
 
 
 def _lines(path: Path, *, last_bytes: int | None = None) -> Iterator[str]:
-    """The file's lines, or those that lie whole in its last bytes."""
+    """The file's lines, or only those that lie completely in its last ``last_bytes``."""
     try:
         with path.open("rb") as file:
             skipped = 0 if last_bytes is None else path.stat().st_size - last_bytes
             if skipped > 0:
                 file.seek(skipped - 1)
-                file.readline()  # the rest of the line that the cut went through
+                file.readline()  # skip the rest of a line that the cut went through
             for line in file:
                 yield line.decode("utf-8", errors="replace")
     except FileNotFoundError:
@@ -164,7 +164,7 @@ def _last_digest(path: Path) -> str:
 
 
 def _cost(folder: Path, settings: dict[str, Any], digest: str) -> CostModel | None:
-    """The cost model with this digest: the run's own, that with the memory policies' prices, or the file that its
+    """The cost model with this digest: the run's own, the one with prices of memory policies, or the file that the
     settings name."""
     plan = settings.get("plan")
     named = plan.get("cost") if isinstance(plan, dict) else None

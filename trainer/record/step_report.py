@@ -1,4 +1,4 @@
-"""A step's plan and outcome as one flat record: predicted beside measured."""
+"""A step's plan and outcome as one flat record of predicted and measured values."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from memory.activations import ActivationMemory
 from planner.cost.model import CostModel
 from planner.inputs.model import ModelSpec
 from planner.plan import StepPlan
-from planner.pricing.simulate import price_microbatch, simulate, step_lengths
+from planner.pricing.microbatch import price_microbatch
+from planner.pricing.simulate import simulate, step_lengths
 from planner.schedules.layout import local_token_counts
 from trainer.record.metrics import StepReport
 from trainer.step.shared import StepOutcome
@@ -16,7 +17,7 @@ def make_report(
     plan: StepPlan, outcome: StepOutcome, *, lr: float, spec: ModelSpec, plan_wait_s: float, flop_per_s: float,
     drift_ratio: float | None, gradients: str = "exact", predicted_host_bytes: int = 0,
 ) -> StepReport:
-    """``flop_per_s``: what all devices of the job could do together; 0 if unknown (then no MFU)."""
+    """``flop_per_s``: peak of all devices of the job together; 0 if it is not known (then there is no MFU)."""
     lengths = [sequence.num_tokens for sequence in plan.sequences]
     model_flop = spec.model_flop(lengths)
     mean_busy_s = sum(outcome.busy_s) / len(outcome.busy_s)
@@ -60,19 +61,19 @@ def make_report(
 
 
 def predicted_host_bytes(plan: StepPlan, cost: CostModel, memory: ActivationMemory) -> int:
-    """Most bytes that one device of this plan has in its tier, by the plan's policies or, where it keeps all, the
-    run's: of as many microbatches of the largest size as a stage holds at most."""
+    """Most bytes that one device of this plan has in its tier, by the plan's policies, or by the run's if the plan
+    keeps everything. With stages, every microbatch in flight counts as the largest one."""
     if any(each.memory.swap_fraction > 0 for each in plan.microbatches):
         return max(simulate(plan, cost).rank_host_bytes)
     if not memory.tier_bytes_per_token:
-        return 0  # nothing is priced again in every step of a run without a tier
+        return 0  # saves pricing microbatches in every step of a run without a tier
     lengths = step_lengths(plan)
     fullest = max((max(price_microbatch(each, lengths, cost).rank_tokens) for each in plan.microbatches), default=0)
     return int(memory.tier_bytes_per_token * fullest) * plan.num_stages
 
 
 def num_executed_tokens(plan: StepPlan) -> int:
-    """Rows the ranks really run, over all microbatches."""
+    """Rows that the ranks actually run, over all microbatches."""
     lengths = [sequence.num_tokens for sequence in plan.sequences]
     groups = [group for microbatch in plan.microbatches for group in microbatch.groups]
     return sum(
@@ -82,5 +83,5 @@ def num_executed_tokens(plan: StepPlan) -> int:
 
 
 def group_summary(plan: StepPlan) -> str:
-    """Degrees of the attention groups in execution order: ``2+1`` inside a microbatch, ``|`` between microbatches."""
+    """Degrees of the attention groups in execution order: ``2+1`` within a microbatch, ``|`` between microbatches."""
     return " | ".join("+".join(str(group.degree) for group in microbatch.groups) for microbatch in plan.microbatches)

@@ -1,1 +1,1 @@
-"""The settings of a run: the tree, its checks, and how recipes and flags fill it."""
+"""The settings of a run: their tree, its checks, and how recipes and flags fill it."""

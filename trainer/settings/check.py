@@ -1,4 +1,4 @@
-"""Everything that can be wrong with the settings of a run, found before any process starts and said all at once."""
+"""Finds everything that is wrong with a run's settings before any process starts, and reports it all at once."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from trainer.settings.tree import TrainConfig, model_spec
 BUILT_POLICIES = ("auto", "keep", "recompute", "swap", "seco", "spaco")
 CHUNKED_POLICIES = ("seco", "spaco")
 KEPT_LAYERS = {"swap": 2, "recompute": 1}
-"""Last layers that keep their activations whatever the policy (``memory.policy``, which loads torch)."""
+"""Last layers that keep their activations under each policy: as in ``memory.policy``, which would import torch."""
 TIERS = ("host", "disk")
 
 _Range = tuple[str, Callable[[Any], bool], str]
 
 
 def check_config(config: TrainConfig) -> tuple[str, ...]:
-    """One line per problem; empty when the run may start. Reads the file system, never a device."""
+    """One line per problem; empty if the run may start. Reads the file system but uses no device."""
     found: list[str] = []
     checks = (
         _out_of_range, _not_built_yet, _wrong_memory, _wrong_chunks, _wrong_paths, _wrong_texts, _wrong_sizes,
@@ -131,11 +131,11 @@ def _wrong_memory(config: TrainConfig) -> Iterator[str]:
             "out"
         )
     if memory.static_plan and config.run.device == "cpu":
-        yield "memory.static_plan is for run.device cuda: the CPU's allocator is not ours to replace; leave it out"
+        yield "memory.static_plan is for run.device cuda: the CPU's allocator cannot be replaced; leave it out"
     if memory.static_plan and config.parallel.pipeline_parallel > 1:
         yield (
-            "memory.static_plan is not built yet for pipeline_parallel above 1: microbatches overlap there, and a plan "
-            "holds one; available: one stage"
+            "memory.static_plan is not built yet for pipeline_parallel above 1, where microbatches overlap; available: "
+            "one stage"
         )
 
 
@@ -145,15 +145,15 @@ def _tier_for_no_plan(config: TrainConfig) -> Iterator[str]:
     name = "memory.tier" if config.memory.tier is not None else "memory.tier_budget"
     if config.plan.strategy not in POLICY_STRATEGIES:
         yield (
-            f"{name}: nothing would go there, for {chooses_none(config.plan.strategy)}: leave it out, or add --memory "
-            "swap"
+            f"{name}: nothing would be swapped, because {chooses_none(config.plan.strategy)}: leave it out, or add "
+            "--memory swap"
         )
 
 
 def _wrong_paths(config: TrainConfig) -> Iterator[str]:
     path = config.data.path
     if path is not None and not set(path) & set("*?[") and not (path and _holds(path, Path.exists)):
-        yield f"data.path {path!r}: no such file or folder"  # what matches a pattern is found with the corpus
+        yield f"data.path {path!r}: no such file or folder"  # glob patterns are resolved with the corpus
     files = {"data.tokenizer": config.data.tokenizer, "plan.cost": config.plan.cost}
     for name, file in files.items():
         if file is not None and (name, file) != ("plan.cost", "auto") and not _holds(file, Path.is_file):
@@ -165,7 +165,7 @@ def _wrong_paths(config: TrainConfig) -> Iterator[str]:
 
 
 def _holds(path: str, test: Callable[[Path], bool]) -> bool:
-    """``test(path)``, False for names the file system refuses (too long, in a folder that may not be read)."""
+    """``test(path)``; False for names that the file system refuses (too long, or in an unreadable folder)."""
     try:
         return test(Path(path))
     except (OSError, ValueError):
@@ -221,13 +221,15 @@ def _wrong_model(config: TrainConfig) -> Iterator[str]:
         yield str(error)
         return
     if spec.num_experts > 1 or spec.learned_positions or not spec.gated_mlp:
-        yield f"model.preset ({spec.name}) is a shape to plan with: training builds dense gated decoders with RoPE"
+        yield (
+            f"model.preset ({spec.name}) can be planned but not trained: training builds dense gated decoders with RoPE"
+        )
     num_stages = config.parallel.pipeline_parallel
     kept = KEPT_LAYERS.get(config.memory.policy, 0)
     if num_stages == 1 and 1 <= spec.num_layers <= kept:
         yield (
-            f"memory.policy {config.memory.policy} needs at least {kept + 1} layers, for the last "
-            f"{'one stays' if kept == 1 else f'{kept} stay'} anyway; {spec.name} has {spec.num_layers}"
+            f"memory.policy {config.memory.policy} needs at least {kept + 1} layers, because the last "
+            f"{'one is' if kept == 1 else f'{kept} are'} always kept; {spec.name} has {spec.num_layers}"
         )
     if config.parallel.gradient_dtype == "bf16" and config.run.dtype != "bf16":
         yield f"parallel.gradient_dtype bf16 needs run.dtype bf16: with {config.run.dtype} all gradients are fp32"
@@ -256,13 +258,13 @@ def _wrong_model(config: TrainConfig) -> Iterator[str]:
 
 
 def _wrong_chunks(config: TrainConfig) -> Iterator[str]:
-    """Settings of chunked training: all there where it is asked for, none where it is not."""
+    """Settings of chunked training: complete where it is asked for, absent where it is not."""
     memory, policy = config.memory, config.memory.policy
     chunked, sampled = policy in CHUNKED_POLICIES, policy == "spaco"
     if chunked and memory.chunk_tokens is None:
-        yield f"memory.policy {policy} needs memory.chunk_tokens (--chunk-tokens N): tokens a rank has in one chunk"
+        yield f"memory.policy {policy} needs memory.chunk_tokens (--chunk-tokens N): tokens per rank in one chunk"
     if sampled and memory.sample_fraction is None:
-        yield "memory.policy spaco needs memory.sample_fraction (--sample-fraction F): share of the chunks to run back"
+        yield "memory.policy spaco needs memory.sample_fraction (--sample-fraction F): share of chunks to run backward"
     if memory.chunk_tokens is not None and not chunked:
         yield f"memory.chunk_tokens is for memory.policy seco and spaco, not {policy}"
     if memory.sample_fraction is not None and not sampled:
@@ -279,6 +281,6 @@ def _wrong_chunks(config: TrainConfig) -> Iterator[str]:
         yield "memory.chunk_budget is for one pipeline stage and sharding gather_once only: leave it out"
     if chunked and memory.tier is not None and config.parallel.pipeline_parallel > 1:
         yield (
-            f"memory.tier with memory.policy {policy} is not built yet for pipeline_parallel above 1: several "
-            "microbatches' K/V live at once there; available: one stage, or leave memory.tier out"
+            f"memory.tier with memory.policy {policy} is not built yet for pipeline_parallel above 1, where "
+            "K/V of several microbatches are live at once; available: one stage, or leave memory.tier out"
         )

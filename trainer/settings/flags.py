@@ -1,7 +1,7 @@
-"""Command-line flags of a tree of dataclasses: dotted names, short forms, one clear line for every mistake.
+"""Command-line flags for a tree of dataclasses: dotted names, short forms, and one clear line per mistake.
 
-tyro owns the schema's help and the short forms (``tyro.conf.arg(aliases=...)`` on a field). The values go through
-``planner.codec``, the same door as a YAML recipe, so a wrong value reads the same wherever it was written.
+tyro provides the help and the short forms (``tyro.conf.arg(aliases=...)`` on a field). Values are read by
+``planner.codec``, as those of a YAML recipe are, so a wrong value gives the same message wherever it was written.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _NOTHING = ("none", "null")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Option:
-    """One flag: where its value lives in the tree, and the type of that value."""
+    """One flag: the place of its value in the tree, and the type of that value."""
 
     section: str
     field: str
@@ -33,20 +33,21 @@ class Option:
 
     @property
     def kinds(self) -> tuple[Any, ...]:
-        """The members of a union such as ``int | None``, or the type alone."""
+        """The members of a union such as ``int | None``, or just the type."""
         return typing.get_args(self.kind) if type(None) in typing.get_args(self.kind) else (self.kind,)
 
 
 def short(flag: str) -> Any:
-    """Annotation that gives a field a short form beside its dotted name."""
+    """Annotation that gives a field a short flag in addition to its dotted name."""
     return tyro.conf.arg(aliases=(flag,))
 
 
 def apply_flags(config: T, arguments: Sequence[str]) -> T:
-    """A copy of ``config`` with the overrides in ``arguments``: ``--section.field value`` or ``=value``, or short.
+    """A copy of ``config`` with the overrides in ``arguments``: ``--section.field value`` or ``=value``, or short
+    flags.
 
-    Hyphens and underscores are the same; of a repeated flag the last one counts. Raises SpecError with one line per
-    mistake, all of them at once.
+    Hyphens and underscores are equivalent; the last of repeated flags counts. Raises SpecError with one line per
+    mistake, all at once.
     """
     options = _options(type(config))
     changes: dict[str, dict[str, Any]] = {}
@@ -66,7 +67,7 @@ def apply_flags(config: T, arguments: Sequence[str]) -> T:
 
 
 def print_help(config: Any, *, prog: str, description: str) -> None:
-    """All flags with their meaning and their value in ``config`` (the recipe's) as the default."""
+    """All flags with their meaning; the defaults shown are the values in ``config``, so those of the recipe."""
     try:
         tyro.cli(type(config), default=config, args=["--help"], prog=prog, description=description)
     except SystemExit:
@@ -91,7 +92,7 @@ def _extras(annotation: Any) -> tuple[Any, ...]:
 
 
 def _take(options: dict[str, Option], waiting: list[str]) -> tuple[Option, Any]:
-    """Remove the next flag and its value from ``waiting``. A wrong flag takes its value with it."""
+    """Remove the next flag and its value from ``waiting``, also if the flag is unknown."""
     word = waiting.pop(0)
     if not word.startswith("--"):
         raise SpecError(f"unexpected argument {word!r}: flags are --section.key value, and the recipe comes first")
@@ -122,7 +123,7 @@ def _without_no(name: str) -> str:
 
 
 def _nearest(name: str, options: dict[str, Option]) -> str:
-    """A suggestion over whole names first, then over the last part, so that a wrong section is found too."""
+    """A suggestion: compare whole names first, then only their last part, to find the flag in another section."""
     whole = difflib.get_close_matches(name, options, n=1)
     if whole:
         return f" (did you mean {whole[0]}?)"
@@ -136,7 +137,7 @@ def _last_part(flag: str) -> str:
 
 
 def _plain(option: Option, text: str) -> Any:
-    """The value a YAML reader would have given for this field: text stays text only where the field is text."""
+    """The value a YAML reader would give for this field: text stays text only if the field is text."""
     if type(None) in option.kinds and text.lower() in _NOTHING:
         return None
     if bool in option.kinds:

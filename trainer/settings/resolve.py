@@ -1,4 +1,4 @@
-"""Settings read from defaults, then a YAML recipe, then flags (flags win), and checked as a whole."""
+"""Reads settings from the defaults, then a YAML recipe, then flags (flags win), and checks the result as a whole."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DEFAULT_RECIPE = "laptop"
 
 
 def resolve_config(arguments: list[str], *, prog: str = "longhaul train") -> TrainConfig:
-    """Defaults, then the recipe (first positional argument, if any), then flags. Checked as a whole.
+    """The settings from defaults, recipe (the first positional argument, if any) and flags, checked as a whole.
 
     ``--help`` and ``--print-config`` print and raise SystemExit(0). Raises SpecError, one line per problem.
     """
@@ -39,7 +39,7 @@ def resolve_config(arguments: list[str], *, prog: str = "longhaul train") -> Tra
 
 
 def load_recipe(recipe: str) -> TrainConfig:
-    """A built-in recipe by name, or a YAML file. Raises SpecError naming the file and the key that is wrong."""
+    """A built-in recipe by name, or a YAML file. Raises SpecError naming the file and the wrong key."""
     built_in = _recipe_folder() / f"{recipe}.yaml"
     path = built_in if recipe in recipe_names() else Path(recipe)
     if recipe not in recipe_names() and not path.exists():
@@ -58,7 +58,7 @@ def recipe_names() -> tuple[str, ...]:
 
 
 def config_to_yaml(config: TrainConfig) -> str:
-    """The whole tree as YAML; a recipe file with this text gives the same config."""
+    """The whole tree as YAML; loading this text as a recipe gives the same config."""
     return str(yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True))
 
 

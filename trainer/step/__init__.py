@@ -1,1 +1,1 @@
-"""One training step: every microbatch of a plan, whole or in chunks, stage by stage."""
+"""One training step: every microbatch of a plan, whole or in chunks, on one stage or several."""

@@ -1,14 +1,14 @@
-"""Chunks where ranks may not just run their own number of them.
+"""Chunks where ranks cannot each run their own number of them.
 
-*Pipeline stages.* The forward of a microbatch takes its chunks in order through the stages: each stage stores K/V of
-what later chunks read, keeps what it got from the stage before, and hands its hidden states on; the last one runs only
-what must be stored. The backward takes the selected chunks in reverse: each stage runs a chunk again from the hidden
-states it kept, gets the gradient of what it had handed on, and sends that of what it kept. So between the two passes a
-stage holds one hidden state and the K/V of its layers for a token, and no chunk goes through the pipeline twice.
+*Pipeline stages.* The forward of a microbatch sends its chunks in order through the stages: each stage stores the K/V
+that later chunks read, keeps the hidden states it received, and sends its own to the next stage; the last stage runs
+only what must be stored. The backward takes the selected chunks in reverse order: each stage runs a chunk again from
+the hidden states it kept, receives the gradient of those it sent, and sends the gradient of those it kept. So between
+the two passes a stage holds per token one hidden state and the K/V of its layers.
 
-*Lockstep (``zero3``).* Every forward and backward gathers parameters over all ranks. Groups of a round therefore run
-slot by slot (``RankAction.slots``): all ranks agree on the most first passes and the most second passes that any of
-them has in the slot, and who has fewer runs empty ones.
+*Lockstep (``zero3``).* Every forward and backward gathers parameters over all ranks. The groups of a round therefore
+run slot by slot (``RankAction.slots``): for each slot, all ranks agree on the largest number of first passes and of
+second passes that any of them has, and ranks with fewer run empty ones.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from trainer.step.runtime import ReadSpans, Runtime
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """One chunk between its two passes on this stage. ``number``: of the piece in the microbatch, on all stages."""
+    """One chunk between its two passes on this stage. ``number``: its number in the microbatch, equal on all stages."""
 
     run: GroupRun
     index: int
@@ -40,8 +40,8 @@ class _Piece:
 
 
 class StagedChunks:
-    """One microbatch's chunks on one stage. ``link``: None for a stage cut off from its neighbours, which starts from
-    zeros and ends in ones."""
+    """One microbatch's chunks on one stage. ``link``: None to measure a stage without its neighbours; it then receives
+    zeros and takes gradients of one."""
 
     def __init__(
         self, runtime: Runtime, microbatch: RankMicrobatch, read_spans: ReadSpans, *, step: int, num_tokens: int,
@@ -55,7 +55,7 @@ class StagedChunks:
         self._kept: list[_Piece] = []
 
     def forward(self) -> None:
-        """All chunks, in order: receives, stores, sends."""
+        """The first pass of all chunks in order: receives, stores and sends."""
         number = 0
         for run in self._runs:
             selected = frozenset(run.selected)
@@ -69,8 +69,8 @@ class StagedChunks:
                 number += 1
 
     def backward(self) -> torch.Tensor:
-        """The selected chunks, from last to first. Returns the (weighted) sum of own tokens' losses; 0 on a stage that
-        is not the last."""
+        """The second pass of the selected chunks, last one first. Returns the (weighted) sum of own tokens' losses; 0
+        on a stage that is not the last."""
         total = torch.zeros((), dtype=torch.float64, device=self._runtime.mesh.device)
         while self._kept:
             piece = self._kept.pop()
@@ -105,8 +105,8 @@ def run_lockstep(
     runtime: Runtime, microbatch: RankMicrobatch | None, slots: SequenceOf[int | None], read_spans: ReadSpans, *,
     step: int, num_tokens: int, run_empty: Callable[[], None],
 ) -> torch.Tensor:
-    """One round of ``zero3``, this rank's part of it: a microbatch or none. Collective. ``run_empty``: forward and
-    backward of zero tokens. Returns this rank's (weighted) sum of token losses."""
+    """This rank's part of one round of ``zero3``: a microbatch or none. Collective. ``run_empty``: forward and backward
+    of zero tokens. Returns this rank's (weighted) sum of token losses."""
     total, has_run = torch.zeros((), dtype=torch.float64, device=runtime.mesh.device), False
     for slot in slots:
         run = None
@@ -128,7 +128,7 @@ def run_lockstep(
                 run_empty()
         if run is not None:
             run.close()
-    if not has_run:  # no sequence, or no chunk drawn anywhere: there must be gradients all the same
+    if not has_run:  # no sequence, or no chunk drawn on any rank: parameters need gradients nevertheless
         run_empty()
     return total
 
@@ -136,8 +136,8 @@ def run_lockstep(
 def run_chunked_alone(
     runtime: Runtime, microbatch: RankMicrobatch | None, read_spans: ReadSpans, run_empty: Callable[[], None]
 ) -> None:
-    """One microbatch (of one group) for measuring, under the run's policy; with ``zero3`` collective, and ranks
-    without one take part. Stages are cut off from their neighbours."""
+    """One microbatch (of one group) for measuring, under the run's chunk policy. With ``zero3`` it is collective, and
+    ranks without a microbatch take part. Pipeline stages run without their neighbours."""
     if runtime.sharding is Sharding.ZERO3:
         slots = (None if microbatch is None else 0,)
         run_lockstep(runtime, microbatch, slots, read_spans, step=0, num_tokens=1, run_empty=run_empty)

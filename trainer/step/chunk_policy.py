@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChunkPolicy:
-    """How a run trains in chunks. ``chunk_tokens``: most rows of a rank in one chunk. ``keep_rows``: rows of trailing
-    chunks whose activations stay instead of being made twice. ``sampler``: None for all chunks. ``offloads``: K/V of
-    earlier chunks and their dK/dV are in the run's tier."""
+    """How a run trains in chunks. ``chunk_tokens``: most rows of a rank in one chunk. ``keep_rows``: how many rows of
+    the last chunks keep their activations, so that these chunks run forward only once. ``sampler``: draws the chunks
+    that run backward; None for all. ``offloads``: K/V of earlier chunks and their dK/dV are in the run's tier."""
 
     chunk_tokens: int
     keep_rows: int = 0
@@ -25,17 +25,17 @@ class ChunkPolicy:
     offloads: bool = False
 
     def describe_gradients(self) -> str:
-        """What the gradients are, for logs and metrics."""
+        """How exact the gradients are, for logs and metrics."""
         return "exact" if self.sampler is None else self.sampler.describe()
 
     def steady(self) -> ChunkPolicy:
-        """The same work without chance, for measuring time and memory."""
+        """The same amount of work without randomness, for measuring time and memory."""
         sampler = None if self.sampler is None else replace(self.sampler, kind=Sampling.EVEN)
         return replace(self, sampler=sampler)
 
 
 def chunk_policy(config: TrainConfig, spec: ModelSpec) -> ChunkPolicy | None:
-    """The policy of a run's (checked) settings; None where it trains whole microbatches."""
+    """The policy of a run's (checked) settings; None if it trains on whole microbatches."""
     memory = config.memory
     if memory.chunk_tokens is None:
         return None
@@ -46,7 +46,7 @@ def chunk_policy(config: TrainConfig, spec: ModelSpec) -> ChunkPolicy | None:
         )
     element_bytes = 2 if config.run.dtype == "bf16" else 4
     saved_bytes = spec.saved_bytes_per_token(element_bytes)
-    if memory.mlp_chunk_tokens:  # of the MLP its input is saved: not the norm's output, gate, up and what they make
+    if memory.mlp_chunk_tokens:  # only the MLP's input is saved: not the norm's output, gate, up and their product
         saved_bytes -= (spec.hidden_dim + 4 * spec.ffn_dim) * element_bytes
     row_bytes = spec.num_layers * saved_bytes // config.parallel.tensor_parallel
     budget_bytes = parse_bytes(memory.chunk_budget, what="memory.chunk_budget")

@@ -1,12 +1,12 @@
 """One microbatch, chunk by chunk: SeCO (all chunks, exact) and SpaCO (a sample of them, an estimate).
 
-The function to read first is ``run_chunked``. Groups run one after the other in plan order, on all their ranks alike:
-a forward pass over the chunks that leaves K/V, then the selected chunks from last to first, each run again with its
-graph and straight back. Parameters were gathered before the step's first microbatch and gradients are summed after its
-last, so each chunk's backward just adds to ``.grad``.
+Read ``run_chunked`` first. Groups run one after the other in plan order, the same on all their ranks: first a forward
+pass over the chunks that stores K/V, then the selected chunks from last to first, each with a forward that builds its
+graph and then its backward. Parameters are gathered before the step's first microbatch and gradients are summed after
+its last, so each chunk's backward just adds to ``.grad``.
 
-A chunk's tokens are shared evenly by the group's ranks, whatever the plan's layout of a whole microbatch: queries may
-only meet keys of their own or an earlier chunk, and every rank should have work in every chunk.
+A chunk's tokens are divided evenly among the group's ranks, in token order, whatever layout the plan gives whole
+microbatches: queries see only keys of their own and earlier chunks, and every rank should have work in every chunk.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from trainer.step.runtime import ReadSpans, Runtime
 
 
 def resident_bytes_per_token(runtime: Runtime) -> float:
-    """K/V and fp32 dK/dV of a local token in chunked training that are in the memory whose peak is measured; 0 in whole
-    microbatches. On CPU the host tier is in that memory too."""
+    """Bytes of K/V and fp32 dK/dV per local token in the memory whose peak is measured, in chunked training; 0 if the
+    run does not train in chunks. On CPU the host tier is in that memory too."""
     if runtime.chunking is None:
         return 0.0
     num_layers, kv_bytes, dkv_bytes = layer_row_bytes(runtime)
@@ -44,7 +44,7 @@ def resident_bytes_per_token(runtime: Runtime) -> float:
 
 
 def layer_row_bytes(runtime: Runtime) -> tuple[int, float, float]:
-    """Layers of this rank, and bytes of a token's K/V and dK/dV in one of them."""
+    """Number of layers of this rank, and bytes of one token's K/V and of its dK/dV in one layer."""
     spec = runtime.model.spec
     elements = 2 * spec.num_kv_heads * spec.head_dim / runtime.mesh.tensor_size
     wide = torch.promote_types(runtime.compute_dtype, torch.float32)
@@ -54,11 +54,11 @@ def layer_row_bytes(runtime: Runtime) -> tuple[int, float, float]:
 def run_chunked(
     runtime: Runtime, microbatch: RankMicrobatch, read_spans: ReadSpans, *, step: int, num_tokens: int
 ) -> torch.Tensor:
-    """Forward and backward of one microbatch without pipeline stages; gradients of (sum of token losses / num_tokens)
-    are added to ``.grad``.
+    """Forward and backward of one microbatch without pipeline stages. Adds the gradients of (sum of token losses /
+    num_tokens) to ``.grad``.
 
-    Returns this rank's sum of token losses, float64; with a sampler an estimate of it, like the gradients, and the
-    same for the same (seed, step, plan).
+    Returns this rank's sum of token losses, float64. With a sampler it is an estimate, as the gradients are, and it is
+    the same for the same (seed, step, plan).
     """
     total = torch.zeros((), dtype=torch.float64, device=runtime.mesh.device)
     for group in microbatch.groups:
@@ -69,8 +69,8 @@ def run_chunked(
 
 
 def chunking_of(runtime: Runtime, microbatch: RankMicrobatch) -> ChunkPolicy | None:
-    """How a microbatch runs in chunks: as its plan says, else as the run does; None for whole. Whether gradients may
-    be estimates is the run's choice, never a plan's."""
+    """How a microbatch runs in chunks: by its plan, or else by the run's policy; None if it runs whole. Only the run
+    decides whether gradients may be estimates, never a plan."""
     planned = microbatch.memory.chunk_tokens
     if not planned:
         return runtime.chunking
@@ -78,8 +78,8 @@ def chunking_of(runtime: Runtime, microbatch: RankMicrobatch) -> ChunkPolicy | N
 
 
 class GroupRun:
-    """One group's chunks on one rank, from the first forward to the last backward. A microbatch that is to run whole
-    is a single chunk."""
+    """One group's chunks on one rank, from the first forward to the last backward. A microbatch that runs whole is a
+    single chunk."""
 
     def __init__(
         self, runtime: Runtime, microbatch: RankMicrobatch, group: GroupProgram, read_spans: ReadSpans, *, step: int,
@@ -92,7 +92,7 @@ class GroupRun:
         self._weights = self._draw(policy, (step, microbatch.index, group.sequences[0].sequence))
         selected = [weight.selected for weight in self._weights]
         self._schedule = schedule_chunks(self._chunks, selected, keep_rows=policy.keep_rows)
-        # with an exchange of heads a rank holds all tokens of some heads, else its own tokens of all heads
+        # ulysses ranks hold all tokens of some heads, other ranks their own tokens of all heads
         self._key_member = None if group.kind is AttentionKind.ULYSSES else group.group_index
         self._places, num_rows, num_carried = place_rows(self._chunks, self._schedule, member=self._key_member)
         tier = runtime.memory.tier if policy.offloads and num_rows else None
@@ -102,7 +102,7 @@ class GroupRun:
         )
 
     def run(self) -> torch.Tensor:
-        """The two passes. Returns the (weighted) sum of own tokens' losses."""
+        """Run both passes. Returns the (weighted) sum of own tokens' losses."""
         total = torch.zeros((), dtype=torch.float64, device=self._runtime.mesh.device)
         kept: dict[int, torch.Tensor] = {}
         for index in self._schedule.forward:
@@ -114,46 +114,46 @@ class GroupRun:
             loss = kept.pop(index) if index in kept else self._forward(self._chunks[index], stores=False)
             weight = self._weights[index].loss_weight
             total += loss.detach() * weight
-            with self._noting(index, "backward"):
+            with self._recorded(index, "backward"):
                 (loss * (weight / self._num_tokens)).backward()
         self.close()
         return total
 
     def close(self) -> None:
-        """After the last backward: what was stored is given up."""
+        """Free the stores; call it after the last backward."""
         self._store.close()
 
-    # ---- chunks one by one, for ``zero3`` and for pipeline stages: none is kept
+    # ---- chunks one by one, for ``zero3`` and for pipeline stages, where no chunk keeps its activations
 
     @property
     def stored(self) -> tuple[int, ...]:
-        """Chunks whose K/V later ones read, in order."""
+        """Chunks whose K/V later chunks read, in order."""
         return tuple(index for index, needed in enumerate(self._schedule.needed) if needed)
 
     @property
     def selected(self) -> tuple[int, ...]:
-        """Chunks that run backward, from last to first."""
+        """Chunks that run backward, last one first."""
         return self._schedule.backward
 
     def store(self, index: int) -> None:
-        """The first pass of one chunk: its K/V are stored."""
+        """The first pass of one chunk: store its K/V."""
         self._store_tail(self._chunks[index])
 
     def backward(self, index: int) -> torch.Tensor:
         """The second pass of one chunk. Returns the (weighted) sum of own tokens' losses."""
         loss, weight = self._forward(self._chunks[index], stores=False), self._weights[index].loss_weight
-        with self._noting(index, "backward"):
+        with self._recorded(index, "backward"):
             (loss * (weight / self._num_tokens)).backward()
         return loss.detach() * weight
 
     def num_rows(self, index: int) -> int:
-        """Own rows of what goes through the stages: the whole chunk where it runs backward, else its tail."""
+        """Own rows of the chunk in a first pass through the stages: all if it will run backward, else its tail."""
         return sum(span.num_tokens for span in self._own_spans(index))
 
     @torch.no_grad()
     def stage_forward(self, index: int, hidden_TD: torch.Tensor | None) -> torch.Tensor | None:
-        """The first pass of one chunk through this stage; ``hidden_TD`` ``[num_rows, D]`` from the stage before.
-        Returns what the next stage needs. The last stage only stores K/V, where any are wanted, and returns None."""
+        """The first pass of one chunk on this stage; ``hidden_TD`` ``[num_rows, D]`` comes from the previous stage.
+        Returns what the next stage needs. The last stage only stores K/V, if they are needed, and returns None."""
         chunk, needed = self._chunks[index], self._schedule.needed[index]
         if not self._runtime.model.stage.is_last:
             chunk = chunk if self._weights[index].selected else chunk.tail()
@@ -170,7 +170,7 @@ class GroupRun:
         return None
 
     def stage_again(self, index: int, hidden_TD: torch.Tensor | None) -> torch.Tensor:
-        """A selected chunk's forward through this stage with its graph: hidden states, or the sum of losses."""
+        """A selected chunk's forward on this stage with its graph: returns hidden states, or the sum of losses."""
         chunk = self._chunks[index]
         rows = self._read(chunk.members[self._group.group_index])
         attention = self._attention(chunk, stores=False, keys_only=False)
@@ -180,7 +180,7 @@ class GroupRun:
         return output
 
     def loss_weight(self, index: int) -> float:
-        """What the chunk's losses count in the (estimated) sum."""
+        """The factor of the chunk's losses in the (estimated) sum."""
         return self._weights[index].loss_weight
 
     def _own_spans(self, index: int) -> tuple[Span, ...]:
@@ -193,30 +193,30 @@ class GroupRun:
             return (EXACT,) * len(self._chunks)
         loss_tokens = [chunk.num_tokens for chunk in self._chunks]
         if policy.sampler.needs_loss_tokens:
-            # all ranks of the group must draw alike, so each counts the labels of all of the chunk
+            # all ranks of the group must draw the same chunks, so each counts the labels of the whole chunk
             loss_tokens = [int((self._read(chunk.spans).labels_T != IGNORE).sum()) for chunk in self._chunks]
         return policy.sampler.draw(loss_tokens, key)
 
     def _forward(self, chunk: Chunk, *, stores: bool) -> torch.Tensor:
-        """Sum of the chunk's own losses, with its graph. ``stores``: its K/V are stored if later chunks read them."""
+        """Sum of the chunk's own losses, with its graph. ``stores``: store its K/V if later chunks read them."""
         rows = self._read(chunk.members[self._group.group_index])
         attention = self._attention(chunk, stores=stores, keys_only=False)
-        with self._noting(chunk.index, "forward"):
+        with self._recorded(chunk.index, "forward"):
             loss: torch.Tensor = self._runtime.model(rows.tokens_T, rows.positions_T, rows.labels_T, attention)
         return loss
 
     @torch.no_grad()
     def _store_tail(self, chunk: Chunk) -> None:
-        """Run the document that goes on, as far as its K/V, and store them. No loss, no last MLP, no graph."""
+        """Run the chunk's last document as far as its K/V and store them. No loss, no last MLP, no graph."""
         tail = chunk.tail()
         rows = self._read(tail.members[self._group.group_index])
         attention = self._attention(tail, stores=True, keys_only=True)
-        with self._noting(chunk.index, "K/V"):
+        with self._recorded(chunk.index, "K/V"):
             self._runtime.model(rows.tokens_T, rows.positions_T, None, attention)
 
     @contextmanager
-    def _noting(self, index: int, what: str) -> Iterator[None]:
-        """This pass of a chunk in the run's timeline, where one is recorded."""
+    def _recorded(self, index: int, what: str) -> Iterator[None]:
+        """Record this pass of a chunk in the run's timeline, if times are recorded."""
         timeline = self._runtime.memory.recorder
         if timeline is not None:
             timeline.begin(f"chunk {index} {what}")
@@ -247,7 +247,7 @@ class GroupRun:
 def make_exchange(
     runtime: Runtime, group: GroupProgram, chunk: Chunk, num_query_heads: int, num_kv_heads: int
 ) -> ChunkExchange:
-    """How the group's ranks share one chunk. Heads are those of a tensor rank."""
+    """What the group's ranks exchange in one chunk. Head counts are those of one tensor rank."""
     if len(group.ranks) == 1:
         return NoExchange()
     rows = tuple(sum(span.num_tokens for span in spans) for spans in chunk.members)

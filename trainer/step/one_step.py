@@ -1,4 +1,4 @@
-"""One training step, executed exactly as planned. The function to read first is ``train_step``."""
+"""One training step, executed exactly as planned. Read ``train_step`` first."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ def train_step(
 ) -> StepOutcome:
     """Run this rank's program, sum the gradients, update. Collective.
 
-    ``num_tokens``: labelled tokens of the whole step, all ranks: the one divisor of the loss, so gradients do not
-    depend on how the step was planned. ``stop``: this rank wants to end after the step. ``places``: the plan's
-    ``microbatch_places`` where every rank's microbatch times are wanted, the same on all ranks. Raises NumericError on
-    all ranks, before the update, when loss or gradient norm is not finite.
+    ``num_tokens``: labelled tokens of the whole step on all ranks. It is the only divisor of the loss, so gradients do
+    not depend on the plan. ``stop``: this rank wants to stop after the step. ``places``: the plan's
+    ``microbatch_places`` if the microbatch times of all ranks are wanted; the same on all ranks. Raises NumericError on
+    all ranks, before the update, if the loss or the gradient norm is not finite.
     """
     start_s = time.perf_counter()
     runtime.peak.reset()
     runtime.memory.restart_peak()
     # 1. forward and backward of this rank's microbatches, gradients summed once at the end
     loss_sum, times = accumulate_gradients(runtime, program, read_spans, num_tokens=num_tokens)
-    # 2. one small sum tells every rank the loss, the gradient norm, who waited and who wants to stop
+    # 2. one small sum tells every rank the loss, the gradient norm, the times and whether a rank wants to stop
     shared = _share(runtime, loss_sum, runtime.optimizer.squared_norm(), stop, times, places)
     loss, grad_norm = shared.loss_sum / num_tokens, math.sqrt(shared.squared_norm)
     if not math.isfinite(loss) or not math.isfinite(grad_norm):
@@ -55,7 +55,7 @@ def train_step(
 
 
 def compile_stage_program(runtime: Runtime, plan: StepPlan) -> RankProgram:
-    """What this rank runs of the plan."""
+    """What this rank runs in this plan."""
     mesh = runtime.mesh
     return compile_rank_program(plan, mesh.data_rank, stage=mesh.stage, num_stages=mesh.num_stages)
 
@@ -65,7 +65,7 @@ def accumulate_gradients(
 ) -> tuple[float, RankStep]:
     """Gradients of (sum of token losses / num_tokens) over all ranks, in every parameter's ``.grad``.
 
-    Returns this rank's sum of token losses and where its time went.
+    Returns this rank's sum of token losses and its times.
     """
     clock = runtime.clock
     clock.restart()

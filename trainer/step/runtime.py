@@ -1,4 +1,4 @@
-"""What a step works with, and one microbatch bound to it."""
+"""The objects that a step uses, and how one microbatch is bound to them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ ReadSpans = Callable[[tuple[Span, ...]], TokenRows]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Runtime:
-    """What a step works with; made once in ``trainer.build``. ``chunking``: None for whole microbatches."""
+    """The objects that a step uses; made once in ``trainer.build``. ``chunking``: the run's chunk policy (None: whole
+    microbatches)."""
 
     mesh: RankMesh
     model: Decoder
@@ -49,7 +50,7 @@ def run_empty_microbatch(runtime: Runtime) -> None:
 
 
 def run_alone(runtime: Runtime, rows: TokenRows, attention: MicrobatchAttention) -> None:
-    """Forward and backward of this rank's stage, cut off from its neighbours: later stages start from zeros."""
+    """Forward and backward of this rank's stage without its neighbours; later stages start from zeros."""
     hidden_TD = None
     if not runtime.model.stage.is_first:
         shape = (len(rows.tokens_T), runtime.model.spec.hidden_dim)
@@ -71,7 +72,7 @@ def bind_attention(runtime: Runtime, microbatch: RankMicrobatch) -> MicrobatchAt
 
 
 def memory_policy(runtime: Runtime, microbatch: RankMicrobatch) -> ActivationPolicy:
-    """The plan's policy for this microbatch, or the run's where the plan just keeps."""
+    """The plan's policy for this microbatch, or the run's policy if the plan keeps everything."""
     planned = microbatch.memory
     if planned.is_keep:
         return runtime.memory.policy
@@ -83,8 +84,8 @@ def memory_policy(runtime: Runtime, microbatch: RankMicrobatch) -> ActivationPol
 
 
 def bind_memory(runtime: Runtime, policy: ActivationPolicy, num_rows: int) -> MicrobatchMemory:
-    """What becomes of the activations of one microbatch of ``num_rows`` local rows. Raises PlanError where the policy
-    swaps and the run has no tier."""
+    """Applies ``policy`` to the activations of one microbatch of ``num_rows`` local rows. Raises PlanError if the
+    policy swaps and the run has no tier."""
     if policy.swaps and runtime.memory.tier is None:
         raise PlanError("the plan swaps activations, but the run has no tier to swap to")
     stage = runtime.model.stage

@@ -1,4 +1,4 @@
-"""One sum over all ranks at the end of a step: losses, times, peaks, who wants to stop."""
+"""One sum over all ranks at the end of a step: losses, times, peaks, and whether a rank wants to stop."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from trainer.step.spans import NUM_TIMES, pack_times, unpack_times
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepOutcome:
-    """What a step did, the same on every rank. ``loss``: mean over all tokens of the step (nats).
+    """The result of a step, the same on every rank. ``loss``: mean over all tokens of the step (nats).
 
-    By data rank (tensor rank 0): ``busy_s``, seconds in microbatches without waiting for peers; ``span_s``, the same
-    with the waiting; ``gather_s`` and ``reduce_s``, before and after them, waiting for slower ranks included;
-    ``peak_bytes`` and ``tier_peak_bytes``. With pipeline stages: the stage with the most, ``busy_s`` their mean.
-    ``measured_s``: wall time seen by this rank; ``update_s``: what of it came after the reduction. ``ranks``: every
-    microbatch of every rank, where it was asked for; else empty.
+    By data rank (tensor rank 0): ``busy_s``, seconds in microbatches without waiting for peers; ``span_s``, with that
+    waiting; ``gather_s`` and ``reduce_s``, the seconds before and after them, including waiting for slower ranks;
+    ``peak_bytes`` and ``tier_peak_bytes``. With pipeline stages these are maxima over stages, and ``busy_s`` is their
+    mean. ``measured_s``: wall time on this rank; ``update_s``: the part of it after the reduction. ``ranks``: times of
+    every microbatch on every rank, if they were requested; else empty.
     """
 
     loss: float

@@ -1,11 +1,11 @@
 """How one step's microbatch times get from all ranks to ``RUN_DIR/spans.jsonl``, and how often.
 
-They ride on the one small sum that every step makes anyway: the plan tells every rank the same list of (microbatch,
-rank) pairs, each rank fills in its own rows and leaves the others zero. No extra collective, no file for each rank (a
-shared file system would have to create thousands), and steps that are not recorded send nothing more than before.
+They are part of the one small sum that every step makes anyway. The plan gives every rank the same list of
+(microbatch, rank) pairs; each rank fills in its own rows and leaves the others zero. This needs no extra collective and
+no file per rank (a shared file system would have to create thousands), and other steps send nothing extra.
 
-Where activations are swapped or recomputed, the times of layers and copies go to ``RUN_DIR/lanes.jsonl``: hundreds for
-a rank and step, so of fewer steps, in a gathering of their own after the step.
+Where activations are swapped or recomputed, the times of layers and copies go to ``RUN_DIR/lanes.jsonl``. These are
+hundreds per rank and step, so fewer steps are recorded, and they are gathered separately after the step.
 """
 
 from __future__ import annotations
@@ -25,33 +25,32 @@ from planner.measured.step_times import MicrobatchTime, RankStep
 
 NUM_TIMES = 5
 _RANK_STEPS = 50_000
-"""Ranks times recorded steps of a whole run where no interval is asked for: about 50 bytes for each microbatch of each,
-so some 20 MB with eight microbatches a rank."""
+"""Ranks times recorded steps in a whole run if no interval is set. Each microbatch takes about 50 bytes, so eight
+microbatches per rank make a file of about 20 MB."""
 _LANE_RANK_STEPS = 400
-"""The same for lanes: at most ``memory.timeline.MOST_INTERVALS`` of some 40 bytes for each, so 65 MB."""
-MOST_LANE_RANKS = 64
-"""Ranks whose lanes are kept: the first ones."""
+"""The same for lanes: each may have ``memory.timeline.MAX_INTERVALS`` of about 40 bytes, so at most 65 MB."""
+MAX_LANE_RANKS = 64
+"""How many data ranks have their lanes recorded, counted from rank 0."""
 
 
 def spans_interval(spans_every: int | None, *, num_steps: int, num_ranks: int) -> int:
-    """Steps between recorded ones; 0: none. ``spans_every`` None chooses the interval that keeps the file small."""
+    """Record every how many steps; 0: never. ``spans_every`` None chooses an interval that keeps the file small."""
     if spans_every is not None:
         return spans_every
     return max(1, -(-num_steps * num_ranks // _RANK_STEPS))
 
 
 def lanes_interval(spans_every: int | None, *, num_steps: int, num_ranks: int) -> int:
-    """Steps between those whose lanes are recorded, a multiple of ``spans_interval``; the same where that is asked
-    for."""
+    """Record lanes every how many steps: ``spans_every`` if it is set, else a multiple of ``spans_interval``."""
     every = spans_interval(spans_every, num_steps=num_steps, num_ranks=num_ranks)
     if spans_every is not None:
         return every
     num_recorded = -(-num_steps // every)
-    return every * max(1, -(-num_recorded * min(num_ranks, MOST_LANE_RANKS) // _LANE_RANK_STEPS))
+    return every * max(1, -(-num_recorded * min(num_ranks, MAX_LANE_RANKS) // _LANE_RANK_STEPS))
 
 
 def is_recorded(step: int, *, every: int, num_steps: int) -> bool:
-    """The last step of each interval, and of the run."""
+    """Whether ``step`` is the last of an interval, or of the run."""
     return every > 0 and ((step + 1) % every == 0 or step + 1 == num_steps)
 
 
@@ -88,10 +87,10 @@ def unpack_times(
 
 
 def gather_lanes(memory: ActivationMemory, mesh: RankMesh) -> list[dict[str, Any]]:
-    """What the step's timelines hold, of each recorded data rank its ``rank_to_plain``, on rank 0; empty elsewhere. For
-    all ranks to call, without pipeline stages."""
-    recorded = [  # tensor ranks do the same
-        mesh.shape.rank(stage=0, data_rank=rank, tensor_rank=0) for rank in range(min(mesh.data_size, MOST_LANE_RANKS))
+    """On rank 0, the ``rank_to_plain`` of every recorded data rank's timeline; empty on other ranks. Collective; not
+    with pipeline stages."""
+    recorded = [  # other tensor ranks have the same lanes
+        mesh.shape.rank(stage=0, data_rank=rank, tensor_rank=0) for rank in range(min(mesh.data_size, MAX_LANE_RANKS))
     ]
     mine = b""
     if mesh.rank in recorded:

@@ -1,4 +1,4 @@
-"""Forwards and backwards of one rank's stage, in the order of its program."""
+"""Runs the forwards and backwards of one rank's stage, in the order of its program."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from trainer.step.static_plan import begin_microbatch, microbatch_kind
 
 
 class StageRunner:
-    """Forwards and backwards of one stage; what a forward leaves waits here for its backward."""
+    """Runs forwards and backwards of one stage and keeps the results of forwards for their backwards."""
 
     def __init__(self, runtime: Runtime, program: RankProgram, read_spans: ReadSpans, num_tokens: int) -> None:
         self._runtime = runtime
         self._program = program
         self._read_spans = read_spans
         self._num_tokens = num_tokens
-        self._in_flight: dict[int, tuple[torch.Tensor | None, torch.Tensor]] = {}  # stage's input, output by place
+        self._in_flight: dict[int, tuple[torch.Tensor | None, torch.Tensor]] = {}  # (stage's input, output) by place
         self._in_chunks: dict[int, StagedChunks] = {}
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=runtime.mesh.device)
 
@@ -43,7 +43,7 @@ class StageRunner:
         rows, link, hidden_TD = self._read_spans(microbatch.spans), runtime.link, None
         if link is not None and not link.is_first:
             hidden_TD = link.receive_hidden(microbatch.index, self._shape(microbatch))
-            self._let_go_of_gradients(place, link)
+            self._release_arrived_gradients(place, link)
         attention = bind_attention(runtime, microbatch)
         memory = bind_memory(runtime, memory_policy(runtime, microbatch), microbatch.num_rows)
         output = runtime.model(rows.tokens_T, rows.positions_T, rows.labels_T, attention, hidden_TD, memory)
@@ -78,12 +78,12 @@ class StageRunner:
         self._runtime.clock.end()
 
     def in_lockstep(self, action: RankAction) -> bool:
-        """Whether the action's round runs group by group in step with all ranks (see ``trainer.step.chunk_orders``)."""
+        """Whether the action's round runs group by group in lockstep (see ``trainer.step.chunk_orders``)."""
         runtime = self._runtime
         return runtime.sharding is Sharding.ZERO3 and (runtime.chunking is not None or action.in_chunks)
 
     def lockstep(self, action: RankAction) -> None:
-        """Forward and backward of the round, with this rank's microbatch or with none."""
+        """Run the forward and backward of a round, with this rank's microbatch or with none."""
         runtime, program = self._runtime, self._program
         microbatch = None if action.place is None else program.microbatches[action.place]
         if microbatch is not None:
@@ -98,7 +98,7 @@ class StageRunner:
             runtime.clock.end()
 
     def _forward_in_chunks(self, place: int, microbatch: RankMicrobatch) -> None:
-        """Without pipeline stages both passes at once, for the backward comes next anyway."""
+        """Without pipeline stages this runs both passes, because the backward comes next anyway."""
         runtime, step, num_tokens = self._runtime, self._program.step, self._num_tokens
         if runtime.link is None:
             self.loss_sum.add_(run_chunked(runtime, microbatch, self._read_spans, step=step, num_tokens=num_tokens))
@@ -109,13 +109,14 @@ class StageRunner:
         chunks.forward()
         self._in_chunks[place] = chunks
         if not runtime.link.is_first:
-            self._let_go_of_gradients(place, runtime.link)
+            self._release_arrived_gradients(place, runtime.link)
 
-    def _let_go_of_gradients(self, place: int, link: StageLink) -> None:
-        """The stage before is past every backward that its limit of forwards in flight made it run first."""
-        settled = place - (link.num_stages - (link.stage - 1))
-        if settled >= 0:
-            link.gradient_has_arrived(self._program.microbatches[settled].index)
+    def _release_arrived_gradients(self, place: int, link: StageLink) -> None:
+        """Release gradients that the previous stage has used: its limit of forwards in flight made it run their
+        backwards before the forward whose hidden states just arrived."""
+        arrived = place - (link.num_stages - (link.stage - 1))
+        if arrived >= 0:
+            link.gradient_has_arrived(self._program.microbatches[arrived].index)
 
     def _begin_plan(self, place: int, microbatch: RankMicrobatch) -> None:
         runtime, arena = self._runtime, self._runtime.memory.arena

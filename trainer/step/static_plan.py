@@ -1,4 +1,4 @@
-"""Planned addresses in a training run: when the arena is made, and what makes two microbatches of one kind."""
+"""Planned addresses in a training run: when the arena is made, and which microbatches are of the same kind."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from trainer.settings.tree import TrainConfig
 
 
 def make_arena(config: TrainConfig, env: RankEnv) -> AddressArena | None:
-    """The arena where it is asked for. Must come before anything that starts CUDA, as choosing a device does.
+    """The arena, if the settings ask for one. Call it before anything that starts CUDA, as choosing a device does.
 
-    Raises SpecError where this device or machine cannot have it.
+    Raises SpecError if this device or machine cannot have an arena.
     """
     if not config.memory.static_plan:
         return None
@@ -34,16 +34,16 @@ def microbatch_kind(
     microbatch: RankMicrobatch, policy: ActivationPolicy, *, is_first: bool, loss_chunk_tokens: int, is_whole: bool,
     mlp_chunk_tokens: int = 0,
 ) -> Hashable:
-    """Equal for microbatches that ask for the same blocks up to the number of rows.
+    """A key, equal for microbatches whose memory requests are the same except for sizes that depend on the rows.
 
-    Where every group is local the number of attention calls says it; elsewhere the messages' sizes do not follow the
-    rows of this rank alone, nor do chunks (not ``is_whole``), and only equal layouts are of one kind. The first
-    microbatch of a step also makes the gradients.
+    If every group is local, the number of attention calls determines the requests. Otherwise, and in chunks (not
+    ``is_whole``), message sizes do not depend on this rank's rows alone, so only equal layouts are of one kind. The
+    first microbatch of a step is its own kind because it also allocates the gradients.
     """
     layout: Hashable = microbatch.groups, microbatch.moves
     if is_whole and microbatch.moves is None and all(g.kind is AttentionKind.LOCAL for g in microbatch.groups):
         layout = tuple(tuple(len(part.calls) for part in (*g.forward, *g.backward)) for g in microbatch.groups)
-        if len(microbatch.groups) > 1:  # rows of one group may grow while another's shrink
+        if len(microbatch.groups) > 1:  # one group's rows may grow while another's shrink
             layout = layout, tuple(group.rows for group in microbatch.groups)
     rows = microbatch.num_rows
     num_pieces = -(-rows // loss_chunk_tokens), -(-rows // mlp_chunk_tokens) if mlp_chunk_tokens else 1
@@ -51,5 +51,5 @@ def microbatch_kind(
 
 
 def begin_microbatch(arena: AddressArena, kind: Hashable, num_rows: int, device: torch.device) -> None:
-    """Requests of the current stream now belong to a microbatch of this kind."""
+    """Assign the current stream's requests to a microbatch of this kind from now on."""
     arena.begin(kind, num_rows, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0)

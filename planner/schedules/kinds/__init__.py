@@ -1,1 +1,1 @@
-"""One file per kind of attention, named after it, that holds all there is to it: its ``SCHEDULE``."""
+"""One file per kind of attention, named after it, with all of its code: its ``SCHEDULE``."""

@@ -1,8 +1,8 @@
-"""All-gather: everybody's K/V at once, everything in one round; partial gradients go straight home.
+"""All-gather: every rank receives all K/V in one round; partial gradients return directly to their owners.
 
-The fewest messages one after the other, so the quickest where sequences are short; but hardly anything of the transfer
-hides behind kernels, and a rank holds K/V of the whole group (of one layer at a time). Planners count only the tokens
-that a rank owns, so this kind is used only where it is asked for by name.
+It has the fewest messages in sequence, so it is fastest for short sequences. But kernels hide almost none of the
+transfer, and a rank holds K/V of the whole group (one layer at a time). Planners only count the tokens that a rank
+owns, so this kind is used only if it is requested by name.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def _head_degree(degree: int, inner_degree: int) -> int:
 
 
 def _price(setting: WireSetting, degree: int, inner_degree: int) -> WirePrice:
-    """Only the rank's own block hides anything: all of the transfer is charged, and what the pieces add to the
-    kernels."""
+    """Only attention over the rank's own block can overlap, so all of the transfer is charged, plus the extra kernel
+    time of working in pieces."""
     return WirePrice(
         s_per_token=setting.kv_passes * setting.direct_s_per_token(degree, degree * setting.kv_bytes)
         + setting.rounds_s(degree, 1),

@@ -1,13 +1,12 @@
 """Double ring (LoongTrain, arXiv 2406.18485): rings of ``inner_degree`` consecutive members inside a ring of rings.
 
-In cycle c the inner rings go around once with the blocks that came from c inner rings behind. The hop to the next inner
-ring is posted at the start of a cycle and arrives for the next one, so it hides behind a whole cycle; every rank has
-its own such hop, so all NICs of a node work. A block crosses each boundary between nodes once, not once for each rank
-behind it.
+In cycle c the inner rings pass around the blocks of the inner ring c places behind. The hop to the next inner ring is
+posted at the start of a cycle and arrives for the next one, so a whole cycle hides it. Every rank makes such a hop of
+its own, so all NICs of a node are used. A block crosses each boundary between nodes only once, not once per rank.
 
-Backward: blocks come the other way. In its own inner ring a block's gradient goes home with the block, as in a ring. In
-another one it gathers the parts of all members on its way around, and the last of them sends the sum straight to the
-owner; it arrives a cycle later.
+Backward: blocks move in the opposite direction. In its own inner ring a block's gradient travels with the block, as in
+a ring. In another inner ring the gradient sums up the parts of all members on its way around, and the last member sends
+the sum directly to the owner, where it arrives a cycle later.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from planner.schedules.wire_price import WirePrice, WireSetting
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """One rank's view of the rings: others are named by how many rings and how many places ahead they are."""
+    """One rank's view of the rings: other ranks are named by how many rings and places they are ahead."""
 
     ranks: tuple[int, ...]
     blocks: tuple[tuple[Span, ...], ...]
@@ -51,7 +50,7 @@ class _Place:
         return message(self.ranks[self.index(*peer)], self.blocks[self.index(*block)], lead)
 
     def hop(self, cycle: int, step: int, way: int) -> tuple[tuple[Transfer, ...], tuple[Transfer, ...]]:
-        """Receives and sends for one round. ``way``: the side that blocks come from, -1 behind, 1 ahead."""
+        """Receives and sends for one round. ``way``: where blocks come from, -1 from behind, 1 from ahead."""
         if step:
             return (
                 self.message((0, way), (way * cycle, way * step)),
@@ -72,9 +71,9 @@ class _Place:
     def backward_round(self, cycle: int, step: int) -> Round:
         receives, sends = self.hop(cycle, step, way=1)
         mine, block = self.blocks[self.group_index], self.blocks[self.index(cycle, step)]
-        passed_on = step > (1 if cycle == 0 else 0)  # the member before had a part of this block's gradient
+        passed_on = step > (1 if cycle == 0 else 0)  # the previous member computed a part of this block's gradient
         grad_receives = self.message((0, 1), (cycle, step)) if passed_on else ()
-        home = cycle - 1  # the cycle whose sums come home in this round
+        home = cycle - 1  # the cycle whose gradient sums arrive at their owners in this round
         if step == self.size - 1 and home >= 1:
             grad_receives += self.homecoming(home, lead=self.size)
         elif step == 0 and cycle == 1:
@@ -91,7 +90,7 @@ class _Place:
         )
 
     def homecoming(self, cycle: int, lead: int) -> tuple[Transfer, ...]:
-        """The own block's gradient from where it ended ``cycle``: the next place, so many rings behind."""
+        """Receives the own block's gradient from where it ended ``cycle``: the next place, this many rings behind."""
         if cycle == 0 and self.size == 1:
             return ()
         return self.message((-cycle, 1), (0, 0), lead)
@@ -109,7 +108,7 @@ def _write(group: AttentionGroup, lengths: SequenceOf[int], group_index: int) ->
 
 
 def _inner_degree(degree: int, limits: GroupLimits) -> int | None:
-    """Across nodes, the largest ring that fits evenly into node and group; in one node, both levels about equal."""
+    """Across nodes, the largest ring that divides node and group; within a node, both levels about equally large."""
     if degree < 2:
         return None
     if degree > limits.node_size:
@@ -122,8 +121,8 @@ def _head_degree(degree: int, inner_degree: int) -> int:
 
 
 def _price(setting: WireSetting, degree: int, inner_degree: int) -> WirePrice:
-    """Inner and outer hops one after the other: on one communicator they do not overlap each other. The last ring of
-    each node sends over the boundary, from all its ranks."""
+    """Inner and outer hops add up: on one communicator they do not overlap. The last ring of each node sends across the
+    node boundary, from all its ranks."""
     num_rings = degree // inner_degree
     outer_bytes_per_s = setting.boundary_bytes_per_s(inner_degree)
     if degree <= setting.ranks_per_node:

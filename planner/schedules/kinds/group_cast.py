@@ -1,10 +1,10 @@
-"""Group-cast: a K/V chunk goes only to the ranks whose queries need it, straight from its owner, and its gradient
-straight back.
+"""Group-cast: each K/V chunk goes only to the ranks whose queries need it, directly from its owner, and its gradient
+returns directly.
 
-Under a causal mask the ranks of a zigzag need all early chunks but only later ranks' queries need the late ones: a ring
-that shows every chunk to everyone wastes a quarter of its traffic. In round i rank r sends to the rank i places ahead
-and receives from the rank i places behind, so every rank has at most one message out and one in at any time. Nothing is
-passed on: no rank waits for a slow third one.
+Under a causal mask all ranks of a zigzag need the early chunks, but late chunks are needed only by queries of later
+ranks; a ring, which shows every chunk to every rank, wastes a quarter of its traffic. In round i rank r sends to the
+rank i places ahead and receives from the rank i places behind, so every rank sends at most one message and receives at
+most one at any time. Nothing is passed on, so no rank waits for a slow third one.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def _write(group: AttentionGroup, lengths: SequenceOf[int], group_index: int) ->
             tasks=span_tasks(mine, keys),
         )
         forward.append(walk)
-        last = (group_index + step - 1) % degree  # the rank that had this rank's spans one round ago
+        last = (group_index + step - 1) % degree  # the rank that held this rank's spans in the previous round
         backward.append(
             Round(
                 receives=walk.receives, sends=walk.sends, tasks=walk.tasks, grad_sends=walk.receives,
@@ -66,9 +66,8 @@ def _head_degree(degree: int, inner_degree: int) -> int:
 
 
 def _price(setting: WireSetting, degree: int, inner_degree: int) -> WirePrice:
-    """The busiest rank sets the pace: the one with the last chunk needs all keys, as in a ring. What is saved is load
-    on links that ranks share, which is not priced, and the boundary between nodes, which no single rank has to carry
-    everything over."""
+    """Priced by the busiest rank: the one with the last chunk needs all keys, as in a ring. The savings are less load
+    on shared links, which is not priced, and that no single rank must send everything across the node boundary."""
     return WirePrice(
         s_per_token=setting.beside_kernels(degree, 1, setting.direct_s_per_token(degree, degree * setting.kv_bytes)),
         fixed_s=setting.latency_s(degree, 2 * (degree - 1)),

@@ -1,4 +1,4 @@
-"""Local: one rank does everything, without a message."""
+"""Local: one rank computes everything, without messages."""
 
 from __future__ import annotations
 

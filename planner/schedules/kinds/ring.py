@@ -1,10 +1,10 @@
-"""Zigzag ring over any number of ranks: K/V blocks go around, every rank sees each of them once (Liu et al., arXiv
-2310.01889; the zigzag balances a causal mask).
+"""Zigzag ring over any number of ranks: K/V blocks go around so that every rank sees each of them once (Liu et al.,
+arXiv 2310.01889; the zigzag balances a causal mask).
 
-Forward, round i: the block of the rank i places behind arrives from the rank just behind. Backward: round 0 is the
-rank's own block (so the first message hides behind it); then blocks come the other way, from the rank just ahead, each
-carrying its dK/dV along, and reach their owner in the last round: degree - 1 hops each way, where a ring that keeps its
-direction needs degree hops for the gradients.
+Forward, round i: the block of the rank i places behind arrives from the rank directly behind. Backward: round 0 uses
+the rank's own block, so it hides the first message; then blocks arrive from the rank directly ahead, each with its
+dK/dV, which reach their owner in the last round. This takes degree - 1 hops in each direction; a ring that does not
+reverse needs degree hops for the gradients.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Rounds = tuple[Round, ...]
 def ring_rounds(
     ranks: SequenceOf[int], blocks: SequenceOf[tuple[Span, ...]], index: int
 ) -> tuple[Rounds, Rounds]:
-    """Forward and backward of the rank at place ``index`` of a ring of ``ranks``; ``blocks[i]``: spans of place i."""
+    """Forward and backward of the rank at position ``index`` in a ring of ``ranks``; ``blocks[i]``: spans of rank i."""
     degree = len(ranks)
     mine = blocks[index]
     behind, ahead = ranks[index - 1], ranks[(index + 1) % degree]

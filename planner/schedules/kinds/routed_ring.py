@@ -1,16 +1,16 @@
-"""Routed ring: a zigzag ring whose hops between nodes go over all NICs (Zeppelin's routing layer, arXiv 2509.21841).
+"""Routed ring: a zigzag ring whose hops between nodes use all NICs (Zeppelin's routing layer, arXiv 2509.21841).
 
-In a ring one rank of a node sends to the next node and the NICs of the others idle. Here a block that leaves a node is
-cut into as many pieces as the node has members: the last member *dispatches* them to all (in this role, proxies), each
-proxy *sends* its piece over its own NIC to the proxy at its place of the next node, and these *combine* them on that
-node's first member. That takes three rounds instead of one, but blocks follow each other in every round, so dispatch,
-send and combine of three successive blocks run at the same time, beside the hops inside the nodes.
+In a ring one rank of each node sends to the next node while the other NICs are idle. Here a block that leaves a node is
+cut into as many pieces as the node has members. The last member *dispatches* them to all members, called proxies; each
+proxy *sends* its piece over its own NIC to the proxy at the same place of the next node; and there the first member
+*combines* them. This takes three rounds instead of one. But blocks follow each other in every round, so dispatch, send
+and combine of three successive blocks run at the same time, in parallel with hops within nodes.
 
-A proxy holds a piece for one round and has no tasks on it. Who owns the block takes the piece from its own rows. Where
-a proxy is the sender or the receiver itself, its part skips a round and starts, or arrives, in time (``lead`` 2).
+A proxy holds a piece for one round and has no tasks on it. The block's owner takes a piece from its own rows. If a
+proxy is the sender or the receiver itself, its part skips a round and has ``lead`` 2.
 
-Backward: blocks come the other way and their gradients travel with them, by the same proxies. Where the owner is a
-proxy, what was gathered of its piece ends there, and the ranks that follow gather anew.
+Backward: blocks move in the opposite direction, and their gradients travel with them through the same proxies. If the
+owner is a proxy, the gradient of its piece ends there, and later ranks start a new sum.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Spans = tuple[Span, ...]
 @dataclass(frozen=True, slots=True)
 class _Leg:
     """One message from ``source``, posted in round ``leaves``, to ``target``, for round ``arrives``. ``has_kv``,
-    ``has_grad``: what of these spans it carries."""
+    ``has_grad``: whether it carries K/V or gradients of these spans."""
 
     source: int
     target: int
@@ -46,8 +46,8 @@ class _Leg:
 
 @dataclass(frozen=True, slots=True)
 class _Walk:
-    """The walk of all blocks around the ring. Members are named by their place in the direction of travel, which
-    the backward turns around: blocks always go to the next place. ``pieces[b]``: block b, cut for the proxies."""
+    """The walk of all blocks around the ring. Members are numbered in the direction of travel, which the backward
+    reverses: blocks always go to the next member. ``pieces[b]``: block b, cut for the proxies."""
 
     degree: int
     size: int
@@ -59,7 +59,7 @@ class _Walk:
         return 1 < self.size < self.degree
 
     def round_of(self, block: int, distance: int) -> int:
-        """When the member so many places after the block's owner has the block."""
+        """The round in which the member ``distance`` places after the block's owner has the block."""
         crossings = (block % self.size + distance) // self.size if self.is_routed else 0
         return distance + (ROUTED_ROUNDS - 1) * crossings
 
@@ -68,13 +68,13 @@ class _Walk:
         return 1 + max(self.round_of(block, self.degree - 1) for block in range(self.degree))
 
     def legs(self) -> Iterator[_Leg]:
-        """Every message of all members, in an order that both of its ends see."""
+        """Every message of all members, in an order that is the same for both ends."""
         for block in range(self.degree):
             for distance in range(self.degree if self.with_grads else self.degree - 1):
                 yield from self._hop(block, distance)
 
     def _hop(self, block: int, distance: int) -> Iterator[_Leg]:
-        """From the member ``distance`` places after the owner to the next one; the last hop brings gradients home."""
+        """From the member ``distance`` places after the owner to the next one; the last hop returns the gradients."""
         source, start = (block + distance) % self.degree, self.round_of(block, distance)
         target = (source + 1) % self.degree
         if not self.is_routed or target % self.size:
@@ -92,9 +92,9 @@ class _Walk:
             yield from self._route(block, stops, spans)
 
     def _route(self, block: int, stops: list[tuple[int, int]], spans: Spans) -> Iterator[_Leg]:
-        """From stop to stop (member, round). K/V go where they are still needed: for the tasks at the last stop, unless
-        the owner gives them from a later stop on, and as a place for gradients to be added to. Gradients go as far as
-        the owner, from where there are any."""
+        """From stop to stop (member, round). K/V are sent where they are still needed: for the tasks at the last stop,
+        unless a later stop is the owner, which has them; and at stops where gradients are added. Gradients are sent as
+        far as the owner, from where there are any."""
         owner = next((number for number, (member, _) in enumerate(stops) if number and member == block), None)
         carries = self.with_grads and stops[0][0] != block
         for number, ((source, leaves), (target, arrives)) in enumerate(zip(stops, stops[1:], strict=False), start=1):
@@ -105,8 +105,8 @@ class _Walk:
                 yield _Leg(source, target, leaves, arrives, spans, has_kv, has_grad)
 
     def rounds(self, group_ranks: SequenceOf[int], place: int, mine: Spans) -> tuple[Round, ...]:
-        """The rounds of the member at ``place``, which owns ``mine``; ``group_ranks`` in the direction of travel."""
-        num_rounds = self.num_rounds + (1 if self.with_grads and self.degree > 1 else 0)  # gradients come home
+        """The rounds of the member at ``place``, which owns ``mine``. ``group_ranks``: in the direction of travel."""
+        num_rounds = self.num_rounds + (1 if self.with_grads and self.degree > 1 else 0)  # gradients return to owners
         sends: list[list[Transfer]] = [[] for _ in range(num_rounds)]
         receives: list[list[Transfer]] = [[] for _ in range(num_rounds)]
         grad_sends: list[list[Transfer]] = [[] for _ in range(num_rounds)]
@@ -154,7 +154,7 @@ def _write(group: AttentionGroup, lengths: SequenceOf[int], group_index: int) ->
 
 
 def _inner_degree(degree: int, limits: GroupLimits) -> int | None:
-    """Members of a node: the most that fit evenly into node and group. In one node there is nothing to route."""
+    """Members per node: the most that divide node and group. Within one node there is nothing to route."""
     if degree < 2:
         return None
     return degree if degree <= limits.node_size else gcd(degree, limits.node_size)
@@ -165,9 +165,9 @@ def _head_degree(degree: int, inner_degree: int) -> int:
 
 
 def _price(setting: WireSetting, degree: int, inner_degree: int) -> WirePrice:
-    """All messages of a round are in one batch, so a round is as long as the longest of its stages: the hop inside the
-    node, with a proxy's piece on the same link, and dispatch, send and combine. In the rounds that a block takes longer
-    over its boundaries than in a plain ring, the NICs rest."""
+    """All messages of a round are one batch, so a round takes as long as its longest stage: the hop within the node,
+    with a proxy's piece on the same link, or dispatch, send and combine. NICs are idle in the extra rounds that a block
+    needs at boundaries, compared with a plain ring."""
     if not 1 < inner_degree < degree:
         return setting.ring(degree, 1)
     intra_s = 1 / setting.cluster.intra_node.bytes_per_s

@@ -1,4 +1,4 @@
-"""Ulysses (Jacobs et al., arXiv 2309.14509): trade heads for tokens, attend to everything, trade back."""
+"""Ulysses (Jacobs et al., arXiv 2309.14509): exchange heads for tokens, attend to all tokens, exchange back."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def _write(group: AttentionGroup, lengths: SequenceOf[int], group_index: int) ->
 
 
 def _inner_degree(degree: int, limits: GroupLimits) -> int | None:
-    """Every rank needs a query head."""
+    """Every rank needs at least one query head."""
     return 1 if 2 <= degree <= limits.num_heads else None
 
 

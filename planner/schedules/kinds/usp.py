@@ -1,8 +1,8 @@
 """USP (Fang and Zhao, arXiv 2405.07719): Ulysses inside, ring outside.
 
-Teams of ``inner_degree`` consecutive members trade heads; then each member, with its share of the heads, is in a ring
-with the members at its place in the other teams. A node's links carry the head exchange, and what goes from node to
-node goes over all NICs, each rank sending its own heads' part.
+Teams of ``inner_degree`` consecutive members exchange heads. Then each member, with its share of the heads, forms a
+ring with the members at the same place of the other teams. The head exchange stays on a node's links, and traffic
+between nodes uses all NICs, because each rank sends the part of its own heads.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def _write(group: AttentionGroup, lengths: SequenceOf[int], group_index: int) ->
 
 
 def _inner_degree(degree: int, limits: GroupLimits) -> int | None:
-    """Across nodes, the largest team that fits evenly into node and group; in one node, both levels about equal. Every
+    """Across nodes, the largest team that divides node and group; within a node, both levels about equally large. Every
     member of a team needs a query head."""
     if degree < 2:
         return None
@@ -40,10 +40,10 @@ def _head_degree(degree: int, inner_degree: int) -> int:
 
 
 def _price(setting: WireSetting, degree: int, inner_degree: int) -> WirePrice:
-    trade, ring = setting.head_exchange(inner_degree, degree), setting.ring(degree // inner_degree, inner_degree)
+    heads, ring = setting.head_exchange(inner_degree, degree), setting.ring(degree // inner_degree, inner_degree)
     return WirePrice(
-        s_per_token=trade.s_per_token + ring.s_per_token, fixed_s=trade.fixed_s + ring.fixed_s,
-        attention_factor=trade.attention_factor,
+        s_per_token=heads.s_per_token + ring.s_per_token, fixed_s=heads.fixed_s + ring.fixed_s,
+        attention_factor=heads.attention_factor,
     )
 
 

@@ -1,15 +1,16 @@
-"""One step as a stack of groups over a line of ranks: from a target time to a legal schedule, in milliseconds.
+"""One step as groups over a line of ranks: from a target time to a legal schedule, in milliseconds.
 
-A rank's microbatches pile up without waiting for anybody outside them: what is built here is what
+A rank works off its microbatches without waiting for anybody outside them: what is built here is what
 ``planner.pricing.simulate`` plays. Sequences that need several ranks come first, the largest groups first; all others
-go to single ranks. Two ways:
+run on single ranks. Two ways:
 
 - *spread* (time is scarce): a shared sequence joins the fullest group of its shape that still ends within the target,
   else opens a group where the fewest rank seconds are lost waiting. Groups whose ranks are left with less time than a
-  microbatch is worth are topped up. Single sequences go longest first to the rank that ends first (Graham's LPT).
-- *packed* (memory is scarce, so microbatches and their fixed times count): groups are packed first and filled up with
-  shorter sequences where that costs less than the memory's share of a fixed time, then placed whole; single sequences
-  fill rank after rank (``adaptive_fill``), so that neither its time nor its memory is left over.
+  microbatch of their own is worth take single sequences in.
+- *packed* (memory is scarce, so microbatches and their fixed times count): groups are packed first, then placed whole.
+
+Single sequences go longest first to the rank that ends first (Graham's LPT rule); then ranks exchange some
+(``planner.strategies.adaptive.balance``).
 """
 
 from __future__ import annotations
@@ -20,14 +21,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from planner.strategies.adaptive.balance import balance_ranks
-from planner.strategies.adaptive.fill import fill_groups, fill_ranks, pack_groups
 from planner.strategies.adaptive.workshop import Batch, Pool, Workshop, fullest_with_room
 from planner.strategies.search.bounds import cheapest_columns
 from planner.strategies.search.shapes import FloatArray
-
-SLACK = 1 + 1e-9
-MAX_PEEKS = 6
-MAX_FALLBACK_SHAPES = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,116 +34,85 @@ class Draft:
     makespan_s: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Target:
-    """What a build aims at. ``makespan_s``: when all should end. ``alone_s``: a sequence's shape is the cheapest that
-    runs it alone in this time. ``memory_weight``: how fixed times are shared out when shapes are compared (see
-    ``planner.strategies.search.bounds``). ``packed``: which of the two ways."""
-
-    makespan_s: float
-    alone_s: float
-    memory_weight: float
-    packed: bool
-
-
-def build_draft(shop: Workshop, target: Target) -> Draft:
-    """Schedule all rows of the workshop."""
-    return _Builder(shop, target).run()
+def build_draft(shop: Workshop, target_s: float, *, packed: bool, alone_s: float | None = None) -> Draft:
+    """Schedule all rows of the workshop so that they end by ``target_s``, as far as that is possible, in one of the two
+    ways. A sequence's shape is the cheapest that runs it alone within ``alone_s`` (None: the target)."""
+    return _Builder(shop, target_s, packed, target_s if alone_s is None else alone_s).run()
 
 
 class _Builder:
     """The state of one build."""
 
-    def __init__(self, shop: Workshop, target: Target) -> None:
-        self.shop = shop
-        self.target = target
-        self.limit_s = target.makespan_s * SLACK
+    def __init__(self, shop: Workshop, target_s: float, packed: bool, alone_s: float) -> None:
+        self.shop, self.alone_s = shop, alone_s
+        self.target_s, self.packed = target_s, packed
+        self.limit_s = target_s * (1 + 1e-9)
         self.free_s: FloatArray = np.zeros(shop.num_ranks)
-        self.top: list[Batch | None] = [None] * shop.num_ranks
-        self.open: dict[int, list[Batch]] = {}
+        self.last: list[Batch | None] = [None] * shop.num_ranks
+        self.groups: dict[int, list[Batch]] = {}  # by column
         self.batches: list[Batch] = []
 
     def run(self) -> Draft:
-        shop, target = self.shop, self.target
-        columns = cheapest_columns(shop.long, target.alone_s, target.memory_weight).tolist()
-        shared, singles = [], []
-        for row, column in zip(shop.long_rows, columns, strict=True):
-            if shop.degree[column] == 1:
-                singles.append(row)
-            else:
-                shared.append((row, column))
-        pool = Pool(shop, singles + shop.settled)
+        shop = self.shop
+        columns = cheapest_columns(shop.long, self.alone_s).tolist()
+        chosen = list(zip(shop.long_rows, columns, strict=True))
+        shared = [(row, column) for row, column in chosen if shop.degree[column] > 1]
+        pool = Pool(shop, [row for row, column in chosen if shop.degree[column] == 1] + shop.local_rows)
         shared.sort(key=lambda item: (-shop.degree[item[1]], -shop.marginal_s(*item), item[0]))
-        stacks: list[list[Batch]] = [[] for _ in range(shop.num_ranks)]
-        if target.packed:
-            groups = pack_groups(shop, shared, target.makespan_s)
-            fill_groups(shop, groups, pool, target.makespan_s)
+        for row, column in shared:
+            self.add_shared(row, column)
+        if self.packed:
+            groups = [batch for batches in self.groups.values() for batch in batches]
             for batch in sorted(groups, key=lambda batch: (-batch.degree, -batch.seconds, batch.rows[0])):
                 self.put(batch, *self.best_start(batch.column, batch.seconds))
-            stacks = fill_ranks(shop, pool, self.free_s, target.makespan_s)
         else:
-            for row, column in shared:
-                self.place(row, column)
-            self.top_up(pool)
-        self.deal(pool.longest_first(), stacks)
+            self.fill_up(pool)
+        stacks: list[list[Batch]] = [[] for _ in range(shop.num_ranks)]
+        self.deal(pool.rows[::-1], stacks)
         balance_ranks(shop, stacks, self.free_s)
         depth = max(len(stack) for stack in stacks)
         self.batches += [stack[i] for i in range(depth) for stack in stacks if i < len(stack)]
         return Draft(tuple(self.batches), float(self.free_s.max()))
 
-    def place(self, row: int, column: int) -> None:
-        """Into the fullest group of its shape that ends in time, a new one in time, or where it ends first."""
+    def add_shared(self, row: int, column: int) -> None:
+        """To the group of its shape that ends last of those that take it in time; else to a new one, or where it ends
+        first."""
         shop = self.shop
-        load, capacity, marginal_s = shop.load(row, column), shop.capacity[column], shop.marginal_s(row, column)
-        best: Batch | None = None
-        for batch in self.open.get(column, ()):
-            fits = batch.load + load <= capacity and batch.end_s + marginal_s <= self.limit_s
-            if fits and not batch.covered and (best is None or batch.end_s > best.end_s):
-                best = batch
-        if best is not None:
-            self.join(best, row)
-            return
-        total_s = marginal_s + shop.fixed[column]
-        first, begin_s = self.best_start(column, total_s)
-        if begin_s + total_s <= self.limit_s:
-            self.start(row, column, first, begin_s)
+        load, marginal_s = shop.load(row, column), shop.marginal_s(row, column)
+        found = [
+            batch for batch in self.groups.get(column, ())
+            if batch.is_last and load <= shop.room(batch) and batch.end_s + marginal_s <= self.limit_s
+        ]
+        if found:
+            self.join(max(found, key=lambda batch: batch.end_s), row)
+        elif self.packed:
+            self.open(row, column)
         else:
-            self.place_late(row)
-
-    def place_late(self, row: int) -> None:
-        """No room in time: any open group or any of the row's shapes, wherever it ends first."""
-        shop = self.shop
-        best_s, joined, opened = float("inf"), None, (0, 0, 0.0)
-        for column, batches in self.open.items():
-            load, marginal_s = shop.load(row, column), shop.marginal_s(row, column)
-            for batch in batches:
-                end_s = batch.end_s + marginal_s
-                if end_s < best_s and not batch.covered and batch.load + load <= shop.capacity[column]:
-                    best_s, joined = end_s, batch
-        for column in self.fallback_columns(row):
-            total_s = shop.marginal_s(row, column) + shop.fixed[column]
+            total_s = marginal_s + shop.fixed[column]
             first, begin_s = self.best_start(column, total_s)
-            if begin_s + total_s < best_s:
-                best_s, joined, opened = begin_s + total_s, None, (column, first, begin_s)
-        if joined is not None:
-            self.join(joined, row)
-        else:
-            self.start(row, *opened)
+            if begin_s + total_s <= self.limit_s:
+                self.put(self.open(row, column), first, begin_s)
+            else:
+                self.add_late(row, column)
 
-    def fallback_columns(self, row: int) -> list[int]:
-        """Some shapes that the row fits, from the cheapest to the quickest: none is both dearer and slower than
-        another."""
-        shop = self.shop
-        fitting = [column for column in range(len(shop.shapes)) if shop.load(row, column) <= shop.capacity[column]]
-        alone = {column: shop.marginal_s(row, column) + shop.fixed[column] for column in fitting}
-        frontier: list[int] = []
-        for column in sorted(fitting, key=lambda c: (alone[c] * shop.degree[c], alone[c], c)):
-            if not frontier or alone[column] < alone[frontier[-1]]:
-                frontier.append(column)
-        if len(frontier) <= MAX_FALLBACK_SHAPES:
-            return frontier
-        last = len(frontier) - 1
-        return [frontier[last * i // (MAX_FALLBACK_SHAPES - 1)] for i in range(MAX_FALLBACK_SHAPES)]
+    def add_late(self, row: int, column: int) -> None:
+        """Nothing takes it in time: to any group, or a new one of its shape or its quickest, where it ends first."""
+        shop, long, place = self.shop, self.shop.long, self.shop.place_of[row]
+        alone_s = np.where(long.fits[place], long.marginal_s[place] + long.fixed_s, np.inf)
+        joined = [
+            (batch.end_s + shop.marginal_s(row, batch.column), batch) for batch in self.batches
+            if batch.is_last and shop.load(row, batch.column) <= shop.room(batch)
+        ]
+        opened = []
+        for new in (column, int(np.argmin(alone_s))):
+            first, begin_s = self.best_start(new, float(alone_s[new]))
+            opened.append((begin_s + float(alone_s[new]), new, first, begin_s))
+        end_s, new, first, begin_s = min(opened)
+        best_s, batch = min(joined, key=lambda item: item[0], default=(np.inf, None))
+        if batch is not None and best_s <= end_s:
+            self.join(batch, row)
+        else:
+            self.put(self.open(row, new), first, begin_s)
 
     def best_start(self, column: int, total_s: float) -> tuple[int, float]:
         """First rank and begin of a new group: in time with the fewest rank seconds lost waiting, else the earliest."""
@@ -162,79 +127,68 @@ class _Builder:
             place = int(np.argmin(begins_s))
         return int(firsts[place]), float(begins_s[place])
 
-    def start(self, row: int, column: int, first: int, begin_s: float) -> None:
+    def open(self, row: int, column: int) -> Batch:
+        """A new group of this row, on no ranks yet."""
         batch = Batch(column, self.shop.degree[column], self.shop.fixed[column])
-        self.put(batch, first, begin_s)
-        self.open.setdefault(column, []).append(batch)
-        self.join(batch, row)
+        batch.add(row, self.shop.load(row, column), self.shop.marginal_s(row, column))
+        self.groups.setdefault(column, []).append(batch)
+        return batch
 
     def put(self, batch: Batch, first: int, begin_s: float) -> None:
         batch.first_rank, batch.begin_s = first, begin_s
         for rank in range(first, first + batch.degree):
-            below = self.top[rank]
-            if below is not None:
-                below.covered = True
-            self.top[rank] = batch
+            before = self.last[rank]
+            if before is not None:
+                before.is_last = False
+            self.last[rank] = batch
         self.free_s[first : first + batch.degree] = batch.end_s
         self.batches.append(batch)
 
     def join(self, batch: Batch, row: int) -> None:
         batch.add(row, self.shop.load(row, batch.column), self.shop.marginal_s(row, batch.column))
-        self.free_s[batch.first_rank : batch.first_rank + batch.degree] = batch.end_s
+        if batch.first_rank >= 0:
+            self.free_s[batch.first_rank : batch.first_rank + batch.degree] = batch.end_s
 
-    def top_up(self, pool: Pool) -> None:
-        """Fill groups whose ranks have too little time left for a microbatch of their own to be worth its fixed time.
+    def fill_up(self, pool: Pool) -> None:
+        """Single sequences into groups whose ranks have too little time left for a microbatch of their own to be worth
+        its fixed time.
 
         With r seconds left on d ranks, local microbatches do r - fixed_s of local work a rank; the group itself does r
         times its efficiency (local over shared rank seconds).
         """
         shop = self.shop
-        if not shop.has_local or not pool:
+        if not shop.has_local or not pool.rows:
             return
-        tokens = sum(pool.sizes) / len(pool)
-        local_s = (shop.square[0] * tokens + shop.linear[0]) * tokens + shop.each[0]
+        mean = sum(pool.sizes) / len(pool.sizes)
+        local_s = shop.shapes[0].fit.sequence_s(mean)
         for batch in self.batches:
-            column = batch.column
-            shared_s = (shop.square[column] * tokens + shop.linear[column]) * tokens + shop.each[column]
+            shape = shop.shapes[batch.column]
+            shared_s = shape.fit.sequence_s(mean)
             efficiency = local_s / (batch.degree * shared_s) if shared_s > 0 else 1.0
-            left_s = self.target.makespan_s - batch.end_s
-            if batch.covered or left_s * (1 - efficiency) >= shop.fixed[0]:
+            left_s = self.target_s - batch.end_s
+            if not batch.is_last or left_s * (1 - efficiency) >= shop.fixed[0]:
                 continue
-            while pool:
-                room, left_s = shop.capacity[column] - batch.load, self.target.makespan_s - batch.end_s
-                row = pool.take_at_most(shop.longest_within(column, left_s, room))
-                if row is None:
-                    break
+            while (row := pool.take_at_most(self.longest_for(batch))) is not None:
                 self.join(batch, row)
 
+    def longest_for(self, batch: Batch) -> int:
+        """Tokens of the longest row that the group takes within the target."""
+        return self.shop.shapes[batch.column].longest_within(self.target_s - batch.end_s, self.shop.room(batch))
+
     def deal(self, rows: list[int], stacks: list[list[Batch]]) -> None:
-        """Each row to the rank where it ends first, into the fullest of that rank's local microbatches with room."""
+        """Each row to the rank that ends first, into the fullest of that rank's local microbatches with room."""
         shop = self.shop
-        if not rows:
-            return
-        fixed_s, capacity = shop.fixed[0], shop.capacity[0]
         heap = [(free_s, rank) for rank, free_s in enumerate(self.free_s.tolist())]
         heapq.heapify(heap)
         for row in rows:
+            free_s, rank = heap[0]
             load, marginal_s = shop.local_load[row], shop.local_s[row]
-            seen: list[tuple[float, int]] = []
-            best_s, best_place, best_batch = float("inf"), 0, None
-            while heap and len(seen) < MAX_PEEKS and heap[0][0] + marginal_s < best_s:
-                free_s, rank = heapq.heappop(heap)
-                batch = fullest_with_room(stacks[rank], capacity - load)
-                end_s = free_s + marginal_s + (fixed_s if batch is None else 0.0)
-                if end_s < best_s:
-                    best_s, best_place, best_batch = end_s, len(seen), batch
-                seen.append((free_s, rank))
-                if batch is not None:
-                    break  # the ranks left are free no earlier
-            _, rank = seen.pop(best_place)
-            for entry in seen:
-                heapq.heappush(heap, entry)
-            heapq.heappush(heap, (best_s, rank))
-            if best_batch is None:
-                best_batch = Batch(0, 1, fixed_s, first_rank=rank)
-                stacks[rank].append(best_batch)
-            best_batch.add(row, load, marginal_s)
+            batch = fullest_with_room(stacks[rank], shop.shapes[0].capacity_tokens - load)
+            if batch is None:
+                batch = Batch(0, 1, shop.fixed[0], first_rank=rank)
+                stacks[rank].append(batch)
+                free_s += shop.fixed[0]
+            batch.add(row, load, marginal_s)
+            heapq.heapreplace(heap, (free_s + marginal_s, rank))
         for end_s, rank in heap:
             self.free_s[rank] = end_s

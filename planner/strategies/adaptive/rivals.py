@@ -1,199 +1,146 @@
-"""The published strategies as candidates for ``adaptive``: each one that might have the better plan is run.
+"""The published strategies as candidates for ``adaptive``: those that may have the better plan are run.
 
-A strategy is left out where a bound of its own proves that it cannot win; so are all, beyond small steps, where the
-gap is so narrow that none could win what its run takes (CLOSE_TO_BOUND). The rest depends on the size of the step,
-sequences times ranks. Small: all are run, FlexSP only where adaptive's gap is above ``limits.relative_gap``, since
-its programs take seconds. Middling: greedy, the list schedules of rings and, where one round may hold the step, FlexSP
-packed without programs (these seldom change it), and above that gap the most promising static layouts. Large:
-greedy, floored rings and those layouts, above that gap only. In lockstep (zero3), list schedules are far behind and
-beyond small steps only those layouts are tried, where adaptive's gap is wide (LOCKSTEP_GAP). So adaptive is never
-behind a strategy that was run; of one that was not (FlexSP, Zeppelin and Megatron's rule beyond small steps) only its
-gap says how far behind it can be: no plan of theirs is better by more than adaptive's proven gap.
+A step has a budget of work, which grows with the gap that is left to win (``planner.strategies.adaptive.effort``).
+Rivals are asked in the order of what they won for their work on unseen steps; one that a bound of its own rules out
+costs nothing, and one that cannot plan the step is left out. FlexSP solves as many nodes of its programs as the budget
+still takes. So ``adaptive`` is never behind a strategy that was run, and behind one that was not by no more than its
+proven gap.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Sequence as SequenceOf
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
-from planner.cost.limits import PlanLimits
-from planner.cost.model import CostModel
 from planner.errors import InfeasibleError, SpecError
-from planner.plan import MemoryAction, Sharding, SolveStatus
-from planner.pricing.assemble import Found, MicrobatchChoice, makespan_s
+from planner.plan import SolveStatus
+from planner.pricing.assemble import Found, makespan_s
+from planner.pricing.microbatch import SequencePrices
+from planner.pricing.problem import StepProblem
+from planner.strategies.adaptive.effort import LEAST_GAP, MOST_GAP, NODE_WORK, PACK_SHARES, WORK_PER_GAP
 from planner.strategies.flexsp.round_packing import pack_round
 from planner.strategies.flexsp.strategy import one_kind_per_degree, place_rounds, plan_flexsp
 from planner.strategies.greedy import plan_greedy
 from planner.strategies.hdp import hdp_shapes, hdp_table, plan_hdp, plan_hdp_floor, plan_hdp_naive, smallest_columns
 from planner.strategies.megatron import plan_megatron
 from planner.strategies.pp_balance import plan_hdp_pp, plan_packs
-from planner.strategies.search.shapes import GroupShape, allowed_shapes, group_tokens, price_table, require_fits
-from planner.strategies.static import best_layout, every_layout
+from planner.strategies.search.shapes import allowed_shapes, group_tokens, price_table, require_fits
+from planner.strategies.static import Layout, best_layout, every_layout
 from planner.strategies.zeppelin import plan_zeppelin
-
-MAX_LAYOUTS = 3  # beyond small steps
-PACK_SHARES = (1.0, 0.5, 0.25, 0.125)
-CLOSE_TO_BOUND = 3e-3
-LOCKSTEP_GAP = 0.15  # in lockstep static layouts took 1.15 to 5 times as long as rounds of unlike groups
-SMALL_STEP = 2**13
-MIDDLING_STEP = 2**16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rival:
-    """A better plan. ``makespan_s`` leaves ``step_fixed_s`` out."""
+    """``work``: what running it takes, in runs of greedy. ``bound_s``: no plan of it has a smaller makespan."""
 
     name: str
-    groups: tuple[MicrobatchChoice, ...]
-    makespan_s: float
+    plan: Callable[[StepProblem], Found]
+    work: float
+    bound_s: float = 0.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Match:
-    """The step, and what is to be beaten: ``beat_s`` (makespan) with ``bound_s`` proven."""
-
-    lengths: SequenceOf[int]
-    num_ranks: int
-    cost: CostModel
-    limits: PlanLimits
-    beat_s: float
-    bound_s: float
-    deadline_s: float
-
-    @property
-    def size(self) -> int:
-        return len(self.lengths) * self.num_ranks
-
-    @property
-    def small(self) -> bool:
-        return self.size <= SMALL_STEP
-
-    @property
-    def open(self) -> bool:
-        """The gap is above the one asked for."""
-        gap_s = self.limits.relative_gap * (self.beat_s + self.cost.step_fixed_s)
-        return self.beat_s - self.bound_s > gap_s
-
-
-def best_rival(match: Match) -> Rival | None:
-    """The best plan of the strategies that were run, where it beats ``match.beat_s``."""
-    best: Rival | None = None
-    for name, run in _candidates(match):
+def beat_with_rivals(
+    found: Found, adaptive: Callable[[StepProblem], Found], problem: StepProblem, deadline_s: float
+) -> tuple[str, Found, float]:
+    """The best plan of ``found`` and of the rivals that were run, with the rival's name where it is one's, and its
+    makespan."""
+    name, best, best_s = "", found, makespan_s(found.groups, problem)
+    gap = min(best_s / found.bound_s - 1, MOST_GAP) + LEAST_GAP
+    left = WORK_PER_GAP * gap / (len(problem.lengths) * problem.num_ranks)
+    least_s = found.bound_s if problem.cost.remap is None else 0.0  # plans that move tokens may be below the bound
+    is_open = not problem.is_proven(best_s, found.bound_s)
+    for rival in _rivals(problem, adaptive, is_open=is_open):
+        if left < 1 or best_s <= least_s:
+            break
+        if rival.work > left or rival.bound_s >= best_s:
+            continue
+        left -= rival.work
+        limits = replace(
+            problem.limits, time_limit_s=max(deadline_s - time.perf_counter(), 0.0),
+            max_nodes=min(problem.limits.max_nodes, int(left / NODE_WORK)),
+        )
         try:
-            found = run()
+            new = rival.plan(replace(problem, limits=limits))
         except (SpecError, InfeasibleError):  # not possible with these kinds, degrees or lengths
             continue
-        found_s = makespan_s(found.groups, match.lengths, match.num_ranks, match.cost)
-        if found_s < (match.beat_s if best is None else best.makespan_s):
-            best = Rival(name=name, groups=found.groups, makespan_s=found_s)
-    return best
+        new_s = makespan_s(new.groups, problem, new.moves)
+        if new_s < best_s:
+            name, best, best_s = rival.name, new, new_s
+    return name, best, best_s
 
 
-def _candidates(match: Match) -> list[tuple[str, Callable[[], Found]]]:
-    if match.beat_s <= match.bound_s or (match.size > MIDDLING_STEP and not match.open):
-        return []
-    if not match.small and match.beat_s <= match.bound_s * (1 + CLOSE_TO_BOUND):
-        return []
-
-    def run(strategy: Callable[..., Found]) -> Callable[[], Found]:
-        return lambda: strategy(
-            match.lengths, num_ranks=match.num_ranks, cost=match.cost, limits=match.limits, degree=None,
-            deadline_s=match.deadline_s,
-        )
-
-    def greedy() -> Found:
-        return plan_greedy(match.lengths, num_ranks=match.num_ranks, cost=match.cost, limits=match.limits)
-
-    in_lockstep = match.cost.sharding is Sharding.ZERO3
-    runs = [] if in_lockstep and not match.small else [("greedy", greedy), ("hdp-floor", run(plan_hdp_floor))]
-    hopeless = in_lockstep and match.beat_s <= match.bound_s * (1 + LOCKSTEP_GAP)
-    if match.small or (match.open and not hopeless):
-        runs.append(("static", lambda: _static(match)))
-    if not match.small and match.size <= MIDDLING_STEP and not in_lockstep:
-        runs.append(("flexsp round", lambda: _flexsp_round(match)))
-    if match.size <= MIDDLING_STEP and (match.small or not in_lockstep):
-        keep = replace(match.limits, policies=(MemoryAction.KEEP,))
-        runs += [("hdp", run(plan_hdp))] if _hdp_may_win(match, match.limits) else []
-        runs += [("hdp-naive", run(plan_hdp_naive))] if _hdp_may_win(match, keep) else []
-    if match.small:
-        runs += [("zeppelin", run(plan_zeppelin)), ("megatron", run(plan_megatron))]
-        runs.append(("hdp-pp", run(plan_hdp_pp)))
-    if match.small and match.open:
-        runs.append(("flexsp", run(plan_flexsp)))
-    return runs + (_staged(match) if match.cost.num_stages > 1 else [])
+def _rivals(
+    problem: StepProblem, adaptive: Callable[[StepProblem], Found], *, is_open: bool
+) -> Iterator[Rival]:
+    """What won most for its work on unseen steps comes first."""
+    kept_s = _hdp_bound_s(problem.keeping_all())
+    if problem.cost.num_stages > 1:
+        if not problem.keeps_all:
+            yield Rival(name="all kept", plan=lambda each: adaptive(each.keeping_all()), work=20)
+        for share in PACK_SHARES:  # full ones may be too few to fill the pipelines
+            for floor in (False, True):
+                yield Rival(
+                    name=f"hdp-pp, packs of {share:g} of the capacity", work=1,
+                    plan=partial(plan_packs, pack_share=share, floor=floor),
+                )
+    yield Rival(name="flexsp round", plan=_one_round, work=1)
+    yield Rival(name="greedy", plan=plan_greedy, work=1)
+    if is_open:
+        yield Rival(name="flexsp", plan=plan_flexsp, work=16)
+    yield Rival(name="hdp-floor", plan=plan_hdp_floor, work=1)
+    yield Rival(name="hdp", plan=plan_hdp, work=1, bound_s=_hdp_bound_s(problem))
+    yield Rival(name="hdp-naive", plan=plan_hdp_naive, work=1, bound_s=kept_s)
+    yield Rival(name="hdp-pp", plan=plan_hdp_pp, work=1, bound_s=kept_s)
+    yield Rival(name="megatron", plan=plan_megatron, work=1)
+    layouts = [(_layout_bound_s(layout, problem), place, layout) for place, layout in enumerate(every_layout(problem))]
+    for layout_s, _, layout in sorted(layouts, key=lambda item: item[:2]):
+        yield Rival(name="static", plan=partial(_static, layout=layout), work=1, bound_s=layout_s)
+    yield Rival(name="zeppelin", plan=plan_zeppelin, work=10)
 
 
-def _staged(match: Match) -> list[tuple[str, Callable[[], Found]]]:
-    """PP-Balance with smaller and smaller microbatches: full ones may be too few to fill the pipelines."""
-
-    def packs(share: float, floor: bool) -> Callable[[], Found]:
-        return lambda: plan_packs(
-            match.lengths, num_ranks=match.num_ranks, cost=match.cost, limits=match.limits, pack_share=share,
-            floor=floor,
-        )
-
-    return [
-        (f"hdp-pp, packs of {share:g} of the capacity", packs(share, floor))
-        for share in PACK_SHARES for floor in (False, True)
-    ]
-
-
-def _hdp_may_win(match: Match, limits: PlanLimits) -> bool:
-    """Its degrees follow from memory, so the longest sequence's time is known."""
+def _hdp_bound_s(problem: StepProblem) -> float:
+    """Its degrees follow from memory, so the longest sequence's time is known. Infinite where it cannot be run."""
     try:
-        shapes = hdp_shapes(match.num_ranks, match.cost, limits)
+        table = hdp_table([max(problem.lengths)], hdp_shapes(problem))
     except SpecError:
-        return False
-    longest = hdp_table([max(match.lengths)], shapes)
-    column = int(smallest_columns(longest, np.inf)[0])
-    return float(longest.marginal_s[0, column] + longest.fixed_s[column]) < match.beat_s
+        return np.inf
+    column = int(smallest_columns(table, np.inf)[0])
+    return float(table.marginal_s[0, column] + table.fixed_s[column])
 
 
-def _static(match: Match) -> Found:
-    """The best layout of any degree, of those that their work and the longest sequence do not rule out."""
-    layouts = every_layout(match.num_ranks, match.cost, match.limits)
-    bounds_s = [_layout_bound_s(layout, match) for layout in layouts]
-    hopeful = [place for place, bound_s in enumerate(bounds_s) if bound_s < match.beat_s]
-    if not match.small:
-        hopeful = sorted(hopeful, key=lambda place: (bounds_s[place], place))[:MAX_LAYOUTS]
-    layouts = [layouts[place] for place in hopeful]
-    result = best_layout(match.lengths, layouts, match.num_ranks, match.cost) if layouts else None
+def _static(problem: StepProblem, layout: Layout) -> Found:
+    result = best_layout(problem, [layout])
     if result is None:
-        raise SpecError("no layout may win")
-    return Found(
-        groups=result.schedule.groups, status=SolveStatus.STATIC, bound_s=result.bound_s, note=result.note
-    )
+        raise SpecError("a sequence fits no block of the layout")
+    return Found(groups=result.schedule.groups, status=SolveStatus.STATIC, bound_s=result.bound_s, note=result.note)
 
 
-def _flexsp_round(match: Match) -> Found:
-    """FlexSP's plan without a program where one round may hold the step. With several, every round loses time of its
-    own, and each took 2 % and more over adaptive's plan."""
-    max_local_tokens = match.cost.max_local_tokens(match.limits.device_budget_bytes)
-    if sum(match.lengths) > match.num_ranks * max_local_tokens:
-        raise SpecError("one round cannot hold the step")
-    table = price_table(match.lengths, allowed_shapes(match.num_ranks, match.cost, match.limits))
-    require_fits(table, match.cost, match.limits)
-    table = one_kind_per_degree(table)
-    packing = pack_round(table, match.num_ranks, deadline_s=match.deadline_s, within_s=match.beat_s)
-    if packing is None:
-        raise SpecError("no better round was found")
-    schedule = place_rounds([table], [packing], match.num_ranks)
-    return Found(groups=schedule.groups, status=SolveStatus.FEASIBLE, bound_s=0.0, note="")
-
-
-def _layout_bound_s(layout: SequenceOf[GroupShape], match: Match) -> float:
+def _layout_bound_s(layout: Layout, problem: StepProblem) -> float:
     """Work at the cheapest coefficients of the layout's shapes, memory's share of fixed times, the longest's time."""
-    sizes = np.asarray(match.lengths, dtype=np.float64)
+    sizes = np.asarray(problem.lengths, dtype=np.float64)
     tokens, squares, longest = float(sizes.sum()), float(sizes @ sizes), int(sizes.max())
     shapes = tuple(dict.fromkeys(layout))
-    work_s = min(s.degree * s.fit.s_per_token2 for s in shapes) * squares
-    work_s += min(s.degree * s.fit.s_per_token for s in shapes) * tokens
-    work_s += min(s.degree * s.fit.s_per_sequence for s in shapes) * len(sizes)
+    cheapest = SequencePrices.of([shape.fit for shape in shapes]).cheapest(np.array([s.degree for s in shapes]))
+    work_s = float(cheapest.sums_s(tokens, squares, len(sizes))[0])
     work_s += min(s.degree * s.fit.fixed_s / max(group_tokens(s), 1) for s in shapes) * tokens
-    alone_s = min(
-        s.fit.group_s(num_tokens=longest, num_tokens2=longest * longest, num_sequences=1) for s in shapes
-    )
-    return max(work_s / match.num_ranks, alone_s)
+    alone_s = min(s.fit.sequence_s(longest) + s.fit.fixed_s for s in shapes)
+    return max(work_s / problem.num_ranks, alone_s)
+
+
+def _one_round(problem: StepProblem) -> Found:
+    """FlexSP's plan without a program where one round may hold the step. With several, every round loses time of its
+    own, and each took 2 % and more over adaptive's plan."""
+    if sum(problem.lengths) > problem.num_ranks * problem.max_rank_tokens:
+        raise SpecError("one round cannot hold the step")
+    table = price_table(problem.lengths, allowed_shapes(problem))
+    require_fits(table, problem)
+    table = one_kind_per_degree(table)
+    packing = pack_round(table, problem.num_ranks, deadline_s=time.perf_counter() + problem.limits.time_limit_s)
+    if packing is None:
+        raise SpecError("no round was found")
+    schedule = place_rounds([table], [packing], problem.num_ranks)
+    return Found(groups=schedule.groups, status=SolveStatus.FEASIBLE, bound_s=0.0, note="")

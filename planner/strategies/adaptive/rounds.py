@@ -1,63 +1,82 @@
-"""``adaptive`` where all ranks move in lockstep: microbatches of like duration side by side, then squeezed.
+"""Rounds of microbatches side by side, packed one after another.
 
-A round lasts as long as its slowest microbatch, so a schedule built without barriers is put into rounds anew: longest
-microbatch first, each into the first round with ranks left for it. It is never longer than what is there already, so
-only the first of a round costs time. Then rounds are squeezed one after the other: a round gets a shorter limit, and
-what sticks out moves to microbatches anywhere that have time and memory left for it, or opens one on ranks that would
-have idled. A squeeze that leaves a sequence without a place is undone. The tries are counted, not timed.
-
-The runtime starts a microbatch in the first round in which its ranks have nothing else (``planner.pricing.lockstep``).
-With the longest round first, one that moves up so finds a round at least as long: the step is never slower than planned
-here.
+All ranks wait for each other after each round, so a round's time and memory should be used up on every rank. A round
+begins with the longest sequence left. It may take ``slack`` times what the sequences left need on average in as many
+rounds as their memory takes; or as long as its first sequence takes, on the cheapest group that runs it within
+``stretch`` times that. Then group after group is opened by the longest sequence left that ends in time on the cheapest
+group for it (of at least ``least_degree`` ranks: larger groups cost more and waste less), and filled: of the sequences
+that fit, the longest one after which average sequences can still fill the group's memory in the time left, again and
+again. What comes out is legal whatever these numbers are; they only make it good.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
-from typing import TypeVar
+from math import ceil, inf
 
 import numpy as np
-import numpy.typing as npt
 
-from planner.strategies.adaptive.workshop import Batch, Workshop
-from planner.strategies.search.shapes import FloatArray, IntArray, price_table
+from planner.strategies.adaptive.workshop import Batch
+from planner.strategies.search.bounds import cheapest_columns
+from planner.strategies.search.shapes import FloatArray, GroupShape, IntArray, PriceTable, price_table
 
-SHARES = (0.0, 0.7, 0.85, 0.93, 0.97, 0.99)  # of a round's seconds: the limits tried, coarse ones first
-HAIR_S = 1e-9
-MAX_SQUEEZES = 240
-MAX_WORK = 1_500_000  # squeezes times microbatches: large steps get fewer
-
-Scalar = TypeVar("Scalar", np.float64, np.int64)
-_Arrays = tuple[IntArray, IntArray, IntArray, FloatArray, IntArray, FloatArray, FloatArray, FloatArray, IntArray]
+NUM_ASKED = 64  # long sequences, and sequences of all lengths, that say which groups are worth opening
+TOLERANCE = 1 + 1e-9
 
 
 @dataclass(slots=True)
 class Round:
-    """Microbatches side by side: ranks left, and the degrees of those of several ranks, largest first."""
+    """Microbatches side by side. Groups of several ranks lie inside a node where they fit one, else they begin with a
+    node; ``taken``: how many ranks of each node they have, from its first one. Single ranks are what is left."""
 
-    num_free: int
+    num_ranks: int
+    node_size: int
     batches: list[Batch] = field(default_factory=list)
-    degrees: list[int] = field(default_factory=list)
+    num_free: int = field(init=False)
+    taken: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.num_free = self.num_ranks
+        self.taken = [0] * -(-self.num_ranks // self.node_size)
 
     @property
     def seconds(self) -> float:
         return max((batch.seconds for batch in self.batches), default=0.0)
 
-    def take(self, batch: Batch, num_ranks: int, node_size: int) -> bool:
+    def take(self, batch: Batch) -> bool:
         """Add the microbatch where there are ranks for it."""
-        if batch.degree > self.num_free:
+        if batch.degree > self.num_free or (batch.degree > 1 and not self._place(batch)):
             return False
-        if batch.degree > 1:
-            degrees = sorted([*self.degrees, batch.degree], reverse=True)
-            if place_degrees(degrees, num_ranks, node_size) is None:
-                return False
-            self.degrees = degrees
         self.num_free -= batch.degree
         self.batches.append(batch)
         return True
+
+    def _place(self, batch: Batch) -> bool:
+        """Give the group its ranks: in the fullest node that has room, or on the first nodes that are empty."""
+        left, size, taken = batch.degree, self.node_size, self.taken
+        if left <= size:
+            roomy = [node for node, used in enumerate(taken) if used + left <= min(size, self.num_ranks - node * size)]
+            node = max(roomy, key=taken.__getitem__, default=-1)
+        else:
+            starts = range((self.num_ranks - left) // size + 1)
+            node = next((node for node in starts if not any(taken[node : node + -(-left // size)])), -1)
+        if node < 0:
+            return False
+        batch.first_rank = node * size + taken[node]
+        while left:
+            used = min(left, size - taken[node])
+            taken[node] += used
+            left -= used
+            node += 1
+        return True
+
+    def ranks_of_one(self) -> list[int]:
+        """Ranks that are in no group of several ranks."""
+        size = self.node_size
+        return [rank for rank in range(self.num_ranks) if rank % size >= self.taken[rank // size]]
 
 
 def rounds_s(rounds: Iterable[Round]) -> float:
@@ -65,238 +84,117 @@ def rounds_s(rounds: Iterable[Round]) -> float:
     return sum(each.seconds for each in rounds)
 
 
-def align(batches: Iterable[Batch], *, num_ranks: int, node_size: int) -> list[Round]:
-    """Rounds of these microbatches, the longest first. The microbatches stay what they are."""
-    rounds: list[Round] = []
-    for batch in sorted(batches, key=lambda batch: (-batch.seconds, -batch.degree, batch.rows[0])):
-        degree = batch.degree
-        if not any(each.take(batch, num_ranks, node_size) for each in rounds if degree <= each.num_free):
-            rounds.append(Round(num_free=num_ranks))
-            rounds[-1].take(batch, num_ranks, node_size)
-    return rounds
+class Packer:
+    """Packs the sequences of a step into rounds. Rows of ``table`` are sequences, the shortest first."""
+
+    def __init__(self, lengths: IntArray, shapes: SequenceOf[GroupShape], *, num_ranks: int, node_size: int) -> None:
+        """``lengths`` (tokens) ascend; ``shapes[0]`` is local where any of them is."""
+        self.num_ranks, self.node_size = num_ranks, node_size
+        self.columns = _worth_opening(lengths, shapes)
+        self.table = table = price_table(lengths, [shapes[column] for column in self.columns])
+        self.work_s, self.memory = _least(table, table.marginal_s), _least(table, table.memory_shares)
+        self.alone_s: FloatArray = table.marginal_s + table.fixed_s
+        self.degrees, self.fixed_s = table.degrees.tolist(), table.fixed_s.tolist()
+        self.capacity = table.capacity_tokens.tolist()
+        # Read one at a time, so as lists, by shape, then row. The last two never fall from one row to the next.
+        self.marginal_s, self.loads = table.marginal_s.T.tolist(), table.load_tokens.T.tolist()
+        self.most_load = np.maximum.accumulate(table.load_tokens, axis=0).T.tolist()
+        # By shape, seconds that average sequences take for a token of memory, and each row's seconds above that.
+        token_s = table.marginal_s.sum(axis=0) / np.maximum(table.load_tokens.sum(axis=0), 1)
+        self.token_s = token_s.tolist()
+        self.excess_s = np.maximum.accumulate(table.marginal_s - token_s * table.load_tokens, axis=0).T.tolist()
+        self._allowed: dict[int, tuple[int, PriceTable]] = {}
+        # Several ways pack like rounds: each one with its seconds and the rows that are left after it.
+        self._packed: dict[tuple[tuple[int, ...], int, float, int], tuple[Round, float, tuple[int, ...]]] = {}
+
+    def pack(self, slack: float, stretch: float, least_degree: int, give_up_s: float = inf) -> list[Round] | None:
+        """Rounds of all rows; None where they surely take longer than ``give_up_s``."""
+        left: tuple[int, ...] = tuple(range(self.table.num_rows))
+        fixed_s, spent_s = min(self.fixed_s), 0.0
+        rounds: list[Round] = []
+        while left:
+            rows = list(left)
+            rest_s = float(self.work_s[rows].sum()) / self.num_ranks
+            num_left = max(1, ceil(float(self.memory[rows].sum()) / self.num_ranks - 1e-9))
+            if spent_s + num_left * fixed_s + rest_s > give_up_s * TOLERANCE:
+                return None
+            level_s = slack * (fixed_s + rest_s / num_left)
+            column = int(cheapest_columns(self.table.take_rows(left[-1:]), stretch * level_s)[0])
+            limit_s = max(level_s, float(self.alone_s[left[-1], column])) * TOLERANCE
+            key = left, column, limit_s, least_degree
+            if key not in self._packed:
+                packed = self._pack_round(rows, column, limit_s, least_degree)
+                self._packed[key] = packed, packed.seconds, tuple(rows)
+            packed, seconds, left = self._packed[key]
+            rounds.append(packed)
+            spent_s += seconds
+        return rounds
+
+    def _pack_round(self, left: list[int], first_column: int, limit_s: float, least_degree: int) -> Round:
+        """One round of rows taken from ``left``; the longest of them goes to a group of ``first_column``."""
+        columns = self._cheapest(limit_s, least_degree)
+        columns[left[-1]] = first_column
+        in_time = self.alone_s[np.arange(len(columns)), columns] <= limit_s
+        degrees = np.where(in_time, self.table.degrees[columns], self.num_ranks + 1).tolist()
+        packed = Round(self.num_ranks, self.node_size)
+        place, most = len(left), self.num_ranks
+        while place > 0 and most > 0:
+            place -= 1
+            row = left[place]
+            if degrees[row] > most:
+                continue
+            batch = Batch(int(columns[row]), degrees[row], self.fixed_s[columns[row]])
+            if not packed.take(batch):
+                most = degrees[row] - 1  # neither is there room for more
+                continue
+            self._add(batch, left.pop(place))
+            self._fill(batch, left, limit_s)
+            place, most = bisect_left(left, row), min(most, packed.num_free)
+        return packed
+
+    def _cheapest(self, limit_s: float, least_degree: int) -> IntArray:
+        """By row, the column of the cheapest group of at least so many ranks that runs it alone in this time, else of
+        the quickest one."""
+        if least_degree not in self._allowed:
+            first = bisect_left(self.degrees, min(least_degree, self.degrees[-1]))
+            self._allowed[least_degree] = first, self.table.take_shapes(range(first, len(self.degrees)))
+        first, table = self._allowed[least_degree]
+        return first + cheapest_columns(table, limit_s)
+
+    def _fill(self, batch: Batch, left: list[int], limit_s: float) -> None:
+        """Move rows from ``left`` into the group until its time or memory is used up, see above."""
+        column = batch.column
+        marginal_s, loads, excess_s = self.marginal_s[column], self.most_load[column], self.excess_s[column]
+        while left:
+            left_s, room = limit_s - batch.seconds, self.capacity[column] - batch.load
+            end = min(bisect_right(marginal_s, left_s), bisect_right(loads, room))
+            fillable = bisect_right(excess_s, left_s - self.token_s[column] * room)
+            if fillable:
+                end = min(end, max(fillable, left[0] + 1))
+            place = bisect_left(left, end) - 1
+            if place < 0:
+                return
+            self._add(batch, left.pop(place))
+
+    def _add(self, batch: Batch, row: int) -> None:
+        batch.add(row, self.loads[batch.column][row], self.marginal_s[batch.column][row])
 
 
-def rebuilt(shop: Workshop, columns: SequenceOf[int], rows: SequenceOf[SequenceOf[int]]) -> list[Round]:
-    """Rounds of new microbatches with these columns and rows, those without rows left out; loads and seconds are added
-    up again."""
-    found = []
-    for column, members in zip(columns, rows, strict=True):
-        if members:
-            batch = Batch(column, shop.degree[column], shop.fixed[column])
-            for row in members:
-                batch.add(row, shop.load(row, column), shop.marginal_s(row, column))
-            found.append(batch)
-    return align(found, num_ranks=shop.num_ranks, node_size=shop.node_size)
+def _least(table: PriceTable, per_rank: FloatArray) -> FloatArray:
+    """By row, the least of this that all ranks of a group take together."""
+    least: FloatArray = np.where(table.fits, table.degrees * per_rank, np.inf).min(axis=1)
+    return least
 
 
-def place_degrees(degrees: SequenceOf[int], num_ranks: int, node_size: int) -> list[int] | None:
-    """First ranks of groups of these degrees, largest first, side by side: inside a node those that fit one, from the
-    start of a node the larger ones. None where there is no room."""
-    sizes = [min(node_size, num_ranks - first) for first in range(0, num_ranks, node_size)]
-    taken = [0] * len(sizes)
-    firsts = []
-    node, before = 0, 0
-    for degree in degrees:
-        span = -(-degree // node_size)
-        node = node if degree == before else 0  # nodes without room for one group have none for its like
-        before = degree
-        while node + span <= len(sizes):
-            if span == 1:
-                if taken[node] + degree <= sizes[node]:
-                    break
-            elif not any(taken[node : node + span]) and node * node_size + degree <= num_ranks:
-                break
-            node += 1
-        else:
-            return None
-        firsts.append(node * node_size + taken[node])
-        if span == 1:
-            taken[node] += degree
-        else:
-            taken[node : node + span] = sizes[node : node + span]
-            taken[node + span - 1] = degree - (span - 1) * node_size
-    return firsts
-
-
-def in_order(rounds: Iterable[Round], *, num_ranks: int, node_size: int) -> list[Batch]:
-    """All microbatches with their ranks, round by round, the longest round first."""
-    ordered: list[Batch] = []
-    for each in sorted(rounds, key=lambda each: -each.seconds):
-        shared = sorted((batch for batch in each.batches if batch.degree > 1), key=lambda batch: -batch.degree)
-        firsts = place_degrees([batch.degree for batch in shared], num_ranks, node_size)
-        assert firsts is not None  # ``Round.take`` has seen to it
-        left = np.ones(num_ranks, dtype=np.bool_)
-        for batch, first in zip(shared, firsts, strict=True):
-            batch.first_rank = first
-            left[first : first + batch.degree] = False
-        singles = [batch for batch in each.batches if batch.degree == 1]
-        for batch, rank in zip(singles, np.flatnonzero(left).tolist(), strict=False):
-            batch.first_rank = rank
-        ordered += [*shared, *singles]
-    return ordered
-
-
-def squeeze(shop: Workshop, rounds: SequenceOf[Round]) -> list[Round]:
-    """Rounds of the same sequences that together take no longer. ``rounds`` stay what they are."""
-    state = _State(shop, rounds)
-    left = min(MAX_SQUEEZES, MAX_WORK // max(len(state.rows), 1))
-    for share in SHARES:
-        for place in np.argsort(state.limit_s, kind="stable").tolist():
-            while left > 0 and state.limit_s[place] > 0 and (share > 0 or state.can_empty(place)):
-                left -= 1
-                if not state.shorten(place, share * float(state.limit_s[place])):
-                    break
-    return state.rounds() if state.limit_s.sum() < rounds_s(rounds) else list(rounds)
-
-
-class _State:
-    """Microbatches as arrays: column of the table, load, seconds, round. A round's limit is what it takes now."""
-
-    def __init__(self, shop: Workshop, rounds: SequenceOf[Round]) -> None:
-        self.shop = shop
-        found = [(number, batch) for number, each in enumerate(rounds) for batch in each.batches]
-        used = sorted({batch.column for _, batch in found} | ({0} if shop.has_local else set()))
-        place_of = {column: place for place, column in enumerate(used)}
-        self.columns = used
-        self.table = price_table(shop.lengths, [shop.shapes[column] for column in used])
-        self.column: IntArray = np.array([place_of[batch.column] for _, batch in found], dtype=np.int64)
-        self.load: IntArray = np.array([batch.load for _, batch in found], dtype=np.int64)
-        self.seconds: FloatArray = np.array([batch.seconds for _, batch in found])
-        self.round: IntArray = np.array([number for number, _ in found], dtype=np.int64)
-        self.rows = [list(batch.rows) for _, batch in found]
-        self.free: IntArray = np.array([each.num_free for each in rounds], dtype=np.int64)
-        self.limit_s: FloatArray = np.array([each.seconds for each in rounds])
-        self.teams: IntArray = np.array([shop.num_teams[column] for column in used], dtype=np.int64)
-        # Read one at a time, so as lists: by column, then row; and where a row stands among all, shortest first.
-        self.marginals_s = self.table.marginal_s.T.tolist()
-        self.loads = self.table.load_tokens.T.tolist()
-        order = np.lexsort((np.arange(len(shop.lengths)), np.array(shop.lengths)))
-        self.standing = np.argsort(order).tolist()
-        # By microbatch, kept up to date: what ``find`` asks for.
-        self.opening_s: FloatArray = np.where(self.seconds > 0, 0.0, self.table.fixed_s[self.column])
-        self.spare_s: FloatArray = self.limit_s[self.round] - self.seconds - self.opening_s
-        self.room: IntArray = self.table.capacity_tokens[self.column] - self.load
-
-    def shorten(self, place: int, limit_s: float) -> bool:
-        """Bring the round down to the limit by moving what sticks out; False, and nothing changed, where it has no
-        other place."""
-        before = self._saved()
-        kept: dict[int, list[int]] = {}
-        over = np.flatnonzero((self.round == place) & (self.seconds > limit_s))
-        self._limit(place, limit_s)
-        for source in over[np.argsort(-self.seconds[over], kind="stable")].tolist():
-            kept.setdefault(source, self.rows[source])
-            for row in self.evict(source, limit_s):
-                batch = self.find(row)
-                if batch < 0:
-                    self._restore(before)
-                    del self.rows[len(self.column) :]
-                    for changed, rows in kept.items():
-                        if changed < len(self.rows):
-                            self.rows[changed] = rows
-                    return False
-                if batch not in kept:
-                    kept[batch] = self.rows[batch]
-                    self.rows[batch] = list(kept[batch])
-                self.add(batch, row)
-        mine = self.seconds[self.round == place]
-        self._limit(place, float(mine.max()) if len(mine) and limit_s > 0 else 0.0)
-        return True
-
-    def _saved(self) -> _Arrays:
-        return (
-            self.column, self.round, self.load.copy(), self.seconds.copy(), self.free.copy(), self.limit_s.copy(),
-            self.opening_s.copy(), self.spare_s.copy(), self.room.copy(),
-        )
-
-    def _restore(self, before: _Arrays) -> None:
-        (
-            self.column, self.round, self.load, self.seconds, self.free, self.limit_s, self.opening_s, self.spare_s,
-            self.room,
-        ) = before
-
-    def _limit(self, place: int, limit_s: float) -> None:
-        """Give a round this limit."""
-        self.limit_s[place] = limit_s
-        mine = self.round == place
-        self.spare_s[mine] = limit_s - self.seconds[mine] - self.opening_s[mine]
-
-    def _set(self, batch: int, load: int, seconds: float) -> None:
-        """Give a microbatch this load and time; 0 seconds: it is empty, and the next row pays for opening it."""
-        column = self.column[batch]
-        opening_s = 0.0 if seconds > 0 else float(self.table.fixed_s[column])
-        self.load[batch], self.seconds[batch], self.opening_s[batch] = load, seconds, opening_s
-        self.spare_s[batch] = self.limit_s[self.round[batch]] - seconds - opening_s
-        self.room[batch] = self.table.capacity_tokens[column] - load
-
-    def evict(self, batch: int, limit_s: float) -> list[int]:
-        """Take rows out until the rest ends within the limit: the shortest one that is enough, else the longest. The
-        longest of them first."""
-        column, seconds = int(self.column[batch]), float(self.seconds[batch])
-        rows = sorted(self.rows[batch], key=self.standing.__getitem__)
-        by_row, loads = self.marginals_s[column], self.loads[column]
-        marginals_s = [by_row[row] for row in rows]
-        out = []
-        while rows and seconds > limit_s:
-            place = min(bisect_left(marginals_s, seconds - limit_s), len(rows) - 1)
-            seconds -= marginals_s.pop(place)
-            out.append(rows.pop(place))
-        self.rows[batch] = rows
-        load = int(self.load[batch]) - sum(loads[row] for row in out) if rows else 0
-        self._set(batch, load, seconds if rows else 0.0)
-        return sorted(out, key=lambda row: (-self.shop.lengths[row], row))
-
-    def add(self, batch: int, row: int) -> None:
-        column = int(self.column[batch])
-        seconds = float(self.seconds[batch] if self.rows[batch] else self.table.fixed_s[column])
-        self.rows[batch].append(row)
-        self._set(batch, int(self.load[batch]) + self.loads[column][row], seconds + self.marginals_s[column][row])
-
-    def can_empty(self, place: int) -> bool:
-        """Whether the memory left in the other rounds may hold what is in this one."""
-        mine = self.round == place
-        elsewhere = np.arange(len(self.free)) != place
-        spare = (self.table.capacity_tokens[self.column] - self.load) * self.teams[self.column]
-        room = int(spare[~mine].sum())
-        if self.shop.has_local:
-            room += int(self.free[elsewhere].sum()) * int(self.table.capacity_tokens[0])
-        return int((self.load * self.teams[self.column])[mine].sum()) <= room
-
-    def find(self, row: int) -> int:
-        """The microbatch that takes the row within its round's limit and its memory for the fewest rank seconds, of
-        these the one with the least time to spare; else a new one on a spare rank; -1 where there is none."""
-        marginal_s = self.table.marginal_s[row].take(self.column)
-        spare_s = self.spare_s - marginal_s
-        fits = (spare_s >= 0) & (self.room >= self.table.load_tokens[row].take(self.column))
-        places = fits.nonzero()[0]
-        if len(places):
-            spent_s = marginal_s.take(places) + self.opening_s.take(places)
-            costs = self.table.degrees.take(self.column.take(places)) * spent_s
-            cheapest = places[costs <= costs.min() + HAIR_S]
-            return int(cheapest[spare_s.take(cheapest).argmin()])
-        if not self.shop.has_local or not self.table.fits[row, 0]:
-            return -1
-        needed_s = float(self.table.fixed_s[0] + self.table.marginal_s[row, 0])
-        open_rounds = np.flatnonzero((self.free > 0) & (self.limit_s >= needed_s))
-        if not len(open_rounds):
-            return -1
-        chosen = int(open_rounds[np.argmin(self.limit_s[open_rounds])])
-        self.free[chosen] -= 1
-        self.column, self.round = _grown(self.column, 0), _grown(self.round, chosen)
-        self.load, self.room, self.seconds = _grown(self.load, 0), _grown(self.room, 0), _grown(self.seconds, 0.0)
-        self.opening_s, self.spare_s = _grown(self.opening_s, 0.0), _grown(self.spare_s, 0.0)
-        self.rows.append([])
-        self._set(len(self.rows) - 1, 0, 0.0)
-        return len(self.rows) - 1
-
-    def rounds(self) -> list[Round]:
-        """The state as rounds of new microbatches."""
-        return rebuilt(self.shop, [self.columns[place] for place in self.column.tolist()], self.rows)
-
-
-def _grown(values: npt.NDArray[Scalar], last: float) -> npt.NDArray[Scalar]:
-    """The values and one more."""
-    grown = np.empty(len(values) + 1, dtype=values.dtype)
-    grown[:-1] = values
-    grown[-1] = last
-    return grown
+def _worth_opening(lengths: IntArray, shapes: SequenceOf[GroupShape]) -> list[int]:
+    """Columns that are, for some of a sample of rows, both cheaper than every quicker shape and quicker than every
+    cheaper one; the longest rows are all asked. Local is always among them."""
+    sample = np.unique(np.concatenate((lengths[-NUM_ASKED:], lengths[:: -(-len(lengths) // NUM_ASKED)])))
+    table = price_table(sample, shapes)
+    alone_s = np.where(table.fits, table.marginal_s + table.fixed_s, np.inf)
+    charges = np.where(table.fits, table.degrees * (table.marginal_s + table.fixed_s * table.memory_shares), np.inf)
+    order = np.argsort(charges, axis=1, kind="stable")
+    ranked_s = np.take_along_axis(alone_s, order, axis=1)
+    quicker = np.ones(ranked_s.shape, dtype=np.bool_)
+    quicker[:, 1:] = ranked_s[:, 1:] < np.minimum.accumulate(ranked_s, axis=1)[:, :-1]
+    return sorted({0, *order[quicker & np.isfinite(ranked_s)].tolist()})

@@ -1,262 +1,145 @@
 """Longhaul's own strategy: one search over group size, attention kind, packing, placement and order.
 
-A plan is a list of microbatches, one group each, that ranks work off without barriers, unless the sharding needs
-them: under zero3 rounds are poured one after another (``adaptive_pour``), or made of what is built without barriers
-and squeezed (``adaptive_rounds``), and sequences of the best change places (``adaptive_swap``). The search aims at a
-target time between the proven bound and the best plan so far and builds a whole schedule for it in milliseconds
-(``adaptive_build``): for each long sequence the cheapest shape, any integer degree, that is quick enough; packing,
-placement and order follow from the target. It builds in two ways, for scarce time and for scarce memory, prices fixed
-times in two ways, and bisects the target for the most promising ones. All is counted, nothing depends on the clock
-but the guard of ``limits.time_limit_s``.
+A plan is a list of microbatches, one group each, that ranks work off without barriers. The search aims at a target time
+between the proven bound and the best plan so far and builds a whole schedule for it in milliseconds
+(``planner.strategies.adaptive.build``): for each long sequence the cheapest shape, any integer degree, that is quick
+enough; packing, placement and order follow from the target. It builds in two ways, for scarce time and for scarce
+memory, and bisects the target of each. Under zero3 all ranks wait for each other, and rounds are built instead
+(``planner.strategies.adaptive.lockstep``). All is counted, nothing depends on the clock but the guard of
+``limits.time_limit_s``.
 
-Then the published strategies get their chance (``adaptive_rivals``): if one has the better plan, that is the plan. With
-pipeline stages the search itself knows nothing of them; what fills the pipelines comes from PP-Balance, tried there
-with microbatches of several sizes.
+Then the published strategies get their chance (``planner.strategies.adaptive.rivals``): if one has the better plan,
+that is the plan. With pipeline stages the search itself knows nothing of them; what fills the pipelines comes from
+PP-Balance, tried there with microbatches of several sizes.
 
-What is searched over, memory policies included, is decided before (``adaptive_space``).
+What is searched over, memory policies included, is decided before (``planner.strategies.adaptive.space``).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from planner.cost.limits import PlanLimits
-from planner.cost.model import CostModel
-from planner.errors import InfeasibleError
-from planner.plan import AttentionKind, MemoryAction, Sharding, SolveStatus
+from planner.plan import AttentionKind, Sharding, SolveStatus
 from planner.pricing.assemble import Found, GroupChoice, MicrobatchChoice, makespan_s
-from planner.strategies.adaptive.build import Draft, Target, build_draft
-from planner.strategies.adaptive.pour import WAYS, Pour, Pourer
-from planner.strategies.adaptive.rivals import Match, best_rival
-from planner.strategies.adaptive.rounds import Round, align, in_order, rounds_s, squeeze
-from planner.strategies.adaptive.space import search_space
-from planner.strategies.adaptive.swap import swap_rows
+from planner.pricing.problem import StepProblem
+from planner.strategies.adaptive.build import Draft, build_draft
+from planner.strategies.adaptive.effort import CLOSE_ENOUGH, MAX_BUILDS, MIN_BUILDS, ROWS_AND_RANKS
+from planner.strategies.adaptive.lockstep import plan_rounds
+from planner.strategies.adaptive.rivals import beat_with_rivals
+from planner.strategies.adaptive.space import Choice, SearchSpace, search_space
 from planner.strategies.adaptive.workshop import Workshop
-from planner.strategies.search.bounds import settled_lengths
+from planner.strategies.search.bounds import surely_local
+from planner.strategies.search.linear_balance import remap_bound_s
 from planner.strategies.search.memory_policy import choose_policies
-from planner.strategies.search.shapes import GroupShape
 
-MAX_BUILDS = 12
-MIN_BUILDS = 4
-ROWS_AND_RANKS = 60_000  # builds times sequences and ranks: large steps get fewer builds
-NUM_FINALISTS = 2
-MEMORY_WEIGHTS = (0.0, 1.0)
-CLOSE_ENOUGH = 1e-3  # of the makespan: no more builds
-GOOD_ENOUGH = 1.5e-2  # of the makespan: no other way to share out fixed times is tried
-# In lockstep: (packed, target over the bound, share of the target in which a sequence alone is to run).
-ROUND_TARGETS = ((True, 1.06, 0.25), (False, 1.12, 0.25))
-NUM_SQUEEZED = 2
-NUM_FEW_SQUEEZED = 6
-FEW_ROUNDS = 2
-MAX_SWAPS = 150
-ALIGNED_WITHIN = 1.08  # of the best poured rounds' seconds: those that a squeeze may bring below them
+
+def plan_adaptive(problem: StepProblem) -> Found:
+    """The strategy ``adaptive``. ``bound_s`` holds for every plan of all shapes that the cost model prices and the
+    limits allow here.
+
+    Raises SpecError where no shape is priced, InfeasibleError where a sequence fits none.
+    """
+    deadline_s = time.perf_counter() + problem.limits.time_limit_s
+    space = search_space(problem)
+    groups, num_builds = _search(space, problem, deadline_s)
+    found = Found(groups=groups, status=SolveStatus.FEASIBLE, bound_s=space.bound_s, note="")
+    name, found, found_s = beat_with_rivals(found, plan_adaptive, problem, deadline_s)
+    bound_s = remap_bound_s(problem, space.shapes) if any(found.moves) else space.bound_s
+    proven = problem.is_proven(found_s, bound_s)
+    return replace(
+        found, status=SolveStatus.OPTIMAL if proven else SolveStatus.FEASIBLE, bound_s=bound_s,
+        note=f"{f'{name} plan, ' if name else ''}adaptive, {num_builds} builds",
+    )
+
+
+def _search(space: SearchSpace, problem: StepProblem, deadline_s: float) -> tuple[tuple[MicrobatchChoice, ...], int]:
+    """The best microbatches of all choices, and how many schedules were built."""
+    size = len(problem.lengths) + problem.num_ranks
+    max_builds = min(max(ROWS_AND_RANKS // size, MIN_BUILDS), MAX_BUILDS)
+    num_whole = sum(not choice.in_chunks for choice in space.choices)
+    max_builds = max(max_builds // max(num_whole, 1), MIN_BUILDS)
+    searches: list[_Search] = []
+    for choice in space.choices:
+        if any(each.choice.in_chunks == choice.in_chunks and each.is_close for each in searches):
+            continue  # those of one kind share a bound, so nothing is left to win
+        searches.append(_Search(choice, _workshop(choice, problem), deadline_s, max_builds))
+        searches[-1].run(problem.cost.sharding)
+    plans = [_choices(each, problem) for each in searches]
+    best = plans[0] if len(plans) == 1 else min(plans, key=lambda groups: makespan_s(groups, problem))
+    return best, sum(each.num_builds for each in searches)
+
+
+def _workshop(choice: Choice, problem: StepProblem) -> Workshop:
+    sizes = np.asarray(problem.lengths, dtype=np.int64)
+    runs_local = np.zeros(len(sizes), dtype=np.bool_)
+    if choice.shapes[0].kind is AttentionKind.LOCAL:
+        runs_local = surely_local(sizes, np.ones(len(sizes)), choice.shapes, choice.shapes[0], problem.num_ranks)
+    return Workshop(
+        problem.lengths, choice.shapes, runs_local.tolist(), num_ranks=problem.num_ranks, node_size=problem.node_size
+    )
 
 
 @dataclass(slots=True)
 class _Search:
-    """The best draft so far, and how often one was built."""
+    """The best draft of one choice of shapes so far, and how often one was built."""
 
+    choice: Choice
     shop: Workshop
-    bound_s: float
     deadline_s: float
     max_builds: int
     best: Draft | None = None
     num_builds: int = 0
 
-    def build(self, target: Target) -> Draft:
-        draft = build_draft(self.shop, target)
+    @property
+    def is_close(self) -> bool:
+        return self.best is not None and self.best.makespan_s <= self.choice.bound_s * (1 + CLOSE_ENOUGH)
+
+    @property
+    def is_done(self) -> bool:
+        if self.best is None:
+            return False
+        return self.num_builds >= self.max_builds or self.is_close or time.perf_counter() > self.deadline_s
+
+    def run(self, sharding: Sharding) -> None:
+        if sharding is Sharding.ZERO3:
+            self.best, self.num_builds = plan_rounds(self.shop, self.max_builds, self.deadline_s)
+            return
+        bound_s = self.choice.bound_s
+        found = sorted((self.build(bound_s, packed), packed) for packed in (False, True) if not self.is_done)
+        for number, (reached_s, packed) in enumerate(found):
+            self.bisect(packed, reached_s, -(-(self.max_builds - self.num_builds) // (len(found) - number)))
+
+    def bisect(self, packed: bool, reached_s: float, num_builds: int) -> None:
+        """Aim lower and lower as long as the aim is met, higher where it is not."""
+        low_s, high_s = self.choice.bound_s, reached_s
+        for _ in range(num_builds):
+            if self.is_done:
+                return
+            aim_s = (low_s + high_s) / 2
+            reached_s = self.build(aim_s, packed)
+            if reached_s <= aim_s * (1 + CLOSE_ENOUGH):
+                high_s = reached_s
+            else:
+                low_s, high_s = aim_s, min(high_s, reached_s)
+
+    def build(self, aim_s: float, packed: bool) -> float:
+        """The makespan of a schedule for this target."""
+        draft = build_draft(self.shop, aim_s, packed=packed)
         self.num_builds += 1
         if self.best is None or draft.makespan_s < self.best.makespan_s:
             self.best = draft
-        return draft
-
-    @property
-    def best_s(self) -> float:
-        """Makespan of the best draft, infinite before the first build."""
-        return float("inf") if self.best is None else self.best.makespan_s
-
-    @property
-    def done(self) -> bool:
-        if self.best is None:
-            return False
-        spent = self.num_builds >= self.max_builds or time.perf_counter() > self.deadline_s
-        return spent or self.within(CLOSE_ENOUGH)
-
-    def within(self, gap: float) -> bool:
-        return self.best is not None and self.best.makespan_s <= self.bound_s * (1 + gap)
+        return draft.makespan_s
 
 
-def plan_adaptive(
-    lengths: SequenceOf[int], *, num_ranks: int, cost: CostModel, limits: PlanLimits, degree: int | None,
-    deadline_s: float,
-) -> Found:
-    """The strategy ``adaptive``. ``degree`` is not for it: it chooses its own. ``bound_s`` holds for every plan of all
-    shapes that the cost model prices and the limits allow here.
-
-    Raises SpecError where no shape is priced, InfeasibleError where a sequence fits none.
-    """
-    space = search_space(lengths, num_ranks, cost, limits)
-    max_builds = min(max(ROWS_AND_RANKS // (len(lengths) + num_ranks), MIN_BUILDS), MAX_BUILDS)
-    num_whole = sum(not choice.in_chunks for choice in space.choices)
-    max_builds = max(max_builds // max(num_whole, 1), MIN_BUILDS)
-    searches: dict[bool, list[_Search]] = {False: [], True: []}
-    for choice in space.choices:
-        like = searches[choice.in_chunks]
-        if like and like[-1].within(CLOSE_ENOUGH):
-            continue
-        shop = _workshop(lengths, choice.shapes, num_ranks, limits)
-        like.append(_Search(shop, choice.aim_s, deadline_s, max_builds))
-        if cost.sharding is Sharding.ZERO3:
-            _search_rounds(like[-1])
-        else:
-            _search(like[-1])
-    found = [min(like, key=lambda search: search.best_s) for like in searches.values() if like]
-    drafts = [(_choices(each, lengths, cost, limits), each.best_s) for each in found]
-    if space.has_policies or not cost.runs_free:  # policies milder than the shapes' may have made it faster
-        drafts = [(groups, makespan_s(groups, lengths, num_ranks, cost)) for groups, _ in drafts]
-    groups, beat_s = min(drafts, key=lambda draft: draft[1])
-    match = Match(
-        lengths=lengths, num_ranks=num_ranks, cost=cost, limits=limits, beat_s=beat_s, bound_s=space.bound_s,
-        deadline_s=deadline_s,
-    )
-    num_builds = sum(search.num_builds for like in searches.values() for search in like)
-    found_s, note = match.beat_s, f"adaptive, {num_builds} builds"
-    rival = best_rival(match)
-    if rival is not None:
-        groups, found_s, note = rival.groups, rival.makespan_s, f"{rival.name} plan, {note}"
-    if space.has_policies and cost.num_stages > 1:  # the search knows no stages: what keeps everything may do better
-        kept = _all_kept(match)
-        if kept is not None and makespan_s(kept.groups, lengths, num_ranks, cost) < found_s:
-            groups, note = kept.groups, f"all kept, {kept.note}"
-            found_s = makespan_s(groups, lengths, num_ranks, cost)
-    proven = found_s - space.bound_s <= limits.relative_gap * (found_s + cost.step_fixed_s)
-    status = SolveStatus.OPTIMAL if proven else SolveStatus.FEASIBLE
-    return Found(groups=groups, status=status, bound_s=space.bound_s, note=note)
-
-
-def _all_kept(match: Match) -> Found | None:
-    """The plan without memory policies; None where that does not fit."""
-    try:
-        return plan_adaptive(
-            match.lengths, num_ranks=match.num_ranks, cost=match.cost, degree=None, deadline_s=match.deadline_s,
-            limits=replace(match.limits, policies=(MemoryAction.KEEP,)),
-        )
-    except InfeasibleError:
-        return None
-
-
-def _workshop(
-    lengths: SequenceOf[int], shapes: tuple[GroupShape, ...], num_ranks: int, limits: PlanLimits
-) -> Workshop:
-    sizes = np.asarray(lengths, dtype=np.int64)
-    settled = np.zeros(len(sizes), dtype=np.bool_)
-    if shapes[0].kind is AttentionKind.LOCAL:
-        settled = settled_lengths(sizes, np.ones(len(sizes)), shapes, shapes[0], num_ranks)
-    return Workshop(lengths, shapes, settled.tolist(), num_ranks=num_ranks, node_size=limits.node_size(num_ranks))
-
-
-def _search(search: _Search) -> None:
-    """Build for the bound in each way, then bisect the target of the best spread and the best packed way; where the
-    first one is good already, of that one only."""
-    bound_s = search.bound_s
-    best: dict[bool, tuple[float, Target]] = {}
-    for weight in MEMORY_WEIGHTS:
-        for packed in (False, True):
-            if search.done or (packed in best and search.within(GOOD_ENOUGH)):
-                break
-            way = Target(makespan_s=bound_s, alone_s=bound_s, memory_weight=weight, packed=packed)
-            makespan_s = search.build(way).makespan_s
-            if packed not in best or makespan_s < best[packed][0]:
-                best[packed] = (makespan_s, way)
-    finalists = sorted(best.values(), key=lambda item: (item[0], item[1].packed))
-    if search.within(GOOD_ENOUGH):
-        del finalists[1:]
-    for number, (makespan_s, way) in enumerate(finalists):
-        left = search.max_builds - search.num_builds
-        _bisect(search, way, makespan_s, -(-left // (NUM_FINALISTS - number)))
-
-
-def _search_rounds(search: _Search) -> None:
-    """Pour rounds in several ways and, where there are more than a few, align what is built without barriers for
-    several targets; squeeze the best of both and let sequences of the very best change places."""
-    shop = search.shop
-    found = _poured(search)
-    if len(found[0]) > FEW_ROUNDS:
-        most_s = ALIGNED_WITHIN * rounds_s(found[0])
-        found += [rounds for rounds in _aligned(search) if rounds_s(rounds) <= most_s]
-    found = [min(rounds, squeeze(shop, rounds), key=rounds_s) for rounds in found]
-    rounds = min(found, key=rounds_s)
-    rounds = min(rounds, swap_rows(shop, rounds, MAX_SWAPS), key=rounds_s)
-    ordered = in_order(rounds, num_ranks=shop.num_ranks, node_size=shop.node_size)
-    search.best = Draft(tuple(ordered), rounds_s(rounds))
-
-
-def _poured(search: _Search) -> list[list[Round]]:
-    """The quickest pours of all ways, at least one, each once, the quickest first. A way is left where it cannot be
-    among them any more."""
-    pourer = Pourer(search.shop)
-    found: list[list[Round]] = []
-    seen: set[tuple[tuple[int, ...], ...]] = set()
-    for level, reach, least_degree in WAYS[: search.max_builds]:
-        if found and time.perf_counter() > search.deadline_s:
-            break
-        wanted = _num_wanted(found)
-        give_up_s = rounds_s(found[wanted - 1]) if len(found) >= wanted else float("inf")
-        rounds = pourer.pour(Pour(level=level, reach=reach, least_degree=least_degree), give_up_s)
-        search.num_builds += 1
-        if rounds is None:
-            continue
-        content = tuple((batch.column, *batch.rows) for each in rounds for batch in each.batches)
-        if content not in seen:
-            seen.add(content)
-            found = sorted([*found, rounds], key=rounds_s)
-    return found[: _num_wanted(found)]
-
-
-def _num_wanted(found: SequenceOf[SequenceOf[Round]]) -> int:
-    """How many pours are worth squeezing: where rounds are few, one is cheap to squeeze, and it matters most."""
-    return NUM_FEW_SQUEEZED if not found or len(found[0]) <= FEW_ROUNDS else NUM_SQUEEZED
-
-
-def _aligned(search: _Search) -> list[list[Round]]:
-    """Rounds of a build for each of the targets, the quickest first."""
-    shop = search.shop
-    found: list[list[Round]] = []
-    for packed, factor, share in ROUND_TARGETS[: search.max_builds]:
-        if time.perf_counter() > search.deadline_s:
-            break
-        target_s = factor * search.bound_s
-        way = Target(makespan_s=target_s, alone_s=share * target_s, memory_weight=1.0, packed=packed)
-        found.append(align(build_draft(shop, way).batches, num_ranks=shop.num_ranks, node_size=shop.node_size))
-        search.num_builds += 1
-    return sorted(found, key=rounds_s)
-
-
-def _bisect(search: _Search, way: Target, reached_s: float, num_builds: int) -> None:
-    """Aim lower and lower as long as the aim is met, higher where it is not."""
-    low_s, high_s = search.bound_s, reached_s
-    for _ in range(num_builds):
-        if search.done:
-            return
-        target_s = (low_s + high_s) / 2
-        draft = search.build(replace(way, makespan_s=target_s, alone_s=target_s))
-        if draft.makespan_s <= target_s * (1 + CLOSE_ENOUGH):
-            high_s = draft.makespan_s
-        else:
-            low_s, high_s = target_s, min(high_s, draft.makespan_s)
-
-
-def _choices(
-    search: _Search, lengths: SequenceOf[int], cost: CostModel, limits: PlanLimits
-) -> tuple[MicrobatchChoice, ...]:
+def _choices(search: _Search, problem: StepProblem) -> tuple[MicrobatchChoice, ...]:
+    """The draft's microbatches, each with the mildest memory policy that fits."""
     assert search.best is not None
     groups = []
     for batch in search.best.batches:
         shape = search.shop.shapes[batch.column]
         ranks = tuple(range(batch.first_rank, batch.first_rank + batch.degree))
         groups.append((shape, GroupChoice(shape.kind, ranks, tuple(sorted(batch.rows)))))
-    return choose_policies(groups, lengths, cost, limits)
+    return choose_policies(groups, problem)

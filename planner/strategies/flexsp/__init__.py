@@ -1,1 +1,1 @@
-"""FlexSP: rounds of sequences of like length, groups of several degrees side by side, by a mixed integer program."""
+"""FlexSP: rounds of sequences of like length; in each a mixed-integer program chooses groups of several degrees."""

@@ -1,8 +1,8 @@
-"""FlexSP's blaster (arXiv 2412.01523, appendix A): the step's sequences cut into rounds of like lengths.
+"""FlexSP's blaster (arXiv 2412.01523, appendix A): cuts a step's sequences into rounds of like lengths.
 
-Sequences sorted by length are cut into ``num_rounds`` contiguous chunks so that the largest chunk has the fewest
-tokens. The paper fills a table in O(num_rounds * K^2); the same optimum follows from bisecting the answer, since
-whether a chunk size suffices is decided by filling chunks one after the other.
+Sequences sorted by length are cut into ``num_rounds`` contiguous parts so that the largest part has as few tokens as
+possible. The paper uses dynamic programming in O(num_rounds * K^2). The same optimum is found here by bisecting the
+size of the largest part: filling parts one after the other decides whether a size suffices.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from planner.strategies.search.shapes import IntArray
 
 
 def blast_rows(lengths: IntArray, num_rounds: int) -> tuple[IntArray, ...]:
-    """Row places by round, longest sequences first. Fewer rounds come back where fewer reach the same optimum."""
+    """The rows (places in ``lengths``) of each round, longest sequences first. Returns fewer than ``num_rounds`` rounds
+    where fewer reach the same optimum."""
     order = np.lexsort((np.arange(len(lengths)), -lengths))
     ends = np.cumsum(lengths[order])
     low, high = max(int(lengths.max()), -(-int(ends[-1]) // num_rounds)), int(ends[-1])
@@ -26,10 +27,10 @@ def blast_rows(lengths: IntArray, num_rounds: int) -> tuple[IntArray, ...]:
     return tuple(np.split(order, _cuts(ends, low)[:-1]))
 
 
-def _cuts(ends: IntArray, chunk_tokens: int) -> list[int]:
-    """Where each chunk stops when every chunk takes all that fits in ``chunk_tokens``."""
+def _cuts(ends: IntArray, part_tokens: int) -> list[int]:
+    """Where each part ends when every part takes all that fits in ``part_tokens``. ``ends``: cumulative tokens."""
     cuts, taken = [0], 0
     while cuts[-1] < len(ends):
-        cuts.append(int(np.searchsorted(ends, taken + chunk_tokens, side="right")))
+        cuts.append(int(np.searchsorted(ends, taken + part_tokens, side="right")))
         taken = int(ends[cuts[-1] - 1])
     return cuts[1:]

@@ -1,7 +1,7 @@
-"""FlexSP's buckets (arXiv 2412.01523, eq. 15-16): sequences of like length share one length, their longest member's.
+"""FlexSP's buckets (arXiv 2412.01523, eq. 15-16): sequences of like length count with the length of the longest.
 
-Among all ways to cut the sorted lengths into ``num_buckets`` runs, dynamic programming takes the one that adds the
-fewest tokens. With no more distinct lengths than buckets nothing is added: the model is exact.
+Dynamic programming finds the way to cut the sorted lengths into ``num_buckets`` runs that adds the fewest tokens. With
+no more distinct lengths than buckets nothing is added, and the program over buckets is exact.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from planner.strategies.search.shapes import IntArray
 
 
 def bucket_rows(lengths: IntArray, num_buckets: int) -> tuple[IntArray, ...]:
-    """Row places by bucket, longest bucket first; inside one, longest first, then by place. O(num_buckets * K^2) for
-    K distinct lengths."""
+    """The rows (places in ``lengths``) of each bucket, longest bucket first, and in it longest first, then by place.
+    Takes O(num_buckets * K^2) for K distinct lengths."""
     distinct, bucket_of_row, counts = np.unique(lengths, return_inverse=True, return_counts=True)
     starts = _best_cuts(distinct, counts, min(num_buckets, len(distinct)))
     bucket_of_length = np.searchsorted(starts, np.arange(len(distinct)), side="right") - 1
@@ -23,7 +23,9 @@ def bucket_rows(lengths: IntArray, num_buckets: int) -> tuple[IntArray, ...]:
 
 
 def _best_cuts(distinct: IntArray, counts: IntArray, num_buckets: int) -> IntArray:
-    """Where each bucket starts in the ascending distinct lengths. ``added[j, i]``: tokens added by the run j .. i."""
+    """Where each bucket starts in the ascending distinct lengths.
+
+    ``added[j, i]``: tokens added where lengths j .. i are one bucket."""
     num_lengths = len(distinct)
     members = np.concatenate(([0], np.cumsum(counts)))
     tokens = np.concatenate(([0], np.cumsum(counts * distinct)))

@@ -1,9 +1,9 @@
-"""One round without a solver: groups of several degrees side by side, each sequence in one of them.
+"""Pack one round without a solver: groups of several degrees side by side, each sequence in one of them.
 
-Multifit (Coffman, Garey, Johnson 1978) with groups of unequal size: for a target makespan every sequence knows its
-cheapest shape; longest first, it joins the fullest group that still ends in time and has room, or opens a new group
-while ranks are left. The smallest target that works is bisected, then the sequences are dealt again over the same
-groups, each to where it ends first.
+Multifit (Coffman, Garey, Johnson 1978) with groups of unequal size. A target makespan determines each sequence's
+cheapest shape. Longest first, a sequence joins the fullest group that still ends in time and has room, or opens a group
+of its shape while ranks are left. The smallest target that works is bisected. Then the sequences are dealt again over
+the same groups, each to the one where it ends first, and the better of the two packings is kept.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ TARGET_GROWTH = 1.25
 
 @dataclass(frozen=True, slots=True)
 class PackedGroup:
-    """A group of the shape in ``column`` of the round's table and its rows there."""
+    """A group of the shape in ``column`` of the round's table, and its rows there."""
 
     column: int
     rows: tuple[int, ...]
@@ -35,7 +35,7 @@ class PackedGroup:
 
 @dataclass(frozen=True, slots=True)
 class RoundPacking:
-    """Groups that run side by side; ``makespan_s`` is the slowest one's time."""
+    """Groups that run side by side. ``makespan_s``: seconds of the slowest one."""
 
     groups: tuple[PackedGroup, ...]
     makespan_s: float
@@ -43,8 +43,8 @@ class RoundPacking:
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
-    """A table as lists: faster to read one number at a time. By row and shape; ``least_loads``: by shape, the smallest
-    load of any row, so that a group with less room is full."""
+    """A table as nested lists by row and shape, because single numbers are read faster from lists. ``least_loads``: the
+    smallest load of any row, by shape. A group with less room is full."""
 
     marginal_s: list[list[float]]
     loads: list[list[int]]
@@ -58,17 +58,14 @@ class _Rows:
 def pack_round(
     table: PriceTable, num_ranks: int, *, deadline_s: float = math.inf, within_s: float = math.inf
 ) -> RoundPacking | None:
-    """Pack all rows of the table into one round, or None where this finds no way to fit them in memory or, if given,
-    within a time.
-
-    After ``deadline_s`` (by ``time.perf_counter``) no further target is tried.
-    """
+    """Pack all rows of the table into one round. None where no packing is found that fits in memory and within
+    ``within_s`` seconds. After ``deadline_s`` (by ``time.perf_counter``) no further target is tried."""
     failed_s, target_s = 0.0, makespan_bound_s(table, num_ranks)
     give_up_s = float(np.where(table.fits, table.marginal_s + table.fixed_s, 0.0).max(axis=1).sum())
     numbers = _Rows.of(table)
     while (best := _pack_within(table, numbers, num_ranks, target_s)) is None:
         if target_s >= min(give_up_s, within_s) or time.perf_counter() > deadline_s:
-            return None  # no time limit binds any more: it is memory that does
+            return None  # at ``give_up_s`` time no longer binds, so it is memory that does not suffice
         failed_s, target_s = target_s, min(target_s * TARGET_GROWTH, within_s)
     narrow = table.num_rows * num_ranks > LARGE_ROUND or within_s < math.inf
     num_bisections = NUM_LARGE_BISECTIONS if narrow else NUM_BISECTIONS
@@ -85,9 +82,9 @@ def pack_round(
 
 
 def deal_rows(table: PriceTable, columns: SequenceOf[int]) -> RoundPacking | None:
-    """Deal all rows over groups of these shapes, longest first, each to where it ends first under memory.
+    """Deal all rows, longest first, over groups of these shapes: each to the group with room where it ends first.
 
-    None where a row finds no room. Groups left empty are dropped.
+    None where a row finds no room. Groups that stay empty are dropped.
     """
     return _deal(table, _Rows.of(table), columns)
 
@@ -96,7 +93,7 @@ def _deal(table: PriceTable, numbers: _Rows, columns: SequenceOf[int]) -> RoundP
     marginal_s, loads = numbers.marginal_s, numbers.loads
     spare = [int(table.capacity_tokens[column]) for column in columns]
     rows: list[list[int]] = [[] for _ in columns]
-    # By shape: (when it would end without the row, place) of every group with room, ascending.
+    # By shape: (seconds so far, place) of every group with room, ascending.
     queues: dict[int, list[tuple[float, int]]] = {}
     for place, column in enumerate(columns):
         queues.setdefault(column, []).append((float(table.fixed_s[column]), place))
@@ -123,7 +120,8 @@ def _deal(table: PriceTable, numbers: _Rows, columns: SequenceOf[int]) -> RoundP
 
 
 def packing_of(table: PriceTable, groups: SequenceOf[tuple[int, SequenceOf[int]]]) -> RoundPacking:
-    """Price groups (column, rows; none empty): larger degrees first, longer times first, then by first row."""
+    """Price groups, given as (column, rows) with no empty one. They are ordered by degree, larger first, then by time,
+    longer first, then by rows."""
     packed = [PackedGroup(column, tuple(sorted(rows))) for column, rows in groups]
     rows = np.concatenate([group.rows for group in packed])
     sizes = np.array([len(group.rows) for group in packed])
@@ -148,7 +146,8 @@ def _pack_within(table: PriceTable, numbers: _Rows, num_ranks: int, target_s: fl
     marginal_s, loads = numbers.marginal_s, numbers.loads
     groups: list[tuple[int, list[int]]] = []
     spare: list[int] = []
-    # By shape: (time so far, -place) of every group with room, ascending: among equals the first group is taken.
+    # By shape: (seconds so far, -place) of every group with room, ascending, so that the last of several equal ones is
+    # the group opened first.
     queues: dict[int, list[tuple[float, int]]] = {}
     free_ranks = num_ranks
     for row in np.lexsort((table.rows, -alone_s, -degrees)).tolist():
@@ -185,7 +184,7 @@ def _pack_within(table: PriceTable, numbers: _Rows, num_ranks: int, target_s: fl
 
 
 def _last_in_time(queue: list[tuple[float, int]], added_s: float, limit_s: float) -> int:
-    """The last place of the queue whose time plus ``added_s`` is within the limit, to the last bit; -1 if none."""
+    """The last place in the queue whose seconds plus ``added_s``, as rounded, are within the limit; -1 if none."""
     place = bisect_right(queue, (limit_s - added_s, 1)) - 1
     while place + 1 < len(queue) and queue[place + 1][0] + added_s <= limit_s:
         place += 1

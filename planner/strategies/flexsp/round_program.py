@@ -7,10 +7,10 @@
     sum_q count[q, p] * load[q, p] <= capacity[p] * used[p]                  memory of p
     sum_p degree[p] * used[p] <= num_ranks
 
-What is added to the paper's program changes none of its best solutions' values: a known solution gives C an upper
-limit, and pairs (q, p) that alone exceed it are left out; groups of one degree are ordered by time; and the row
-``sum_p degree[p] * time[p] <= num_ranks * C``, without which the relaxation may use all virtual groups at once, each
-for a sliver of its ranks.
+Three additions to the paper's program leave its optimum unchanged. A known solution gives C an upper bound, and pairs
+(q, p) that exceed it alone are left out. Groups of one degree are ordered by time. And there is the row
+``sum_p degree[p] * time[p] <= num_ranks * C``: without it the relaxation may use all virtual groups at once, each with
+a small fraction of its ranks.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from planner.strategies.flexsp.round_packing import RoundPacking, deal_rows, pac
 from planner.strategies.search.bounds import makespan_bound_s
 from planner.strategies.search.shapes import IntArray, PriceTable
 
-MAX_VARIABLES = 2500  # all of 64 ranks' 127 virtual groups and 16 buckets; HiGHS makes little of larger programs
+MAX_VARIABLES = 2500  # enough for 64 ranks' 127 virtual groups and 16 buckets; HiGHS gains little on larger programs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundSolve:
-    """``packing`` in true lengths, None where nothing was found. ``closed``: the bucketed program was solved to the
-    gap asked for; ``work``: what the solver spent (see ``planner.solver``), 0 where it was not needed or not asked."""
+    """``packing``: in true lengths, None where none was found. ``closed``: whether the bucketed program was solved to
+    the relative gap of the limits. ``work``: the solver's work (see ``planner.solver``), 0 where it did not run."""
 
     packing: RoundPacking | None
     closed: bool
@@ -51,7 +51,7 @@ class _Candidate:
 def solve_round(
     table: PriceTable, num_ranks: int, num_buckets: int, limits: WorkLimits, *, max_variables: int = MAX_VARIABLES
 ) -> RoundSolve:
-    """Solve the round over these rows, whose program is left alone where it has more than ``max_variables``.
+    """Solve the program of the round over these rows, unless it has more than ``max_variables`` variables.
 
     Raises SolverFailure where the solver breaks down.
     """
@@ -82,7 +82,8 @@ def solve_round(
 
 
 def _bucketed(table: PriceTable, buckets: tuple[IntArray, ...]) -> tuple[PriceTable, IntArray]:
-    """A row per bucket: its longest member's times and its largest load (a ring's loads are not quite monotone)."""
+    """A table with a row per bucket, and the bucket of each row of ``table``. A bucket has its longest member's times
+    and the largest load of any member (a ring's loads do not always grow with the length)."""
     loads = np.stack([table.load_tokens[members].max(axis=0) for members in buckets])
     reduced = replace(
         table.take_rows(np.array([members[0] for members in buckets])),
@@ -97,7 +98,8 @@ def _bucketed(table: PriceTable, buckets: tuple[IntArray, ...]) -> tuple[PriceTa
 def _virtual_groups(
     table: PriceTable, sizes: IntArray, num_ranks: int, most_s: float
 ) -> list[tuple[int, int, IntArray]]:
-    """By shape: its column, how many virtual groups it gets, and the buckets that may go there."""
+    """For each shape its column, its number of virtual groups, and the buckets that may go there: those of which one
+    sequence alone ends within ``most_s``."""
     alone_s = np.where(table.fits, table.marginal_s + table.fixed_s, np.inf)
     groups = []
     for column, degree in enumerate(table.degrees.tolist()):
@@ -114,6 +116,8 @@ def _num_variables(table: PriceTable, sizes: IntArray, num_ranks: int, most_s: f
 def _build(
     table: PriceTable, sizes: IntArray, num_ranks: int, most_s: float, least_s: float
 ) -> tuple[LinearModel, list[_Candidate]]:
+    """The module's program with C between ``least_s`` and ``most_s``, and its virtual groups. ``sizes``: the members of
+    each bucket."""
     model = LinearModel()
     makespan = model.variable(low=least_s, high=most_s)
     model.minimize({makespan: 1.0})
@@ -143,7 +147,7 @@ def _build(
 def _candidate(
     model: LinearModel, table: PriceTable, sizes: IntArray, column: int, open_buckets: IntArray
 ) -> _Candidate:
-    """One virtual group with its memory row (where memory can bind) and nothing in it unless it is used."""
+    """The variables of one virtual group, and its memory row where memory can bind."""
     used = model.variable(high=1.0, integer=True)
     capacity = int(table.capacity_tokens[column])
     counts, loads, total = {}, {}, 0
@@ -154,7 +158,7 @@ def _candidate(
         loads[counts[bucket]] = float(load)
         total += load * int(sizes[bucket])
     if total > capacity:
-        # Divided by the capacity: coefficients near 1 keep the solver's tolerances meaningful.
+        # The row is divided by the capacity, because the solver's tolerances are meant for coefficients near 1.
         model.row({**{variable: load / capacity for variable, load in loads.items()}, used: -1.0}, high=0.0)
     return _Candidate(column, used, counts)
 
@@ -162,7 +166,7 @@ def _candidate(
 def _start_values(
     candidates: list[_Candidate], groups: list[tuple[int, IntArray]], makespan_s: float
 ) -> list[float]:
-    """The known solution as one value per variable; groups come sorted as the ordering rows want them."""
+    """The known solution as one value per variable. ``groups`` are sorted by time, as the ordering rows require."""
     values = [0.0] * (1 + sum(1 + len(each.counts) for each in candidates))
     values[0] = makespan_s
     waiting = {column: [counts for other, counts in groups if other == column] for column, _ in groups}
@@ -179,7 +183,8 @@ def _start_values(
 def _deal_buckets(
     table: PriceTable, buckets: tuple[IntArray, ...], candidates: list[_Candidate], solution: Solution
 ) -> RoundPacking | None:
-    """True sequences into the counted places, longest first, each to the group with the least time so far."""
+    """Deal the sequences to the solver's counts, longest first, each to the group with the least time so far. Dealing
+    them freely over the same groups is tried as well, and the better packing is returned."""
     quotas = [
         {bucket: round(solution.values[variable]) for bucket, variable in each.counts.items()} for each in candidates
     ]

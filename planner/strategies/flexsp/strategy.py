@@ -1,39 +1,38 @@
 """FlexSP (Wang et al., arXiv 2412.01523): rounds of sequence-parallel groups of different degree side by side.
 
-As published: for M = M_min .. M_min + M' - 1 rounds the blaster cuts the sorted sequences into M rounds; in each round
-lengths are bucketed and a mixed-integer program chooses groups and members for the smallest makespan; the M with the
-smallest sum of makespans wins. Degree 1 is among the choices.
+As published: for each M = M_min .. M_min + M' - 1 the blaster cuts the sorted sequences into M rounds. In each round
+lengths are bucketed, and a mixed-integer program chooses groups and their members for the smallest makespan. The M with
+the smallest sum of makespans wins. Degree 1 is among the choices.
 
 Where this differs, and why:
 
-- Every round first gets a packing without a solver; programs are solved only where that packing is further than the
-  relative gap from the round's proven bound, best M first, and only while the sum of the rounds' bounds could still
-  beat the best plan known. Programs larger than 64 ranks need are left alone (``round_program.MAX_VARIABLES``): on
-  1,024 ranks HiGHS ends the guard's seconds with the packing that it was given.
+- Every round first gets a packing without a solver. Its program is solved only where that packing is further than the
+  relative gap from the round's proven lower bound, best M first, and only while the sum of the rounds' bounds could
+  still beat the best plan known. Programs larger than 64 ranks need are not solved (``round_program.MAX_VARIABLES``):
+  on 1,024 ranks HiGHS uses up its time limit and returns the packing that it was given.
 - The paper's sum of makespans assumes that all ranks wait between rounds. With zero3 they do, and the smallest sum
-  wins as published. Else our runtime has no such barrier, so among the values of M the plan with the smallest
-  simulated time wins, never more than its sum.
-- M counts up past values that cannot be packed (sequences do not tile memory); the paper's code returns nothing there.
+  wins as published. Otherwise our runtime has no such barrier, so the M with the smallest simulated time wins; that
+  time never exceeds the sum.
+- M goes on past values that cannot be packed (sequences do not tile memory). The paper's code returns nothing there.
 - Sequences are dealt into their buckets' places by length, not at random: same inputs, same plan.
 
-Known limits of the method itself, kept: rounds are of equal token count although cost is quadratic in length; buckets
-price sequences too high (their longest member), so that even a program solved to the end may lose to another plan; all
-groups of a round start together, so a rank's spare time at the end of one round is not planned for.
+Known limits of the method that are kept: rounds have equal token counts although cost is quadratic in length; a bucket
+prices its sequences too high, by its longest, so even an optimal program may lose to another plan; all groups of a
+round start together, so the planner does not use a rank's idle time at the end of a round.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
 from itertools import accumulate, groupby
 
 import numpy as np
 
 from planner.cost.limits import PlanLimits
-from planner.cost.model import CostModel
 from planner.plan import Sharding, SolveStatus
 from planner.pricing.assemble import Found, GroupChoice, price_choice
+from planner.pricing.problem import StepProblem
 from planner.solver import SolverFailure, WorkLimits
 from planner.strategies.flexsp.blaster import blast_rows
 from planner.strategies.flexsp.round_packing import RoundPacking, group_s, pack_round
@@ -53,12 +52,12 @@ from planner.strategies.static import best_layout, usual_layouts
 from planner.units import format_seconds
 
 MIN_SOLVE_S = 0.02
-WORK_PER_NODE = 1000  # max_nodes times this is the step's solver work: seconds at 64 ranks, less on small steps
+WORK_PER_NODE = 1000  # a step's solver work is this times max_nodes: seconds at 64 ranks, less for small steps
 
 
 @dataclass(slots=True)
 class _Trial:
-    """One value of M: a table, a packing and a bound for each round."""
+    """One value of M: a table, a packing and a lower bound for each round."""
 
     tables: list[PriceTable]
     packings: list[RoundPacking]
@@ -71,15 +70,15 @@ class _Trial:
 
     @property
     def bound_s(self) -> float:
-        """No packing of these rounds has a smaller published objective."""
+        """Lower bound of the published objective over all packings of these rounds."""
         return sum(self.bounds_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FlexspResult:
-    """The best rounds found. ``round_sizes``: how many of the schedule's groups each round holds, in order.
-    ``hit_limit``: a solver's work limit, the size of a program or the clock ended the search before the rounds were
-    closed to the relative gap."""
+    """The best rounds found. ``round_sizes``: how many of the schedule's groups are in each round, in order.
+    ``makespans_s``: their sum of makespans. ``hit_limit``: a solver's work limit, the size of a program or the clock
+    ended the search before all rounds were solved to the relative gap."""
 
     schedule: Schedule
     round_sizes: tuple[int, ...]
@@ -94,7 +93,7 @@ class FlexspResult:
 
 @dataclass(slots=True)
 class _Budget:
-    """Solver work left for the step (see ``planner.solver``), beside a wall-clock guard."""
+    """What is left of the step's solver work (see ``planner.solver``), with a wall-clock guard."""
 
     limits: PlanLimits
     deadline_s: float
@@ -104,7 +103,7 @@ class _Budget:
     hit_limit: bool = False
 
     def share(self, num_programs: int) -> WorkLimits | None:
-        """Limits for the next of ``num_programs`` programs still to solve, or None where nothing is left."""
+        """Limits for the next one of ``num_programs`` programs still to solve, or None where no work is left."""
         left_s = self.deadline_s - time.perf_counter()
         if self.work_left <= 0 or left_s < MIN_SOLVE_S:
             self.hit_limit = True
@@ -120,29 +119,28 @@ class _Budget:
         self.hit_limit = self.hit_limit or not solve.closed
 
 
-def plan_flexsp(
-    lengths: SequenceOf[int], *, num_ranks: int, cost: CostModel, limits: PlanLimits, degree: int | None,
-    deadline_s: float,
-) -> Found:
-    """The strategy ``flexsp``: the best of greedy, best static and FlexSP's rounds, which are not searched where
-    greedy is proven good. ``degree`` is not for it: it chooses its own.
+def plan_flexsp(problem: StepProblem) -> Found:
+    """The strategy ``flexsp``: the best of the greedy plan, the best static plan and FlexSP's rounds. The last two are
+    skipped where the greedy plan is proven to be within the relative gap.
 
     Raises SpecError where no shape is priced, InfeasibleError where a sequence fits none.
     """
-    table = price_table(lengths, allowed_shapes(num_ranks, cost, limits))
-    require_fits(table, cost, limits)
-    layouts = usual_layouts(num_ranks, cost, limits)
+    lengths, num_ranks, cost, limits = problem.lengths, problem.num_ranks, problem.cost, problem.limits
+    deadline_s = time.perf_counter() + limits.time_limit_s
+    table = price_table(lengths, allowed_shapes(problem))
+    require_fits(table, problem)
+    layouts = usual_layouts(problem)
     shapes = dict.fromkeys((*table.shapes, *(shape for layout in layouts for shape in layout)))
-    bound_s = makespan_bound_s(price_table(lengths, tuple(shapes)), num_ranks)  # static's last block may be odd
-    best, winner = as_played(greedy_schedule(table, num_ranks), lengths, num_ranks, cost), "greedy"
+    bound_s = makespan_bound_s(price_table(lengths, tuple(shapes)), num_ranks)  # static's last block has its own shape
+    best, winner = as_played(greedy_schedule(table, num_ranks), problem), "greedy"
     notes, hit_limit = [], False
-    if not _proven(best.makespan_s, bound_s, cost, limits):
-        homogeneous = best_layout(lengths, layouts, num_ranks, cost)
+    if not problem.is_proven(best.makespan_s, bound_s):
+        homogeneous = best_layout(problem, layouts)
         if homogeneous is not None and homogeneous.schedule.makespan_s < best.makespan_s:
             best, winner = homogeneous.schedule, f"static ({homogeneous.note})"
         try:
             result = flexsp_schedule(
-                table, num_ranks=num_ranks, max_local_tokens=cost.max_local_tokens(limits.device_budget_bytes),
+                table, num_ranks=num_ranks, max_local_tokens=problem.max_rank_tokens,
                 limits=limits, incumbent_s=best.makespan_s, deadline_s=deadline_s,
                 barriers=cost.sharding is Sharding.ZERO3,
             )
@@ -155,43 +153,37 @@ def plan_flexsp(
                 f"flexsp {result.num_rounds} rounds, sum of makespans {format_seconds(result.makespans_s)}, "
                 f"{result.num_programs} programs"
             )
-            rounds = result.schedule if cost.runs_free else _longest_first(result, lengths, cost)
-            rounds = as_played(rounds, lengths, num_ranks, cost)
+            rounds = result.schedule if cost.runs_free else _longest_first(result, problem)
+            rounds = as_played(rounds, problem)
             if rounds.makespan_s < best.makespan_s:
                 best, winner = rounds, "flexsp"
     status = SolveStatus.GREEDY
-    if _proven(best.makespan_s, bound_s, cost, limits):
+    if problem.is_proven(best.makespan_s, bound_s):
         status = SolveStatus.OPTIMAL
     elif winner != "greedy":
         status = SolveStatus.LIMIT if hit_limit else SolveStatus.FEASIBLE
     return Found(groups=best.groups, status=status, bound_s=bound_s, note="; ".join([f"{winner} plan", *notes]))
 
 
-def _longest_first(result: FlexspResult, lengths: SequenceOf[int], cost: CostModel) -> Schedule:
-    """The rounds in this order: a group that in lockstep starts a round early, its ranks being idle there, then finds
-    a round that is no shorter."""
+def _longest_first(result: FlexspResult, problem: StepProblem) -> Schedule:
+    """The schedule with its longest rounds first. In lockstep a group whose ranks are idle in the round before starts a
+    round early; in this order that round is no shorter than its own."""
     ends = list(accumulate(result.round_sizes))
     rounds = [result.schedule.groups[end - size : end] for end, size in zip(ends, result.round_sizes, strict=True)]
-    rounds.sort(key=lambda groups: -max(price_choice(group, lengths, cost).seconds for group in groups))
+    rounds.sort(key=lambda groups: -max(price_choice(group, problem.lengths, problem.cost).seconds for group in groups))
     return replace(result.schedule, groups=tuple(group for groups in rounds for group in groups))
-
-
-def _proven(makespan_s: float, bound_s: float, cost: CostModel, limits: PlanLimits) -> bool:
-    """Within the relative gap of what no plan can beat, as shares of the whole step."""
-    step_s = makespan_s + cost.step_fixed_s
-    return makespan_s - bound_s <= limits.relative_gap * step_s
 
 
 def flexsp_schedule(
     table: PriceTable, *, num_ranks: int, max_local_tokens: int, limits: PlanLimits, incumbent_s: float,
     deadline_s: float, barriers: bool = False, max_variables: int = MAX_VARIABLES,
 ) -> FlexspResult | None:
-    """Best FlexSP plan of all rows, or None where no number of rounds could be packed.
+    """The best FlexSP plan of all rows, or None where no number of rounds could be packed.
 
     ``max_local_tokens``: tokens of a microbatch that one rank can hold. ``incumbent_s``: makespan of the best plan
-    known so far; ``deadline_s``: when to stop, by ``time.perf_counter``. ``barriers``: all ranks wait for each other
-    between rounds, as published, so the smallest sum of makespans wins. Programs of more than ``max_variables`` are
-    not solved. Raises SolverFailure.
+    known so far. ``deadline_s``: when to stop, by ``time.perf_counter``. ``barriers``: whether all ranks wait for each
+    other between rounds, as published; then the smallest sum of makespans wins. Programs of more than
+    ``max_variables`` variables are not solved. Raises SolverFailure where the solver breaks down.
     """
     trials = _trials(table, num_ranks, max_local_tokens, limits, deadline_s)
     if not trials:
@@ -215,6 +207,7 @@ def flexsp_schedule(
 def _trials(
     table: PriceTable, num_ranks: int, max_local_tokens: int, limits: PlanLimits, deadline_s: float
 ) -> list[_Trial]:
+    """A trial for each of the first M' values of M that can be packed, within the deadline."""
     trials: list[_Trial] = []
     tried: set[int] = set()
     longest = int(table.lengths.max())
@@ -228,13 +221,14 @@ def _trials(
             trials += [trial] if trial is not None else []
         tried.add(len(rounds))
         if max(int(table.lengths[rows].sum()) for rows in rounds) == longest:
-            break  # more rounds would be cut the same
+            break  # no cut has a smaller largest round, so more rounds would be cut the same
     return trials
 
 
 def _packed_rounds(
     table: PriceTable, rounds: tuple[IntArray, ...], num_ranks: int, deadline_s: float
 ) -> _Trial | None:
+    """Pack each round without a solver. None where one cannot be packed, or not before the deadline."""
     trial = _Trial([], [], [])
     for rows in rounds:
         part = one_kind_per_degree(table.take_rows(rows))
@@ -248,7 +242,8 @@ def _packed_rounds(
 
 
 def one_kind_per_degree(table: PriceTable) -> PriceTable:
-    """Keep one attention kind for each degree: of those that hold the most of these rows, the cheapest for all."""
+    """Keep one attention kind for each degree: of the kinds that hold the most rows, the one with the fewest seconds
+    for all of them."""
     best: dict[int, tuple[tuple[int, float], int]] = {}
     for column, degree in enumerate(table.degrees.tolist()):
         total_s = float(table.marginal_s[:, column].sum() + table.fixed_s[column])
@@ -259,7 +254,7 @@ def one_kind_per_degree(table: PriceTable) -> PriceTable:
 
 
 def _improve(trial: _Trial, num_ranks: int, budget: _Budget) -> None:
-    """Solve the rounds whose packing is not proven good enough, the widest gap first."""
+    """Solve the programs of the rounds whose packing is not proven within the relative gap, the widest gap first."""
     gaps_s = [packing.makespan_s - bound for packing, bound in zip(trial.packings, trial.bounds_s, strict=True)]
     threshold = budget.limits.relative_gap
     waiting = [i for i, gap_s in enumerate(gaps_s) if gap_s > threshold * trial.packings[i].makespan_s]
@@ -277,15 +272,15 @@ def _improve(trial: _Trial, num_ranks: int, budget: _Budget) -> None:
 
 
 def place_rounds(tables: list[PriceTable], packings: list[RoundPacking], num_ranks: int) -> Schedule:
-    """Ranks for every group: consecutive and aligned to the degree, larger degrees first; among the blocks still free
-    in the round the one whose ranks end their earlier rounds first."""
+    """Give every group consecutive ranks, aligned to its degree, larger degrees first. Of the blocks of ranks that are
+    still free in the round, a group takes the one that ends its earlier rounds first."""
     free_s = np.zeros(num_ranks)
     groups = []
     for table, packing in zip(tables, packings, strict=True):
         taken = np.zeros(num_ranks, dtype=np.bool_)
         for column, same in groupby(packing.groups, key=lambda group: group.column):
             shape, members = table.shapes[column], list(same)
-            # Groups of one shape only take blocks from each other, so they go to the free blocks in order.
+            # Groups of one shape take different blocks, so they can be given the free blocks in order.
             blocks = _free_blocks(taken, free_s, shape.degree)[: len(members)]
             for first, group in zip(blocks, members, strict=True):
                 block = slice(first, first + shape.degree)
@@ -297,7 +292,7 @@ def place_rounds(tables: list[PriceTable], packings: list[RoundPacking], num_ran
 
 
 def _free_blocks(taken: BoolArray, free_s: FloatArray, degree: int) -> list[int]:
-    """First ranks of the aligned blocks of which nothing is taken, those that are free first first."""
+    """First ranks of the aligned blocks of which no rank is taken, in the order in which they become free."""
     num_blocks = len(taken) // degree
     ends_s = free_s[: num_blocks * degree].reshape(num_blocks, degree).max(axis=1)
     open_blocks = np.flatnonzero(~taken[: num_blocks * degree].reshape(num_blocks, degree).any(axis=1))

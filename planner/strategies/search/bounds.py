@@ -12,34 +12,37 @@ Let C be the time of the last rank to finish, ``step_fixed_s`` aside, in any pla
   times, because its shares add up to at most 1. With several that overlap: for every x >= 0, the groups with
   fixed_s > x hold their tokens on ranks that have F > x, m on each at most. Integrated over x from 0 on, the left side
   is what all groups are charged and the right side the sum of F over the ranks.
-- *Fixed times by the clock.* Charge it degree * fixed_s * marginal_s / (C - fixed_s). On a rank the marginal_s of all
-  its groups add up to at most C - F, and fixed_s / (C - fixed_s) is largest for fixed_s = F: at most F is charged.
+- *Fixed times by the clock.* Charge every sequence degree * fixed_s * marginal_s / (C - fixed_s) instead. On a rank
+  the marginal_s of all its groups add up to at most C - F, and fixed_s / (C - fixed_s) is largest for fixed_s = F: so
+  at most F is charged.
 
-  Any mix of the two with weights w and 1 - w is covered as well, so for every w in 0 .. 1:
+  With weights w and 1 - w, a mix of these two charges is also at most the fixed times. So for every w in 0 .. 1:
 
       sum over sequences of min over shapes allowed at C of
           degree * (marginal_s + fixed_s * (w * memory share + (1 - w) * marginal_s / (C - fixed_s)))  <=  num_ranks * C
 
   This is the dual side of a linear program that lets every sequence choose fractions of shapes.
 
-A smaller C allows fewer shapes and raises every charge, so the left side falls as C grows: the smallest C that
-satisfies the inequality is bracketed by bisection and the lower end of the bracket is returned. The memory share counts
-tokens / (tokens that all ranks can hold), never more than what the zigzag layout takes of a ring; of tokens that do not
-stay on the device it counts none, and a microbatch frees no more than the shapes say. Nothing depends on rounds,
-placement or order: the bound holds for every strategy that forms these shapes, several in one microbatch included. It
-holds in lockstep (zero3), where barriers only add, and with pipeline stages, whose seconds and memory a cost model
-gives for one of them: each stage alone runs all of the microbatches, one at a time on a rank, and is busy for their
-seconds, so what is said here of the ranks holds for the ranks of that stage. All coefficients must be at least 0.
+A smaller C allows fewer shapes and raises every charge, so the left side falls as C grows. The smallest C that
+satisfies the inequality is bracketed by bisection, and the lower end of the bracket is returned.
+
+The memory share of a sequence is its tokens over those that all ranks of the group can hold: never more than what the
+zigzag layout takes of a ring. Tokens that do not stay on the device do not count, and no microbatch frees more than the
+shapes say. Nothing depends on rounds, placement or order, so the bound holds for every strategy that forms these
+shapes, even several in one microbatch. It holds in lockstep (zero3), where barriers only add time. It holds with
+pipeline stages: a cost model gives seconds and memory of one stage, and each stage alone runs all of the microbatches,
+one at a time on a rank, so what is said here of ranks holds for the ranks of any stage. All coefficients must be at
+least 0.
 
 *Lockstep.* Where all ranks wait after each round (``planner.pricing.lockstep``) more can be said. Let f be the least
-fixed_s of all shapes, and R the rounds of a plan. A rank runs at most one microbatch a round and holds no more than its
-memory in it, so R is at least the least memory that all sequences can take, in units of all ranks' memory, rounded up.
-A round takes at least f, whether a rank is idle in it or busy for its F >= f and the marginal_s of its groups. So
+fixed_s of all shapes, and R the number of rounds of a plan. A rank runs at most one microbatch a round and holds no
+more than its memory in it. So R is at least the least memory that all sequences can take over the memory of all ranks,
+rounded up. A round takes at least f: a rank is idle in it, or busy for F >= f and the marginal_s of its groups. So
 
     num_ranks * R * f + sum over sequences of min over allowed shapes of degree * marginal_s  <=  num_ranks * C
 
-where a shape is allowed if it runs the sequence alone in C - (R - 1) f, which is all that other rounds leave of C. More
-rounds raise the left side and allow fewer shapes, so the least R gives a bound for all.
+where a shape is allowed if it runs the sequence alone in C - (R - 1) f: the other rounds leave no more of C. More
+rounds raise the left side and allow fewer shapes, so the least possible R gives a bound for all plans.
 """
 
 from __future__ import annotations
@@ -52,6 +55,7 @@ from math import ceil
 import numpy as np
 
 from planner.plan import AttentionKind
+from planner.pricing.microbatch import SequencePrices
 from planner.strategies.search.shapes import (
     BoolArray,
     FloatArray,
@@ -94,29 +98,31 @@ def step_bound_s(lengths: SequenceOf[int] | IntArray, shapes: SequenceOf[GroupSh
 def bound_parts(
     lengths: SequenceOf[int] | IntArray, shapes: SequenceOf[GroupShape], num_ranks: int
 ) -> tuple[BoundPart, ...]:
-    """Price each distinct length once. Lengths that local runs within a certain lower bound need only the shapes that
-    could ever charge them less than local does; the few longer ones are priced on all shapes."""
+    """Each distinct length, priced once. A length that ``surely_local`` names is priced only on local and on the shapes
+    that may charge it less than local does; the few longer ones are priced on all shapes."""
     distinct, counts = np.unique(np.asarray(lengths, dtype=np.int64), return_counts=True)
     weights = counts.astype(np.float64)
     local = next((shape for shape in shapes if shape.kind is AttentionKind.LOCAL), None)
     if local is None or not len(distinct):
         return (BoundPart(price_table(distinct, shapes), weights),) if len(distinct) else ()
-    settled = settled_lengths(distinct, weights, shapes, local, num_ranks)
+    short = surely_local(distinct, weights, shapes, local, num_ranks)
     parts = []
-    if settled.any():
-        rivals = [shape for shape in shapes if shape is local or not _dominates(local, shape)]
-        parts.append(BoundPart(price_table(distinct[settled], rivals), weights[settled]))
-    if not settled.all():
-        parts.append(BoundPart(price_table(distinct[~settled], shapes), weights[~settled]))
+    if short.any():
+        useful = [shape for shape in shapes if shape is local or not _dominates(local, shape)]
+        parts.append(BoundPart(price_table(distinct[short], useful), weights[short]))
+    if not short.all():
+        parts.append(BoundPart(price_table(distinct[~short], shapes), weights[~short]))
     return tuple(parts)
 
 
 def lockstep_bound_s(
     lengths: SequenceOf[int] | IntArray, shapes: SequenceOf[GroupShape], num_ranks: int, num_rounds: int | None = None
 ) -> float:
-    """``step_bound_s`` where all ranks wait for each other after each round (``zero3``): never less. ``num_rounds``:
-    the least of any plan, where plans may use shapes that are left out here because they are dearer (None: they do
-    not)."""
+    """``step_bound_s`` where all ranks wait for each other after each round (``zero3``): never less.
+
+    ``num_rounds``: no plan has fewer rounds. Given by who leaves shapes out of ``shapes`` because they cost more rank
+    seconds: they may hold more, and so save a round. None: plans use ``shapes`` only, and the rounds follow from them.
+    """
     parts = bound_parts(lengths, shapes, num_ranks)
     if not parts:
         return 0.0
@@ -125,11 +131,12 @@ def lockstep_bound_s(
     num_rounds = least_rounds(lengths, shapes, num_ranks) if num_rounds is None else num_rounds
     others_s = (num_rounds - 1) * fixed_s
     longest_s = max(float(work.alone_s.min(axis=1).max()) for work in works)
-    # The shapes that a settled part leaves out are dearer, but might be quicker: there all that are left are allowed.
-    whole = [len(part.table.shapes) == len(shapes) for part in parts]
+    # A part for single ranks leaves out shapes that cost more rank seconds than local. Some of them may be quicker than
+    # all that are left, so the time limit must not rule out any shape in such a part.
+    has_all = [len(part.table.shapes) == len(shapes) for part in parts]
 
     def needed_s(makespan_s: float) -> float:
-        limits_s = [makespan_s - others_s if each else np.inf for each in whole]
+        limits_s = [makespan_s - others_s if each else np.inf for each in has_all]
         least_s = sum(work.marginal_rank_s(limit_s) for work, limit_s in zip(works, limits_s, strict=True))
         return num_rounds * fixed_s + least_s / num_ranks
 
@@ -138,7 +145,8 @@ def lockstep_bound_s(
 
 
 def least_rounds(lengths: SequenceOf[int] | IntArray, shapes: SequenceOf[GroupShape], num_ranks: int) -> int:
-    """Rounds that take all sequences' least memory; a shape's ranks hold ``group_tokens`` together."""
+    """No plan of these shapes has fewer rounds: every sequence takes its memory on the shape where that is least, and a
+    round holds no more than all ranks do. The ranks of a shape hold ``group_tokens`` together."""
     tokens = np.asarray(lengths, dtype=np.int64).astype(np.float64)
     shares: dict[tuple[float, float, float], float] = {}
     for shape in shapes:
@@ -153,35 +161,29 @@ def least_rounds(lengths: SequenceOf[int] | IntArray, shapes: SequenceOf[GroupSh
     return max(1, ceil(float(least.sum()) / num_ranks * (1 - 1e-9)))
 
 
-def settled_lengths(
+def surely_local(
     lengths: IntArray, counts: FloatArray, shapes: SequenceOf[GroupShape], local: GroupShape, num_ranks: int
 ) -> BoolArray:
-    """Which lengths surely fit ``local`` and run there alone within a simple lower bound on the makespan: the longest
-    sequence's best time, and the work at the cheapest coefficients over all shapes."""
+    """Which lengths surely fit ``local`` and run there alone within a simple lower bound on the makespan. That bound is
+    the longest sequence's best time or the work at the cheapest coefficients of all shapes, whichever is more."""
     tokens = lengths.astype(np.float64)
-    coefficients = np.array(
-        [(s.fit.s_per_token2, s.fit.s_per_token, s.fit.s_per_sequence, s.fit.fixed_s) for s in shapes]
-    )
-    degrees = np.array([[shape.degree] for shape in shapes], dtype=np.float64)
-    cheapest = (coefficients * degrees).min(axis=0)
-    work_s = float((cheapest[0] * tokens**2 + cheapest[1] * tokens + cheapest[2]) @ counts) / num_ranks
+    prices = SequencePrices.of([shape.fit for shape in shapes])
+    cheapest = prices.cheapest(np.array([shape.degree for shape in shapes], dtype=np.int64))
+    work_s = float(cheapest.marginal_s(tokens)[:, 0] @ counts) / num_ranks
     longest = price_table(lengths[[int(np.argmax(lengths))]], shapes)
     least_s = max(work_s, float(_alone_s(longest).min()))
-    fit = local.fit
-    local_s = fit.s_per_token2 * tokens**2 + fit.s_per_token * tokens + fit.s_per_sequence + fit.fixed_s
+    local_s = SequencePrices.of([local.fit]).marginal_s(tokens)[:, 0] + local.fit.fixed_s
     fits = lengths * local.held.at_zero <= local.capacity_tokens
-    settled: BoolArray = fits & (local_s <= least_s)
-    return settled
+    surely: BoolArray = fits & (local_s <= least_s)
+    return surely
 
 
 def _dominates(local: GroupShape, shape: GroupShape) -> bool:
-    """Local charges every sequence it may run no more rank seconds than ``shape``, whatever the weights."""
+    """Whether local charges every sequence that fits it no more rank seconds than ``shape``, whatever the weights."""
     degree, here, there = shape.degree, local.fit, shape.fit
     shares = here.fixed_s * local.held.at_zero, degree * there.fixed_s * shape.held.least  # most here, least there
     return (
-        here.s_per_token2 <= degree * there.s_per_token2
-        and here.s_per_token <= degree * there.s_per_token
-        and here.s_per_sequence <= degree * there.s_per_sequence
+        here.adds_at_most(there, times=degree)
         and here.fixed_s <= there.fixed_s
         and shares[0] * group_tokens(shape) <= shares[1] * local.capacity_tokens
     )
@@ -227,7 +229,8 @@ class _Work:
 
 
 def _raise_bound(works: SequenceOf[_Work], num_ranks: int, memory_weight: float, low_s: float) -> float:
-    """The largest proven bound at this weight, at least ``low_s`` (proven itself, no less than the critical path)."""
+    """The largest bound that this weight proves, or ``low_s`` where that is more. ``low_s`` must be proven, and no less
+    than the critical path."""
 
     def needed_s(makespan_s: float) -> float:
         return sum(work.charge_s(makespan_s, memory_weight) for work in works) / num_ranks
@@ -238,8 +241,8 @@ def _raise_bound(works: SequenceOf[_Work], num_ranks: int, memory_weight: float,
 def _raised(needed_s: Callable[[float], float], low_s: float) -> float:
     """The least C with ``needed_s(C) <= C``, from below, and at least ``low_s``.
 
-    ``needed(C)`` falls with C, so C < needed(C) proves C impossible and needed(C) possible, and C >= needed(C) proves
-    C possible and everything below needed(C) impossible.
+    ``needed_s`` falls as C grows. So where needed_s(C) > C, no makespan up to C is possible, and the least possible one
+    is at most needed_s(C). Where needed_s(C) <= C, it is at most C and at least needed_s(C).
     """
     high_s = needed_s(low_s)
     if high_s <= low_s:
@@ -258,8 +261,8 @@ def _raised(needed_s: Callable[[float], float], low_s: float) -> float:
 
 
 def cheapest_columns(table: PriceTable, makespan_s: float, memory_weight: float = 1.0) -> IntArray:
-    """Per sequence the shape with the fewest rank seconds among those that run it within ``makespan_s``, its fixed time
-    shared out as in the bound. Where none does, the quickest one."""
+    """Per sequence the shape with the fewest rank seconds among those that run it within ``makespan_s``; the quickest
+    one where none does. Its part of the fixed time is that of the bound."""
     alone_s = _alone_s(table)
     limit_s = np.maximum(makespan_s * (1 + 1e-9), alone_s.min(axis=1))
     allowed = table.fits & (alone_s <= limit_s[:, None])

@@ -1,4 +1,5 @@
-"""Whether a microbatch's tokens should be evened out for the token-wise layers, and what bounds hold if they may be."""
+"""Moving tokens between ranks for the token-wise layers: whether it pays for a microbatch, and the bound of plans that
+may do it."""
 
 from __future__ import annotations
 
@@ -9,15 +10,16 @@ import numpy as np
 
 from planner.cost.model import CostModel
 from planner.pricing.assemble import MicrobatchChoice, price_choice
-from planner.pricing.simulate import MicrobatchPrice
+from planner.pricing.microbatch import MicrobatchPrice
+from planner.pricing.problem import StepProblem
 from planner.schedules.remap import Move, balanced_counts, token_moves
 from planner.strategies.search.bounds import step_bound_s
 from planner.strategies.search.shapes import GroupShape, price_table
 
 
 def balanced_moves(price: MicrobatchPrice, num_ranks: int, node_size: int) -> tuple[Move, ...]:
-    """The moves after which all ranks of this microbatch, priced without any, hold the same tokens, at most one
-    apart, with as few of them between nodes as possible."""
+    """The moves after which all ranks of this microbatch hold the same number of tokens, give or take one. As few as
+    possible cross nodes. ``price``: of the microbatch without moves."""
     current, target = [0] * num_ranks, [0] * num_ranks
     ranks = sorted(price.ranks)
     for rank, count in zip(price.ranks, price.rank_tokens, strict=True):
@@ -27,15 +29,14 @@ def balanced_moves(price: MicrobatchPrice, num_ranks: int, node_size: int) -> tu
     return token_moves(current, target, node_size)
 
 
-def price_with_moves(
-    choice: MicrobatchChoice, lengths: SequenceOf[int], num_ranks: int, cost: CostModel
-) -> tuple[MicrobatchPrice, tuple[Move, ...]]:
-    """The microbatch with balanced moves where they lower its price, else without. Raises PlanError where the cost
-    model cannot price it."""
+def price_with_moves(choice: MicrobatchChoice, problem: StepProblem) -> tuple[MicrobatchPrice, tuple[Move, ...]]:
+    """The microbatch's price with balanced moves, and these, where they make it cheaper; else without any. Raises
+    PlanError where the cost model cannot price it."""
+    lengths, cost = problem.lengths, problem.cost
     plain = price_choice(choice, lengths, cost)
     if cost.remap is None or cost.remap.linear_s_per_token == 0:
         return plain, ()
-    moves = balanced_moves(plain, num_ranks, cost.remap.node_size)
+    moves = balanced_moves(plain, problem.num_ranks, cost.remap.node_size)
     if not moves:
         return plain, ()
     moved = price_choice(choice, lengths, cost, moves)
@@ -43,7 +44,7 @@ def price_with_moves(
 
 
 def attention_shapes(shapes: SequenceOf[GroupShape], cost: CostModel) -> tuple[GroupShape, ...]:
-    """The shapes without token-wise work, which moves may take off any rank; none where moves are not priced."""
+    """The shapes without their token-wise work, which moves may take off a rank; none where moves are not priced."""
     if cost.remap is None or cost.remap.linear_s_per_token == 0:
         return ()
     linear_s = cost.remap.linear_s_per_token
@@ -53,17 +54,16 @@ def attention_shapes(shapes: SequenceOf[GroupShape], cost: CostModel) -> tuple[G
     )
 
 
-def remap_bound_s(
-    lengths: SequenceOf[int], shapes: SequenceOf[GroupShape], num_ranks: int, cost: CostModel
-) -> float:
+def remap_bound_s(problem: StepProblem, shapes: SequenceOf[GroupShape]) -> float:
     """``bounds.step_bound_s`` for plans that may move tokens for the token-wise layers, where the cost model prices it.
 
-    Then a rank may be rid of its token-wise work, so that no sequence's time on a group bounds the step. But its
-    attention stays, and moves only add to what all ranks do together. So both of these hold: the bound of attention
-    alone, and all work, at the shapes that take the fewest rank seconds, over all ranks. In the latter a sequence's
-    share of the fixed times is that by memory: moves change no group's tokens.
+    Moves may take all token-wise work off a rank, so a sequence's whole time on a group does not bound the step. But
+    its attention stays, and moves only add to what all ranks do together. So there are two bounds, and the larger one
+    is returned: that of attention alone; and all work over all ranks, each sequence on the shape that takes the fewest
+    rank seconds. In the second one fixed times are shared out by memory, because moves change no group's tokens.
     """
-    attention = attention_shapes(shapes, cost)
+    lengths, num_ranks = problem.lengths, problem.num_ranks
+    attention = attention_shapes(shapes, problem.cost)
     if not attention:
         return step_bound_s(lengths, shapes, num_ranks)
     table = price_table(lengths, shapes)

@@ -1,26 +1,24 @@
-"""What may happen to saved activations, as shapes to search over, and the policy of a microbatch once it is packed.
+"""What may happen to saved activations: as shapes to search over, and as the policy of a microbatch once it is packed.
 
-*Swap.* Tokens copied to the host cost device memory in two layers only, and no time as long as the copy hides under the
-forward. A sequence of s tokens in a group of d ranks takes a s^2 + b s seconds, so it can hide the fraction
+*Swap.* A token that is copied to the host takes device memory in two layers only. The copy takes no time as long as it
+hides under the forward, which it does for a fraction of a sequence's tokens that grows with the sequence's length
+(``ActivationFit.hidden_fraction``). The copies of a microbatch hide if those of each of its sequences do, and what its
+sequences leave on the device adds up. So swapping needs no shapes of its own: it makes the loads on a shape smaller
+(``shapes.HeldShare``), for nothing.
 
-    r(s) = d * hidden_share * copy_bytes_per_s / swap_bytes_per_token * (a s + b)
+*Host memory.* Of the F bytes of a token, m can be swapped. Take a device whose D bytes for activations are full while
+the fraction r of its tokens is swapped. Its host holds h r m D / (F - r m) bytes, h for each byte freed (1 without
+pipeline stages). The host has H bytes, which is enough where r <= F H / (m (h D + H)). No sequence swaps more than
+that, and then no microbatch does.
 
-of its tokens: the overlap condition of ByteScale (arXiv 2502.21231, eq. 3) and MEMO (arXiv 2407.12117), per sequence.
-The copies of a microbatch hide if each of its sequences' do, and what its sequences leave on the device adds up. So
-swapping makes no further shapes: it makes the loads of a shape smaller (``shapes.HeldShare``), at no price.
+*Pipeline stages.* The first stage holds as many microbatches at once as there are stages. Each of them may take its
+part of the device, so all of this holds for what is in flight together.
 
-*Host memory.* Of F bytes a token m can go. A device with D bytes for activations that is full with the fraction r of
-its tokens swapped has h r m D / (F - r m) bytes on its host, h for each byte freed (1 but for pipeline stages). That is
-within the host's H where r <= F H / (m (h D + H)): no sequence swaps more, and then no microbatch does.
+*Recompute.* Computing token-wise work again takes time in proportion to the tokens. Each of a few fractions makes
+another shape; what is not computed again may still be swapped.
 
-*Pipeline stages.* The first stage holds as many microbatches at once as there are stages. Each may take that part of
-the device, so all of this holds for what is in flight together.
-
-*Recompute.* Computing token-wise work again takes time in proportion to the tokens: another shape for each of a few
-fractions. What is not computed again may still be swapped.
-
-*Chunks* are shapes as well (``planner.strategies.search.chunk_shapes``). Which of all these a packed microbatch gets is
-decided last: the one that costs the fewest seconds among those that hold it.
+*Chunks* are shapes as well (``planner.strategies.search.chunk_shapes``). The policy of a packed microbatch is decided
+last: of those that hold it, the one that costs the fewest seconds.
 """
 
 from __future__ import annotations
@@ -35,13 +33,15 @@ from planner.cost.limits import PlanLimits
 from planner.cost.model import KEEP, CostModel
 from planner.plan import MemoryAction, MemoryPolicy, Sharding
 from planner.pricing.assemble import GroupChoice, MicrobatchChoice
+from planner.pricing.microbatch import lone_group_s
+from planner.pricing.problem import StepProblem
 from planner.schedules.layout import local_token_counts
 from planner.strategies.search.chunk_shapes import chunk_sizes, chunked_shape, chunked_shapes, in_chunks
 from planner.strategies.search.shapes import GroupShape, HeldShare
 
 RECOMPUTE_FRACTIONS = (0.5, 1.0)
 SWAP_STEP = 1e-6  # swap fractions are multiples of it, rounded up
-HOST_SLACK = 1e-4  # of the host's share, beside a step: rounding up never fills it
+HOST_SLACK = 1e-4  # part of the host's share that stays free, so that rounding up never overfills it
 
 
 def swaps(cost: CostModel, limits: PlanLimits) -> bool:
@@ -59,8 +59,8 @@ def recompute_fractions(cost: CostModel, limits: PlanLimits) -> tuple[float, ...
 def with_policy(
     shapes: Iterable[GroupShape], recompute_fraction: float, cost: CostModel, limits: PlanLimits
 ) -> tuple[GroupShape, ...]:
-    """These shapes (of kept activations) where so many tokens are computed again and, if allowed, the others swapped
-    as far as that hides."""
+    """These shapes (of kept activations) with this fraction of the tokens computed again. Of the others as many are
+    swapped as hides, where swapping is allowed."""
     fit = cost.activation
     if fit is None or (recompute_fraction == 0 and not swaps(cost, limits)):
         return tuple(shapes)
@@ -79,7 +79,7 @@ def with_policy(
 def with_every_policy(
     kept: SequenceOf[GroupShape], cost: CostModel, limits: PlanLimits
 ) -> tuple[GroupShape, ...]:
-    """These shapes (of kept activations) with every policy that is searched, by policy."""
+    """These shapes (of kept activations) with each policy that is searched: all shapes of one policy, then the next."""
     fractions = recompute_fractions(cost, limits)
     whole = tuple(shape for fraction in fractions for shape in with_policy(kept, fraction, cost, limits))
     return whole + chunked_shapes(kept, cost, limits)
@@ -96,28 +96,29 @@ def _held(
     if swaps(cost, limits) and swap_bytes > 0:
         copied = fit.host_bytes_per_byte
         device_bytes = max(limits.device_budget_bytes - cost.memory.fixed_bytes, 0)
-        # One token of each microbatch in flight to spare on device and host: the fullest rank of a group may hold one
-        # more than its share.
+        # On device and host one token of each microbatch in flight stays free: the fullest rank of a group may hold one
+        # token more than its share.
         host_bytes = max(limits.host_budget_bytes - cost.num_stages * copied * kept_bytes, 0)
         by_host = kept_bytes / swap_bytes * host_bytes / max(copied * device_bytes + host_bytes, 1) * (1 - HOST_SLACK)
         spared = cost.num_stages * token_bytes / max(device_bytes, 1)
         by_device = 1 - recompute_fraction - kept_bytes / swap_bytes * spared
         most = max(min(by_device, by_host - SWAP_STEP), 0.0)
-        hidden_per_s = shape.degree * fit.hidden_share * fit.copy_bytes_per_s / fit.copied_bytes_per_token
+        hidden_at_zero, hidden_per_token = fit.hidden_fraction(shape.fit)
         freed = swap_bytes / token_bytes
-        at_zero -= freed * min(most, hidden_per_s * shape.fit.s_per_token)
-        per_token = freed * hidden_per_s * shape.fit.s_per_token2
+        at_zero -= freed * min(most, hidden_at_zero)
+        per_token = freed * hidden_per_token
         least -= freed * most
     return HeldShare(at_zero=at_zero, per_token=per_token, least=least)
 
 
 def choose_policies(
-    groups: Iterable[tuple[GroupShape, GroupChoice]], lengths: SequenceOf[int], cost: CostModel, limits: PlanLimits
+    groups: Iterable[tuple[GroupShape, GroupChoice]], problem: StepProblem
 ) -> tuple[MicrobatchChoice, ...]:
-    """Microbatches of one group each, packed under the loads of their shapes, with the mildest policy that fits: to
-    keep, to swap what hides, to recompute or to run in chunks, whichever takes fewer seconds."""
-    if set(limits.policies) <= {MemoryAction.KEEP} or not cost.prices_policies:
+    """Microbatches of one group each, packed under the loads of their shapes, with the mildest policy that fits: keep
+    all; else swap what hides; else recompute or run in chunks, whichever takes fewer seconds."""
+    if problem.keeps_all:
         return tuple(choice for _, choice in groups)
+    lengths, cost, limits = problem.lengths, problem.cost, problem.limits
     return tuple(
         replace(choice, memory=_mildest(choice, shape, [lengths[index] for index in choice.sequences], cost, limits))
         for shape, choice in groups
@@ -127,8 +128,8 @@ def choose_policies(
 def _mildest(
     choice: GroupChoice, shape: GroupShape, sizes: list[int], cost: CostModel, limits: PlanLimits
 ) -> MemoryPolicy:
-    """The shape's own policy always fits. In lockstep a microbatch in chunks shares its round with none that swaps or
-    recomputes, so there it stays with what its shape does; and what is kept after all is one chunk in such a round."""
+    """The shape's own policy always fits. In lockstep a round with chunks has no microbatch that swaps or recomputes: a
+    microbatch packed for chunks stays with them there, or keeps all, which is one chunk in such a round."""
     inner_degree = cost.time_fit(choice.kind, len(choice.ranks)).inner_degree
     tokens = max(local_token_counts(choice.kind, len(choice.ranks), sizes, inner_degree))
     lockstep, runs_in_chunks = cost.sharding is Sharding.ZERO3, shape.chunk_tokens > 0
@@ -144,17 +145,16 @@ def _mildest(
     if whole is None or chunked is None:
         return whole or chunked or in_chunks(shape.chunk_tokens)
     kind, degree = choice.kind, len(choice.ranks)
-    sums = {"num_tokens": sum(sizes), "num_tokens2": sum(size * size for size in sizes), "num_sequences": len(sizes)}
-    whole_s = cost.time_fit(kind, degree).group_s(**sums) + cost.recompute_s(sum(sizes) / degree, whole)
-    return chunked if cost.policy_fit(kind, degree, chunked).group_s(**sums) < whole_s else whole
+    whole_s = lone_group_s(kind, degree, sizes, cost, whole)
+    return chunked if lone_group_s(kind, degree, sizes, cost, chunked) < whole_s else whole
 
 
 def _mildest_whole(
     tokens: int, shape: GroupShape, sizes: list[int], cost: CostModel, limits: PlanLimits
 ) -> MemoryPolicy | None:
-    """Recompute the least of the fractions, then swap the least, that fits the budget with the copy hidden, for a group
-    whose fullest rank holds so many tokens. A shape's own fraction always fits; None where that is not how it runs and
-    nothing fits."""
+    """For a group whose fullest rank holds so many tokens: the least fraction to recompute, and with it the least to
+    swap, that fits the budget while the copy hides. None where nothing fits, which happens only to shapes that run in
+    chunks: for the others their own fraction fits."""
     fit, owns = cost.activation, shape.chunk_tokens == 0
     if fit is None:
         return None
@@ -177,8 +177,8 @@ def _mildest_whole(
 
 
 def _largest_chunks(tokens: int, shape: GroupShape, cost: CostModel, limits: PlanLimits) -> MemoryPolicy | None:
-    """The largest chunks that are searched and whose shape holds a group with so many tokens on its fullest rank: what
-    a device could hold beyond that, no bound knows of."""
+    """The largest of the chunks searched whose shape holds a group with so many tokens on its fullest rank. A device
+    may take larger ones, but the bound counts only those that are searched."""
     plain = replace(shape, fit=cost.time_fit(shape.kind, shape.degree))
     for size in chunk_sizes(cost, limits):
         chunked = chunked_shape(plain, size, cost, limits)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
+from math import ceil
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +20,9 @@ from planner.cost.limits import PlanLimits
 from planner.cost.model import CostModel
 from planner.errors import InfeasibleError, SpecError
 from planner.plan import AttentionKind
-from planner.schedules.layout import head_degree
+from planner.pricing.microbatch import SequencePrices
+from planner.pricing.problem import StepProblem
+from planner.schedules.layout import head_degree, peak_team_tokens
 from planner.units import format_bytes
 
 FloatArray = npt.NDArray[np.float64]
@@ -27,8 +30,9 @@ IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 
 UNLIMITED_TOKENS = 2**62
-HAIR = 1e-6
-"""Of a token: loads within it of a whole number are that number."""
+ROUNDING = 1e-6
+"""Tokens. Loads are rounded up, and one that is above a whole number by less than this is that number: the excess comes
+from floating point."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,12 +58,15 @@ ALL_HELD = HeldShare()
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupShape:
     """A group of ``fit.degree`` ranks of one attention kind, which form ``num_teams`` teams (see
-    ``planner.schedules.layout``). The loads of its sequences may add up to ``capacity_tokens``: a load is the most
-    tokens any one team gets of the sequence, the capacity is what one team can hold. So for local and ulysses (one
-    team) it is the sequence's tokens and the whole group's capacity, for a ring (teams of one) the fullest rank's
-    tokens and one rank's capacity. Of these tokens only the share ``held`` counts, rounded up. ``fit`` includes the
-    time to compute ``recompute_fraction`` of the tokens again, or to run in chunks of ``chunk_tokens`` a rank (0:
-    whole); the bytes of the chunk at work are not in the capacity."""
+    ``planner.schedules.layout``).
+
+    The loads of its sequences may add up to ``capacity_tokens``. A sequence's load is the most tokens that any one team
+    gets of it, and the capacity is what one team can hold. Local and ulysses are one team: all tokens of the sequence
+    and the capacity of the whole group. A ring has teams of one: the tokens of the fullest rank and the capacity of one
+    rank. Of these tokens only the share ``held`` counts, rounded up.
+
+    ``fit`` includes the time to compute ``recompute_fraction`` of the tokens again, or to run in chunks of
+    ``chunk_tokens`` a rank (0: whole). The capacity leaves out the bytes of the chunk at work."""
 
     fit: TimeFit
     capacity_tokens: int
@@ -72,6 +79,21 @@ class GroupShape:
     def policy(self) -> tuple[float, int]:
         """What shapes of one kind and degree differ in."""
         return self.recompute_fraction, self.chunk_tokens
+
+    def load_tokens(self, num_tokens: int) -> int:
+        """The load of a sequence of so many tokens."""
+        tokens = num_tokens if self.num_teams == 1 else peak_team_tokens(num_tokens, self.num_teams)
+        return tokens if self.held.is_all else ceil(tokens * self.held.of(num_tokens) - ROUNDING)
+
+    def short_tokens(self, load: int) -> int:
+        """Tokens of one team in short sequences whose loads add up to this: short ones free the least memory."""
+        return load if self.held.is_all else int(min(load / max(self.held.at_zero, 1e-9) * (1 - 1e-12), 2.0**60))
+
+    def longest_within(self, seconds: float, room: int) -> int:
+        """Tokens of a sequence that surely adds at most so many seconds and so much load: the longest one, but for the
+        zigzag's remainders and for what long sequences free."""
+        by_time, by_memory = min(self.fit.longest_within(seconds) * (1 - 1e-12), 2.0**60), self.short_tokens(room)
+        return min(int(by_time), by_memory if self.num_teams == 1 else (by_memory - 2) // 2 * 2 * self.num_teams)
 
     @property
     def kind(self) -> AttentionKind:
@@ -86,9 +108,9 @@ class GroupShape:
 class PriceTable:
     """Row per sequence (``rows[i]``: its index in the step), column per shape, degrees ascending.
 
-    ``marginal_s``: seconds the sequence adds to a group of the shape, whose first sequence pays ``fixed_s`` as well.
+    ``marginal_s``: seconds that the sequence adds to a group of the shape; the first one adds ``fixed_s`` as well.
     ``load_tokens``: what it takes of ``capacity_tokens``. ``memory_shares``: the share of a group's memory that it
-    certainly takes, remainders aside. ``fits``: it may run there alone.
+    takes where its tokens are spread evenly, so never more than it takes. ``fits``: it may run there alone.
     """
 
     shapes: tuple[GroupShape, ...]
@@ -159,16 +181,12 @@ def shapes_of_degree(degree: int, cost: CostModel, limits: PlanLimits) -> tuple[
 
 
 def _no_worse(shape: GroupShape, other: GroupShape) -> bool:
-    """Of two shapes of one degree, the first takes whatever the second takes, and never more seconds for it. Where its
-    teams are unions of the other's, its loads grow no more than its capacity."""
+    """Whether, of two shapes of one degree, the first holds whatever the second holds, and never takes more seconds for
+    it. It holds as much where each of its teams is made of whole teams of the other: then a team's load grows by no
+    more than its capacity."""
     here, there = shape.fit, other.fit
-    return (
-        other.num_teams % shape.num_teams == 0
-        and here.s_per_token2 <= there.s_per_token2
-        and here.s_per_token <= there.s_per_token
-        and here.s_per_sequence <= there.s_per_sequence
-        and here.fixed_s <= there.fixed_s
-    )
+    teams_fit = other.num_teams % shape.num_teams == 0
+    return teams_fit and here.adds_at_most(there) and here.fixed_s <= there.fixed_s
 
 
 def flexsp_degrees(num_ranks: int) -> tuple[int, ...]:
@@ -177,8 +195,9 @@ def flexsp_degrees(num_ranks: int) -> tuple[int, ...]:
     return powers if powers[-1] == num_ranks else (*powers, num_ranks)
 
 
-def allowed_shapes(num_ranks: int, cost: CostModel, limits: PlanLimits) -> tuple[GroupShape, ...]:
+def allowed_shapes(problem: StepProblem) -> tuple[GroupShape, ...]:
     """Every shape of FlexSP's degrees. Raises SpecError where the cost model prices none of them."""
+    num_ranks, cost, limits = problem.num_ranks, problem.cost, problem.limits
     shapes = tuple(shape for degree in flexsp_degrees(num_ranks) for shape in shapes_of_degree(degree, cost, limits))
     if not shapes:
         priced = ", ".join(f"{fit.kind} {fit.degree}" for fit in cost.times) or "nothing"
@@ -191,14 +210,15 @@ def allowed_shapes(num_ranks: int, cost: CostModel, limits: PlanLimits) -> tuple
 
 
 def ring_shapes(
-    strategy: str, degrees: Iterable[int], num_ranks: int, cost: CostModel, limits: PlanLimits
+    strategy: str, degrees: Iterable[int], problem: StepProblem
 ) -> tuple[GroupShape, ...]:
     """Local, and ring of those of ``degrees`` (2 .. num_ranks) that the cost model prices, ascending.
 
     Raises SpecError naming ``strategy`` where local is not priced, or no ring is and there are several ranks.
     """
+    cost, limits = problem.cost, problem.limits
     wanted = set(degrees) if AttentionKind.RING in limits.kinds else set()
-    per_rank = min(cost.max_local_tokens(limits.device_budget_bytes), UNLIMITED_TOKENS)
+    per_rank = min(problem.max_rank_tokens, UNLIMITED_TOKENS)
     fits = [
         fit for fit in cost.times
         if fit.kind is AttentionKind.LOCAL or (fit.kind is AttentionKind.RING and fit.degree in wanted)
@@ -210,7 +230,7 @@ def ring_shapes(
     if not shapes or shapes[0].kind is not AttentionKind.LOCAL:
         raise SpecError(f"strategy {strategy} runs short sequences on single ranks: the cost model prices no local "
                         "group, calibrate again")
-    if num_ranks > 1 and len(shapes) == 1:
+    if problem.num_ranks > 1 and len(shapes) == 1:
         fix = (
             "the cost model prices none that it could form: calibrate again for this number of ranks"
             if AttentionKind.RING in limits.kinds
@@ -223,54 +243,38 @@ def ring_shapes(
 def price_table(lengths: SequenceOf[int] | IntArray, shapes: SequenceOf[GroupShape]) -> PriceTable:
     """Price sequences of these lengths (tokens) on every shape."""
     sizes = np.asarray(lengths, dtype=np.int64)
-    tokens = sizes.astype(np.float64)[:, None]
-    coefficients = np.array(
-        [(s.fit.s_per_token2, s.fit.s_per_token, s.fit.s_per_sequence) for s in shapes], dtype=np.float64
-    )
+    tokens = sizes.astype(np.float64)
+    prices = SequencePrices.of([shape.fit for shape in shapes])
     loads = _load_tokens(sizes, shapes)
     capacities = np.array([shape.capacity_tokens for shape in shapes], dtype=np.int64)
-    memory_shares = tokens / np.array([max(group_tokens(shape), 1) for shape in shapes], dtype=np.float64)
+    memory_shares = tokens[:, None] / np.array([max(group_tokens(shape), 1) for shape in shapes], dtype=np.float64)
     if not all(shape.held.is_all for shape in shapes):
-        memory_shares *= held_shares(tokens, shapes)
+        memory_shares *= held_shares(tokens[:, None], shapes)
     return PriceTable(
         shapes=tuple(shapes),
         rows=np.arange(len(sizes), dtype=np.int64),
         lengths=sizes,
-        marginal_s=coefficients[:, 0] * tokens**2 + coefficients[:, 1] * tokens + coefficients[:, 2],
+        marginal_s=prices.marginal_s(tokens),
         load_tokens=loads,
         memory_shares=memory_shares,
         fits=loads <= capacities,
         degrees=np.array([shape.degree for shape in shapes], dtype=np.int64),
-        fixed_s=np.array([shape.fit.fixed_s for shape in shapes], dtype=np.float64),
+        fixed_s=prices.fixed_s,
         capacity_tokens=capacities,
     )
 
 
-def ring_peak_tokens(lengths: IntArray, degree: int | IntArray) -> IntArray:
-    """The most tokens one of ``degree`` teams gets of each sequence (``layout``'s zigzag); a ring's teams are ranks.
-
-    Of 2 * degree chunks a remainder of r tokens makes r one token longer. A team holds a chunk and its mirror image;
-    both are long for some team exactly where some multiple j / r of the whole, 0 < j < r, falls strictly inside a
-    chunk: where r does not divide 2 * degree. Lengths as a column and degrees as a row give a table.
-    """
-    chunks = 2 * degree
-    whole, rest = np.divmod(lengths, chunks)
-    longer = np.where(rest == 0, 0, np.where(chunks % np.maximum(rest, 1) == 0, 1, 2))
-    peaks: IntArray = 2 * whole + longer
-    return peaks
-
-
 def _load_tokens(sizes: IntArray, shapes: SequenceOf[GroupShape]) -> IntArray:
-    """``GroupShape`` loads, row per length, column per shape."""
+    """``GroupShape.load_tokens`` of every length (row) on every shape (column)."""
     loads = np.repeat(sizes[:, None], len(shapes), axis=1)
     cut = np.array([place for place, shape in enumerate(shapes) if shape.num_teams > 1], dtype=np.int64)
     if len(cut):
         teams, which = np.unique(np.array([shapes[place].num_teams for place in cut.tolist()]), return_inverse=True)
-        loads[:, cut] = ring_peak_tokens(sizes[:, None], teams[None, :])[:, which]
+        loads[:, cut] = peak_team_tokens(sizes[:, None], teams[None, :])[:, which]
     parted = np.array([place for place, shape in enumerate(shapes) if not shape.held.is_all], dtype=np.int64)
     if len(parted):
         shares = held_shares(sizes[:, None].astype(np.float64), [shapes[place] for place in parted.tolist()])
-        loads[:, parted] = np.ceil(loads[:, parted] * shares - HAIR).astype(np.int64)
+        loads[:, parted] = np.ceil(loads[:, parted] * shares - ROUNDING).astype(np.int64)
     return loads
 
 
@@ -288,8 +292,9 @@ def group_tokens(shape: GroupShape) -> int:
     return shape.capacity_tokens * shape.num_teams
 
 
-def require_fits(table: PriceTable, cost: CostModel, limits: PlanLimits) -> None:
+def require_fits(table: PriceTable, problem: StepProblem) -> None:
     """Raises InfeasibleError naming the longest sequence that fits in none of the table's shapes, if there is one."""
+    cost, limits = problem.cost, problem.limits
     homeless = np.flatnonzero(~table.fits.any(axis=1))
     if not len(homeless):
         return

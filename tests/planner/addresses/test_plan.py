@@ -46,7 +46,7 @@ def live_at_once(first, second):
 
 
 def overlaps(requests, offsets):
-    """Straight from the definition, pair by pair."""
+    """Pairs of requests that are live at the same time and share addresses, checked by definition."""
     found = []
     for (a, x), (b, y) in itertools.combinations(list(zip(requests, offsets, strict=True)), 2):
         if live_at_once(a, b) and x < y + b.num_bytes and y < x + a.num_bytes:
@@ -60,7 +60,7 @@ def most_live(requests):
 
 
 def first_fit_peak(requests):
-    """What an allocator without foresight needs: at each allocation the lowest hole among the live blocks."""
+    """Peak of an allocator without foresight, which puts each allocation into the lowest hole among the live blocks."""
     live, peak = [], 0
     for request in sorted(requests, key=lambda r: r.start):
         live = [(at, other) for at, other in live if other.stop > request.start]
@@ -102,7 +102,7 @@ def test_tiny_plans_are_the_best_of_all_orders(requests):
 
 
 def hard_case(seed=3, number=24):
-    """Greedy does not meet the bound here (asserted where it is used)."""
+    """A case where greedy does not reach the bound (which the tests that use it assert)."""
     rng = random.Random(seed)
     found = []
     for _ in range(number):

@@ -114,7 +114,7 @@ class TestOptimum:
 
 
 def memo_7b(*, num_tokens, tier_gib, device_spare_bytes=0.0):
-    """MEMO's GPT-7B on one device of 8: bytes and FLOP a token and layer, at 170 TFLOP/s and 11 GB/s."""
+    """MEMO's GPT-7B on one of 8 devices: bytes and FLOPs per token and layer, at 170 TFLOP/s and 11 GB/s."""
     h, flop_per_s, link = 4096, 170e12, 11e9
 
     def tensor(name, vectors, flop):

@@ -73,7 +73,7 @@ def test_fit_is_the_best_of_all_faces():
 
 
 def true_prices(kind, degree):
-    """Work shared evenly, communication and launches on top."""
+    """Prices of evenly shared work, plus communication and launches."""
     shared = (1.7e-7 if kind is not AttentionKind.RING else 1.9e-7) / degree
     return (shared, 2.2e-4 / degree + (1.5e-5 if degree > 1 else 0.0), 1.5e-3, 0.02 + 0.015 * degree)
 
@@ -114,8 +114,8 @@ def test_no_shape_is_cheaper_than_its_share_of_the_work():
 
 
 def errors_of_fits(seed, noise, num_hit):
-    """Of 40 noisy measurements, ``num_hit`` samples of each 2.5 times too slow: errors at two length sets a shape,
-    against what a step of them takes in the mean."""
+    """Fit 40 sets of noisy samples, in each of which ``num_hit`` samples are 2.5 times too slow. Returns the fits'
+    errors at two length sets of each shape, relative to the expected time of a noisy step."""
     draw, errors = np.random.default_rng(seed), []
     for _ in range(40):
         samples = noisy_samples(draw, noise)

@@ -204,4 +204,4 @@ def test_longer_sequences_are_dropped_and_counted() -> None:
 
 def test_a_key_that_is_there_twice_is_refused(tmp_path: Path) -> None:
     twice = write(tmp_path, "num_layers: 3\nnum_layers: 4\n")
-    assert "line 2: not valid YAML (key 'num_layers' is there twice)" in refusal(load_model, twice)
+    assert "line 2: not valid YAML (key 'num_layers' appears twice)" in refusal(load_model, twice)

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from planner.codec import to_plain
 from planner.measured.drift import (
-    LEAST_SAMPLES,
-    LEAST_STEPS,
+    MIN_SAMPLES,
+    MIN_STEPS,
     WARM_UP_STEPS,
     WINDOW_STEPS,
     DriftWatch,
@@ -50,7 +50,7 @@ def test_a_model_wrong_by_two_is_called_out_once_within_ten_steps(factor):
         if watch.is_news(drift):
             news.append(step)
             assert drift.is_off and "is off" in drift.sentence() and f"{factor:.2f} times" in drift.sentence()
-    assert news == [WARM_UP_STEPS + LEAST_STEPS - 1] and news[0] < 10
+    assert news == [WARM_UP_STEPS + MIN_STEPS - 1] and news[0] < 10
 
 
 def test_slow_first_steps_and_single_stalls_are_no_drift():
@@ -63,7 +63,7 @@ def test_slow_first_steps_and_single_stalls_are_no_drift():
 
 
 def test_the_factor_decides():
-    pairs = [(1.0, 1.6)] * LEAST_STEPS
+    pairs = [(1.0, 1.6)] * MIN_STEPS
     assert drift_of(pairs[1:], 1.5) is None
     assert drift_of(pairs, 1.5).is_off and not drift_of(pairs, 1.7).is_off
     assert not drift_of(pairs, float("inf")).is_off
@@ -131,7 +131,7 @@ def test_what_computes_something_twice_is_no_sample_of_its_shape(memory):
 
 def test_too_little_is_no_refit():
     steps = steps_on(cost_here(), num_steps=1)
-    assert len(group_samples(steps)) < LEAST_SAMPLES and refit_cost(cost_here(), steps) is None
+    assert len(group_samples(steps)) < MIN_SAMPLES and refit_cost(cost_here(), steps) is None
     assert refit_cost(cost_here(), []) is None
 
 

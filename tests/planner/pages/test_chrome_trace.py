@@ -18,6 +18,7 @@ from planner.replay.step import replay_step
 from planner.step_planner import plan_step
 from tests.planner.pages.trace_rules import check_trace, place_of
 from tests.planner.step_cases import RING, ULYSSES, make_cost, make_limits
+from tests.plans import step_problem
 
 NUM_RANKS = 12
 
@@ -29,7 +30,7 @@ def planned(strategy: str, num_steps: int = 2) -> list[PlannedStep]:
     steps = []
     for index in range(num_steps):
         lengths = [int(draw.paretovariate(0.9) * 100) % 20_000 + 1 for _ in range(60)]
-        plan = plan_step(lengths, step=index, num_ranks=NUM_RANKS, cost=cost, limits=limits, strategy=strategy)
+        plan = plan_step(step_problem(lengths, NUM_RANKS, cost, limits), step=index, strategy=strategy)
         steps.append(PlannedStep(plan=plan, simulation=simulate(plan, cost)))
     return steps
 
@@ -73,7 +74,7 @@ def test_events_say_what_they_are() -> None:
 
 
 def replayed(strategy: str, num_steps: int) -> list[PlannedStep]:
-    """Over nodes of 4, so that rings and all-to-alls cross them."""
+    """A replayed plan on nodes of 4 ranks, so that rings and all-to-alls cross nodes."""
     cluster, model = replace(load_cluster("h200-64"), devices_per_node=4), replace(load_model("tiny"), num_layers=3)
     memory = make_cost(NUM_RANKS).memory
     return [

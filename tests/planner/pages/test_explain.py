@@ -39,6 +39,7 @@ from planner.step_planner import plan_step
 from tests.planner.pricing.test_simulate import second_cost
 from tests.planner.random_plans import reprice
 from tests.planner.step_cases import make_cost, make_limits, skewed_lengths, with_activation, with_policies
+from tests.plans import step_problem
 
 LOCAL, ULYSSES, RING = AttentionKind.LOCAL, AttentionKind.ULYSSES, AttentionKind.RING
 
@@ -84,7 +85,7 @@ def test_lines() -> None:
     greedy = planned(bound_s=0.0, status=SolveStatus.GREEDY).plan
     assert "no lower bound known" in solver_line(greedy) and "greedy" in solver_line(greedy)
     line = speed_line([step, step], 4, second_cost())
-    for part in ("flexsp: 5.5 s a step over 2 steps", "3 tokens/s (1 per device)", "idle 20.0%", "at most 20.0%"):
+    for part in ("flexsp: 5.5 s per step over 2 steps", "3 tokens/s (1 per device)", "idle 20.0%", "at most 20.0%"):
         assert part in line
     assert "no bound known" in speed_line([step, planned(bound_s=0.0)], 4, second_cost())
 
@@ -97,8 +98,9 @@ def test_a_fallback_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(LinearModel, "solve", broken)
     plan = plan_step(
-        skewed_lengths(4, 40, 9000), step=0, num_ranks=8, cost=make_cost(8, fixed_s=0.03),
-        limits=make_limits(relative_gap=0.0), strategy="flexsp",
+        step_problem(skewed_lengths(4, 40, 9000), 8, make_cost(8, fixed_s=0.03), make_limits(relative_gap=0.0)),
+        step=0,
+        strategy="flexsp",
     )
     assert "fallback: the best plan made without the solver (" in solver_line(plan)
 
@@ -131,7 +133,8 @@ def test_the_parts_of_a_step_add_up() -> None:
     assert (split.recompute_s, split.swap_s) == (0.0, 0.0)
     assert time_line(step.plan, split) == (
         "time of step 7: compute 54.5% (3 s), exposed communication 18.2% (1 s), exposed swap none, imbalance (waiting "
-        "for slower ranks) 18.2% (1 s), gather, reduce, optimizer once a step 9.1% (500 ms); planner 250 ms ahead of it"
+        "for slower ranks) 18.2% (1 s), gather, reduce, optimizer once per step 9.1% (500 ms); planner 250 ms ahead "
+        "of it"
     )
     together = time_split(step.plan, step.simulation, cost, None)
     assert together.work_s == 4.0 and together.communication_s is None
@@ -141,7 +144,7 @@ def test_the_parts_of_a_step_add_up() -> None:
 def test_swapping_and_recomputing_are_parts_of_their_own() -> None:
     cost = with_activation(make_cost(4, kinds=(RING,)))
     limits = with_policies(make_limits(kinds=(RING,), rank_tokens=2000))
-    plan = plan_step([7000] * 2, step=0, num_ranks=4, cost=cost, limits=limits, strategy="adaptive")
+    plan = plan_step(step_problem([7000] * 2, 4, cost, limits), step=0, strategy="adaptive")
     memory = MemoryPolicy(keep_fraction=0.1, swap_fraction=0.6, recompute_fraction=0.3)
     slow = replace(cost, activation=replace(cost.activation, copy_bytes_per_s=1e7))
     plan = reprice(replace(plan, microbatches=tuple(replace(m, memory=memory) for m in plan.microbatches)), slow)

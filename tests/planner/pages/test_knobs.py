@@ -10,10 +10,11 @@ from planner.cost.model import CostModel
 from planner.inputs.cluster import ClusterSpec
 from planner.inputs.files import load_cluster, load_model
 from planner.pages import knobs
-from planner.pages.knobs import Setting, best_knobs
+from planner.pages.knobs import Scenario, best_knobs
 from planner.plan import AttentionKind, MemoryAction
 from planner.step_planner import greedy_step, plan_step
 from planner.units import GIB
+from tests.plans import step_problem
 
 MODEL = load_model("llama-3-8b")
 
@@ -22,29 +23,29 @@ def price(cluster: ClusterSpec, budget_bytes: int, longest: int) -> CostModel:
     return derive_cost(cluster, MODEL, num_ranks=cluster.num_ranks)
 
 
-def start(lengths: tuple[int, ...], **changes: object) -> Setting:
+def start(lengths: tuple[int, ...], **changes: object) -> Scenario:
     limits = PlanLimits(device_budget_bytes=135 * GIB, max_ulysses_degree=32, kinds=(AttentionKind.ULYSSES,))
-    return Setting(
+    return Scenario(
         change="", cluster=load_cluster("h200-8"), limits=replace(limits, **changes), lengths=lengths
     )
 
 
 def test_gains_are_those_of_planning_again() -> None:
-    setting = start((40_000, *(900,) * 60, 8000, 16_000))
-    found = best_knobs(setting, price, num_knobs=9)
+    scenario = start((40_000, *(900,) * 60, 8000, 16_000))
+    found = best_knobs(scenario, price, num_knobs=9)
     assert found is not None
     gains = [knob.gain for knob in found]
     assert gains == sorted(gains, reverse=True) and min(gains) >= knobs.SMALLEST_GAIN
     nodes = next(knob for knob in found if knob.change == "twice the nodes (2)")
     assert abs((1 + nodes.gain) / 2 - (1 + nodes.gain_per_device)) < 1e-12
     speeds = []
-    for cluster in (setting.cluster, replace(setting.cluster, num_nodes=2)):
+    for cluster in (scenario.cluster, replace(scenario.cluster, num_nodes=2)):
         plan = greedy_step(
-            setting.lengths, step=0, num_ranks=cluster.num_ranks, cost=price(cluster, 0, 0), limits=setting.limits
+            step_problem(scenario.lengths, cluster.num_ranks, price(cluster, 0, 0), scenario.limits), step=0
         )
         speeds.append(plan.num_tokens / plan.predicted_s)
     assert abs(nodes.gain - (speeds[1] / speeds[0] - 1)) < 1e-12
-    assert best_knobs(setting, price, num_knobs=1) == found[:1]
+    assert best_knobs(scenario, price, num_knobs=1) == found[:1]
 
 
 def test_dropping_the_one_long_sequence_is_found() -> None:
@@ -53,22 +54,24 @@ def test_dropping_the_one_long_sequence_is_found() -> None:
 
 
 def test_changes_that_are_impossible_are_left_out() -> None:
-    setting = start((2000,) * 8)
-    words = [change.change for change in knobs._changes(setting)]
+    scenario = start((2000,) * 8)
+    words = [change.change for change in knobs._changes(scenario)]
     assert not any("--max-length" in text for text in words)  # nothing would be left
     assert "ring attention allowed as well" in words and "ulysses attention allowed as well" not in words
     assert "links inside the node twice as fast" in words
 
 
 def test_gains_are_those_of_the_strategy_that_planned() -> None:
-    setting = start((40_000, *(900,) * 20, 8000, 16_000))
-    found = best_knobs(replace(setting, strategy="static", degree=8), price, num_knobs=9)
+    scenario = start((40_000, *(900,) * 20, 8000, 16_000))
+    found = best_knobs(replace(scenario, strategy="static", degree=8), price, num_knobs=9)
     assert found is not None
     fewer = next(knob for knob in found if knob.change.startswith("--max-length 20000"))
     speeds = []
-    for lengths in (setting.lengths, setting.lengths[1:]):
+    for lengths in (scenario.lengths, scenario.lengths[1:]):
         plan = plan_step(
-            lengths, step=0, num_ranks=8, cost=price(setting.cluster, 0, 0), limits=setting.limits, strategy="static",
+            step_problem(lengths, 8, price(scenario.cluster, 0, 0), scenario.limits),
+            step=0,
+            strategy="static",
             degree=8,
         )
         speeds.append(plan.num_tokens / plan.predicted_s)
@@ -79,10 +82,10 @@ def test_gains_are_those_of_the_strategy_that_planned() -> None:
 
 def test_another_memory_policy_is_found() -> None:
     """The model takes 60 of 80 GiB: 16K tokens need more ranks with everything kept."""
-    setting = start((16_000,) * 8, device_budget_bytes=80 * GIB, host_budget_bytes=10**12)
-    found = best_knobs(replace(setting, strategy="adaptive"), price, num_knobs=9)
+    scenario = start((16_000,) * 8, device_budget_bytes=80 * GIB, host_budget_bytes=10**12)
+    found = best_knobs(replace(scenario, strategy="adaptive"), price, num_knobs=9)
     assert found and any(knob.change.startswith("--memory auto") and knob.gain > 0.01 for knob in found)
-    allowed = replace(setting, limits=replace(setting.limits, policies=tuple(MemoryAction)))
+    allowed = replace(scenario, limits=replace(scenario.limits, policies=tuple(MemoryAction)))
     assert not any("--memory" in change.change for change in knobs._changes(allowed))
 
 

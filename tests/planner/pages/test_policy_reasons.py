@@ -16,7 +16,7 @@ from planner.pages.policy_words import policy_line
 from planner.plan import AttentionKind, MemoryAction
 from planner.pricing.simulate import simulate
 from planner.step_planner import STRATEGIES, plan_step
-from tests.plans import cost_model
+from tests.plans import cost_model, step_problem
 
 NUM_RANKS = 4
 ALL = tuple(MemoryAction)
@@ -39,7 +39,7 @@ def limits(*policies, budget=30):
 
 
 def step(strategy, lengths, allowed):
-    plan = plan_step(lengths, step=0, num_ranks=NUM_RANKS, cost=COST, limits=allowed, strategy=strategy, degree=None)
+    plan = plan_step(step_problem(lengths, NUM_RANKS, COST, allowed), step=0, strategy=strategy)
     return PlannedStep(plan=plan, simulation=simulate(plan, COST))
 
 
@@ -70,7 +70,7 @@ def test_every_strategy_says_why_it_kept(strategy):
     assert line(*ALL, cost=unpriced).endswith("kept, since the cost model prices nothing else")
     if strategy == "hdp":
         words = line(*ALL, cost=dataclasses.replace(unpriced, chunks=CHUNKS))
-        assert words.endswith("kept, since the cost model prices nothing else that was asked for")
+        assert words.endswith("kept, since the cost model prices none of the requested policies")
     kept = line(*ALL)
     if strategy in POLICY_STRATEGIES:
         words = "swap, recompute or chunk" if strategy == "adaptive" else "swap"

@@ -12,10 +12,11 @@ from planner.plan import MemoryAction, MemoryPolicy
 from planner.pricing.simulate import simulate
 from planner.step_planner import plan_step
 from tests.planner.step_cases import RING, make_cost, make_limits, with_activation, with_policies
+from tests.plans import step_problem
 
 
 def planned(lengths: list[int], strategy: str, cost: CostModel, limits: PlanLimits, num_ranks: int = 16) -> PlannedStep:
-    plan = plan_step(lengths, step=0, num_ranks=num_ranks, cost=cost, limits=limits, strategy=strategy)
+    plan = plan_step(step_problem(lengths, num_ranks, cost, limits), step=0, strategy=strategy)
     return PlannedStep(plan=plan, simulation=simulate(plan, cost))
 
 

@@ -16,6 +16,7 @@ from planner.step_planner import plan_step
 from tests.planner.pages.trace_rules import check_trace, place_of
 from tests.planner.replay.executed import cost_here, executed_on, make_plan, slower
 from tests.planner.step_cases import RING, ULYSSES, make_limits
+from tests.plans import step_problem
 
 GRID_US = 0.13
 """Times lie on a grid of 1/8 us."""
@@ -82,8 +83,9 @@ def test_a_viewer_drops_nothing(seed):
 def test_pipeline_stages_show_forward_and_backward_apart():
     cost = dataclasses.replace(cost_here(), num_stages=2)
     plan = plan_step(
-        (4000, 900, 2500, 700, 3000, 100, 1200, 800), step=0, num_ranks=4, cost=cost,
-        limits=make_limits(kinds=(ULYSSES, RING)), strategy="hdp-pp",
+        step_problem((4000, 900, 2500, 700, 3000, 100, 1200, 800), 4, cost, make_limits(kinds=(ULYSSES, RING))),
+        step=0,
+        strategy="hdp-pp",
     )
     trace = step_trace(plan, None)
     check_trace(trace)
@@ -97,13 +99,14 @@ def test_pipeline_stages_show_forward_and_backward_apart():
 
 
 def lane_of(event):
-    """(rank, lane) of a slice in a trace with copies; lane None: the rank's own."""
+    """(rank, lane) of a slice in a trace with copies. Lane None is the rank's own lane."""
     rank, place = divmod(place_of(event)[1], LANES_PER_RANK)
     return rank, None if place == 0 else LANES[place - 1]
 
 
 def recorded_lanes(plan, measured):
-    """Of every rank but the last: a layer as long as a pass, recomputing within the backward, copies beside them."""
+    """Recorded lanes of every rank but the last: a layer as long as a pass, recomputation inside the backward, and
+    copies at the same time."""
     ranks = []
     for rank, times in enumerate(measured.ranks[:-1]):
         found = []

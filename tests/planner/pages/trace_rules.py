@@ -1,4 +1,4 @@
-"""The rules of the Chrome Trace Event Format that a viewer's importer holds a file to."""
+"""The rules of the Chrome Trace Event Format that a viewer's importer enforces."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from planner.pages.trace_events import FIRST_PROCESS, FIRST_THREAD
 
 
 def check_trace(trace: dict[str, Any]) -> None:
-    """Every event has what its phase needs; every lane and its process has one name; and on a lane, in the whole
-    nanoseconds that Perfetto cuts times down to, two slices lie one after the other or one within the other: a slice
-    that only overlaps the one in front of it would be dropped. Thread 0, and a thread with its process's number, are
-    special to Perfetto: lanes there would be drawn as one."""
+    """Check a trace: every event has the fields that its phase needs, and every lane and its process has exactly one
+    name. Perfetto truncates times to whole nanoseconds and drops a slice that partly overlaps the one before it, so two
+    slices on a lane must be disjoint or nested. It also draws lanes on thread 0, or on a thread with its process's
+    number, as one, so neither may be used."""
     read = json.loads(json.dumps(trace, allow_nan=False))
     assert read["displayTimeUnit"] in ("ms", "ns") and all(isinstance(v, str) for v in read["otherData"].values())
     lanes, names = defaultdict(list), defaultdict(list)

@@ -18,13 +18,15 @@ from planner.pricing.breakdown import time_split
 from planner.pricing.simulate import Event, simulate
 from planner.schedules.layout import local_token_counts, shard_spans
 from tests.planner.random_plans import random_case, reprice, toy_cost
+from tests.plans import step_problem
 from tests.work import count_calls
 
 LOCAL, ULYSSES, RING = AttentionKind.LOCAL, AttentionKind.ULYSSES, AttentionKind.RING
 
 
 def second_cost() -> CostModel:
-    """One second a token alone, the same divided by the degree in a group; 10 bytes a token beside 100 fixed."""
+    """One second per token on one rank, and that divided by the degree in a group; 100 bytes, and 10 bytes per
+    token."""
     times = [TimeFit(kind=LOCAL, degree=1, s_per_token2=0.0, s_per_token=1.0, s_per_sequence=0.0, fixed_s=0.0)]
     times += [
         TimeFit(kind=kind, degree=d, s_per_token2=0.0, s_per_token=1.0 / d, s_per_sequence=0.0, fixed_s=0.0)
@@ -187,4 +189,7 @@ def test_the_quick_makespan_is_that_of_the_simulated_plan(seed: int, sharding: S
         groups = tuple(GroupChoice(group.kind, group.ranks, group.sequences) for group in microbatch.groups)
         choices.append(groups[0] if len(groups) == 1 else groups)
     plan = assemble(list(case.lengths), choices, cost, case.num_ranks)
-    assert makespan_s(choices, case.lengths, case.num_ranks, cost) == plan.predicted_s - cost.step_fixed_s
+    assert (
+        makespan_s(choices, step_problem(case.lengths, case.num_ranks, cost, case.limits))
+        == plan.predicted_s - cost.step_fixed_s
+    )

@@ -19,13 +19,14 @@ from planner.plan import AttentionKind, MemoryPolicy, Microbatch, Sequence, Shar
 from planner.pricing.assemble import GroupChoice, assemble_plan
 from planner.pricing.verify import verify_plan
 from tests.planner.random_plans import Case, random_case, reprice, toy_cost
+from tests.plans import step_problem
 from tests.work import count_calls
 
 LOCAL, ULYSSES, RING = AttentionKind.LOCAL, AttentionKind.ULYSSES, AttentionKind.RING
 
 
 def check(case: Case) -> None:
-    verify_plan(case.plan, case.lengths, num_ranks=case.num_ranks, cost=case.cost, limits=case.limits)
+    verify_plan(case.plan, step_problem(case.lengths, case.num_ranks, case.cost, case.limits))
 
 
 @settings(max_examples=150, deadline=None)
@@ -48,7 +49,7 @@ def pick(rng: random.Random, case: Case) -> tuple[int, int]:
 
 
 def change_group(case: Case, place: tuple[int, int], **changes: object) -> Case:
-    """One group changed, and its microbatch's ranks made the union of its groups' ranks again."""
+    """The plan with one group changed; the ranks of its microbatch are again the union of its groups' ranks."""
     index, which = place
     microbatch = case.plan.microbatches[index]
     groups = list(microbatch.groups)
@@ -119,7 +120,7 @@ def idle_rank(rng: random.Random, case: Case) -> Case | None:
 
 
 def foreign_rank(rng: random.Random, case: Case) -> Case | None:
-    """A group keeps a rank that its microbatch has lost."""
+    """A plan in which a group has a rank that its microbatch has not."""
     index, _ = pick(rng, case)
     microbatch = case.plan.microbatches[index]
     if len(microbatch.ranks) == 1:
@@ -128,7 +129,7 @@ def foreign_rank(rng: random.Random, case: Case) -> Case | None:
 
 
 def falsely_priced(case: Case) -> Case | None:
-    """The case, or None where the slack of a rank beside the slowest one leaves its stated prices true."""
+    """The case, or None where its stated prices are still true, because the change is hidden by a slower rank."""
     return None if repriced(case) == case else case
 
 
@@ -179,7 +180,7 @@ def step_of_other_lengths(rng: random.Random, case: Case) -> Case:
 
 
 def oversize_sequence(rng: random.Random, case: Case) -> Case:
-    """A longer sequence, truly priced, in the step too: only the budget is in its way."""
+    """A case with a longer sequence, in the step as well and priced correctly, so that only the budget is exceeded."""
     index = rng.randrange(len(case.lengths))
     size = case.lengths[index] + 2 * case.num_ranks * (sum(case.lengths) + 1)
     lengths = (*case.lengths[:index], size, *case.lengths[index + 1 :])
@@ -193,7 +194,7 @@ def smaller_budget(rng: random.Random, case: Case) -> Case:
 
 
 def move_sequence(rng: random.Random, case: Case) -> Case | None:
-    """A sequence in another group, prices as they were."""
+    """A plan with a sequence moved to another group and its prices unchanged."""
     source, target = pick(rng, case), pick(rng, case)
     sequences = case.plan.microbatches[source[0]].groups[source[1]].sequences
     if source == target or len(sequences) == 1:
@@ -367,7 +368,7 @@ def test_verifying_grows_like_the_plan(kind: AttentionKind) -> None:
             status=SolveStatus.STATIC, bound_s=0.0, wall_s=0.0,
         )
         limits = PlanLimits(device_budget_bytes=plan.peak_bytes, max_ulysses_degree=64, kinds=(ULYSSES, RING))
-        return count_calls(lambda: verify_plan(plan, lengths, num_ranks=64, cost=cost, limits=limits))
+        return count_calls(lambda: verify_plan(plan, step_problem(lengths, 64, cost, limits)))
 
     small = calls(512)
     assert small < 300 * 512

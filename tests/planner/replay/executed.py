@@ -1,4 +1,4 @@
-"""Executed steps made up for tests: real plans, and the times of a machine that works at another speed."""
+"""Made-up executed steps for tests: real plans, with the times of a machine of another speed."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from planner.cost.model import CostModel
 from planner.measured.drift import Executed, planned_times
 from planner.measured.step_times import MeasuredStep, MicrobatchTime, RankStep
 from planner.plan import StepPlan
-from planner.pricing.simulate import price_microbatch, step_lengths
+from planner.pricing.microbatch import price_microbatch
+from planner.pricing.simulate import step_lengths
 from planner.step_planner import greedy_step
 from tests.planner.step_cases import RING, ULYSSES, make_cost, make_limits
+from tests.plans import step_problem
 
 NUM_RANKS = 4
 
@@ -24,12 +26,12 @@ def make_plan(step: int, cost: CostModel, seed: int = 0) -> StepPlan:
     draw = random.Random(1000 * seed + step)
     lengths = [int(draw.paretovariate(0.9) * 200) % 9_000 + 1 for _ in range(draw.randint(4, 14))]
     limits = make_limits(kinds=(ULYSSES, RING))
-    return greedy_step(lengths, step=step, num_ranks=NUM_RANKS, cost=cost, limits=limits)
+    return greedy_step(step_problem(lengths, NUM_RANKS, cost, limits), step=step)
 
 
 def executed_on(plan: StepPlan, machine: CostModel, *, noise: random.Random | None = None) -> Executed:
-    """The plan run on a machine whose true prices are ``machine``'s, every microbatch off by up to 5 % with ``noise``.
-    A tenth of each microbatch is waiting for messages."""
+    """The plan as executed on a machine whose true prices are ``machine``'s; with ``noise`` each microbatch deviates by
+    up to 5 %. A tenth of each microbatch's time is waiting for messages."""
     lengths = step_lengths(plan)
     true = tuple(
         dataclasses.replace(

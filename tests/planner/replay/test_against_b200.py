@@ -39,8 +39,9 @@ class Case:
 
 
 def b200_node(data: B200Data) -> ClusterSpec:
-    """One node from the table's own single operations. Attention: the longest measured length, where shares of peak
-    count the masked half too; forward 2 and backward 5 products, of which 2 and 4 are model FLOPs."""
+    """One node, from the table's measurements of single operations. Attention is that of the longest measured length.
+    Its shares of peak count the masked half as well; forward and backward have 2 and 5 products, of which 2 and 4 are
+    model FLOPs."""
     longest = max(data.attentions, key=lambda each: each.tokens)
     attention = 3 / (1 / (longest.forward / 2) + 2.5 / (longest.backward / 2))
     gather, steps = data.collectives["all_gather"], CURVES.collective_steps + 4 * CURVES.collective_steps_per_rank
@@ -63,7 +64,7 @@ def b200_node(data: B200Data) -> ClusterSpec:
 
 @pytest.fixture(scope="module")
 def cases() -> list[Case]:
-    """Every measured step without a pipeline."""
+    """All measured steps without pipeline parallelism."""
     data = load_data(B200Data, "b200")
     shape = data.model
     model = ModelSpec(

@@ -19,7 +19,7 @@ from planner.pricing.assemble import GroupChoice
 from planner.pricing.lockstep import lockstep_rounds
 from planner.replay.flows import Messages, WalkShape, group_shape
 from planner.replay.groups import ExchangeRun, stack_groups
-from planner.replay.state import Ledger, Setting, kernel_seconds
+from planner.replay.state import DataRanks, TimeLedger, kernel_seconds
 from planner.replay.step import estimated_s
 from planner.replay.waves import split_waves
 from planner.replay.work import AttentionWork, FloatArray
@@ -28,11 +28,11 @@ from tests.planner.replay.test_step import (
     MODEL,
     RING,
     cluster_of,
+    data_ranks_of,
     plan_of,
     random_plan,
     replayed,
     round_work,
-    setting_of,
 )
 
 KINDS = tuple(kind for kind in AttentionKind if kind is not AttentionKind.LOCAL)
@@ -40,7 +40,7 @@ NUM_RANKS = 12
 
 
 def random_group(draw: random.Random, kind: AttentionKind) -> tuple[AttentionGroup, list[int]]:
-    """A group of 2 to 12 ranks in any order, of any inner degree that the kind may have, and its lengths."""
+    """A random group of 2 to 12 ranks in any order, with any inner degree that the kind can have, and its lengths."""
     degree = draw.randint(2, NUM_RANKS)
     lengths = [draw.choice([draw.randint(1, 30), draw.randint(1, 40_000)]) for _ in range(draw.randint(1, 4))]
     inner_degree = 1
@@ -60,10 +60,10 @@ def ordered(messages: Messages) -> list[FloatArray]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_closed_forms_are_the_written_schedules(kind: AttentionKind) -> None:
-    draw, setting = random.Random(1), setting_of(cluster_of(3, 4, 4), NUM_RANKS)
+    draw, data_ranks = random.Random(1), data_ranks_of(cluster_of(3, 4, 4), NUM_RANKS)
     for _ in range(25):
         group, lengths = random_group(draw, kind)
-        quick, written = (group_shape(group, lengths, setting, is_written=way) for way in (False, True))
+        quick, written = (group_shape(group, lengths, data_ranks, is_written=way) for way in (False, True))
         for walk in ("forward", "backward"):
             found: WalkShape = getattr(quick, walk)
             expected: WalkShape = getattr(written, walk)
@@ -78,13 +78,13 @@ def test_closed_forms_move_the_clock_as_the_written_schedules(kind: AttentionKin
     draw = random.Random(2)
     for _ in range(8):
         group, lengths = random_group(draw, kind)
-        setting = setting_of(cluster_of(3, 4, draw.choice([1, 2, 4]), speed=draw.choice([0.01, 1.0])), NUM_RANKS)
+        data_ranks = data_ranks_of(cluster_of(3, 4, draw.choice([1, 2, 4]), speed=draw.choice([0.01, 1.0])), NUM_RANKS)
         start = np.array([draw.uniform(0, 1e-3) for _ in range(NUM_RANKS)])
         for is_forward in (True, False):
             clocks = []
             for is_written in (False, True):
-                run = stack_groups([group], lengths, setting, is_written=is_written).priced(setting)
-                clock, ledger = start.copy(), Ledger.empty(NUM_RANKS)
+                run = stack_groups([group], lengths, data_ranks, is_written=is_written).priced(data_ranks)
+                clock, ledger = start.copy(), TimeLedger.empty(NUM_RANKS)
                 (run.forward if is_forward else run.backward)(clock, ledger, None)
                 clocks.append(clock)
                 np.testing.assert_allclose(
@@ -95,7 +95,7 @@ def test_closed_forms_move_the_clock_as_the_written_schedules(kind: AttentionKin
 
 @pytest.fixture
 def a_later_kind(monkeypatch: pytest.MonkeyPatch) -> Iterator[AttentionKind]:
-    """A kind without a closed form: local's name with another schedule behind it."""
+    """A kind without a closed form, made by giving local another schedule."""
     from tests.parallel import test_new_kind
 
     file = ModuleType("planner.schedules.kinds.local")
@@ -123,29 +123,29 @@ def check_walk(kind: AttentionKind, seed: int) -> None:
     """Every device has a NIC of its own, so that only ports are shared."""
     draw = random.Random(seed)
     group, lengths = random_group(draw, kind)
-    setting = setting_of(cluster_of(3, 4, 4, speed=draw.choice([0.01, 0.3, 1.0])), NUM_RANKS)
-    run = stack_groups([group], lengths, setting).priced(setting)
+    data_ranks = data_ranks_of(cluster_of(3, 4, 4, speed=draw.choice([0.01, 0.3, 1.0])), NUM_RANKS)
+    run = stack_groups([group], lengths, data_ranks).priced(data_ranks)
     assert isinstance(run, ExchangeRun)
     for is_forward in (True, False):
         start = np.array([draw.uniform(0, 1e-3) for _ in range(NUM_RANKS)])
         clock, expected = start.copy(), start.copy()
-        (run.forward if is_forward else run.backward)(clock, Ledger.empty(NUM_RANKS), None)
-        nothing = Ledger.empty(NUM_RANKS)
-        if run.trades is not None:
-            run.trades.before(is_forward, expected, nothing, None)
-        walked = walk([float(expected[rank]) for rank in group.ranks], group, lengths, setting, is_forward)
+        (run.forward if is_forward else run.backward)(clock, TimeLedger.empty(NUM_RANKS), None)
+        nothing = TimeLedger.empty(NUM_RANKS)
+        if run.head_exchanges is not None:
+            run.head_exchanges.before(is_forward, expected, nothing, None)
+        walked = walk([float(expected[rank]) for rank in group.ranks], group, lengths, data_ranks, is_forward)
         expected[list(group.ranks)] = walked
-        if run.trades is not None:
-            run.trades.after(is_forward, expected, nothing, None)
+        if run.head_exchanges is not None:
+            run.head_exchanges.after(is_forward, expected, nothing, None)
         np.testing.assert_allclose(clock, expected, rtol=1e-9)
 
 
 def walk(
-    clock: list[float], group: AttentionGroup, lengths: list[int], setting: Setting, is_forward: bool
+    clock: list[float], group: AttentionGroup, lengths: list[int], data_ranks: DataRanks, is_forward: bool
 ) -> list[float]:
-    """One layer: in a round a rank posts batch after batch, computes, and waits for the batches that are due. A batch
-    starts when those before it are through, at both ends of each of its messages."""
-    shape = group_shape(group, lengths, setting, is_written=True)
+    """When each rank ends one layer: in a round a rank posts its batches one after the other, computes, and waits for
+    the batches that are due. A batch starts when earlier ones have ended at both ends of each of its messages."""
+    shape = group_shape(group, lengths, data_ranks, is_written=True)
     schedules = [write_schedule(group, lengths, index) for index in range(group.degree)]
     walks = [schedule.forward if is_forward else schedule.backward for schedule in schedules]
     index_of = {rank: index for index, rank in enumerate(group.ranks)}
@@ -165,24 +165,25 @@ def walk(
     for number in range(max(map(len, walks))):
         for key in sorted(key for key in posted if key[0] == number):
             ready = [max(now, then) for now, then in zip(clock, free, strict=True)]
-            for (source, target), seconds in batch_seconds(posted[key], group, setting).items():
+            for (source, target), seconds in batch_seconds(posted[key], group, data_ranks).items():
                 arrives = max(ready[source], ready[target]) + seconds
                 for end in (source, target):
                     free[end] = max(free[end], arrives)
                     through[end, key[1]] = max(through.get((end, key[1]), 0.0), arrives)
         for index, rounds in enumerate(walks):
             heads = shape.heads.queries[index % shape.team_size]
-            step_s = kernels(rounds[number], setting, heads, is_forward) if number < len(rounds) else 0.0
+            step_s = kernels(rounds[number], data_ranks, heads, is_forward) if number < len(rounds) else 0.0
             clock[index] = max(clock[index] + step_s, through.get((index, number), 0.0))
     return clock
 
 
 def batch_seconds(
-    batch: dict[tuple[int, int], float], group: AttentionGroup, setting: Setting
+    batch: dict[tuple[int, int], float], group: AttentionGroup, data_ranks: DataRanks
 ) -> dict[tuple[int, int], float]:
-    """A message is through when all is that shares a port with it; NVLink and NIC are ports of their own."""
-    node_of = [int(setting.node_of(np.array(rank))) for rank in group.ranks]
-    machine, found = setting.machine, {}
+    """Seconds of each message of a batch. It ends when everything that shares a port with it has ended; NVLink and NIC
+    are separate ports."""
+    node_of = [int(data_ranks.node_of(np.array(rank))) for rank in group.ranks]
+    machine, found = data_ranks.machine, {}
     for source, target in batch:
         is_far = node_of[source] != node_of[target]
         same = {pair: size for pair, size in batch.items() if (node_of[pair[0]] != node_of[pair[1]]) is is_far}
@@ -194,14 +195,14 @@ def batch_seconds(
     return found
 
 
-def kernels(step: Round, setting: Setting, heads: float, is_forward: bool) -> float:
+def kernels(step: Round, data_ranks: DataRanks, heads: float, is_forward: bool) -> float:
     queries, keys, pairs = round_work(step)
     message_of = {span: place for place, into in enumerate(step.receives) for span in into.spans}
     calls = len({(task.causal, message_of.get(task.key)) for task in step.tasks})
     own = sum(task.query.num_tokens for task in step.tasks if task.causal)
     arrays = (np.array([float(value)]) for value in (calls, queries, keys, pairs, queries - own))
     work = AttentionWork(**dict(zip(("calls", "queries", "keys", "pairs", "merged"), arrays, strict=True)))
-    return float(kernel_seconds(work, setting, heads)[0 if is_forward else 1][0])
+    return float(kernel_seconds(work, data_ranks, heads)[0 if is_forward else 1][0])
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -22,7 +22,7 @@ from planner.pricing.simulate import step_lengths
 from planner.replay import layer as replay_layer
 from planner.replay.layer import KEPT_LAYERS, token_seconds
 from planner.replay.operations import load_curves, machine_model
-from planner.replay.state import Setting, kernel_seconds
+from planner.replay.state import DataRanks, kernel_seconds
 from planner.replay.step import Replay, replay_step
 from planner.replay.work import split_heads, whole_work, zigzag_blocks
 from planner.schedules.exchange import Round, write_schedule
@@ -60,8 +60,8 @@ def replayed(plan: StepPlan, cluster: ClusterSpec, **options: Any) -> Replay:
     return replay_step(plan, cluster, MODEL, MEMORY, curves=CURVES, **options)
 
 
-def setting_of(cluster: ClusterSpec, num_ranks: int) -> Setting:
-    return Setting(
+def data_ranks_of(cluster: ClusterSpec, num_ranks: int) -> DataRanks:
+    return DataRanks(
         machine=machine_model(cluster, CURVES), model=MODEL, num_ranks=num_ranks, tensor_parallel=1, element_bytes=2
     )
 
@@ -112,13 +112,13 @@ def test_a_single_rank_is_a_closed_form() -> None:
     lengths, cluster = [3000, 500, 70], cluster_of(1, 1, 1)
     plan = plan_of(1, lengths, GroupChoice(LOCAL, (0,), (0, 1)), GroupChoice(LOCAL, (0,), (2,)))
     replay = replayed(plan, cluster)
-    setting, expected_s = setting_of(cluster, 1), 0.0
+    data_ranks, expected_s = data_ranks_of(cluster, 1), 0.0
     for microbatch in plan.microbatches:
         (group,) = microbatch.groups
         tokens = np.array([float(sum(lengths[index] for index in group.sequences))])
         sizes = np.array([lengths[index] for index in group.sequences])
-        kernels = kernel_seconds(whole_work(sizes), setting, MODEL.num_query_heads)
-        forward_s, backward_s, head_s = token_seconds(tokens, setting)
+        kernels = kernel_seconds(whole_work(sizes), data_ranks, MODEL.num_query_heads)
+        forward_s, backward_s, head_s = token_seconds(tokens, data_ranks)
         layer_s = forward_s + backward_s + kernels[0].sum() + kernels[1].sum()
         expected_s += float(MODEL.num_layers * layer_s[0] + head_s[0])
     expected_s += OPTIMIZER_PASS_BYTES * MODEL.num_params / cluster.device.memory_bytes_per_s
@@ -136,17 +136,17 @@ def test_a_ring_is_what_its_schedule_says_message_by_message(seed: int, monkeypa
     ranks = tuple(draw.sample(range(9), degree))
     plan = plan_of(9, lengths, GroupChoice(RING, ranks, tuple(range(len(lengths)))))
     (group,) = plan.microbatches[0].groups
-    setting, clock, tokens = setting_of(cluster, 9), [0.0] * degree, np.zeros(9)
+    data_ranks, clock, tokens = data_ranks_of(cluster, 9), [0.0] * degree, np.zeros(9)
     for index, rank in enumerate(ranks):
         own = write_schedule(group, lengths, index).forward[0].tasks
         tokens[rank] = sum(task.query.num_tokens for task in own if task.causal)
-    forward_s, backward_s, head_s = token_seconds(tokens, setting)
+    forward_s, backward_s, head_s = token_seconds(tokens, data_ranks)
     for is_forward, seconds in ((True, forward_s), (False, backward_s)):
         early = (MODEL.num_query_heads + 2 * MODEL.num_kv_heads) * MODEL.head_dim * MODEL.hidden_dim
         share = early / MODEL.layer_active_params if is_forward else 1 - early / MODEL.layer_active_params
         for _ in range(MODEL.num_layers):
             clock = [now + share * seconds[rank] for now, rank in zip(clock, ranks, strict=True)]
-            clock = walked(group, lengths, clock, setting, is_forward=is_forward)
+            clock = walked(group, lengths, clock, data_ranks, is_forward=is_forward)
             clock = [now + (1 - share) * seconds[rank] for now, rank in zip(clock, ranks, strict=True)]
         if is_forward:
             clock = [now + head_s[rank] for now, rank in zip(clock, ranks, strict=True)]
@@ -159,9 +159,10 @@ def test_a_ring_is_what_its_schedule_says_message_by_message(seed: int, monkeypa
 
 
 def walked(
-    group: AttentionGroup, lengths: SequenceOf[int], clock: list[float], setting: Setting, *, is_forward: bool
+    group: AttentionGroup, lengths: SequenceOf[int], clock: list[float], data_ranks: DataRanks, *, is_forward: bool
 ) -> list[float]:
-    """One layer's attention: in every round a rank posts, computes, and waits for both ends of its messages."""
+    """When each rank ends one layer's attention: in every round a rank posts its messages, computes, and waits for both
+    ends of them."""
     schedules = [write_schedule(group, lengths, index) for index in range(group.degree)]
     walks = [schedule.forward if is_forward else schedule.backward for schedule in schedules]
     index_of = {rank: index for index, rank in enumerate(group.ranks)}
@@ -174,11 +175,11 @@ def walked(
             for out in walk[number - 1].grad_sends if number else ():
                 pair = (index, index_of[out.rank])
                 posted[pair] = posted.get(pair, 0) + 4 * sum(span.num_tokens for span in out.spans)
-        after = [now + round_s(walk[number], number, setting, is_forward=is_forward)
+        after = [now + round_s(walk[number], number, data_ranks, is_forward=is_forward)
                  for now, walk in zip(clock, walks, strict=True)]
         for (source, target), token_bytes in posted.items():
             near = group.ranks[source] // 3 == group.ranks[target] // 3
-            link: LinkSpec = setting.machine.intra_node if near else setting.machine.inter_node
+            link: LinkSpec = data_ranks.machine.intra_node if near else data_ranks.machine.inter_node
             arrives_s = max(clock[source], clock[target]) + link.transfer_s(
                 2 * MODEL.num_kv_heads * MODEL.head_dim * token_bytes
             )
@@ -187,18 +188,18 @@ def walked(
     return clock
 
 
-def round_s(step: Round, number: int, setting: Setting, *, is_forward: bool) -> float:
+def round_s(step: Round, number: int, data_ranks: DataRanks, *, is_forward: bool) -> float:
     queries, keys, pairs = round_work(step)
     calls = len({task.causal for task in step.tasks})
-    kernel_s = float(setting.machine.attention.forward_s(
+    kernel_s = float(data_ranks.machine.attention.forward_s(
         calls=calls, queries=queries, keys=keys, pairs=pairs, heads=MODEL.num_query_heads, head_dim=MODEL.head_dim
     ))
     row_bytes = (4 + 4 + 2) * MODEL.head_dim
     if is_forward:
         own = sum(task.query.num_tokens for task in step.tasks if task.causal)
-        return kernel_s + float(setting.machine.move_s(row_bytes * MODEL.num_query_heads * (queries - own)))
+        return kernel_s + float(data_ranks.machine.move_s(row_bytes * MODEL.num_query_heads * (queries - own)))
     rows = MODEL.num_query_heads * queries + 2 * MODEL.num_kv_heads * keys
-    return setting.machine.backward_ratio * kernel_s + float(setting.machine.move_s(row_bytes * rows))
+    return data_ranks.machine.backward_ratio * kernel_s + float(data_ranks.machine.move_s(row_bytes * rows))
 
 
 @pytest.mark.parametrize("seed", range(15))

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from parallel.program import compile_rank_program
 from planner.plan import StepPlan
 from planner.pricing.simulate import step_lengths
 from planner.pricing.verify import verify_plan
@@ -15,32 +16,33 @@ from planner.reproduce import bytescale
 from planner.reproduce.bytescale import BytescaleData
 from planner.reproduce.bytescale_stages import best_placing
 from planner.reproduce.bytescale_step import (
-    Setting,
+    BytescaleWorkload,
     balance_plan,
     batches_of,
     hdp_step_s,
     naive_plan,
-    setting_of,
     static_packs,
     static_step_s,
+    workload_of,
 )
 from planner.reproduce.table import load_data
+from tests.plans import step_problem
 
 DATA = load_data(BytescaleData, "bytescale")
 SMALL_BATCH = 2**22
 
 
-def small(model: str, context: int = 256) -> Setting:
+def small(model: str, context: int = 256) -> BytescaleWorkload:
     """64 ranks instead of 512."""
-    return setting_of(
+    return workload_of(
         model, replace(DATA.models[model], num_ranks=64), DATA.trace, context_tokens=context * 1024,
         capacity_tokens=DATA.capacity_tokens,
     )
 
 
-def plans_of(setting: Setting, lengths: list[int]) -> list[StepPlan]:
-    naive = naive_plan(setting, lengths)
-    return [naive, balance_plan(setting, lengths, naive)]
+def plans_of(workload: BytescaleWorkload, lengths: list[int]) -> list[StepPlan]:
+    naive = naive_plan(workload, lengths)
+    return [naive, balance_plan(workload, lengths, naive)]
 
 
 def test_every_bar_of_the_figure_is_there_once() -> None:
@@ -95,24 +97,24 @@ def test_packs_hold_every_token_in_as_few_packs_as_can_be(lengths: list[int]) ->
 @pytest.mark.parametrize("name", ["byted", "github"])
 def test_plans_are_legal_and_their_price_is_the_exact_one(model: str, name: str) -> None:
     """The cost model has no transfers: in rings that memory forms they are always hidden."""
-    setting = small(model)
-    (lengths,) = batches_of(name, setting.context_tokens, SMALL_BATCH, 1)
-    for plan in plans_of(setting, lengths):
-        verify_plan(plan, lengths, num_ranks=64, cost=setting.cost, limits=setting.limits)
+    workload = small(model)
+    (lengths,) = batches_of(name, workload.context_tokens, SMALL_BATCH, 1)
+    for plan in plans_of(workload, lengths):
+        verify_plan(plan, step_problem(lengths, 64, workload.cost, workload.limits))
         sizes = step_lengths(plan)
         for microbatch in plan.microbatches:
             (group,) = microbatch.groups
-            exact_s = setting.prices.microbatch_s([sizes[index] for index in group.sequences], group.degree)
+            exact_s = workload.prices.microbatch_s([sizes[index] for index in group.sequences], group.degree)
             assert microbatch.predicted_s == pytest.approx(exact_s)
 
 
 @pytest.mark.parametrize("model", ["LLaMA-7B", "Mistral-8x7B"])
 def test_balance_beats_naive_and_the_grid(model: str) -> None:
-    setting = small(model)
-    (lengths,) = batches_of("byted", setting.context_tokens, SMALL_BATCH, 1)
-    naive, balance = plans_of(setting, lengths)
-    assert hdp_step_s(setting, balance) < hdp_step_s(setting, naive)
-    assert hdp_step_s(setting, balance) < static_step_s(setting, lengths)
+    workload = small(model)
+    (lengths,) = batches_of("byted", workload.context_tokens, SMALL_BATCH, 1)
+    naive, balance = plans_of(workload, lengths)
+    assert hdp_step_s(workload, balance) < hdp_step_s(workload, naive)
+    assert hdp_step_s(workload, balance) < static_step_s(workload, lengths)
 
 
 def test_the_grid_pays_for_its_ring_whatever_it_holds() -> None:
@@ -126,14 +128,65 @@ def test_the_grid_pays_for_its_ring_whatever_it_holds() -> None:
 
 
 def test_pp_balance_moves_microbatches_and_changes_none() -> None:
-    setting = small("Mistral-8x7B")
-    (lengths,) = batches_of("github", setting.context_tokens, SMALL_BATCH, 1)
-    naive, balance = plans_of(setting, lengths)
+    workload = small("Mistral-8x7B")
+    (lengths,) = batches_of("github", workload.context_tokens, SMALL_BATCH, 1)
+    naive, balance = plans_of(workload, lengths)
 
     def work(plan: StepPlan) -> Counter[tuple[int, tuple[int, ...]]]:
         return Counter((group.degree, group.sequences) for each in plan.microbatches for group in each.groups)
 
     assert work(naive) == work(balance)
+
+
+@pytest.mark.parametrize("name", ["byted", "github"])
+def test_the_price_of_stages_is_when_the_programs_of_all_ranks_end(name: str) -> None:
+    """There is one scheduler: the plans that the reproduction prices, compiled for the runtime and run message by
+    message, end when it says. The runtime's plans take backwards to be twice as long as forwards, so here they are."""
+    model = replace(DATA.models["Mistral-8x7B"], num_ranks=8)
+    workload = workload_of(
+        "Mistral-8x7B", model, replace(DATA.trace, backward_over_forward=2.0), context_tokens=2**15,
+        capacity_tokens=DATA.capacity_tokens,
+    )
+    (lengths,) = batches_of(name, workload.context_tokens, 2**18, 1)
+    for plan in plans_of(workload, lengths):
+        assert len({len(microbatch.ranks) for microbatch in plan.microbatches}) > 1
+        end_s = run_programs(staged(plan, model.stages), model.stages)
+        assert hdp_step_s(workload, plan) - workload.prices.step_fixed_s == pytest.approx(end_s, rel=1e-12)
+
+
+def staged(plan: StepPlan, num_stages: int) -> StepPlan:
+    """The plan of one stage. The reproduction's prices are those of all stages together."""
+    microbatches = [replace(each, predicted_s=each.predicted_s / num_stages) for each in plan.microbatches]
+    return replace(plan, num_stages=num_stages, microbatches=tuple(microbatches))
+
+
+def run_programs(plan: StepPlan, num_stages: int) -> float:
+    """When the last rank is done, if each stage of each rank follows its own program: an action begins once all of its
+    ranks have come to it and the stage before, or after, has sent what it needs."""
+    queues = {}
+    for rank, stage in itertools.product(range(plan.num_ranks), range(num_stages)):
+        program = compile_rank_program(plan, rank, stage=stage, num_stages=num_stages)
+        queues[rank, stage] = [(program.microbatches[each.place].index, each.backward) for each in program.actions]
+    free_s = dict.fromkeys(queues, 0.0)
+    sent_s: dict[tuple[int, int, bool], float] = {}
+    while any(queues.values()):
+        num_sent = len(sent_s)
+        for stage, queue in ((place[1], queue) for place, queue in queues.items() if queue):
+            index, backward = queue[0]
+            microbatch = plan.microbatches[index]
+            places = [(rank, stage) for rank in microbatch.ranks]
+            sender = (index, stage + 1 if backward else stage - 1, backward)
+            waits = 0 <= sender[1] < num_stages and sender not in sent_s
+            if waits or any(queues[place][:1] != [(index, backward)] for place in places):
+                continue
+            start_s = max(sent_s.get(sender, 0.0), *(free_s[place] for place in places))
+            stop_s = start_s + microbatch.predicted_s * (2 / 3 if backward else 1 / 3)
+            sent_s[index, stage, backward] = stop_s
+            for place in places:
+                queues[place].pop(0)
+                free_s[place] = stop_s
+        assert len(sent_s) > num_sent, f"no rank can go on: {queues}"
+    return max(free_s.values())
 
 
 @settings(max_examples=60, deadline=None)
@@ -166,8 +219,8 @@ def test_rows_of_a_bar_are_its_throughputs() -> None:
 
 
 def test_a_sequence_of_312k_takes_the_published_ranks() -> None:
-    setting = bytescale.bar_setting(DATA, next(bar for bar in DATA.figure17 if bar.name == bytescale.CASE_BAR))
-    plan = naive_plan(setting, [312 * 1024])
+    workload = bytescale.bar_workload(DATA, next(bar for bar in DATA.figure17 if bar.name == bytescale.CASE_BAR))
+    plan = naive_plan(workload, [312 * 1024])
     assert [len(microbatch.ranks) for microbatch in plan.microbatches] == [DATA.case.ranks_of_312k]
 
 

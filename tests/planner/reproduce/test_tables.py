@@ -65,14 +65,14 @@ def test_figures_that_have_no_relative_error_are_refused() -> None:
 def test_flexsp_released_coefficients_give_the_known_budgets_and_times() -> None:
     data = load_data(flexsp.FlexspData, "flexsp")
     budgets = [
-        flexsp.setting_of(data, model, context).rank_tokens
+        flexsp.workload_of(data, model, context).rank_tokens
         for model, context in itertools.product(("7b", "30b"), (192, 384))
     ]
     assert budgets == pytest.approx([5992, 5950, 6028, 5939], abs=1)
-    setting = flexsp.setting_of(data, "7b", 384)
+    workload = flexsp.workload_of(data, "7b", 384)
     # 64 sequences of 4,096 tokens on 64 devices: 1.47 s on one device each, 3.15 s on all together
-    assert setting.cost.group_s(AttentionKind.LOCAL, 1, [4096]) == pytest.approx(1.47, abs=0.005)
-    assert setting.cost.group_s(AttentionKind.ULYSSES, 64, [4096] * 64) == pytest.approx(3.15, rel=0.03)
+    assert workload.cost.group_s(AttentionKind.LOCAL, 1, [4096]) == pytest.approx(1.47, abs=0.005)
+    assert workload.cost.group_s(AttentionKind.ULYSSES, 64, [4096] * 64) == pytest.approx(3.15, rel=0.03)
 
 
 @settings(max_examples=50, deadline=None)
@@ -86,11 +86,11 @@ def test_best_fit_keeps_every_sequence_and_the_fill(lengths: list[int], fill: in
 
 def test_a_static_step_waits_for_the_slowest_group_of_each_round() -> None:
     data = load_data(flexsp.FlexspData, "flexsp")
-    setting = flexsp.setting_of(data, "7b", 192)
+    workload = flexsp.workload_of(data, "7b", 192)
     lengths = [160_000, 150_000, 140_000]
-    group_s = [setting.cost.group_s(AttentionKind.ULYSSES, 32, [size]) for size in lengths]
-    assert flexsp.static_s(setting, lengths, 32) == pytest.approx(group_s[0] + group_s[2])
-    assert flexsp.static_s(setting, lengths, 8) == math.inf
+    group_s = [workload.cost.group_s(AttentionKind.ULYSSES, 32, [size]) for size in lengths]
+    assert flexsp.static_s(workload, lengths, 32) == pytest.approx(group_s[0] + group_s[2])
+    assert flexsp.static_s(workload, lengths, 8) == math.inf
 
 
 def test_flexsp_beats_batchada_beats_deepspeed_on_wikipedia() -> None:

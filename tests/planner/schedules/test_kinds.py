@@ -57,7 +57,7 @@ def test_every_inner_degree_is_exact(kind, degree):
 
 
 def sent_tokens(schedules, walk="forward", messages="sends"):
-    """Tokens that leave each rank in one walk."""
+    """Tokens that each rank sends in one walk (forward or backward)."""
     return [
         sum(span.num_tokens for step in getattr(each, walk) for out in getattr(step, messages) for span in out.spans)
         for each in schedules
@@ -108,7 +108,7 @@ def test_a_double_ring_crosses_each_boundary_once_for_each_block():
 
 
 def boundary_tokens(group, schedules, walk, messages):
-    """Tokens that cross a boundary between nodes in one walk: by sender, by receiver, and by (sender, round)."""
+    """Tokens that go from node to node in one walk: by sender, by receiver, and by (sender, round)."""
     size, sent, received, by_round = group.inner_degree, Counter(), Counter(), Counter()
     for index, schedule in enumerate(schedules):
         for number, step in enumerate(getattr(schedule, walk)):
@@ -189,7 +189,7 @@ def test_inner_groups_fit_into_nodes_and_heads(kind, degree, node_size, num_head
 
 
 def broken(schedule: ExchangeSchedule, rng: random.Random) -> ExchangeSchedule | None:
-    """The schedule with one thing of one round changed; None where there is nothing to change there."""
+    """The schedule with one detail of one round changed; None where the round has no such detail."""
     walk = rng.choice(["forward", "backward"])
     rounds = list(getattr(schedule, walk))
     number = rng.randrange(len(rounds))
@@ -241,7 +241,7 @@ def test_all_of_2000_broken_schedules_are_refused():
 
 
 class Recorder:
-    """A wire and a kernel that only write down what the engine asks of them, in order."""
+    """A wire and a kernel that only record the engine's calls, in order."""
 
     name = "recorder"
 
@@ -351,7 +351,7 @@ class Flight:
 
 
 class FlightRecorder(Recorder):
-    """Tells messages apart, by the order they are posted in."""
+    """Identifies messages by the order in which they are posted."""
 
     def post(self, sends, receives, what):
         number = sum(event.startswith("post") for event in self.events)

@@ -29,20 +29,21 @@ def crossing_tokens(moves: tuple[Move, ...], node_size: int) -> int:
 
 
 def net_excess(current: list[int], target: list[int], node_size: int) -> list[int]:
-    """Tokens each node has too much (negative: too few)."""
+    """Surplus tokens of each node (negative where it has too few)."""
     starts = range(0, len(current), node_size)
     return [sum(current[first : first + node_size]) - sum(target[first : first + node_size]) for first in starts]
 
 
 def shuffled_target(current: list[int], seed: int) -> list[int]:
-    """Any counts with the same sum."""
+    """Random counts with the same sum."""
     draw = random.Random(seed)
     cuts = sorted(draw.randint(0, sum(current)) for _ in current[1:])
     return [stop - start for start, stop in zip([0, *cuts], [*cuts, sum(current)], strict=True)]
 
 
 def program_cost(current: list[int], target: list[int], node_size: int, crossing_cost: int) -> float:
-    """The transportation problem as a linear program: 1 a token inside a node, ``crossing_cost`` between nodes."""
+    """Least cost of the transportation problem, by a linear program: a token costs 1 inside a node and
+    ``crossing_cost`` between nodes."""
     ranks = range(len(current))
     program = pulp.LpProblem("moves", pulp.LpMinimize)
     tokens = {

@@ -17,6 +17,7 @@ from planner.replay.step import replay_step
 from planner.schedules.exchange import GroupLimits, attention_kinds, schedule_of
 from planner.schedules.wire_price import WireSetting
 from planner.step_planner import STRATEGIES, plan_step
+from tests.plans import step_problem
 
 GOLDEN = (1 + 5**0.5) / 2
 PAIRS = [("h200-8", "llama-3-8b"), ("h100-1024", "llama-3-8b"), ("a100-40g-64", "gpt-7b")]
@@ -92,6 +93,6 @@ def test_the_replay_agrees_with_the_price(strategy: str) -> None:
         host_budget_bytes=host_budget_bytes(cluster),
     )
     lengths = list(islice(generate_lengths("wikipedia", seed=0), 256))
-    plan = plan_step(lengths, step=0, num_ranks=8, cost=cost, limits=limits, strategy=strategy)
+    plan = plan_step(step_problem(lengths, 8, cost, limits), step=0, strategy=strategy)
     replay = replay_step(plan, cluster, model, cost.memory, curves=load_curves())
     assert 0.8 < replay.step_s / plan.predicted_s < 1.3

@@ -31,6 +31,7 @@ from planner.schedules.layout import local_token_counts, shard_spans, team_spans
 from planner.schedules.wire_price import WireSetting
 from planner.step_planner import plan_step
 from planner.strategies.search.shapes import price_table, shape_of, shapes_of_degree
+from tests.plans import step_problem
 
 LOCAL, ULYSSES, RING, USP = AttentionKind.LOCAL, AttentionKind.ULYSSES, AttentionKind.RING, AttentionKind.USP
 DOUBLE_RING, GROUP_CAST, ALL_GATHER = AttentionKind.DOUBLE_RING, AttentionKind.GROUP_CAST, AttentionKind.ALL_GATHER
@@ -108,7 +109,7 @@ def test_each_kind_is_priced_for_what_it_is_good_at() -> None:
     token_s = cost.time_fit(LOCAL, 1).s_per_token
 
     def wire_s(kind: AttentionKind, degree: int) -> float:
-        """What sharing one token of the group adds to its compute, times the degree."""
+        """Seconds that sharing one token in the group adds to its compute, times the degree."""
         return cost.time_fit(kind, degree).s_per_token * degree - token_s
 
     assert wire_s(GROUP_CAST, 8) == pytest.approx(wire_s(RING, 8))  # one node: its last rank needs all keys as well
@@ -151,8 +152,8 @@ def test_more_kinds_never_make_a_worse_plan() -> None:
     for kinds in ((RING,), (ULYSSES, RING), attention_kinds("auto")):
         limits = limits_of(cost, kinds, rank_tokens=16_000)
         for strategy in ("adaptive", "static"):
-            plan = plan_step(lengths, step=0, num_ranks=64, cost=cost, limits=limits, strategy=strategy)
-            verify_plan(plan, lengths, num_ranks=64, cost=cost, limits=limits)
+            plan = plan_step(step_problem(lengths, 64, cost, limits), step=0, strategy=strategy)
+            verify_plan(plan, step_problem(lengths, 64, cost, limits))
             predicted[kinds, strategy] = plan.predicted_s
             used = {group.kind for microbatch in plan.microbatches for group in microbatch.groups}
             assert used <= {LOCAL, *kinds}

@@ -20,6 +20,7 @@ from planner.strategies.search.shapes import group_tokens, price_table
 from tests.planner.brute_force import best_makespan_s, kept_groups
 from tests.planner.random_plans import toy_cost
 from tests.planner.step_cases import RING, ULYSSES, make_cost, make_limits, skewed_lengths
+from tests.plans import step_problem
 
 BOTH = (ULYSSES, RING)
 
@@ -64,18 +65,18 @@ def test_no_plan_in_lockstep_beats_its_bound(
     budget = cost.device_bytes(rank_tokens)
     limits = PlanLimits(device_budget_bytes=budget, max_ulysses_degree=num_ranks, kinds=kinds)
     held = cost.max_local_tokens(budget)
-    shapes = every_shape(num_ranks, cost, limits)
+    shapes = every_shape(step_problem([1], num_ranks, cost, limits))
     best_s = best_makespan_s(lengths, kept_groups(shapes, num_ranks, held), num_ranks, held, lockstep=True)
     bound_s = lockstep_bound_s(lengths, shapes, num_ranks)
     assert step_bound_s(lengths, shapes, num_ranks) <= bound_s <= best_s * (1 + 1e-9)
-    plan = plan_step(lengths, step=0, num_ranks=num_ranks, cost=cost, limits=limits, strategy="adaptive")
+    plan = plan_step(step_problem(lengths, num_ranks, cost, limits), step=0, strategy="adaptive")
     assert plan.predicted_s >= (best_s + cost.step_fixed_s) * (1 - 1e-9)
 
 
 def test_lockstep_counts_whole_rounds() -> None:
     """Three full sequences on two ranks: two rounds, though they take one and a half ranks' memory."""
     cost, limits = make_cost(2, fixed_s=0.5), make_limits(rank_tokens=4096)
-    shapes = every_shape(2, cost, limits)
+    shapes = every_shape(step_problem([1], 2, cost, limits))
     marginal_s = cost.group_s(AttentionKind.LOCAL, 1, [4096]) - 0.5
     assert lockstep_bound_s([4096] * 3, shapes, 2) == pytest.approx(2 * 0.5 + 1.5 * marginal_s, rel=1e-6)
 
@@ -83,12 +84,12 @@ def test_lockstep_counts_whole_rounds() -> None:
 def check_against_brute_force(
     lengths: list[int], num_ranks: int, cost: CostModel, limits: PlanLimits, rank_tokens: int
 ) -> None:
-    shapes = every_shape(num_ranks, cost, limits)
+    shapes = every_shape(step_problem([1], num_ranks, cost, limits))
     best_s = best_makespan_s(lengths, kept_groups(shapes, num_ranks, rank_tokens), num_ranks, rank_tokens)
     bound_s = step_bound_s(lengths, shapes, num_ranks)
     assert 0 < bound_s <= best_s * (1 + 1e-9)
     assert makespan_bound_s(price_table(lengths, shapes), num_ranks) <= best_s * (1 + 1e-9)
-    plan = plan_step(lengths, step=0, num_ranks=num_ranks, cost=cost, limits=limits, strategy="adaptive")
+    plan = plan_step(step_problem(lengths, num_ranks, cost, limits), step=0, strategy="adaptive")
     assert plan.predicted_s >= (best_s + cost.step_fixed_s) * (1 - 1e-9)
 
 
@@ -99,12 +100,14 @@ def test_the_bound_of_all_shapes_holds_for_every_strategy(
 ) -> None:
     lengths = skewed_lengths(seed, num_sequences, 4096 * min(num_ranks, 3) - 8)
     cost, limits = make_cost(num_ranks, kinds=BOTH, fixed_s=fixed_s), make_limits(kinds=BOTH, max_nodes=5)
-    bound_s = step_bound_s(lengths, every_shape(num_ranks, cost, limits), num_ranks) + cost.step_fixed_s
-    plans = [greedy_step(lengths, step=0, num_ranks=num_ranks, cost=cost, limits=limits)]
+    bound_s = (
+        step_bound_s(lengths, every_shape(step_problem([1], num_ranks, cost, limits)), num_ranks) + cost.step_fixed_s
+    )
+    plans = [greedy_step(step_problem(lengths, num_ranks, cost, limits), step=0)]
     for name in STRATEGIES:
         if name in ("static", "hdp-naive") and max(lengths) > 4096:
             continue  # one degree for all may not fit them all
-        plans.append(plan_step(lengths, step=0, num_ranks=num_ranks, cost=cost, limits=limits, strategy=name))
+        plans.append(plan_step(step_problem(lengths, num_ranks, cost, limits), step=0, strategy=name))
     assert bound_s <= min(plan.predicted_s for plan in plans) * (1 + 1e-9)
 
 
@@ -113,7 +116,7 @@ def test_the_bound_of_all_shapes_holds_for_every_strategy(
 def test_fewer_prices_give_the_same_bound(seed: int, num_ranks: int, num_sequences: int, fixed_s: float) -> None:
     lengths = skewed_lengths(seed, num_sequences, 4096)
     cost, limits = make_cost(num_ranks, kinds=BOTH, fixed_s=fixed_s), make_limits(kinds=BOTH)
-    shapes = every_shape(num_ranks, cost, limits)
+    shapes = every_shape(step_problem([1], num_ranks, cost, limits))
     whole = makespan_bound_s(price_table(lengths, shapes), num_ranks)
     assert step_bound_s(lengths, shapes, num_ranks) == pytest.approx(whole, rel=1e-7)
     parts = bound_parts(lengths, shapes, num_ranks)
@@ -122,7 +125,7 @@ def test_fewer_prices_give_the_same_bound(seed: int, num_ranks: int, num_sequenc
 
 def test_more_shapes_never_raise_the_bound() -> None:
     cost, limits = make_cost(8, kinds=BOTH, fixed_s=0.1), make_limits(kinds=BOTH)
-    shapes = every_shape(8, cost, limits)
+    shapes = every_shape(step_problem([1], 8, cost, limits))
     lengths = skewed_lengths(4, 60, 9000)
     few = tuple(shape for shape in shapes if shape.degree in (1, 4, 8))
     assert step_bound_s(lengths, shapes, 8) <= step_bound_s(lengths, few, 8) * (1 + 1e-9)
@@ -131,7 +134,7 @@ def test_more_shapes_never_raise_the_bound() -> None:
 def test_memory_counts_microbatches() -> None:
     """Full sequences on one rank each: the bound is the microbatches a rank must run, fixed times included."""
     cost, limits = make_cost(2, fixed_s=0.5), make_limits(rank_tokens=4096)
-    shapes = every_shape(2, cost, limits)
+    shapes = every_shape(step_problem([1], 2, cost, limits))
     seconds = cost.group_s(AttentionKind.LOCAL, 1, [4096])
     assert step_bound_s([4096] * 8, shapes, 2) == pytest.approx(4 * seconds, rel=1e-6)
 
@@ -139,14 +142,14 @@ def test_memory_counts_microbatches() -> None:
 def test_the_clock_counts_a_fixed_time_for_every_rank() -> None:
     """Ample memory: each of two ranks runs one microbatch, and no less."""
     cost, limits = make_cost(2, fixed_s=0.5), make_limits(rank_tokens=10**6)
-    shapes = every_shape(2, cost, limits)
+    shapes = every_shape(step_problem([1], 2, cost, limits))
     seconds = cost.group_s(AttentionKind.LOCAL, 1, [100] * 4)
     assert step_bound_s([100] * 8, shapes, 2) == pytest.approx(seconds, rel=1e-6)
 
 
 def test_the_longest_sequence_sets_the_pace() -> None:
     cost, limits = make_cost(4), make_limits()
-    shapes = every_shape(4, cost, limits)
+    shapes = every_shape(step_problem([1], 4, cost, limits))
     alone_s = min(cost.group_s(shape.kind, shape.degree, [16_000]) for shape in shapes if group_tokens(shape) >= 16_000)
     assert step_bound_s([16_000, 5], shapes, 4) == pytest.approx(alone_s, rel=1e-2)
     assert step_bound_s([], shapes, 4) == 0.0

@@ -19,7 +19,7 @@ from planner.inputs.files import load_cluster, load_model
 from planner.pages.policy_words import policy_line, policy_name
 from planner.plan import AttentionKind, MemoryAction, MemoryPolicy, Sharding, SolveStatus, StepPlan
 from planner.pricing.assemble import GroupChoice, assemble_plan
-from planner.pricing.simulate import price_groups, price_microbatch
+from planner.pricing.microbatch import price_groups, price_microbatch
 from planner.pricing.verify import verify_plan
 from planner.replay.step import replay_step
 from planner.schedules.layout import local_token_counts
@@ -41,6 +41,7 @@ from tests.planner.step_cases import (
     with_chunks,
     with_policies,
 )
+from tests.plans import step_problem
 from tests.work import count_calls
 
 KEEP, SWAP, RECOMPUTE, CHUNK = MemoryAction
@@ -51,7 +52,7 @@ LENGTHS = st.lists(st.integers(1, 60_000), min_size=1, max_size=12)
 def plan(
     lengths: list[int], num_ranks: int, cost: CostModel, limits: PlanLimits, strategy: str = "adaptive"
 ) -> StepPlan:
-    return plan_step(lengths, step=0, num_ranks=num_ranks, cost=cost, limits=limits, strategy=strategy)
+    return plan_step(step_problem(lengths, num_ranks, cost, limits), step=0, strategy=strategy)
 
 
 def sizes_of(found: StepPlan) -> set[int]:
@@ -66,7 +67,7 @@ def test_what_a_shape_in_chunks_says_is_what_the_plan_costs(
     """Loads up to the capacity: the sequences fit the budget in chunks of that size, for the seconds of the table."""
     cost = with_chunks(make_cost(6, kinds=BOTH), s_per_chunk=s_per_chunk, num_kv_heads=num_kv_heads)
     limits = with_policies(make_limits(kinds=BOTH, rank_tokens=rank_tokens), CHUNK)
-    shapes = chunked_shapes(every_shape(6, cost, limits), cost, limits)
+    shapes = chunked_shapes(every_shape(step_problem([1], 6, cost, limits)), cost, limits)
     assert {shape.chunk_tokens for shape in shapes} == set(chunk_sizes(cost, limits))
     for shape in shapes:
         table = price_table(lengths, (shape,))
@@ -78,7 +79,7 @@ def test_what_a_shape_in_chunks_says_is_what_the_plan_costs(
             step=0, strategy="test", num_ranks=6, lengths=[lengths[row] for row in rows], groups=groups, cost=cost,
             status=SolveStatus.GREEDY, bound_s=0.0, wall_s=0.0,
         )
-        verify_plan(found, [lengths[row] for row in rows], num_ranks=6, cost=cost, limits=limits)
+        verify_plan(found, step_problem([lengths[row] for row in rows], 6, cost, limits))
         seconds = float(table.marginal_s[rows].sum()) + shape.fit.fixed_s
         assert found.microbatches[0].predicted_s == pytest.approx(seconds, rel=1e-12)
 
@@ -130,8 +131,8 @@ def test_plans_with_chunks_are_legal_and_never_worse_than_without(
     ours = plan(lengths, num_ranks, cost, limits)  # plan_step verifies it
     assert sizes_of(ours) <= set(chunk_sizes(cost, limits))
     verify_plan(
-        greedy_step(lengths, step=0, num_ranks=num_ranks, cost=cost, limits=limits), lengths, num_ranks=num_ranks,
-        cost=cost, limits=limits,
+        greedy_step(step_problem(lengths, num_ranks, cost, limits), step=0),
+        step_problem(lengths, num_ranks, cost, limits),
     )
     try:
         other = plan(lengths, num_ranks, cost, without)
@@ -158,17 +159,19 @@ def test_bound_and_plan_agree_with_every_plan_there_is(
     groups = chunk_groups(num_ranks, rank_tokens, cost, limits)
     best_s = best_makespan_s(lengths, groups, num_ranks, rank_tokens, lockstep=lockstep)
     ours = plan(lengths, num_ranks, cost, limits)
-    space = search_space(lengths, num_ranks, cost, limits)
+    space = search_space(step_problem(lengths, num_ranks, cost, limits))
     assert space.bound_s <= best_s * (1 + 1e-9)
     if not lockstep:
-        assert step_bound_s(lengths, every_policy(num_ranks, cost, limits), num_ranks) <= best_s * (1 + 1e-9)
+        assert step_bound_s(lengths, every_policy(step_problem([1], num_ranks, cost, limits)), num_ranks) <= best_s * (
+            1 + 1e-9
+        )
     assert ours.solver.bound_s - cost.step_fixed_s <= best_s * (1 + 1e-9)
     assert ours.predicted_s >= (best_s + cost.step_fixed_s) * (1 - 1e-6)
 
 
 def chunk_groups(num_ranks: int, rank_tokens: int, cost: CostModel, limits: PlanLimits) -> GroupsOf:
-    """``kept_groups``, and the same in chunks of each size that is searched, with about a token to spare."""
-    shapes = every_shape(num_ranks, cost, limits)
+    """``kept_groups``, and the same groups in chunks of each size that is searched, with about one token of slack."""
+    shapes = every_shape(step_problem([1], num_ranks, cost, limits))
     kept, budget = kept_groups(shapes, num_ranks, rank_tokens), limits.device_budget_bytes
 
     def groups_of(sizes: list[int]) -> list[Group]:
@@ -212,7 +215,7 @@ def test_only_chunks_make_it_fit() -> None:
 
 def step(strategy: str, lengths: list[int], cost: CostModel, limits: PlanLimits) -> StepPlan:
     if strategy == "greedy":
-        return greedy_step(lengths, step=0, num_ranks=1, cost=cost, limits=limits)
+        return greedy_step(step_problem(lengths, 1, cost, limits), step=0)
     return plan(lengths, 1, cost, limits)
 
 
@@ -241,17 +244,18 @@ def test_chunks_spare_ranks() -> None:
     assert sizes_of(free) and not sizes_of(kept)
     ours = with_policies(limits, CHUNK)
     line = policy_line([planned(lengths, "adaptive", cost, ours, 8)], cost, ours)
-    assert "run in chunks of " in line and " tokens a rank: " in line
+    assert "run in chunks of " in line and " tokens per rank: " in line
     assert "to need fewer ranks (1 instead of 5 for 9K tokens)" in line
 
 
 def test_where_memory_is_ample_no_chunk_is_looked_at() -> None:
     cost, limits = with_activation(make_cost(8, kinds=BOTH)), make_limits(kinds=BOTH, rank_tokens=10**6)
     lengths, allowed = skewed_lengths(5, 100, 9000), with_policies(limits)
-    without = search_space(lengths, 8, cost, allowed)
-    assert search_space(lengths, 8, with_chunks(cost), allowed) == without
+    without = search_space(step_problem(lengths, 8, cost, allowed))
+    assert search_space(step_problem(lengths, 8, with_chunks(cost), allowed)) == without
     assert plan(lengths, 8, with_chunks(cost), allowed).microbatches == plan(lengths, 8, cost, allowed).microbatches
-    work = [count_calls(partial(search_space, lengths, 8, each, allowed)) for each in (cost, with_chunks(cost))]
+    problems = [step_problem(lengths, 8, each, allowed) for each in (cost, with_chunks(cost))]
+    work = [count_calls(partial(search_space, problem)) for problem in problems]
     assert work[1] <= 1.25 * work[0]  # a few comparisons for each shape; of the whole plan it is 2 %
 
 
@@ -281,14 +285,14 @@ SCARCE = with_policies(make_limits(kinds=BOTH, rank_tokens=2000), host_tokens=0)
 def test_illegal_chunks_are_refused_in_one_line(change: dict[str, object], message: str) -> None:
     cost, limits = change.get("cost", CHUNKED), change.get("limits", SCARCE)
     found = chunked_plan([9000, 8000], [(0,), (1,)], CHUNKED)
-    verify_plan(found, [9000, 8000], num_ranks=2, cost=CHUNKED, limits=SCARCE)
+    verify_plan(found, step_problem([9000, 8000], 2, CHUNKED, SCARCE))
     if "memory" in change:
         first = replace(found.microbatches[0], memory=change["memory"])
         found = replace(found, microbatches=(first, *found.microbatches[1:]))
         if first.memory.chunk_tokens == 1900:
             found = reprice(found, CHUNKED)
     with pytest.raises(PlanError, match=message) as caught:
-        verify_plan(found, [9000, 8000], num_ranks=2, cost=cost, limits=limits)
+        verify_plan(found, step_problem([9000, 8000], 2, cost, limits))
     assert "\n" not in str(caught.value)
 
 
@@ -305,8 +309,8 @@ def test_a_wrong_price_of_chunks_is_found() -> None:
     first = replace(found.microbatches[0], predicted_s=found.microbatches[0].predicted_s * 1.001)
     with pytest.raises(PlanError, match="microbatch 0: predicted_s is stated as"):
         verify_plan(
-            replace(found, microbatches=(first, *found.microbatches[1:])), [9000, 8000], num_ranks=2, cost=CHUNKED,
-            limits=SCARCE,
+            replace(found, microbatches=(first, *found.microbatches[1:])),
+            step_problem([9000, 8000], 2, CHUNKED, SCARCE),
         )
 
 
@@ -315,7 +319,7 @@ def test_chunks_with_several_groups_are_neither_priced_nor_legal() -> None:
     first, second = found.microbatches
     both = replace(first, ranks=(0, 1), groups=(*first.groups, *second.groups))
     with pytest.raises(PlanError, match="chunks are priced for one group on all of a microbatch's ranks, not with 2"):
-        verify_plan(replace(found, microbatches=(both,)), [9000, 8000], num_ranks=2, cost=CHUNKED, limits=SCARCE)
+        verify_plan(replace(found, microbatches=(both,)), step_problem([9000, 8000], 2, CHUNKED, SCARCE))
     with pytest.raises(PlanError, match="chunks are priced for microbatches of one group on all its ranks"):
         price_groups(both.ranks, both.groups, [9000, 8000], CHUNKED, both.memory)
 
@@ -326,11 +330,11 @@ def test_in_lockstep_chunks_share_no_round_with_what_is_recomputed() -> None:
     recomputed = replace(found.microbatches[1], memory=MemoryPolicy(keep_fraction=0.0, recompute_fraction=1.0))
     mixed = reprice(replace(found, microbatches=(found.microbatches[0], recomputed)), cost)
     with pytest.raises(PlanError, match="microbatch 1 swaps or recomputes beside microbatch 0, which runs in chunks"):
-        verify_plan(mixed, [9000, 4000], num_ranks=2, cost=cost, limits=SCARCE)
+        verify_plan(mixed, step_problem([9000, 4000], 2, cost, SCARCE))
     after = chunked_plan([9000, 4000], [(0,), (0,)], cost)  # one after the other: two rounds
     later = replace(after.microbatches[1], memory=recomputed.memory)
     apart = reprice(replace(after, microbatches=(after.microbatches[0], later)), cost)
-    verify_plan(apart, [9000, 4000], num_ranks=2, cost=cost, limits=SCARCE)
+    verify_plan(apart, step_problem([9000, 4000], 2, cost, SCARCE))
 
 
 def test_in_lockstep_what_is_kept_beside_chunks_has_room_for_moving_queries() -> None:
@@ -344,9 +348,9 @@ def test_in_lockstep_what_is_kept_beside_chunks_has_room_for_moving_queries() ->
         bound_s=0.0, wall_s=0.0,
     )
     with pytest.raises(PlanError, match="microbatch 0: its ring 2 is one chunk in a round of zero3 .* needs 135 MiB"):
-        verify_plan(found, lengths, num_ranks=3, cost=cost, limits=limits)
+        verify_plan(found, step_problem(lengths, 3, cost, limits))
     assert sizes_of(plan(lengths, 3, cost, limits))  # verified by plan_step
-    assert sizes_of(greedy_step(lengths, step=0, num_ranks=3, cost=cost, limits=limits))
+    assert sizes_of(greedy_step(step_problem(lengths, 3, cost, limits), step=0))
 
 
 @pytest.mark.parametrize(

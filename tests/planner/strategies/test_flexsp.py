@@ -21,6 +21,7 @@ from planner.strategies.flexsp.strategy import FlexspResult, flexsp_schedule, on
 from planner.strategies.search.bounds import makespan_bound_s
 from planner.strategies.search.shapes import PriceTable, allowed_shapes, price_table
 from tests.planner.step_cases import RING, ULYSSES, make_cost, make_limits, skewed_lengths
+from tests.plans import step_problem
 
 BOTH = (ULYSSES, RING)
 EXACT = WorkLimits(max_nodes=10**6, max_work=10**10, time_limit_s=60.0, relative_gap=1e-6)
@@ -39,7 +40,7 @@ def table_of(
     lengths: list[int], num_ranks: int, kinds: tuple[AttentionKind, ...] = (ULYSSES,), fixed_s: float = 2e-3
 ) -> PriceTable:
     model = make_cost(num_ranks, kinds=kinds, fixed_s=fixed_s)
-    return price_table(lengths, allowed_shapes(num_ranks, model, make_limits(kinds=kinds)))
+    return price_table(lengths, allowed_shapes(step_problem([1], num_ranks, model, make_limits(kinds=kinds))))
 
 
 @given(sizes, st.integers(1, 5))
@@ -139,7 +140,7 @@ def test_large_programs_are_left_alone(seed: int, num_ranks: int, max_variables:
 
 
 def deal_plainly(table: PriceTable, columns: list[int]) -> RoundPacking | None:
-    """``deal_rows`` by looking at every group for every row."""
+    """``deal_rows`` without queues: for every row, every group is looked at."""
     ends_s = [float(table.fixed_s[column]) for column in columns]
     loads = [0] * len(columns)
     rows: list[list[int]] = [[] for _ in columns]
@@ -224,7 +225,7 @@ def flexsp(
 ) -> FlexspResult | None:
     cost = make_cost(num_ranks, kinds=kinds, fixed_s=fixed_s)
     return flexsp_schedule(
-        price_table(lengths, allowed_shapes(num_ranks, cost, limits)), num_ranks=num_ranks,
+        price_table(lengths, allowed_shapes(step_problem([1], num_ranks, cost, limits))), num_ranks=num_ranks,
         max_local_tokens=cost.max_local_tokens(limits.device_budget_bytes), limits=limits, incumbent_s=float("inf"),
         deadline_s=time.perf_counter() + limits.time_limit_s, barriers=barriers,
     )
@@ -291,7 +292,7 @@ def test_same_input_same_rounds() -> None:
 
 def test_an_expired_deadline_finds_no_rounds_and_solves_nothing() -> None:
     cost, limits = make_cost(4), make_limits()
-    table = price_table([100] * 9, allowed_shapes(4, cost, limits))
+    table = price_table([100] * 9, allowed_shapes(step_problem([1], 4, cost, limits)))
     result = flexsp_schedule(
         table, num_ranks=4, max_local_tokens=4096, limits=limits, incumbent_s=float("inf"),
         deadline_s=time.perf_counter() - 1,

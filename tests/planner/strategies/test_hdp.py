@@ -16,6 +16,7 @@ from planner.pricing.simulate import simulate
 from planner.schedules.layout import local_token_counts
 from planner.step_planner import plan_step
 from tests.planner.step_cases import LOCAL, RING, ULYSSES, make_cost, make_limits, skewed_lengths
+from tests.plans import step_problem
 from tests.work import count_calls
 
 VARIANTS = ("hdp", "hdp-floor", "hdp-naive")
@@ -35,11 +36,11 @@ def hdp(
     node: int | None = None,
 ) -> StepPlan:
     cost, limits = cost_and_limits(num_ranks, rank_tokens=rank_tokens, node=node)
-    return plan_step(lengths, step=0, num_ranks=num_ranks, cost=cost, limits=limits, strategy=strategy)
+    return plan_step(step_problem(lengths, num_ranks, cost, limits), step=0, strategy=strategy)
 
 
 def least_degree(length: int, num_ranks: int, rank_tokens: int) -> int:
-    """The published D(s), from the layout itself."""
+    """The published D(s), computed from the layout itself."""
     return next(
         degree for degree in range(1, num_ranks + 1)
         if max(local_token_counts(LOCAL if degree == 1 else RING, degree, [length])) <= rank_tokens
@@ -117,7 +118,7 @@ def test_rings_stay_inside_a_node_where_they_can() -> None:
 def test_an_unpriced_degree_is_rounded_up() -> None:
     cost, limits = cost_and_limits(8)
     coarse = replace(cost, times=tuple(fit for fit in cost.times if fit.degree in (1, 4, 7)))
-    plan = plan_step([1500, 4500, 80], step=0, num_ranks=8, cost=coarse, limits=limits, strategy="hdp")
+    plan = plan_step(step_problem([1500, 4500, 80], 8, coarse, limits), step=0, strategy="hdp")
     assert sorted(len(batch.ranks) for batch in plan.microbatches) == [1, 4, 7]
 
 
@@ -130,7 +131,7 @@ def test_what_cannot_be_planned_is_said_in_one_line(strategy: str) -> None:
     cost, limits = cost_and_limits(4)
 
     def plan(lengths: list[int], cost: CostModel, limits: PlanLimits) -> StepPlan:
-        return plan_step(lengths, step=0, num_ranks=4, cost=cost, limits=limits, strategy=strategy)
+        return plan_step(step_problem(lengths, 4, cost, limits), step=0, strategy=strategy)
 
     with pytest.raises(InfeasibleError, match=r"sequence 1 \(4001 tokens\) fits in no group") as caught:
         plan([10, 4001], cost, limits)
@@ -153,9 +154,7 @@ def calls_to_plan(strategy: str, num_ranks: int, num_sequences: int) -> int:
     lengths = [min(4 * size, 4096 * num_ranks) for size in skewed_lengths(7, num_sequences, 10**6)]
     cost = make_cost(num_ranks, kinds=(RING,))
     limits = replace(make_limits(kinds=(RING,)), devices_per_node=8)
-    return count_calls(lambda: plan_step(
-        lengths, step=0, num_ranks=num_ranks, cost=cost, limits=limits, strategy=strategy
-    ))
+    return count_calls(lambda: plan_step(step_problem(lengths, num_ranks, cost, limits), step=0, strategy=strategy))
 
 
 @pytest.mark.parametrize("strategy", [*VARIANTS, "megatron", "zeppelin"])

@@ -24,10 +24,11 @@ from planner.strategies.search.linear_balance import price_with_moves, remap_bou
 from planner.strategies.search.shapes import shape_of
 from tests.planner.random_plans import Case, random_case, with_moves
 from tests.planner.step_cases import LOCAL, RING, make_cost, make_limits, skewed_lengths
+from tests.plans import step_problem
 
 
 def remap_cost(num_ranks: int, *, inter_s: float = 1e-6, node_size: int = 4) -> CostModel:
-    """``make_cost`` whose token-wise layers take 8e-5 of local's 1e-4 seconds a token."""
+    """``make_cost`` where the token-wise layers take 8e-5 of local's 1e-4 seconds per token."""
     fit = RemapFit(
         linear_s_per_token=8e-5, intra_s_per_token=1e-7, inter_s_per_token=inter_s, fixed_s=1e-5, node_size=node_size
     )
@@ -36,7 +37,7 @@ def remap_cost(num_ranks: int, *, inter_s: float = 1e-6, node_size: int = 4) -> 
 
 def plan_zeppelin(lengths: list[int], num_ranks: int, cost: CostModel, rank_tokens: int = 20_000) -> StepPlan:
     limits = replace(make_limits(rank_tokens=rank_tokens, kinds=(RING,)), devices_per_node=4)
-    return plan_step(lengths, step=0, num_ranks=num_ranks, cost=cost, limits=limits, strategy="zeppelin")
+    return plan_step(step_problem(lengths, num_ranks, cost, limits), step=0, strategy="zeppelin")
 
 
 def moved(plan: StepPlan) -> int:
@@ -118,10 +119,12 @@ def test_no_moves_of_any_plan_beat_the_bound(seed: int) -> None:
     rng = random.Random(seed)
     case = with_moves(rng, with_remap(random_case(rng)))
     limits = replace(case.limits, device_budget_bytes=max(case.limits.device_budget_bytes, case.plan.peak_bytes))
-    verify_plan(case.plan, case.lengths, num_ranks=case.num_ranks, cost=case.cost, limits=limits)
+    verify_plan(case.plan, step_problem(case.lengths, case.num_ranks, case.cost, limits))
     kinds = {(fit.kind, fit.degree) for fit in case.cost.times if fit.degree <= case.num_ranks}
     shapes = [shape_of(kind, degree, case.cost, limits) for kind, degree in sorted(kinds)]
-    bound_s = remap_bound_s(case.lengths, [shape for shape in shapes if shape], case.num_ranks, case.cost)
+    bound_s = remap_bound_s(
+        step_problem(case.lengths, case.num_ranks, case.cost, limits), [shape for shape in shapes if shape]
+    )
     simulation = simulate(case.plan, case.cost)
     assert 0 < bound_s <= (simulation.step_s - case.cost.step_fixed_s) * (1 + 1e-9)
     busy_s = sum(
@@ -139,14 +142,14 @@ def test_no_moves_of_any_plan_beat_the_bound(seed: int) -> None:
 
 def test_moves_beat_the_bound_of_plans_without_them() -> None:
     """One sequence on one of eight ranks, which gives its token-wise work away: the bound has to allow for it."""
-    cost, lengths = remap_cost(8, inter_s=0.0), [1000]
-    local = shape_of(LOCAL, 1, cost, make_limits())
+    cost, limits, lengths = remap_cost(8, inter_s=0.0), make_limits(), [1000]
+    local = shape_of(LOCAL, 1, cost, limits)
     assert local is not None
     groups = (GroupChoice(LOCAL, (0,), (0,)),)
     price = price_choice(groups, lengths, cost)
     attention_s = price.seconds - 1000 * 8e-5
     assert step_bound_s(lengths, [local], 8) == pytest.approx(price.seconds)
-    assert remap_bound_s(lengths, [local], 8, cost) == pytest.approx(attention_s)
+    assert remap_bound_s(step_problem(lengths, 8, cost, limits), [local]) == pytest.approx(attention_s)
 
 
 ILLEGAL = {
@@ -169,16 +172,16 @@ def test_illegal_moves_are_refused(message: str) -> None:
     illegal = replace(plan, microbatches=microbatches, cost_digest=checked.digest)
     limits = replace(make_limits(rank_tokens=20_000, kinds=(RING,)), devices_per_node=4)
     with pytest.raises(PlanError, match=message):
-        verify_plan(illegal, lengths, num_ranks=8, cost=checked, limits=limits)
+        verify_plan(illegal, step_problem(lengths, 8, checked, limits))
 
 
 def test_a_full_rank_takes_no_tokens() -> None:
     """Memory counts the fuller of both layouts."""
     cost, lengths = remap_cost(4), [2000, 100]
     limits = make_limits(rank_tokens=2000, kinds=(RING,))
-    plan = plan_step(lengths, step=0, num_ranks=2, cost=cost, limits=limits, strategy="zeppelin")
+    plan = plan_step(step_problem(lengths, 2, cost, limits), step=0, strategy="zeppelin")
     groups = (GroupChoice(LOCAL, (0,), (0,)), GroupChoice(LOCAL, (1,), (1,)))
-    price, moves = price_with_moves(groups, lengths, 2, cost)
+    price, moves = price_with_moves(groups, step_problem(lengths, 2, cost, limits))
     assert moves == ((0, 1, 950),) and price.rank_tokens == (2000, 1050)
     assert max(price_choice(groups, lengths, cost, ((1, 0, 100),)).rank_tokens) == 2100
     assert plan.peak_bytes <= limits.device_budget_bytes

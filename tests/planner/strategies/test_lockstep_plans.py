@@ -17,14 +17,16 @@ from planner.pricing.assemble import GroupChoice, assemble_plan
 from planner.pricing.lockstep import lockstep_rounds
 from planner.pricing.simulate import simulate
 from planner.step_planner import plan_step
-from planner.strategies.adaptive.pour import WAYS, Pour, Pourer
-from planner.strategies.adaptive.rounds import Round, align, in_order, place_degrees, rounds_s, squeeze
+from planner.strategies.adaptive.lockstep import LEAST_DEGREES, SHARES, SLACKS, STRETCHES, in_order
+from planner.strategies.adaptive.rounds import Packer, Round, rounds_s
+from planner.strategies.adaptive.shorten import Schedule
 from planner.strategies.adaptive.space import every_shape
-from planner.strategies.adaptive.swap import swap_rows
-from planner.strategies.adaptive.workshop import Batch, Workshop
+from planner.strategies.adaptive.workshop import Batch
+from planner.strategies.search.shapes import price_table
 from tests.planner.random_plans import random_case, reprice
 from tests.planner.step_cases import LOCAL, RING, ULYSSES, make_cost, make_limits, skewed_lengths
 from tests.planner.strategies.test_adaptive import adaptive, others
+from tests.plans import step_problem
 
 BOTH = (ULYSSES, RING)
 
@@ -100,83 +102,99 @@ def test_equal_rounds_beat_unequal_counts() -> None:
     plan = adaptive(lengths, 16, cost, limits)
     assert plan.predicted_s < 0.9 * simulate(replace(free, sharding=Sharding.ZERO3), cost).step_s
     for name in ("hdp", "static", "flexsp", "zeppelin"):
-        other = plan_step(lengths, step=0, num_ranks=16, cost=cost, limits=limits, strategy=name)
+        other = plan_step(step_problem(lengths, 16, cost, limits), step=0, strategy=name)
         assert plan.predicted_s <= other.predicted_s, name
 
 
 @given(st.integers(0, 10**6), st.sampled_from([1, 2, 5, 8, 12]), st.sampled_from([2, 4, 8, 64]), st.integers(1, 60))
 @settings(max_examples=60, deadline=None)
-def test_squeezed_rounds_hold_the_same_sequences_in_no_more_time(
+def test_shortened_rounds_hold_the_same_sequences_in_no_more_time(
     seed: int, num_ranks: int, node_size: int, num_sequences: int
 ) -> None:
     rng = random.Random(seed)
-    lengths = skewed_lengths(seed, num_sequences, 4000)
-    shapes = every_shape(num_ranks, lockstep_cost(num_ranks), make_limits(kinds=BOTH))
-    node_size = min(node_size, num_ranks)
-    shop = Workshop(lengths, shapes, [False] * len(lengths), num_ranks=num_ranks, node_size=node_size)
+    lengths = sorted(skewed_lengths(seed, num_sequences, 4000))
+    shapes = every_shape(step_problem([1], num_ranks, lockstep_cost(num_ranks), make_limits(kinds=BOTH)))
+    table = price_table(lengths, shapes)
     batches: list[Batch] = []
     for row in range(len(lengths)):
-        roomy = [each for each in batches if each.load + shop.load(row, each.column) <= shop.capacity[each.column]]
+        roomy = [
+            each for each in batches
+            if each.load + int(table.load_tokens[row, each.column]) <= table.capacity_tokens[each.column]
+        ]
         if not roomy or rng.random() < 0.4:
             column = rng.randrange(len(shapes))
-            roomy = [Batch(column, shop.degree[column], shop.fixed[column])]
+            roomy = [Batch(column, shapes[column].degree, shapes[column].fit.fixed_s)]
             batches += roomy
         batch = rng.choice(roomy)
-        batch.add(row, shop.load(row, batch.column), shop.marginal_s(row, batch.column))
-    rounds = align(batches, num_ranks=num_ranks, node_size=node_size)
-    squeezed = squeeze(shop, rounds)
-    assert rounds_s(squeezed) <= rounds_s(rounds) * (1 + 1e-9)
-    check_rounds(squeezed, shop)
-    check_rounds(swap_rows(shop, rounds, 40), shop)
-    check_rounds(swap_rows(shop, squeezed, 40), shop)
+        batch.add(row, int(table.load_tokens[row, batch.column]), float(table.marginal_s[row, batch.column]))
+    rounds: list[Round] = []
+    for batch in batches:
+        if not any(each.take(batch) for each in rounds):
+            rounds.append(Round(num_ranks, min(node_size, num_ranks)))
+            assert rounds[-1].take(batch)  # one group alone always fits
+    check_schedule(Schedule(table, rounds), num_ranks, min(node_size, num_ranks))
+    shortened = Schedule(table, rounds)
+    shortened.shorten(SHARES)
+    assert shortened.seconds <= rounds_s(rounds) * (1 + 1e-9)
+    check_schedule(shortened, num_ranks, min(node_size, num_ranks))
+    for schedule in (Schedule(table, rounds), shortened):
+        before_s = schedule.seconds
+        schedule.exchange(40)
+        assert schedule.seconds <= before_s * (1 + 1e-9)
+        check_schedule(schedule, num_ranks, min(node_size, num_ranks))
 
 
 @given(
     st.integers(0, 10**6), st.sampled_from([1, 2, 5, 8, 12, 24]), st.sampled_from([2, 4, 8, 64]), st.integers(1, 60),
-    st.sampled_from(WAYS), st.sampled_from([1e-4, 5e-3, 0.3]),
+    st.sampled_from(SLACKS), st.sampled_from(STRETCHES), st.sampled_from(LEAST_DEGREES),
+    st.sampled_from([1e-4, 5e-3, 0.3]),
 )
 @settings(max_examples=60, deadline=None)
-def test_poured_rounds_hold_every_sequence_within_time_and_memory(
-    seed: int, num_ranks: int, node_size: int, num_sequences: int, way: tuple[float, float, int], fixed_s: float
+def test_packed_rounds_hold_every_sequence_within_time_and_memory(
+    seed: int, num_ranks: int, node_size: int, num_sequences: int, slack: float, stretch: float, least_degree: int,
+    fixed_s: float,
 ) -> None:
-    lengths = skewed_lengths(seed, num_sequences, 4096 * min(num_ranks, 5) - 40)
-    shapes = every_shape(num_ranks, lockstep_cost(num_ranks, fixed_s=fixed_s), make_limits(kinds=BOTH))
-    shop = Workshop(
-        lengths, shapes, [False] * len(lengths), num_ranks=num_ranks, node_size=min(node_size, num_ranks)
+    lengths = sorted(skewed_lengths(seed, num_sequences, 4096 * min(num_ranks, 5) - 40))
+    shapes = every_shape(
+        step_problem([1], num_ranks, lockstep_cost(num_ranks, fixed_s=fixed_s), make_limits(kinds=BOTH))
     )
-    level, reach, least_degree = way
-    pour = Pour(level=level, reach=reach, least_degree=least_degree)
-    rounds = Pourer(shop).pour(pour)
+    packer = Packer(np.array(lengths), shapes, num_ranks=num_ranks, node_size=min(node_size, num_ranks))
+    rounds = packer.pack(slack, stretch, least_degree)
     assert rounds is not None
-    assert Pourer(shop).pour(pour, rounds_s(rounds)) == rounds  # it gives up on nothing that would be quick enough
-    assert Pourer(shop).pour(pour, 0.0) is None
-    check_rounds(rounds, shop)
+    again = packer.pack(slack, stretch, least_degree, rounds_s(rounds))
+    assert again == rounds  # it gives up on nothing that would be quick enough
+    assert packer.pack(slack, stretch, least_degree, 0.0) is None
+    schedule = Schedule(packer.table, rounds)
+    assert schedule.seconds == pytest.approx(rounds_s(rounds))
+    check_schedule(schedule, num_ranks, min(node_size, num_ranks))
 
 
-def check_rounds(rounds: list[Round], shop: Workshop) -> None:
+def check_schedule(schedule: Schedule, num_ranks: int, node_size: int) -> None:
     """Every row once, within memory, its ranks inside a node where they fit one, and no longer when played."""
-    num_ranks, node_size, lengths = shop.num_ranks, shop.node_size, shop.lengths
-    ordered = in_order(rounds, num_ranks=num_ranks, node_size=node_size)
-    assert sorted(row for batch in ordered for row in batch.rows) == list(range(len(lengths)))
+    table = schedule.table
+    ordered = in_order(schedule)
+    assert sorted(row for batch in ordered for row in batch.rows) == list(range(table.num_rows))
+    seconds = []
     for batch in ordered:
-        assert batch.load == sum(shop.load(row, batch.column) for row in batch.rows) <= shop.capacity[batch.column]
+        assert table.load_tokens[batch.rows, batch.column].sum() <= table.capacity_tokens[batch.column]
         assert 0 <= batch.first_rank <= num_ranks - batch.degree
         if 1 < batch.degree <= node_size:
             assert batch.first_rank // node_size == (batch.first_rank + batch.degree - 1) // node_size
+        seconds.append(batch.fixed_s + float(table.marginal_s[batch.rows, batch.column].sum()))
     ranks = [tuple(range(batch.first_rank, batch.first_rank + batch.degree)) for batch in ordered]
-    played_s = sum(max(ordered[index].seconds for index in members) for members in lockstep_rounds(ranks))
-    assert played_s <= rounds_s(rounds) * (1 + 1e-9)
+    played_s = sum(max(seconds[index] for index in members) for members in lockstep_rounds(ranks))
+    assert played_s <= schedule.seconds * (1 + 1e-9)
 
 
 @given(st.lists(st.integers(2, 20), max_size=10), st.integers(1, 64), st.integers(1, 16))
 @settings(max_examples=80, deadline=None)
 def test_groups_of_a_round_lie_side_by_side(degrees: list[int], num_ranks: int, node_size: int) -> None:
     degrees = sorted((degree for degree in degrees if degree <= num_ranks), reverse=True)
-    firsts = place_degrees(degrees, num_ranks, min(node_size, num_ranks))
-    if firsts is None:
-        assert len(degrees) > 1  # one group alone always fits
-        return
+    found = Round(num_ranks, min(node_size, num_ranks))
+    placed = [batch for batch in (Batch(0, degree, 0.0) for degree in degrees) if found.take(batch)]
+    assert len(placed) >= min(len(degrees), 1)  # one group alone always fits
     taken = np.zeros(num_ranks, dtype=int)
-    for degree, first in zip(degrees, firsts, strict=True):
-        taken[first : first + degree] += 1
-    assert taken.sum() == sum(degrees) and taken.max(initial=0) <= 1
+    for batch in placed:
+        taken[batch.first_rank : batch.first_rank + batch.degree] += 1
+    assert taken.sum() == sum(batch.degree for batch in placed) and taken.max(initial=0) <= 1
+    assert found.ranks_of_one() == np.flatnonzero(taken == 0).tolist() and found.num_free == (taken == 0).sum()

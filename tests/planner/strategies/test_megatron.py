@@ -15,6 +15,7 @@ from planner.step_planner import plan_step
 from planner.strategies.megatron import megatron_rounds
 from planner.strategies.search.shapes import PriceTable, flexsp_degrees, price_table, ring_shapes
 from tests.planner.step_cases import RING, make_cost, make_limits, skewed_lengths
+from tests.plans import step_problem
 
 RANK_TOKENS = 1024
 
@@ -22,31 +23,32 @@ RANK_TOKENS = 1024
 def plan_megatron(lengths: list[int], num_ranks: int, rank_tokens: int = RANK_TOKENS) -> StepPlan:
     limits = make_limits(rank_tokens=rank_tokens, kinds=(RING,))
     return plan_step(
-        lengths, step=0, num_ranks=num_ranks, cost=make_cost(num_ranks, kinds=(RING,)), limits=limits,
-        strategy="megatron",
+        step_problem(lengths, num_ranks, make_cost(num_ranks, kinds=(RING,)), limits), step=0, strategy="megatron"
     )
 
 
 def priced(lengths: list[int], num_ranks: int) -> PriceTable:
     cost, limits = make_cost(num_ranks, kinds=(RING,)), make_limits(rank_tokens=RANK_TOKENS, kinds=(RING,))
-    return price_table(lengths, ring_shapes("megatron", flexsp_degrees(num_ranks), num_ranks, cost, limits))
+    return price_table(
+        lengths, ring_shapes("megatron", flexsp_degrees(num_ranks), step_problem([1], num_ranks, cost, limits))
+    )
 
 
 def rows_by_rank(table: PriceTable, num_ranks: int) -> list[list[list[int]]]:
-    """Per round and rank the rows in order: the original's own way to write its answer."""
+    """For each round and rank its rows in order, which is the form of the original's answer."""
     rounds = []
-    for teams in megatron_rounds(table, num_ranks):
+    for groups in megatron_rounds(table, num_ranks):
         ranks: list[list[int]] = [[] for _ in range(num_ranks)]
-        for team in teams:
-            for rank in range(team.first_rank, team.first_rank + team.size):
-                ranks[rank] = list(team.rows)
+        for group in groups:
+            for rank in range(group.first_rank, group.first_rank + group.degree):
+                ranks[rank] = list(group.rows)
         rounds.append(ranks)
     return rounds
 
 
 @dataclass(frozen=True)
 class Group:
-    """All that the original asks of a process group."""
+    """The part of a process group that the original uses."""
 
     num_ranks: int
 
@@ -60,7 +62,7 @@ def original() -> Any:
 
 
 def drawn(seed: int, num_ranks: int) -> list[int]:
-    """Lengths whose shares on any ring of a power of two are whole chunks: only then is the original's capacity ours,
+    """Random lengths that any ring of a power of two splits evenly. Only then does the original's capacity equal ours,
     which counts the longer chunk of an uneven split."""
     rng = random.Random(seed)
     longest = RANK_TOKENS << (num_ranks.bit_length() - 1)
@@ -107,7 +109,7 @@ def test_any_step_is_legal_bounded_and_repeatable(
     assert {len(batch.ranks) for batch in plan.microbatches} <= set(flexsp_degrees(num_ranks))
 
 
-def test_short_sequences_of_a_team_share_a_microbatch() -> None:
+def test_short_sequences_of_a_group_share_a_microbatch() -> None:
     plan = plan_megatron([400] * 20, 4)
     assert len(plan.microbatches) == 12  # five of 400 on each rank: two, two and one in 1,024 tokens
     assert all(len(batch.ranks) == 1 for batch in plan.microbatches)
@@ -122,11 +124,11 @@ def test_an_unpriced_size_is_passed_over() -> None:
     cost = make_cost(8, kinds=(RING,))
     coarse = replace(cost, times=tuple(fit for fit in cost.times if fit.degree != 2))
     limits = make_limits(rank_tokens=RANK_TOKENS, kinds=(RING,))
-    plan = plan_step([2000, 500], step=0, num_ranks=8, cost=coarse, limits=limits, strategy="megatron")
+    plan = plan_step(step_problem([2000, 500], 8, coarse, limits), step=0, strategy="megatron")
     assert {len(batch.ranks) for batch in plan.microbatches} == {1, 4}
 
 
-def test_a_team_is_not_doubled_onto_ranks_that_would_hold_too_much() -> None:
+def test_a_group_is_not_doubled_onto_ranks_that_would_hold_too_much() -> None:
     """Four tokens are one for each of 4 or 8 ranks, but two for one of 13."""
     plan = plan_megatron([4], 13, rank_tokens=1)
     assert [len(batch.ranks) for batch in plan.microbatches] == [8]

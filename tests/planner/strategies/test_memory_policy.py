@@ -16,7 +16,7 @@ from planner.cost.model import CostModel
 from planner.errors import InfeasibleError, PlanError, SpecError
 from planner.inputs.files import load_cluster, load_model
 from planner.plan import AttentionKind, MemoryAction, MemoryPolicy, Sharding, SolveStatus, StepPlan
-from planner.pricing.simulate import price_microbatch
+from planner.pricing.microbatch import price_microbatch
 from planner.pricing.verify import verify_plan
 from planner.schedules.layout import local_token_counts
 from planner.step_planner import STRATEGIES, plan_step
@@ -34,6 +34,7 @@ from tests.planner.step_cases import (
     with_activation,
     with_policies,
 )
+from tests.plans import step_problem
 
 KEEP, SWAP, RECOMPUTE = MemoryAction.KEEP, MemoryAction.SWAP, MemoryAction.RECOMPUTE
 BOTH = (ULYSSES, RING)
@@ -41,7 +42,7 @@ ALLOWED = st.sampled_from([(SWAP,), (RECOMPUTE,), (KEEP, SWAP, RECOMPUTE)])
 
 
 def plan(lengths: list[int], num_ranks: int, strategy: str, cost: CostModel, limits: PlanLimits) -> StepPlan:
-    return plan_step(lengths, step=0, num_ranks=num_ranks, cost=cost, limits=limits, strategy=strategy)
+    return plan_step(step_problem(lengths, num_ranks, cost, limits), step=0, strategy=strategy)
 
 
 @given(
@@ -73,7 +74,7 @@ def test_any_policies_give_legal_plans_and_adaptive_is_never_behind(
 
 
 def check_policies(found: StepPlan, lengths: list[int], cost: CostModel) -> None:
-    """Copies are hidden, and nothing is swapped or recomputed where all fits without."""
+    """Check that copies are hidden, and that nothing is swapped or recomputed where everything fits without it."""
     for microbatch in found.microbatches:
         kept = price_microbatch(replace(microbatch, memory=MemoryPolicy()), lengths, cost)
         share = max(sum(lengths[i] for i in group.sequences) / group.degree for group in microbatch.groups)
@@ -94,10 +95,12 @@ def test_bound_and_plan_agree_with_every_plan_there_is(
     lengths = [min(size, num_ranks * (rank_tokens - 2)) for size in lengths]
     cost = with_activation(make_cost(num_ranks, kinds=kinds, fixed_s=fixed_s))
     limits = with_policies(make_limits(kinds=kinds, rank_tokens=rank_tokens), *allowed, host_tokens=host_tokens)
-    shapes = every_shape(num_ranks, cost, limits)
+    shapes = every_shape(step_problem([1], num_ranks, cost, limits))
     groups = policy_groups(shapes, num_ranks, rank_tokens, host_tokens, limits, cost.activation)
     best_s = best_makespan_s(lengths, groups, num_ranks, rank_tokens)
-    assert step_bound_s(lengths, every_policy(num_ranks, cost, limits), num_ranks) <= best_s * (1 + 1e-9)
+    assert step_bound_s(lengths, every_policy(step_problem([1], num_ranks, cost, limits)), num_ranks) <= best_s * (
+        1 + 1e-9
+    )
     ours = plan(lengths, num_ranks, "adaptive", cost, limits)
     assert ours.solver.bound_s - cost.step_fixed_s <= best_s * (1 + 1e-9)
     assert ours.predicted_s >= (best_s + cost.step_fixed_s) * (1 - 1e-6)
@@ -107,8 +110,8 @@ def policy_groups(
     shapes: tuple[GroupShape, ...], num_ranks: int, rank_tokens: int, host_tokens: int, limits: PlanLimits,
     fit: ActivationFit | None,
 ) -> GroupsOf:
-    """``kept_groups``, and the same with each recomputed fraction, swapping as much as hides sequence by sequence, with
-    about a token to spare."""
+    """``kept_groups``, and the same groups with each recomputed fraction, swapping as much of each sequence as hides,
+    with about one token of slack."""
     assert fit is not None
     kept, token_bytes = kept_groups(shapes, num_ranks, rank_tokens), 20_000
 
@@ -151,7 +154,7 @@ def test_what_a_shape_holds_fits_device_and_host(
     limits = with_policies(make_limits(kinds=BOTH), *allowed, host_tokens=host_tokens)
     fit = cost.activation
     assert fit is not None
-    for shape in every_policy(6, cost, limits):
+    for shape in every_policy(step_problem([1], 6, cost, limits)):
         table = price_table(lengths, (shape,))
         rows = [row for row in range(len(lengths)) if table.load_tokens[: row + 1].sum() <= shape.capacity_tokens]
         if not rows:
@@ -169,7 +172,7 @@ def test_what_a_shape_holds_fits_device_and_host(
 
 def test_longer_sequences_hide_more() -> None:
     cost = with_activation(make_cost(4, kinds=BOTH))
-    shapes = every_policy(4, cost, with_policies(make_limits(kinds=BOTH), SWAP))
+    shapes = every_policy(step_problem([1], 4, cost, with_policies(make_limits(kinds=BOTH), SWAP)))
     for shape in shapes:
         shares = [shape.held.of(size) for size in (1, 1000, 3000, 7000, 10**6)]
         assert shares == sorted(shares, reverse=True)
@@ -247,7 +250,7 @@ def test_limits_are_proven(changes: dict[str, object], message: str) -> None:
     cost, limits = with_activation(make_cost(1)), with_policies(make_limits(rank_tokens=2000), SWAP)
     found = plan([6500], 1, "adaptive", cost, limits)
     with pytest.raises(PlanError, match=message):
-        verify_plan(found, [6500], num_ranks=1, cost=cost, limits=replace(limits, **changes))
+        verify_plan(found, step_problem([6500], 1, cost, replace(limits, **changes)))
 
 
 def test_too_much_swapping_is_priced_not_refused() -> None:
@@ -256,7 +259,7 @@ def test_too_much_swapping_is_priced_not_refused() -> None:
     found = plan([1000], 1, "adaptive", cost, limits)
     policy = MemoryPolicy(keep_fraction=0.0, swap_fraction=1.0)
     eager = reprice(replace(found, microbatches=(replace(found.microbatches[0], memory=policy),)), cost)
-    verify_plan(eager, [1000], num_ranks=1, cost=cost, limits=limits)
+    verify_plan(eager, step_problem([1000], 1, cost, limits))
     busy_s = found.microbatches[0].predicted_s
     assert eager.microbatches[0].predicted_s == pytest.approx(busy_s + 18e6 / 1.35e8 - 2 / 7 * busy_s)
     assert eager.peak_bytes == 10**8 + 2000 * 1000
@@ -296,7 +299,7 @@ def test_derived_activations_match_memo_and_bytescale() -> None:
     left = fit.swap_bytes_per_token - fit.recompute_bytes_per_token
     assert left == pytest.approx(layers * (2 * hidden * 2 + 4 * model.num_query_heads))
     limits = replace(make_limits(), device_budget_bytes=30 * 2**30, policies=(SWAP,), host_budget_bytes=2**50)
-    local = every_policy(1, cost, limits)[0].held
+    local = every_policy(step_problem([1], 1, cost, limits))[0].held
     hidden_fraction = {
         size: (1 - local.of(size)) * cost.memory.bytes_per_token / fit.swap_bytes_per_token
         for size in (2**14, 2**16, 2**18)

@@ -37,6 +37,7 @@ from tests.planner.step_cases import (
     with_policies,
 )
 from tests.planner.strategies.test_adaptive import adaptive, others
+from tests.plans import step_problem
 
 BOTH = (ULYSSES, RING)
 
@@ -46,7 +47,7 @@ def staged_cost(num_ranks: int, num_stages: int, fixed_s: float = 2e-3) -> CostM
 
 
 def locals_plan(lengths: list[int], num_ranks: int, cost: CostModel) -> StepPlan:
-    """One local microbatch a sequence, dealt in turn."""
+    """One local microbatch for each sequence, dealt to the ranks in turn."""
     return assemble_plan(
         step=0, strategy="hand", num_ranks=num_ranks, lengths=lengths,
         groups=[GroupChoice(LOCAL, (index % num_ranks,), (index,)) for index in range(len(lengths))], cost=cost,
@@ -92,11 +93,11 @@ def test_the_price_is_that_of_the_order_the_runtime_follows(seed: int, num_stage
     assert [program.microbatches[action.place].index for action in program.actions] == mine
     assert max(simulation.rank_busy_s) <= simulation.step_s - cost.step_fixed_s + 1e-9
     limits = replace(case.limits, device_budget_bytes=plan.peak_bytes)
-    verify_plan(plan, case.lengths, num_ranks=plan.num_ranks, cost=cost, limits=limits)
+    verify_plan(plan, step_problem(case.lengths, plan.num_ranks, cost, limits))
     if plan.peak_bytes > max(batch.peak_bytes for batch in plan.microbatches):
         tight = replace(limits, device_budget_bytes=plan.peak_bytes - 1)
         with pytest.raises(PlanError, match="microbatches in flight over"):
-            verify_plan(plan, case.lengths, num_ranks=plan.num_ranks, cost=cost, limits=tight)
+            verify_plan(plan, step_problem(case.lengths, plan.num_ranks, cost, tight))
 
 
 @given(
@@ -113,7 +114,9 @@ def test_every_strategy_stays_within_memory_and_adaptive_is_ahead(
     plan = adaptive(lengths, num_ranks, cost, limits)
     found = others(lengths, num_ranks, cost, limits)
     assert {"hdp None", "hdp-pp None", "static None", "zeppelin None"} <= found.keys()
-    bound_s = step_bound_s(lengths, every_shape(num_ranks, cost, limits), num_ranks) + cost.step_fixed_s
+    bound_s = (
+        step_bound_s(lengths, every_shape(step_problem([1], num_ranks, cost, limits)), num_ranks) + cost.step_fixed_s
+    )
     for name, other in found.items():
         spare = limits.relative_gap if name.startswith("flexsp") and plan.solver.status is SolveStatus.OPTIMAL else 0
         assert plan.predicted_s <= other.predicted_s * (1 + spare) * (1 + 1e-9), name
@@ -139,7 +142,7 @@ def test_policies_stay_within_device_and_host_in_flight(
         kept = None
         for allowed in (replace(limits, policies=(MemoryAction.KEEP,)), limits):
             try:
-                plan = plan_step(lengths, step=0, num_ranks=num_ranks, cost=cost, limits=allowed, strategy=strategy)
+                plan = plan_step(step_problem(lengths, num_ranks, cost, allowed), step=0, strategy=strategy)
             except InfeasibleError:
                 assert kept is None, "policies made it impossible"
                 continue
@@ -151,17 +154,17 @@ def test_policies_stay_within_device_and_host_in_flight(
 def test_swapped_microbatches_share_the_host_with_those_in_flight() -> None:
     cost, limits = with_activation(staged_cost(1, 2)), with_policies(make_limits())
     lengths = [3000] * 4  # 4,096 tokens fit at once, so one of two in flight
-    plan = plan_step(lengths, step=0, num_ranks=1, cost=cost, limits=limits, strategy="adaptive")
+    plan = plan_step(step_problem(lengths, 1, cost, limits), step=0, strategy="adaptive")
     assert all(batch.memory.swap_fraction > 0 for batch in plan.microbatches) and len(plan.microbatches) == 4
     (swapped,) = simulate(plan, cost).rank_host_bytes
     assert swapped == sum(cost.host_bytes(3000, batch.memory) for batch in plan.microbatches[:2])
     for host_bytes in (swapped, swapped - 1):
         tight = replace(limits, host_budget_bytes=host_bytes)
         if host_bytes == swapped:
-            verify_plan(plan, lengths, num_ranks=1, cost=cost, limits=tight)
+            verify_plan(plan, step_problem(lengths, 1, cost, tight))
             continue
         with pytest.raises(PlanError, match="in flight over 2 pipeline stages swap .* to its host"):
-            verify_plan(plan, lengths, num_ranks=1, cost=cost, limits=tight)
+            verify_plan(plan, step_problem(lengths, 1, cost, tight))
 
 
 def test_a_sequence_that_only_fits_without_stages_is_refused() -> None:
@@ -169,7 +172,7 @@ def test_a_sequence_that_only_fits_without_stages_is_refused() -> None:
     adaptive([4096], 1, staged_cost(1, 1), limits)
     for strategy in STRATEGIES:
         with pytest.raises(InfeasibleError, match="fits in no group.* with 2 microbatches in flight"):
-            plan_step([4096], step=0, num_ranks=1, cost=staged_cost(1, 2), limits=limits, strategy=strategy)
+            plan_step(step_problem([4096], 1, staged_cost(1, 2), limits), step=0, strategy=strategy)
 
 
 def test_pp_balance_beats_dp_balance_on_the_papers_example() -> None:
@@ -178,7 +181,7 @@ def test_pp_balance_beats_dp_balance_on_the_papers_example() -> None:
     cost, limits = staged_cost(4, 4, fixed_s=1e-4), make_limits(kinds=BOTH, rank_tokens=4 * 4000)
     lengths = [4000] * 4 + [1000] * 80  # a long one takes about the work of seven packs of four short ones
     step = {
-        strategy: plan_step(lengths, step=0, num_ranks=4, cost=cost, limits=limits, strategy=strategy)
+        strategy: plan_step(step_problem(lengths, 4, cost, limits), step=0, strategy=strategy)
         for strategy in ("hdp", "hdp-pp", "hdp-naive", "adaptive")
     }
     assert step["hdp-pp"].predicted_s < 0.95 * step["hdp"].predicted_s
@@ -208,7 +211,7 @@ def test_plan_and_runtime_must_agree_on_the_stages() -> None:
     with pytest.raises(PlanError, match="plan is for 2 pipeline stages, there are 4"):
         compile_rank_program(plan, 0, stage=1, num_stages=4)
     with pytest.raises(PlanError, match="plan is for 2 pipeline stages, the cost model prices 3"):
-        verify_plan(plan, [5, 6], num_ranks=2, cost=replace(cost, num_stages=3), limits=limits)
+        verify_plan(plan, step_problem([5, 6], 2, replace(cost, num_stages=3), limits))
 
 
 def test_what_is_not_priced_with_stages_is_refused() -> None:

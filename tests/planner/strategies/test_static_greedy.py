@@ -14,13 +14,14 @@ from planner.cost.model import CostModel
 from planner.errors import InfeasibleError, SpecError
 from planner.plan import AttentionKind, SolveStatus, StepPlan
 from planner.pricing.assemble import GroupChoice, assemble_plan
-from planner.schedules.layout import local_token_counts
+from planner.schedules.layout import local_token_counts, peak_team_tokens
 from planner.step_planner import greedy_step, plan_step
 from planner.strategies.greedy import greedy_schedule
 from planner.strategies.search.bounds import makespan_bound_s
-from planner.strategies.search.shapes import GroupShape, allowed_shapes, price_table, ring_peak_tokens
+from planner.strategies.search.shapes import GroupShape, allowed_shapes, price_table
 from planner.strategies.static import possible_degrees
 from tests.planner.step_cases import LOCAL, RING, ULYSSES, make_cost, make_limits, skewed_lengths
+from tests.plans import step_problem
 from tests.work import count_calls
 
 BOTH = (ULYSSES, RING)
@@ -32,8 +33,10 @@ def static(
     limits: PlanLimits | None = None,
 ) -> StepPlan:
     return plan_step(
-        lengths, step=0, num_ranks=num_ranks, cost=cost or make_cost(num_ranks), limits=limits or make_limits(),
-        strategy="static", degree=degree,
+        step_problem(lengths, num_ranks, cost or make_cost(num_ranks), limits or make_limits()),
+        step=0,
+        strategy="static",
+        degree=degree,
     )
 
 
@@ -44,8 +47,9 @@ def group_degrees(plan: StepPlan) -> set[int]:
 @given(st.lists(st.integers(1, 5000), min_size=1, max_size=20), st.integers(2, 9))
 @settings(max_examples=60, deadline=None)
 def test_ring_peak_is_the_layouts(lengths: list[int], degree: int) -> None:
-    peaks = ring_peak_tokens(np.array(lengths), degree)
+    peaks = peak_team_tokens(np.array(lengths), np.array(degree))
     assert peaks.tolist() == [max(local_token_counts(RING, degree, [size])) for size in lengths]
+    assert peaks.tolist() == [peak_team_tokens(size, degree) for size in lengths]
 
 
 @given(lengths_lists, st.integers(1, 9), st.sampled_from([(ULYSSES,), (RING,), BOTH]))
@@ -54,8 +58,10 @@ def test_greedy_is_legal_bounded_and_priced_as_simulated(
     lengths: list[int], num_ranks: int, kinds: tuple[AttentionKind, ...]
 ) -> None:
     cost, limits = make_cost(num_ranks, kinds=kinds), make_limits(kinds=kinds)
-    plan = greedy_step(lengths, step=3, num_ranks=num_ranks, cost=cost, limits=limits)  # verifies itself
-    schedule = greedy_schedule(price_table(lengths, allowed_shapes(num_ranks, cost, limits)), num_ranks)
+    plan = greedy_step(step_problem(lengths, num_ranks, cost, limits), step=3)  # verifies itself
+    schedule = greedy_schedule(
+        price_table(lengths, allowed_shapes(step_problem([1], num_ranks, cost, limits))), num_ranks
+    )
     assert plan.predicted_s == pytest.approx(schedule.makespan_s + cost.step_fixed_s)
     assert plan.solver.status is SolveStatus.GREEDY
     assert 0 < plan.solver.bound_s <= plan.predicted_s
@@ -66,12 +72,12 @@ def test_greedy_is_legal_bounded_and_priced_as_simulated(
 def test_static_degrees_are_legal_and_the_best_wins(lengths: list[int], num_ranks: int, data: st.DataObject) -> None:
     kinds = data.draw(st.sampled_from([(ULYSSES,), BOTH]))
     cost, limits = make_cost(num_ranks, kinds=kinds), make_limits(kinds=kinds, max_ulysses_degree=6)
-    given_degree = data.draw(st.sampled_from(possible_degrees(num_ranks, cost, limits)))
+    given_degree = data.draw(st.sampled_from(possible_degrees(step_problem([1], num_ranks, cost, limits))))
     plan = static(lengths, num_ranks, given_degree, cost, limits)
     assert plan.solver.status is SolveStatus.STATIC
     assert group_degrees(plan) <= {given_degree, num_ranks % given_degree}
     best = static(lengths, num_ranks, None, cost, limits)
-    powers = [d for d in (1, 2, 4, 8) if d in possible_degrees(num_ranks, cost, limits)]
+    powers = [d for d in (1, 2, 4, 8) if d in possible_degrees(step_problem([1], num_ranks, cost, limits))]
     each = [static(lengths, num_ranks, d, cost, limits).predicted_s for d in powers]
     assert best.predicted_s <= min(each) + 1e-12
 
@@ -108,9 +114,9 @@ def test_a_sequence_that_fits_nowhere_is_named_with_its_bytes() -> None:
     cost, limits = make_cost(4), make_limits(rank_tokens=1000)
     static([4000, 10], 4, 4, cost, limits)  # exactly full
     for plan in (
-        lambda: greedy_step([10, 4001], step=0, num_ranks=4, cost=cost, limits=limits),
+        lambda: greedy_step(step_problem([10, 4001], 4, cost, limits), step=0),
         lambda: static([10, 4001], 4, None, cost, limits),
-        lambda: plan_step([10, 4001], step=0, num_ranks=4, cost=cost, limits=limits, strategy="flexsp"),
+        lambda: plan_step(step_problem([10, 4001], 4, cost, limits), step=0, strategy="flexsp"),
     ):
         with pytest.raises(InfeasibleError, match=r"sequence 1 \(4001 tokens\).*ulysses degree 4.*lower") as caught:
             plan()
@@ -124,14 +130,14 @@ def test_a_sequence_that_fits_nowhere_is_named_with_its_bytes() -> None:
 def test_a_budget_below_the_fixed_part_is_infeasible() -> None:
     limits = PlanLimits(device_budget_bytes=10**7, max_ulysses_degree=4)
     with pytest.raises(InfeasibleError, match="device"):
-        greedy_step([1], step=0, num_ranks=4, cost=make_cost(4), limits=limits)
+        greedy_step(step_problem([1], 4, make_cost(4), limits), step=0)
 
 
 def test_the_greedy_plan_grows_like_the_step() -> None:
     """It is the plan of a late planner: 512 sequences on 64 ranks in about 10 ms of a quiet core."""
     def calls(num_ranks: int, num_sequences: int) -> int:
         lengths, limits = skewed_lengths(1, num_sequences, 100_000), make_limits()
-        table = price_table(lengths, allowed_shapes(num_ranks, make_cost(num_ranks), limits))
+        table = price_table(lengths, allowed_shapes(step_problem([1], num_ranks, make_cost(num_ranks), limits)))
         return count_calls(lambda: greedy_schedule(table, num_ranks))
 
     small = calls(64, 512)
@@ -152,8 +158,8 @@ def partitions(items: list[int]) -> Iterator[list[list[int]]]:
 def every_step_s(
     lengths: list[int], shapes: tuple[GroupShape, ...], num_ranks: int, cost: CostModel
 ) -> Iterator[float]:
-    """Step times of all plans: every partition into groups, every shape and aligned place. Larger groups come first,
-    which loses nothing: groups of nested blocks can be reordered so without a later finish."""
+    """Step times of all plans: every partition into groups, every shape and aligned block of ranks. Larger groups come
+    first without loss of generality: groups on nested blocks can be reordered so without a later finish."""
 
     def places(parts: list[list[int]]) -> Iterator[list[GroupChoice]]:
         if not parts:
@@ -181,17 +187,17 @@ def every_step_s(
 @settings(max_examples=25, deadline=None)
 def test_no_plan_at_all_beats_the_bound(lengths: list[int], fixed_s: float) -> None:
     cost, limits = make_cost(2, fixed_s=fixed_s), make_limits()
-    shapes = allowed_shapes(2, cost, limits)
+    shapes = allowed_shapes(step_problem([1], 2, cost, limits))
     best_s = min(every_step_s(lengths, shapes, 2, cost))
     bound_s = makespan_bound_s(price_table(lengths, shapes), 2) + cost.step_fixed_s
     assert bound_s <= best_s * (1 + 1e-9)
     for strategy in ("flexsp", "static"):
-        plan = plan_step(lengths, step=0, num_ranks=2, cost=cost, limits=limits, strategy=strategy)
+        plan = plan_step(step_problem(lengths, 2, cost, limits), step=0, strategy=strategy)
         assert plan.predicted_s >= best_s * (1 - 1e-9)
         assert plan.solver.bound_s >= bound_s * (1 - 1e-9)
 
 
 def test_bound_is_tight_where_it_can_be() -> None:
     cost, limits = make_cost(4, fixed_s=0.0), make_limits()
-    plan = greedy_step([1000] * 8, step=0, num_ranks=4, cost=cost, limits=limits)
+    plan = greedy_step(step_problem([1000] * 8, 4, cost, limits), step=0)
     assert plan.solver.bound_s == pytest.approx(plan.predicted_s)

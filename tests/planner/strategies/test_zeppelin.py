@@ -15,6 +15,7 @@ from planner.plan import AttentionKind, SolveStatus, StepPlan, plan_digest
 from planner.step_planner import plan_step
 from planner.strategies import zeppelin
 from tests.planner.step_cases import LOCAL, RING, make_cost, make_limits, skewed_lengths
+from tests.plans import step_problem
 
 DOUBLE_RING, ROUTED_RING = AttentionKind.DOUBLE_RING, AttentionKind.ROUTED_RING
 
@@ -22,11 +23,11 @@ DOUBLE_RING, ROUTED_RING = AttentionKind.DOUBLE_RING, AttentionKind.ROUTED_RING
 def plan_zeppelin(lengths: list[int], num_ranks: int, node: int | None, rank_tokens: int = 4096) -> StepPlan:
     cost = make_cost(num_ranks, kinds=(RING,))
     limits = replace(make_limits(rank_tokens=rank_tokens, kinds=(RING,)), devices_per_node=node)
-    return plan_step(lengths, step=0, num_ranks=num_ranks, cost=cost, limits=limits, strategy="zeppelin")
+    return plan_step(step_problem(lengths, num_ranks, cost, limits), step=0, strategy="zeppelin")
 
 
 def held_tokens(plan: StepPlan) -> list[int]:
-    """Tokens each rank holds in the plan's first microbatch, rings shared evenly."""
+    """Tokens that each rank holds in the plan's first microbatch, with rings split evenly."""
     tokens = [0] * plan.num_ranks
     for group in plan.microbatches[0].groups:
         for rank in group.ranks:
@@ -123,7 +124,7 @@ def test_rings_over_nodes_are_of_the_cheapest_kind_allowed() -> None:
         limits = PlanLimits(
             device_budget_bytes=cost.device_bytes(20_000), max_ulysses_degree=32, kinds=kinds, devices_per_node=8
         )
-        plan = plan_step(lengths, step=0, num_ranks=64, cost=cost, limits=limits, strategy="zeppelin")
+        plan = plan_step(step_problem(lengths, 64, cost, limits), step=0, strategy="zeppelin")
         used[kinds] = {g.kind for batch in plan.microbatches for g in batch.groups if g.degree > 8}
         seconds[kinds] = plan.predicted_s
     assert list(used.values()) == [{RING}, {DOUBLE_RING}, {ROUTED_RING}]

@@ -22,6 +22,7 @@ from planner.inputs.model import ModelSpec
 from planner.plan import AttentionKind
 from planner.step_planner import plan_step
 from tests.planner.step_cases import make_cost
+from tests.plans import step_problem
 from tests.ranks import RankPool
 from trainer.build import build_runtime
 from trainer.checkpoint import tensors as checkpoint
@@ -59,7 +60,7 @@ def train(runtime: Runtime, step: int) -> None:
     size = runtime.mesh.data_size
     cost: CostModel = make_cost(size)
     limits = PlanLimits(device_budget_bytes=2**40, max_ulysses_degree=2, kinds=(AttentionKind.ULYSSES,))
-    plan = plan_step(LENGTHS, step=step, num_ranks=size, cost=cost, limits=limits, strategy="static", degree=1)
+    plan = plan_step(step_problem(LENGTHS, size, cost, limits), step=step, strategy="static", degree=1)
     documents = [torch.arange(length + 1).add(step).remainder(SPEC.vocab_size).numpy() for length in LENGTHS]
 
     def read(spans):

@@ -14,7 +14,7 @@ from planner.cost.limits import PlanLimits
 from planner.cost.model import CostModel
 from planner.plan import AttentionKind, MemoryAction
 from planner.step_planner import plan_step
-from tests.plans import cost_model
+from tests.plans import cost_model, step_problem
 from tests.ranks import RankPool
 from tests.trainer.step.dense_runs import CONFIG, SPEC
 from tests.trainer.step.test_one_step import reader, start
@@ -70,7 +70,7 @@ def chunked_run(rank, world_size, init_method, folder, parallel):
     ), chunks=dataclasses.replace(cost.chunks, fixed_bytes=0))
 
     def planned(lengths):
-        return plan_step(lengths, step=0, num_ranks=world_size, cost=cost, limits=limits, strategy="adaptive")
+        return plan_step(step_problem(lengths, world_size, cost, limits), step=0, strategy="adaptive")
 
     def peak_of(plan):
         read = reader([np.arange(each.num_tokens + 1) % LEAN.vocab_size for each in plan.sequences])

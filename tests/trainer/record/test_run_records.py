@@ -35,7 +35,7 @@ def test_of_a_large_file_only_the_end_is_read(tmp_path: Path, monkeypatch: pytes
 
 def test_only_the_last_steps_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_run(tmp_path / "run", cost_here())
-    monkeypatch.setattr(run_records, "MOST_STEPS", 3)
+    monkeypatch.setattr(run_records, "MAX_STEPS", 3)
     assert [plan.step for plan, _ in read_executed(tmp_path / "run")] == [9, 10, 11]
 
 

@@ -18,7 +18,7 @@ from planner.inputs.model import ModelSpec
 from planner.plan import AttentionKind, MemoryPolicy
 from planner.pricing.verify import verify_plan
 from planner.step_planner import plan_step
-from tests.plans import cost_model
+from tests.plans import cost_model, step_problem
 from tests.trainer import dense
 from trainer.build import build_runtime
 from trainer.data.batch import token_rows
@@ -119,7 +119,7 @@ def train_rank(
         lengths, plan = [len(ids) - 1 for ids in documents], None
         if rank == 0:
             plan = plan_step(
-                lengths, step=step, num_ranks=num_ranks, cost=cost, limits=limits, strategy=strategy, degree=degree
+                step_problem(lengths, num_ranks, cost, limits), step=step, strategy=strategy, degree=degree
             )
         verify = functools.partial(verify_plan, lengths=lengths, num_ranks=num_ranks, cost=cost, limits=limits)
         plan = agree_on_plan(plan, source=0, group=runtime.mesh.control_group, verify=verify)

@@ -10,6 +10,7 @@ import random
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from memory.ledger import MemoryFullError
 from parallel.engine import AttentionEngine
@@ -387,6 +388,7 @@ class TestStep:
             (AttentionKind.USP, 2)
         }
         assert {sample.op for sample in measured.operations} == {"linear", "attention", "p2p", "all_to_all"}
+        assert yaml.safe_load(yaml.safe_dump(to_plain(measured.cost))) == to_plain(measured.cost)  # machine.yaml
         assert measured.cost.step_fixed_s > 0 and measured.cost.peak_flop_per_s > 0
         assert measured.cost.memory.fixed_bytes > 0 and measured.cost.memory.bytes_per_token >= 1
         assert all(fit.group_s(num_tokens=128, num_tokens2=128**2, num_sequences=1) > 0 for fit in measured.cost.times)

@@ -18,7 +18,7 @@ from tests.trainer.step.test_one_step import NUM_RANKS, documents_of, plan_of, r
 from trainer.settings.resolve import resolve_config
 from trainer.step.one_step import train_step
 from trainer.step.spans import (
-    MOST_LANE_RANKS,
+    MAX_LANE_RANKS,
     NUM_TIMES,
     gather_lanes,
     is_recorded,
@@ -160,7 +160,7 @@ def test_lanes_are_recorded_with_spans_and_more_seldom(asked, num_steps, num_ran
     assert lanes <= {step for step in range(num_steps) if is_recorded(step, every=spans_every, num_steps=num_steps)}
     assert (num_steps - 1 in lanes) == (every > 0)
     if asked is None:
-        assert len(lanes) * min(num_ranks, MOST_LANE_RANKS) <= 400 + num_ranks
+        assert len(lanes) * min(num_ranks, MAX_LANE_RANKS) <= 400 + num_ranks
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ WANTED = MemoryConfig(static_plan=True)
 
 def test_refused_where_it_would_do_nothing():
     on_cpu = check_config(TrainConfig(memory=WANTED, run=RunConfig(device="cpu")))
-    assert on_cpu == ("memory.static_plan is for run.device cuda: the CPU's allocator is not ours to replace; "
+    assert on_cpu == ("memory.static_plan is for run.device cuda: the CPU's allocator cannot be replaced; "
                       "leave it out",)
     staged = check_config(TrainConfig(memory=WANTED, parallel=ParallelConfig(pipeline_parallel=2)))
     assert len(staged) == 1 and "pipeline_parallel" in staged[0]
