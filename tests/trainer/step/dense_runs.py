@@ -116,12 +116,10 @@ def train_rank(
         runtime = dataclasses.replace(runtime, memory=planned)
     losses, used = [], {("note", runtime.memory.note)}
     for step, documents in enumerate(batches()[:num_steps]):
-        lengths, plan = [len(ids) - 1 for ids in documents], None
+        problem, plan = step_problem([len(ids) - 1 for ids in documents], num_ranks, cost, limits), None
         if rank == 0:
-            plan = plan_step(
-                step_problem(lengths, num_ranks, cost, limits), step=step, strategy=strategy, degree=degree
-            )
-        verify = functools.partial(verify_plan, lengths=lengths, num_ranks=num_ranks, cost=cost, limits=limits)
+            plan = plan_step(problem, step=step, strategy=strategy, degree=degree)
+        verify = functools.partial(verify_plan, problem=problem)
         plan = agree_on_plan(plan, source=0, group=runtime.mesh.control_group, verify=verify)
         used |= shapes_of(plan)
         if keeps:
