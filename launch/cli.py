@@ -76,7 +76,7 @@ def help_text() -> str:
     lines += [f"  {name:<10} {what}" for name, what in _COMING.items()]
     lines += ["", "exit codes: 0 done, 1 reproduce: outside its tolerance, 2 bad input, 75 stopped and saved,",
               "            93 do not requeue, 94 no plan fits, 95 loss not finite, 96 no loadable checkpoint,",
-              "            130 interrupted"]
+              "            130 interrupted, 141 the reader of a pipe has left"]
     return "\n".join(lines)
 
 

@@ -42,8 +42,8 @@ class Sharding(StrEnum):
 
 
 class SolveStatus(StrEnum):
-    """How the plan was found. Only OPTIMAL is a proof (to within the requested gap). LATE: the planner did not finish
-    in time, and the step used the greedy plan."""
+    """How the plan was found. OPTIMAL: within the requested gap of the bound, so of every plan that the bound covers
+    (docs/plan.md). LATE: the planner did not finish in time, and the step used the greedy plan."""
 
     OPTIMAL = "optimal"
     FEASIBLE = "feasible"

@@ -43,7 +43,8 @@ def plan_step(problem: StepProblem, *, step: int, strategy: str, degree: int | N
     ``degree`` belongs to ``static`` only (None: the best one). The same inputs give the same plan, wall times apart,
     unless ``limits.time_limit_s`` cuts the search.
 
-    The report's lower bound holds for every plan of the group shapes tried, whatever its rounds and order. The status
+    The report's lower bound holds for every plan of the group shapes and memory policies tried that moves no tokens,
+    whatever its rounds and order. The status
     of ``flexsp`` is OPTIMAL only where the plan is within ``limits.relative_gap`` of that bound: solving every round's
     program proves nothing about other ways to cut the rounds. Otherwise it is GREEDY where the list schedule won,
     LIMIT where another plan won and a solver stopped early, and FEASIBLE where another plan won and no solver did; the

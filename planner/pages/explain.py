@@ -34,8 +34,8 @@ COMPARISON_COLUMNS = (
 )
 
 _STATUS_WORDS = {
-    SolveStatus.OPTIMAL: "proven optimal",
-    SolveStatus.FEASIBLE: "not proven optimal",
+    SolveStatus.OPTIMAL: "optimal in its search",
+    SolveStatus.FEASIBLE: "not optimal in its search",
     SolveStatus.LIMIT: "stopped at the solver limit",
     SolveStatus.GREEDY: "greedy plan",
     SolveStatus.STATIC: "static plan",
@@ -100,7 +100,7 @@ def speed_line(steps: SequenceOf[PlannedStep], num_devices: int, cost: CostModel
     tokens_per_s = sum(step.plan.num_tokens for step in steps) / total_s
     idle = sum(step.simulation.idle_fraction for step in steps) / len(steps)
     known = [step.plan.solver.gap for step in steps if step.plan.solver.bound_s > 0]
-    gap = f"gap to the proven bound at most {max(known):.1%}" if len(known) == len(steps) else "no bound known"
+    gap = f"gap to the bound at most {max(known):.1%}" if len(known) == len(steps) else "no bound known"
     plural = "step" if len(steps) == 1 else "steps"
     return (
         f"{steps[0].plan.strategy}: {format_seconds(step_s)} per step over {len(steps)} {plural} "
@@ -258,7 +258,7 @@ def solver_line(plan: StepPlan) -> str:
     solver = plan.solver
     proof = "no lower bound known"
     if solver.bound_s > 0:
-        proof = f"gap {solver.gap:.2%} to the proven bound of {format_seconds(solver.bound_s)}"
+        proof = f"gap {solver.gap:.2%} to the bound of {format_seconds(solver.bound_s)}"
     fallback = "no fallback"
     if solver.status is SolveStatus.LATE:
         fallback = "fallback: the greedy plan"

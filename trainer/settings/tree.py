@@ -22,7 +22,7 @@ class RunConfig:
     dir: Annotated[str, short("--run-dir")] = "runs/laptop"
     """Folder of this run: checkpoints, metrics.jsonl, plans.jsonl, config.yaml."""
     steps: Annotated[int, short("--steps")] = 120
-    """Optimizer steps in all, including those before a resume."""
+    """Optimizer steps in all; a resumed run keeps the number it was started with."""
     seed: Annotated[int, short("--seed")] = 1234
     """Seed of the initial weights and of the order of samples."""
     resume: Annotated[bool, short("--resume")] = False

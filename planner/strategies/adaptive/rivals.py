@@ -3,8 +3,8 @@
 A step has a budget of work, which grows with the gap that is left to win (``planner.strategies.adaptive.effort``).
 Rivals are asked in the order of what they won for their work on unseen steps; one that a bound of its own rules out
 costs nothing, and one that cannot plan the step is left out. FlexSP solves as many nodes of its programs as the budget
-still takes. So ``adaptive`` is never behind a strategy that was run, and behind one that was not by no more than its
-proven gap.
+still takes. So ``adaptive`` takes the best of what was run; a strategy that was not run may be better, where the bound
+covers its plans by no more than the gap.
 """
 
 from __future__ import annotations

@@ -37,8 +37,8 @@ from planner.strategies.search.memory_policy import choose_policies
 
 
 def plan_adaptive(problem: StepProblem) -> Found:
-    """The strategy ``adaptive``. ``bound_s`` holds for every plan of all shapes that the cost model prices and the
-    limits allow here.
+    """The strategy ``adaptive``. ``bound_s`` holds for every plan of the shapes, memory policies included, that are
+    searched here (``planner.strategies.adaptive.space``), where no tokens are moved unless the plan found moves some.
 
     Raises SpecError where no shape is priced, InfeasibleError where a sequence fits none.
     """

@@ -80,7 +80,7 @@ def test_lines() -> None:
     step = planned()
     assert shape_line(step.plan) == "ring 2, ulysses 2, 2 x local"
     assert solver_line(step.plan) == (
-        "solver: not proven optimal, gap 20.00% to the proven bound of 4.4 s, found in 250 ms, no fallback (why)"
+        "solver: not optimal in its search, gap 20.00% to the bound of 4.4 s, found in 250 ms, no fallback (why)"
     )
     greedy = planned(bound_s=0.0, status=SolveStatus.GREEDY).plan
     assert "no lower bound known" in solver_line(greedy) and "greedy" in solver_line(greedy)
