@@ -44,13 +44,13 @@ def plan_step(problem: StepProblem, *, step: int, strategy: str, degree: int | N
     unless ``limits.time_limit_s`` cuts the search.
 
     The report's lower bound holds for every plan of the group shapes and memory policies tried that moves no tokens,
-    whatever its rounds and order. The status
-    of ``flexsp`` is OPTIMAL only where the plan is within ``limits.relative_gap`` of that bound: solving every round's
-    program proves nothing about other ways to cut the rounds. Otherwise it is GREEDY where the list schedule won,
-    LIMIT where another plan won and a solver stopped early, and FEASIBLE where another plan won and no solver did; the
-    note names the winner. ``static`` is always STATIC; the rules without a solver (hdp, megatron, zeppelin) are GREEDY.
+    whatever its rounds and order. The status of ``flexsp`` is OPTIMAL only where the plan is within
+    ``limits.relative_gap`` of that bound: solving every round's program proves nothing about other ways to cut the
+    rounds. Otherwise it is GREEDY where the list schedule won, LIMIT where another plan won and a solver stopped early,
+    and FEASIBLE where another plan won and no solver did; the note names the winner. ``static`` is always STATIC; the
+    rules without a solver (hdp, megatron, zeppelin) are GREEDY.
 
-    Raises SpecError on bad arguments and InfeasibleError where a sequence fits in no group.
+    Raises SpecError on bad arguments and InfeasibleError where no group was found that a sequence fits in.
     """
     check_strategy(strategy, degree)
     answer = STRATEGIES[strategy] if degree is None else partial(plan_static, degree=degree)
