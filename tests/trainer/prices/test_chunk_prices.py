@@ -109,7 +109,7 @@ def test_measured_chunks_are_chosen_run_and_stay_within_their_prediction(pool, t
     assert dataclasses.replace(kept, fixed_bytes=0) == fit
     assert plan.microbatches[0].memory.chunk_tokens > 0
     assert over <= plan.peak_bytes
-    assert "chunks of " in note and "for another forward" in note
+    assert "chunks of " in note and "for a second forward" in note
 
 
 def test_chunks_are_measured_only_where_they_may_pay():
