@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from planner.strategies.adaptive.balance import balance_ranks
-from planner.strategies.adaptive.workshop import Batch, Pool, Workshop, fullest_with_room
+from planner.strategies.adaptive.priced_step import Batch, Pool, PricedStep, fullest_with_room
 from planner.strategies.search.bounds import cheapest_columns
 from planner.strategies.search.shapes import FloatArray
 
@@ -34,31 +34,31 @@ class Draft:
     makespan_s: float
 
 
-def build_draft(shop: Workshop, target_s: float, *, packed: bool, alone_s: float | None = None) -> Draft:
-    """Schedule all rows of the workshop so that they end by ``target_s``, as far as that is possible, in one of the two
+def build_draft(step: PricedStep, target_s: float, *, packed: bool, alone_s: float | None = None) -> Draft:
+    """Schedule all rows of the step so that they end by ``target_s``, as far as that is possible, in one of the two
     ways. A sequence's shape is the cheapest that runs it alone within ``alone_s`` (None: the target)."""
-    return _Builder(shop, target_s, packed, target_s if alone_s is None else alone_s).run()
+    return _Builder(step, target_s, packed, target_s if alone_s is None else alone_s).run()
 
 
 class _Builder:
     """The state of one build."""
 
-    def __init__(self, shop: Workshop, target_s: float, packed: bool, alone_s: float) -> None:
-        self.shop, self.alone_s = shop, alone_s
+    def __init__(self, step: PricedStep, target_s: float, packed: bool, alone_s: float) -> None:
+        self.step, self.alone_s = step, alone_s
         self.target_s, self.packed = target_s, packed
         self.limit_s = target_s * (1 + 1e-9)
-        self.free_s: FloatArray = np.zeros(shop.num_ranks)
-        self.last: list[Batch | None] = [None] * shop.num_ranks
+        self.free_s: FloatArray = np.zeros(step.num_ranks)
+        self.last: list[Batch | None] = [None] * step.num_ranks
         self.groups: dict[int, list[Batch]] = {}  # by column
         self.batches: list[Batch] = []
 
     def run(self) -> Draft:
-        shop = self.shop
-        columns = cheapest_columns(shop.long, self.alone_s).tolist()
-        chosen = list(zip(shop.long_rows, columns, strict=True))
-        shared = [(row, column) for row, column in chosen if shop.degree[column] > 1]
-        pool = Pool(shop, [row for row, column in chosen if shop.degree[column] == 1] + shop.local_rows)
-        shared.sort(key=lambda item: (-shop.degree[item[1]], -shop.marginal_s(*item), item[0]))
+        step = self.step
+        columns = cheapest_columns(step.long, self.alone_s).tolist()
+        chosen = list(zip(step.long_rows, columns, strict=True))
+        shared = [(row, column) for row, column in chosen if step.degree[column] > 1]
+        pool = Pool(step, [row for row, column in chosen if step.degree[column] == 1] + step.local_rows)
+        shared.sort(key=lambda item: (-step.degree[item[1]], -step.marginal_s(*item), item[0]))
         for row, column in shared:
             self.add_shared(row, column)
         if self.packed:
@@ -67,9 +67,9 @@ class _Builder:
                 self.put(batch, *self.best_start(batch.column, batch.seconds))
         else:
             self.fill_up(pool)
-        stacks: list[list[Batch]] = [[] for _ in range(shop.num_ranks)]
+        stacks: list[list[Batch]] = [[] for _ in range(step.num_ranks)]
         self.deal(pool.rows[::-1], stacks)
-        balance_ranks(shop, stacks, self.free_s)
+        balance_ranks(step, stacks, self.free_s)
         depth = max(len(stack) for stack in stacks)
         self.batches += [stack[i] for i in range(depth) for stack in stacks if i < len(stack)]
         return Draft(tuple(self.batches), float(self.free_s.max()))
@@ -77,18 +77,18 @@ class _Builder:
     def add_shared(self, row: int, column: int) -> None:
         """To the group of its shape that ends last of those that take it in time; else to a new one, or where it ends
         first."""
-        shop = self.shop
-        load, marginal_s = shop.load(row, column), shop.marginal_s(row, column)
+        step = self.step
+        load, marginal_s = step.load(row, column), step.marginal_s(row, column)
         found = [
             batch for batch in self.groups.get(column, ())
-            if batch.is_last and load <= shop.room(batch) and batch.end_s + marginal_s <= self.limit_s
+            if batch.is_last and load <= step.room(batch) and batch.end_s + marginal_s <= self.limit_s
         ]
         if found:
             self.join(max(found, key=lambda batch: batch.end_s), row)
         elif self.packed:
             self.open(row, column)
         else:
-            total_s = marginal_s + shop.fixed[column]
+            total_s = marginal_s + step.fixed[column]
             first, begin_s = self.best_start(column, total_s)
             if begin_s + total_s <= self.limit_s:
                 self.put(self.open(row, column), first, begin_s)
@@ -97,11 +97,11 @@ class _Builder:
 
     def add_late(self, row: int, column: int) -> None:
         """Nothing takes it in time: to any group, or a new one of its shape or its quickest, where it ends first."""
-        shop, long, place = self.shop, self.shop.long, self.shop.place_of[row]
+        step, long, place = self.step, self.step.long, self.step.place_of[row]
         alone_s = np.where(long.fits[place], long.marginal_s[place] + long.fixed_s, np.inf)
         joined = [
-            (batch.end_s + shop.marginal_s(row, batch.column), batch) for batch in self.batches
-            if batch.is_last and shop.load(row, batch.column) <= shop.room(batch)
+            (batch.end_s + step.marginal_s(row, batch.column), batch) for batch in self.batches
+            if batch.is_last and step.load(row, batch.column) <= step.room(batch)
         ]
         opened = []
         for new in (column, int(np.argmin(alone_s))):
@@ -116,7 +116,7 @@ class _Builder:
 
     def best_start(self, column: int, total_s: float) -> tuple[int, float]:
         """First rank and begin of a new group: in time with the fewest rank seconds lost waiting, else the earliest."""
-        firsts, ranks = self.shop.places(self.shop.degree[column])
+        firsts, ranks = self.step.places(self.step.degree[column])
         free_s = self.free_s[ranks]
         begins_s = free_s.max(axis=1)
         in_time = begins_s + total_s <= self.limit_s
@@ -129,8 +129,8 @@ class _Builder:
 
     def open(self, row: int, column: int) -> Batch:
         """A new group of this row, on no ranks yet."""
-        batch = Batch(column, self.shop.degree[column], self.shop.fixed[column])
-        batch.add(row, self.shop.load(row, column), self.shop.marginal_s(row, column))
+        batch = Batch(column, self.step.degree[column], self.step.fixed[column])
+        batch.add(row, self.step.load(row, column), self.step.marginal_s(row, column))
         self.groups.setdefault(column, []).append(batch)
         return batch
 
@@ -145,7 +145,7 @@ class _Builder:
         self.batches.append(batch)
 
     def join(self, batch: Batch, row: int) -> None:
-        batch.add(row, self.shop.load(row, batch.column), self.shop.marginal_s(row, batch.column))
+        batch.add(row, self.step.load(row, batch.column), self.step.marginal_s(row, batch.column))
         if batch.first_rank >= 0:
             self.free_s[batch.first_rank : batch.first_rank + batch.degree] = batch.end_s
 
@@ -156,38 +156,38 @@ class _Builder:
         With r seconds left on d ranks, local microbatches do r - fixed_s of local work a rank; the group itself does r
         times its efficiency (local over shared rank seconds).
         """
-        shop = self.shop
-        if not shop.has_local or not pool.rows:
+        step = self.step
+        if not step.has_local or not pool.rows:
             return
         mean = sum(pool.sizes) / len(pool.sizes)
-        local_s = shop.shapes[0].fit.sequence_s(mean)
+        local_s = step.shapes[0].fit.sequence_s(mean)
         for batch in self.batches:
-            shape = shop.shapes[batch.column]
+            shape = step.shapes[batch.column]
             shared_s = shape.fit.sequence_s(mean)
             efficiency = local_s / (batch.degree * shared_s) if shared_s > 0 else 1.0
             left_s = self.target_s - batch.end_s
-            if not batch.is_last or left_s * (1 - efficiency) >= shop.fixed[0]:
+            if not batch.is_last or left_s * (1 - efficiency) >= step.fixed[0]:
                 continue
             while (row := pool.take_at_most(self.longest_for(batch))) is not None:
                 self.join(batch, row)
 
     def longest_for(self, batch: Batch) -> int:
         """Tokens of the longest row that the group takes within the target."""
-        return self.shop.shapes[batch.column].longest_within(self.target_s - batch.end_s, self.shop.room(batch))
+        return self.step.shapes[batch.column].longest_within(self.target_s - batch.end_s, self.step.room(batch))
 
     def deal(self, rows: list[int], stacks: list[list[Batch]]) -> None:
         """Each row to the rank that ends first, into the fullest of that rank's local microbatches with room."""
-        shop = self.shop
+        step = self.step
         heap = [(free_s, rank) for rank, free_s in enumerate(self.free_s.tolist())]
         heapq.heapify(heap)
         for row in rows:
             free_s, rank = heap[0]
-            load, marginal_s = shop.local_load[row], shop.local_s[row]
-            batch = fullest_with_room(stacks[rank], shop.shapes[0].capacity_tokens - load)
+            load, marginal_s = step.local_load[row], step.local_s[row]
+            batch = fullest_with_room(stacks[rank], step.shapes[0].capacity_tokens - load)
             if batch is None:
-                batch = Batch(0, 1, shop.fixed[0], first_rank=rank)
+                batch = Batch(0, 1, step.fixed[0], first_rank=rank)
                 stacks[rank].append(batch)
-                free_s += shop.fixed[0]
+                free_s += step.fixed[0]
             batch.add(row, load, marginal_s)
             heapq.heapreplace(heap, (free_s + marginal_s, rank))
         for end_s, rank in heap:

@@ -16,9 +16,9 @@ from math import inf
 import numpy as np
 
 from planner.strategies.adaptive.build import Draft, build_draft
+from planner.strategies.adaptive.priced_step import Batch, PricedStep
 from planner.strategies.adaptive.rounds import Packer, Round, rounds_s
 from planner.strategies.adaptive.shorten import Schedule
-from planner.strategies.adaptive.workshop import Batch, Workshop
 
 # Ways to pack rounds, each value with each (what they mean: ``rounds``); those listed first, where fewer are allowed.
 LEAST_DEGREES = (1, 2)  # 1 only: 0.08 %, 9 % in the worst
@@ -31,15 +31,15 @@ ALONE_SHARE = 0.25  # of the best so far: what a sequence takes alone in builds 
 MAX_VISITS = 100  # exchanges in a round. None: 0.6 %, 3 %
 
 
-def plan_rounds(shop: Workshop, max_builds: int, deadline_s: float) -> tuple[Draft, int]:
+def plan_rounds(step: PricedStep, max_builds: int, deadline_s: float) -> tuple[Draft, int]:
     """Pack rounds in several ways, shorten the quickest of them, and exchange sequences in the very best. Returns how
     often rounds were packed, too."""
-    order = sorted(range(len(shop.lengths)), key=lambda row: (shop.lengths[row], -row))
-    lengths = np.array(shop.lengths, dtype=np.int64)[order]
-    packer = Packer(lengths, shop.shapes, num_ranks=shop.num_ranks, node_size=shop.node_size)
+    order = sorted(range(len(step.lengths)), key=lambda row: (step.lengths[row], -row))
+    lengths = np.array(step.lengths, dtype=np.int64)[order]
+    packer = Packer(lengths, step.shapes, num_ranks=step.num_ranks, node_size=step.node_size)
     found, num_packed = _packed(packer, max_builds * WAYS_PER_BUILD, deadline_s)
     if len(found[0]) > 1:
-        found += _aligned(packer, shop, rounds_s(found[0]))
+        found += _aligned(packer, step, rounds_s(found[0]))
     schedules = [Schedule(packer.table, rounds) for rounds in found]
     for schedule in schedules:
         schedule.shorten(SHARES)
@@ -71,13 +71,13 @@ def _packed(packer: Packer, max_ways: int, deadline_s: float) -> tuple[list[list
     return [rounds for _, rounds in quickest[:NUM_SHORTENED]], num_packed
 
 
-def _aligned(packer: Packer, shop: Workshop, target_s: float) -> list[list[Round]]:
+def _aligned(packer: Packer, step: PricedStep, target_s: float) -> list[list[Round]]:
     """What is built without barriers, put into rounds: the longest microbatch first, each into the first round that has
     ranks for it. Short microbatches are aimed at, so that rounds come out even."""
     table = packer.table
     none_local = [False] * table.num_rows
-    rows = Workshop(
-        table.lengths.tolist(), table.shapes, none_local, num_ranks=shop.num_ranks, node_size=shop.node_size
+    rows = PricedStep(
+        table.lengths.tolist(), table.shapes, none_local, num_ranks=step.num_ranks, node_size=step.node_size
     )
     found = []
     for packed in (True, False):
@@ -85,7 +85,7 @@ def _aligned(packer: Packer, shop: Workshop, target_s: float) -> list[list[Round
         rounds: list[Round] = []
         for batch in sorted(draft.batches, key=lambda batch: (-batch.seconds, -batch.degree, batch.rows[0])):
             if not any(each.take(batch) for each in rounds):
-                rounds.append(Round(shop.num_ranks, shop.node_size))
+                rounds.append(Round(step.num_ranks, step.node_size))
                 rounds[-1].take(batch)
         found.append(rounds)
     return found

@@ -19,7 +19,7 @@ from math import ceil, inf
 
 import numpy as np
 
-from planner.strategies.adaptive.workshop import Batch
+from planner.strategies.adaptive.priced_step import Batch
 from planner.strategies.search.bounds import cheapest_columns
 from planner.strategies.search.shapes import FloatArray, GroupShape, IntArray, PriceTable, price_table
 

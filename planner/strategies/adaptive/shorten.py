@@ -7,8 +7,8 @@ from collections.abc import Sequence as SequenceOf
 import numpy as np
 
 from planner.plan import AttentionKind
+from planner.strategies.adaptive.priced_step import Batch
 from planner.strategies.adaptive.rounds import Round
-from planner.strategies.adaptive.workshop import Batch
 from planner.strategies.search.shapes import FloatArray, IntArray, PriceTable
 
 LEAST_GAIN_S = 1e-5  # an exchange that gains less is not worth making

@@ -28,9 +28,9 @@ from planner.pricing.problem import StepProblem
 from planner.strategies.adaptive.build import Draft, build_draft
 from planner.strategies.adaptive.effort import CLOSE_ENOUGH, MAX_BUILDS, MIN_BUILDS, ROWS_AND_RANKS
 from planner.strategies.adaptive.lockstep import plan_rounds
+from planner.strategies.adaptive.priced_step import PricedStep
 from planner.strategies.adaptive.rivals import beat_with_rivals
 from planner.strategies.adaptive.space import Choice, SearchSpace, search_space
-from planner.strategies.adaptive.workshop import Workshop
 from planner.strategies.search.bounds import surely_local
 from planner.strategies.search.linear_balance import remap_bound_s
 from planner.strategies.search.memory_policy import choose_policies
@@ -65,19 +65,19 @@ def _search(space: SearchSpace, problem: StepProblem, deadline_s: float) -> tupl
     for choice in space.choices:
         if any(each.choice.in_chunks == choice.in_chunks and each.is_close for each in searches):
             continue  # those of one kind share a bound, so nothing is left to win
-        searches.append(_Search(choice, _workshop(choice, problem), deadline_s, max_builds))
+        searches.append(_Search(choice, _priced_step(choice, problem), deadline_s, max_builds))
         searches[-1].run(problem.cost.sharding)
     plans = [_choices(each, problem) for each in searches]
     best = plans[0] if len(plans) == 1 else min(plans, key=lambda groups: makespan_s(groups, problem))
     return best, sum(each.num_builds for each in searches)
 
 
-def _workshop(choice: Choice, problem: StepProblem) -> Workshop:
+def _priced_step(choice: Choice, problem: StepProblem) -> PricedStep:
     sizes = np.asarray(problem.lengths, dtype=np.int64)
     runs_local = np.zeros(len(sizes), dtype=np.bool_)
     if choice.shapes[0].kind is AttentionKind.LOCAL:
         runs_local = surely_local(sizes, np.ones(len(sizes)), choice.shapes, choice.shapes[0], problem.num_ranks)
-    return Workshop(
+    return PricedStep(
         problem.lengths, choice.shapes, runs_local.tolist(), num_ranks=problem.num_ranks, node_size=problem.node_size
     )
 
@@ -87,7 +87,7 @@ class _Search:
     """The best draft of one choice of shapes so far, and how often one was built."""
 
     choice: Choice
-    shop: Workshop
+    step: PricedStep
     deadline_s: float
     max_builds: int
     best: Draft | None = None
@@ -105,7 +105,7 @@ class _Search:
 
     def run(self, sharding: Sharding) -> None:
         if sharding is Sharding.ZERO3:
-            self.best, self.num_builds = plan_rounds(self.shop, self.max_builds, self.deadline_s)
+            self.best, self.num_builds = plan_rounds(self.step, self.max_builds, self.deadline_s)
             return
         bound_s = self.choice.bound_s
         found = sorted((self.build(bound_s, packed), packed) for packed in (False, True) if not self.is_done)
@@ -127,7 +127,7 @@ class _Search:
 
     def build(self, aim_s: float, packed: bool) -> float:
         """The makespan of a schedule for this target."""
-        draft = build_draft(self.shop, aim_s, packed=packed)
+        draft = build_draft(self.step, aim_s, packed=packed)
         self.num_builds += 1
         if self.best is None or draft.makespan_s < self.best.makespan_s:
             self.best = draft
@@ -139,7 +139,7 @@ def _choices(search: _Search, problem: StepProblem) -> tuple[MicrobatchChoice, .
     assert search.best is not None
     groups = []
     for batch in search.best.batches:
-        shape = search.shop.shapes[batch.column]
+        shape = search.step.shapes[batch.column]
         ranks = tuple(range(batch.first_rank, batch.first_rank + batch.degree))
         groups.append((shape, GroupChoice(shape.kind, ranks, tuple(sorted(batch.rows)))))
     return choose_policies(groups, problem)

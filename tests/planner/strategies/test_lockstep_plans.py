@@ -18,10 +18,10 @@ from planner.pricing.lockstep import lockstep_rounds
 from planner.pricing.simulate import simulate
 from planner.step_planner import plan_step
 from planner.strategies.adaptive.lockstep import LEAST_DEGREES, SHARES, SLACKS, STRETCHES, in_order
+from planner.strategies.adaptive.priced_step import Batch
 from planner.strategies.adaptive.rounds import Packer, Round, rounds_s
 from planner.strategies.adaptive.shorten import Schedule
 from planner.strategies.adaptive.space import every_shape
-from planner.strategies.adaptive.workshop import Batch
 from planner.strategies.search.shapes import price_table
 from tests.planner.random_plans import random_case, reprice
 from tests.planner.step_cases import LOCAL, RING, ULYSSES, make_cost, make_limits, skewed_lengths

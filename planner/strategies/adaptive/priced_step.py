@@ -42,7 +42,7 @@ class Batch:
         self.marginal_s += marginal_s
 
 
-class Workshop:
+class PricedStep:
     """Rows are places in the step; columns are shapes. Column 0 is local wherever local is allowed."""
 
     def __init__(
@@ -91,9 +91,9 @@ class Workshop:
 class Pool:
     """Rows still to be placed, the shortest first."""
 
-    def __init__(self, shop: Workshop, rows: Iterable[int]) -> None:
-        self.rows = sorted(rows, key=lambda row: (shop.lengths[row], -row))
-        self.sizes = [shop.lengths[row] for row in self.rows]
+    def __init__(self, step: PricedStep, rows: Iterable[int]) -> None:
+        self.rows = sorted(rows, key=lambda row: (step.lengths[row], -row))
+        self.sizes = [step.lengths[row] for row in self.rows]
 
     def take_at_most(self, tokens: float) -> int | None:
         """Remove and return the longest row of at most so many tokens, or None."""
