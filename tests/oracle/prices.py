@@ -227,7 +227,7 @@ def _lockstep(plan: StepPlan, seconds: list[float]) -> Passes:
 
 
 def _staged(plan: StepPlan, seconds: list[float], num_stages: int) -> Passes:
-    """List scheduling over (microbatch, stage, direction), the first that can start, a backward before a forward; at
+    """List scheduling over (microbatch, stage, direction), the first that can start, a forward before a backward; at
     most as many microbatches in flight on a stage as there are stages from it to the last. Only stage 0 is returned:
     it holds the most, and a step ends with its last backward."""
     ranks_of = [microbatch.ranks for microbatch in plan.microbatches]
@@ -245,17 +245,17 @@ def _staged(plan: StepPlan, seconds: list[float], num_stages: int) -> Passes:
                     if ready_s is None:
                         continue
                     start_s = max(ready_s, *(free_s[rank, stage] for rank in ranks))
-                    key = (start_s, not backward, index, stage)
+                    key = (start_s, backward, index, stage)
                     best = key if best is None else min(best, key)
         assert best is not None, "the pipelines wait for each other"
-        start_s, is_forward, index, stage = best
-        part = FORWARD_SHARE if is_forward else 1 - FORWARD_SHARE
+        start_s, is_backward, index, stage = best
+        part = 1 - FORWARD_SHARE if is_backward else FORWARD_SHARE
         stop_s = start_s + seconds[index] * part
-        done_s[index, stage, not is_forward] = stop_s
+        done_s[index, stage, is_backward] = stop_s
         for rank in ranks_of[index]:
             free_s[rank, stage] = stop_s
         if stage == 0:
-            passes.append(((start_s, stop_s, len(passes)), index, is_forward, not is_forward))
+            passes.append(((start_s, stop_s, len(passes)), index, not is_backward, is_backward))
     return passes
 
 

@@ -27,7 +27,8 @@ def test_random_plans_cost_the_same_twice(sharding: Sharding) -> None:
         cost = replace(case.cost, sharding=sharding)
         if seed % 2:
             remap = cost_model(case.num_ranks, with_remap=True, node_size=3).remap
-            case = with_moves(rng, replace(case, cost=replace(case.cost, remap=replace(remap, linear_s_per_token=1e-8))))
+            remap = replace(remap, linear_s_per_token=1e-8)
+            case = with_moves(rng, replace(case, cost=replace(case.cost, remap=remap)))
             cost = replace(case.cost, sharding=sharding)
         plan = replace(case.plan, sharding=sharding)
         mine, theirs = price_plan(plan, cost), simulate(plan, cost)
@@ -60,6 +61,6 @@ def test_plans_of_every_strategy_cost_the_same_twice(strategy: str, stages: int)
 
 
 def test_the_oracle_reads_no_price_of_ours() -> None:
-    """The cost model of the random plans has another coefficient for every kind and degree, so nothing agrees by luck."""
+    """The random plans have another coefficient for every kind and degree, so nothing agrees by luck."""
     cost = toy_cost(random.Random(0), 5)
     assert len({fit.s_per_token2 for fit in cost.times}) == len(cost.times)

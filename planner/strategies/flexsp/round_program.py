@@ -27,6 +27,7 @@ from planner.strategies.search.bounds import makespan_bound_s
 from planner.strategies.search.shapes import IntArray, PriceTable
 
 MAX_VARIABLES = 2500  # enough for 64 ranks' 127 virtual groups and 16 buckets; HiGHS gains little on larger programs
+TINY_SHARE = 1e-4  # of the makespan: HiGHS lets rows and integers be off by a millionth
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +79,18 @@ def solve_round(
     if not solution.values:
         raise SolverFailure(f"a round with a known solution came back {solution.outcome}")
     packing = _deal_buckets(table, buckets, candidates, solution)
+    if not _can_run(table, packing, num_ranks):  # within the solver's tolerances, but not within ours
+        return RoundSolve(packing=_in_true_lengths(table, start), closed=False, work=solution.work)
     return RoundSolve(packing=packing, closed=solution.outcome is Outcome.OPTIMAL, work=solution.work)
+
+
+def _can_run(table: PriceTable, packing: RoundPacking, num_ranks: int) -> bool:
+    """Whether the groups fit the ranks side by side, and their sequences the groups' memory."""
+    degrees = sum(int(table.degrees[group.column]) for group in packing.groups)
+    return degrees <= num_ranks and all(
+        int(table.load_tokens[list(group.rows), group.column].sum()) <= int(table.capacity_tokens[group.column])
+        for group in packing.groups
+    )
 
 
 def _bucketed(table: PriceTable, buckets: tuple[IntArray, ...]) -> tuple[PriceTable, IntArray]:
@@ -126,7 +138,7 @@ def _build(
     for column, num_groups, open_buckets in _virtual_groups(table, sizes, num_ranks, most_s):
         previous: dict[int, float] = {}
         for _ in range(num_groups):
-            candidate = _candidate(model, table, sizes, column, open_buckets)
+            candidate = _candidate(model, table, sizes, column, open_buckets, most_s)
             time = {variable: float(table.marginal_s[bucket, column]) for bucket, variable in candidate.counts.items()}
             time[candidate.used] = float(table.fixed_s[column])
             model.row({**time, makespan: -1.0}, high=0.0)
@@ -145,7 +157,7 @@ def _build(
 
 
 def _candidate(
-    model: LinearModel, table: PriceTable, sizes: IntArray, column: int, open_buckets: IntArray
+    model: LinearModel, table: PriceTable, sizes: IntArray, column: int, open_buckets: IntArray, most_s: float
 ) -> _Candidate:
     """The variables of one virtual group, and its memory row where memory can bind."""
     used = model.variable(high=1.0, integer=True)
@@ -160,6 +172,12 @@ def _candidate(
     if total > capacity:
         # The row is divided by the capacity, because the solver's tolerances are meant for coefficients near 1.
         model.row({**{variable: load / capacity for variable, load in loads.items()}, used: -1.0}, high=0.0)
+    # Members that take next to no time and memory would fit a group that is not used, within the solver's tolerance:
+    # only a row that counts them keeps that group empty.
+    tiny = [bucket for bucket in counts if float(table.marginal_s[bucket, column]) < TINY_SHARE * most_s]
+    if tiny:
+        members = float(sum(int(sizes[bucket]) for bucket in tiny))
+        model.row({**{counts[bucket]: 1.0 / members for bucket in tiny}, used: -1.0}, high=0.0)
     return _Candidate(column, used, counts)
 
 
@@ -182,7 +200,7 @@ def _start_values(
 
 def _deal_buckets(
     table: PriceTable, buckets: tuple[IntArray, ...], candidates: list[_Candidate], solution: Solution
-) -> RoundPacking | None:
+) -> RoundPacking:
     """Deal the sequences to the solver's counts, longest first, each to the group with the least time so far. Dealing
     them freely over the same groups is tried as well, and the better packing is returned."""
     quotas = [

@@ -10,9 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from planner.cost.data_sheet import derive_cost
 from planner.cost.limits import PlanLimits
+from planner.inputs.files import load_cluster, load_model
 from planner.plan import AttentionKind
+from planner.schedules.exchange import attention_kinds
 from planner.solver import WorkLimits
+from planner.step_planner import plan_step
 from planner.strategies.flexsp.blaster import blast_rows
 from planner.strategies.flexsp.buckets import bucket_rows
 from planner.strategies.flexsp.round_packing import RoundPacking, deal_rows, group_s, pack_round, packing_of
@@ -298,3 +302,18 @@ def test_an_expired_deadline_finds_no_rounds_and_solves_nothing() -> None:
         deadline_s=time.perf_counter() - 1,
     )
     assert result is None
+
+
+def test_tiny_sequences_form_no_group_beyond_the_ranks() -> None:
+    """Next to sequences of 100,000 tokens, one token takes less than the solver's tolerance lets a row be off: groups
+    that the program does not count got members, and there were more groups than ranks."""
+    lengths = [1, 1, 78069, 78193, 99501, 99923, 96127, 1, 1, 1, 99989, 90530, 1, 1, 91818, 1, 96994, 99917, 50814]
+    lengths += [99954, 63300, 99925]
+    cluster, model = load_cluster("h200-8"), load_model("tiny")
+    limits = PlanLimits(
+        device_budget_bytes=cluster.device.memory_bytes - cluster.device.reserved_bytes,
+        max_ulysses_degree=model.num_query_heads, kinds=attention_kinds("auto"), devices_per_node=8,
+    )
+    problem = step_problem(lengths, 8, derive_cost(cluster, model, num_ranks=8), limits)
+    for strategy in ("flexsp", "adaptive"):
+        assert plan_step(problem, step=0, strategy=strategy).microbatches
