@@ -45,15 +45,6 @@ class TimeFit:
         """Seconds that one sequence of ``num_tokens`` tokens adds to a group, fixed part left out."""
         return self.s_per_token2 * num_tokens**2 + self.s_per_token * num_tokens + self.s_per_sequence
 
-    def longest_within(self, seconds: float) -> float:
-        """The most tokens (not rounded) of one sequence that adds at most these seconds: 0 where no sequence does,
-        infinity where every sequence does. The root is written so that no digits cancel."""
-        spare_s = seconds - self.s_per_sequence
-        if spare_s <= 0:
-            return 0.0
-        root = math.sqrt(self.s_per_token**2 + 4 * self.s_per_token2 * spare_s) + self.s_per_token
-        return 2 * spare_s / root if root > 0 else math.inf
-
     def adds_at_most(self, other: TimeFit, *, times: int = 1) -> bool:
         """Whether every sequence adds at most ``times`` the seconds here that it adds to ``other``."""
         return (

@@ -93,12 +93,6 @@ def possible_degrees(problem: StepProblem) -> tuple[int, ...]:
     return tuple(degree for degree in priced if _layouts_of_degree(degree, problem))
 
 
-def every_layout(problem: StepProblem) -> list[Layout]:
-    """The layouts of all degrees that ``static_schedule`` accepts for this problem, ascending."""
-    degrees = sorted({fit.degree for fit in problem.cost.times})
-    return [layout for degree in degrees for layout in _layouts_of_degree(degree, problem)]
-
-
 def usual_layouts(problem: StepProblem) -> list[Layout]:
     """The layouts of FlexSP's degrees, ascending."""
     degrees = flexsp_degrees(problem.num_ranks)

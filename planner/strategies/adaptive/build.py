@@ -16,12 +16,13 @@ Single sequences go longest first to the rank that ends first (Graham's LPT rule
 from __future__ import annotations
 
 import heapq
+from bisect import bisect_right
 from dataclasses import dataclass
 
 import numpy as np
 
 from planner.strategies.adaptive.balance import balance_ranks
-from planner.strategies.adaptive.priced_step import Batch, Pool, PricedStep, fullest_with_room
+from planner.strategies.adaptive.priced_step import Batch, PricedStep, fullest_with_room
 from planner.strategies.search.bounds import cheapest_columns
 from planner.strategies.search.shapes import FloatArray
 
@@ -55,9 +56,9 @@ class _Builder:
     def run(self) -> Draft:
         step = self.step
         columns = cheapest_columns(step.long, self.alone_s).tolist()
-        chosen = list(zip(step.long_rows, columns, strict=True))
+        chosen = list(enumerate(columns, step.num_local))
         shared = [(row, column) for row, column in chosen if step.degree[column] > 1]
-        pool = Pool(step, [row for row, column in chosen if step.degree[column] == 1] + step.local_rows)
+        singles = [*range(step.num_local), *(row for row, column in chosen if step.degree[column] == 1)]
         shared.sort(key=lambda item: (-step.degree[item[1]], -step.marginal_s(*item), item[0]))
         for row, column in shared:
             self.add_shared(row, column)
@@ -66,9 +67,9 @@ class _Builder:
             for batch in sorted(groups, key=lambda batch: (-batch.degree, -batch.seconds, batch.rows[0])):
                 self.put(batch, *self.best_start(batch.column, batch.seconds))
         else:
-            self.fill_up(pool)
+            self.fill_up(singles)
         stacks: list[list[Batch]] = [[] for _ in range(step.num_ranks)]
-        self.deal(pool.rows[::-1], stacks)
+        self.deal(singles[::-1], stacks)
         balance_ranks(step, stacks, self.free_s)
         depth = max(len(stack) for stack in stacks)
         self.batches += [stack[i] for i in range(depth) for stack in stacks if i < len(stack)]
@@ -97,7 +98,7 @@ class _Builder:
 
     def add_late(self, row: int, column: int) -> None:
         """Nothing takes it in time: to any group, or a new one of its shape or its quickest, where it ends first."""
-        step, long, place = self.step, self.step.long, self.step.place_of[row]
+        step, long, place = self.step, self.step.long, row - self.step.num_local
         alone_s = np.where(long.fits[place], long.marginal_s[place] + long.fixed_s, np.inf)
         joined = [
             (batch.end_s + step.marginal_s(row, batch.column), batch) for batch in self.batches
@@ -149,17 +150,17 @@ class _Builder:
         if batch.first_rank >= 0:
             self.free_s[batch.first_rank : batch.first_rank + batch.degree] = batch.end_s
 
-    def fill_up(self, pool: Pool) -> None:
-        """Single sequences into groups whose ranks have too little time left for a microbatch of their own to be worth
-        its fixed time.
+    def fill_up(self, singles: list[int]) -> None:
+        """Move single sequences into groups whose ranks have too little time left for a microbatch of their own to be
+        worth its fixed time.
 
         With r seconds left on d ranks, local microbatches do r - fixed_s of local work a rank; the group itself does r
         times its efficiency (local over shared rank seconds).
         """
         step = self.step
-        if not step.has_local or not pool.rows:
+        if not step.has_local or not singles:
             return
-        mean = sum(pool.sizes) / len(pool.sizes)
+        mean = sum(step.lengths[row] for row in singles) / len(singles)
         local_s = step.shapes[0].fit.sequence_s(mean)
         for batch in self.batches:
             shape = step.shapes[batch.column]
@@ -168,12 +169,16 @@ class _Builder:
             left_s = self.target_s - batch.end_s
             if not batch.is_last or left_s * (1 - efficiency) >= step.fixed[0]:
                 continue
-            while (row := pool.take_at_most(self.longest_for(batch))) is not None:
-                self.join(batch, row)
+            while (place := self.longest_for(batch, singles)) >= 0:
+                self.join(batch, singles.pop(place))
 
-    def longest_for(self, batch: Batch) -> int:
-        """Tokens of the longest row that the group takes within the target."""
-        return self.step.shapes[batch.column].longest_within(self.target_s - batch.end_s, self.step.room(batch))
+    def longest_for(self, batch: Batch, rows: list[int]) -> int:
+        """The place of the longest of these rows that the group takes within the target; -1 where there is none."""
+        step, column = self.step, batch.column
+        in_time = bisect_right(rows, self.target_s - batch.end_s, key=lambda row: step.marginal_s(row, column))
+        place = bisect_right(rows, step.room(batch), hi=in_time, key=lambda row: step.load(row, column)) - 1
+        # The loads of longer rows may be smaller, so what was found is looked at once more.
+        return place if place >= 0 and step.load(rows[place], column) <= step.room(batch) else -1
 
     def deal(self, rows: list[int], stacks: list[list[Batch]]) -> None:
         """Each row to the rank that ends first, into the fullest of that rank's local microbatches with room."""

@@ -9,11 +9,8 @@ The numbers below steer it. What each is worth: by how much steps are slower wit
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from itertools import product
 from math import inf
-
-import numpy as np
 
 from planner.strategies.adaptive.build import Draft, build_draft
 from planner.strategies.adaptive.priced_step import Batch, PricedStep
@@ -21,7 +18,7 @@ from planner.strategies.adaptive.rounds import Packer, Round, rounds_s
 from planner.strategies.adaptive.shorten import Schedule
 
 # Ways to pack rounds, each value with each (what they mean: ``rounds``); those listed first, where fewer are allowed.
-LEAST_DEGREES = (1, 2)  # 1 only: 0.08 %, 9 % in the worst
+SKIPPED = (0, 1)  # 0 only: 0.08 %, 9 % in the worst
 STRETCHES = (1.7, 1.0, 3.0, 1.3, 2.2)  # the first only: 8 %, 68 %; the first three only: 0.3 %, 6 %
 SLACKS = (1.1, 1.03, 1.2, 1.3)  # the first only: 2 %, 35 %; 1.1 and 1.2 only: 0.9 %, 21 %
 WAYS_PER_BUILD = 4  # so 40 ways take as long as the 12 builds that most steps are allowed; large steps get fewer
@@ -34,22 +31,16 @@ MAX_VISITS = 100  # exchanges in a round. None: 0.6 %, 3 %
 def plan_rounds(step: PricedStep, max_builds: int, deadline_s: float) -> tuple[Draft, int]:
     """Pack rounds in several ways, shorten the quickest of them, and exchange sequences in the very best. Returns how
     often rounds were packed, too."""
-    order = sorted(range(len(step.lengths)), key=lambda row: (step.lengths[row], -row))
-    lengths = np.array(step.lengths, dtype=np.int64)[order]
-    packer = Packer(lengths, step.shapes, num_ranks=step.num_ranks, node_size=step.node_size)
+    packer = Packer(step)
     found, num_packed = _packed(packer, max_builds * WAYS_PER_BUILD, deadline_s)
     if len(found[0]) > 1:
-        found += _aligned(packer, step, rounds_s(found[0]))
-    schedules = [Schedule(packer.table, rounds) for rounds in found]
+        found += _aligned(step, rounds_s(found[0]))
+    schedules = [Schedule(step.long, rounds) for rounds in found]
     for schedule in schedules:
         schedule.shorten(SHARES)
     best = min(schedules, key=lambda schedule: schedule.seconds)
     best.exchange(MAX_VISITS)
-    batches = tuple(
-        replace(batch, column=packer.columns[batch.column], rows=[order[row] for row in batch.rows])
-        for batch in in_order(best)
-    )
-    return Draft(batches, best.seconds), num_packed
+    return Draft(tuple(in_order(best)), best.seconds), num_packed
 
 
 def _packed(packer: Packer, max_ways: int, deadline_s: float) -> tuple[list[list[Round]], int]:
@@ -57,10 +48,10 @@ def _packed(packer: Packer, max_ways: int, deadline_s: float) -> tuple[list[list
     more."""
     found: dict[tuple[tuple[int, ...], ...], tuple[float, list[Round]]] = {}
     num_packed, give_up_s = 0, inf
-    for least_degree, stretch, slack in tuple(product(LEAST_DEGREES, STRETCHES, SLACKS))[:max_ways]:
+    for skipped, stretch, slack in tuple(product(SKIPPED, STRETCHES, SLACKS))[:max_ways]:
         if found and time.perf_counter() > deadline_s:
             break
-        rounds = packer.pack(slack, stretch, least_degree, give_up_s)
+        rounds = packer.pack(slack, stretch, skipped, give_up_s)
         num_packed += 1
         if rounds is not None:
             content = tuple((batch.column, *batch.rows) for each in rounds for batch in each.batches)
@@ -71,17 +62,12 @@ def _packed(packer: Packer, max_ways: int, deadline_s: float) -> tuple[list[list
     return [rounds for _, rounds in quickest[:NUM_SHORTENED]], num_packed
 
 
-def _aligned(packer: Packer, step: PricedStep, target_s: float) -> list[list[Round]]:
+def _aligned(step: PricedStep, target_s: float) -> list[list[Round]]:
     """What is built without barriers, put into rounds: the longest microbatch first, each into the first round that has
     ranks for it. Short microbatches are aimed at, so that rounds come out even."""
-    table = packer.table
-    none_local = [False] * table.num_rows
-    rows = PricedStep(
-        table.lengths.tolist(), table.shapes, none_local, num_ranks=step.num_ranks, node_size=step.node_size
-    )
     found = []
     for packed in (True, False):
-        draft = build_draft(rows, target_s, packed=packed, alone_s=ALONE_SHARE * target_s)
+        draft = build_draft(step, target_s, packed=packed, alone_s=ALONE_SHARE * target_s)
         rounds: list[Round] = []
         for batch in sorted(draft.batches, key=lambda batch: (-batch.seconds, -batch.degree, batch.rows[0])):
             if not any(each.take(batch) for each in rounds):

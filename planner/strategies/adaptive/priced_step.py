@@ -1,22 +1,23 @@
-"""What all builds of one step share: the rows (sequences by their places in the step), the columns (shapes that a
+"""What all builds of one step share: the rows (sequences, the shortest first), the columns (shapes that a
 group may have), prices, and the places on the ranks where a group may stand."""
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from planner.plan import AttentionKind
+from planner.plan import AttentionKind, Sharding
+from planner.pricing.problem import StepProblem
+from planner.strategies.search.bounds import surely_local
 from planner.strategies.search.shapes import GroupShape, IntArray, PriceTable, price_table
 
 
 @dataclass(slots=True)
 class Batch:
-    """A microbatch while it is being built: a shape, rows of the step, seconds from start to end, consecutive ranks."""
+    """A microbatch while it is being built: a shape, rows, seconds from start to end, consecutive ranks."""
 
     column: int
     degree: int
@@ -43,27 +44,26 @@ class Batch:
 
 
 class PricedStep:
-    """Rows are places in the step; columns are shapes. Column 0 is local wherever local is allowed."""
+    """Rows are the step's sequences, the shortest first; columns are shapes. Column 0 is local wherever local is
+    allowed."""
 
-    def __init__(
-        self, lengths: SequenceOf[int], shapes: SequenceOf[GroupShape], runs_local: SequenceOf[bool], *,
-        num_ranks: int, node_size: int,
-    ) -> None:
-        """``runs_local``: rows that run on one rank unless they fill up a group. ``node_size``: consecutive ranks of a
-        node."""
-        self.lengths = list(lengths)
+    def __init__(self, problem: StepProblem, shapes: SequenceOf[GroupShape]) -> None:
+        """``order``: the sequence of each row. Where ranks run free, the first ``num_local`` rows run on one rank
+        unless they fill up a group; ``long`` is the price table of the others."""
+        self.order = sorted(range(len(problem.lengths)), key=lambda index: (problem.lengths[index], -index))
+        self.lengths = [problem.lengths[index] for index in self.order]
         self.shapes = tuple(shapes)
-        self.num_ranks = num_ranks
-        self.node_size = node_size
+        self.num_ranks, self.node_size = problem.num_ranks, problem.node_size
         self.has_local = self.shapes[0].kind is AttentionKind.LOCAL
         self.degree = [shape.degree for shape in self.shapes]
         self.fixed = [shape.fit.fixed_s for shape in self.shapes]
-        self.local_rows = [row for row, local in enumerate(runs_local) if local]
-        self.long_rows = [row for row, local in enumerate(runs_local) if not local]
-        self.place_of = {row: place for place, row in enumerate(self.long_rows)}  # in ``long``
-        sizes = [self.lengths[row] for row in self.long_rows]
-        self.long: PriceTable = price_table(np.array(sizes, dtype=np.int64), self.shapes)  # of ``long_rows``
-        local = price_table(self.lengths, self.shapes[:1])
+        sizes = np.array(self.lengths, dtype=np.int64)
+        self.num_local = 0
+        if self.has_local and problem.cost.sharding is not Sharding.ZERO3:
+            runs_local = surely_local(sizes, np.ones(len(sizes)), self.shapes, self.shapes[0], self.num_ranks)
+            self.num_local = int(runs_local.sum())
+        self.long: PriceTable = price_table(sizes[self.num_local :], self.shapes)
+        local = price_table(sizes, self.shapes[:1])
         self.local_load: list[int] = local.load_tokens[:, 0].tolist()
         self.local_s: list[float] = local.marginal_s[:, 0].tolist()
         self._places: dict[int, tuple[IntArray, IntArray]] = {}
@@ -86,22 +86,6 @@ class PricedStep:
             firsts = first_ranks(degree, self.num_ranks, self.node_size)
             self._places[degree] = (firsts, firsts[:, None] + np.arange(degree, dtype=np.int64))
         return self._places[degree]
-
-
-class Pool:
-    """Rows still to be placed, the shortest first."""
-
-    def __init__(self, step: PricedStep, rows: Iterable[int]) -> None:
-        self.rows = sorted(rows, key=lambda row: (step.lengths[row], -row))
-        self.sizes = [step.lengths[row] for row in self.rows]
-
-    def take_at_most(self, tokens: float) -> int | None:
-        """Remove and return the longest row of at most so many tokens, or None."""
-        place = bisect_right(self.sizes, tokens) - 1
-        if place < 0:
-            return None
-        self.sizes.pop(place)
-        return self.rows.pop(place)
 
 
 def fullest_with_room(batches: Iterable[Batch], most: int) -> Batch | None:

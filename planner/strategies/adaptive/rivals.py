@@ -1,10 +1,9 @@
 """The published strategies as candidates for ``adaptive``: those that may have the better plan are run.
 
 A step has a budget of work, which grows with the gap that is left to win (``planner.strategies.adaptive.effort``).
-Rivals are asked in the order of what they won for their work on unseen steps; one that a bound of its own rules out
-costs nothing, and one that cannot plan the step is left out. FlexSP solves as many nodes of its programs as the budget
-still takes. So ``adaptive`` takes the best of what was run; a strategy that was not run may be better, where the bound
-covers its plans by no more than the gap.
+Rivals are asked in the order of what they won for their work on unseen steps; one that cannot plan the step is left
+out. FlexSP solves as many nodes of its programs as the budget still takes. So ``adaptive`` takes the best of what was
+run; a strategy that was not run may be better, where the bound covers its plans by no more than the gap.
 """
 
 from __future__ import annotations
@@ -14,33 +13,29 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
-import numpy as np
-
 from planner.errors import InfeasibleError, SpecError
 from planner.plan import SolveStatus
 from planner.pricing.assemble import Found, makespan_s
-from planner.pricing.microbatch import SequencePrices
 from planner.pricing.problem import StepProblem
 from planner.strategies.adaptive.effort import LEAST_GAP, MOST_GAP, NODE_WORK, PACK_SHARES, WORK_PER_GAP
 from planner.strategies.flexsp.round_packing import pack_round
 from planner.strategies.flexsp.strategy import one_kind_per_degree, place_rounds, plan_flexsp
 from planner.strategies.greedy import plan_greedy
-from planner.strategies.hdp import hdp_shapes, hdp_table, plan_hdp, plan_hdp_floor, plan_hdp_naive, smallest_columns
+from planner.strategies.hdp import plan_hdp, plan_hdp_floor, plan_hdp_naive
 from planner.strategies.megatron import plan_megatron
 from planner.strategies.pp_balance import plan_hdp_pp, plan_packs
-from planner.strategies.search.shapes import allowed_shapes, group_tokens, price_table, require_fits
-from planner.strategies.static import Layout, best_layout, every_layout
+from planner.strategies.search.shapes import allowed_shapes, price_table, require_fits
+from planner.strategies.static import plan_static, possible_degrees
 from planner.strategies.zeppelin import plan_zeppelin
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rival:
-    """``work``: what running it takes, in runs of greedy. ``bound_s``: no plan of it has a smaller makespan."""
+    """``work``: what running it takes, in runs of greedy."""
 
     name: str
     plan: Callable[[StepProblem], Found]
     work: float
-    bound_s: float = 0.0
 
 
 def beat_with_rivals(
@@ -56,7 +51,7 @@ def beat_with_rivals(
     for rival in _rivals(problem, adaptive, is_open=is_open):
         if left < 1 or best_s <= least_s:
             break
-        if rival.work > left or rival.bound_s >= best_s:
+        if rival.work > left:
             continue
         left -= rival.work
         limits = replace(
@@ -77,7 +72,6 @@ def _rivals(
     problem: StepProblem, adaptive: Callable[[StepProblem], Found], *, is_open: bool
 ) -> Iterator[Rival]:
     """What won most for its work on unseen steps comes first."""
-    kept_s = _hdp_bound_s(problem.keeping_all())
     if problem.cost.num_stages > 1:
         if not problem.keeps_all:
             yield Rival(name="all kept", plan=lambda each: adaptive(each.keeping_all()), work=20)
@@ -92,43 +86,13 @@ def _rivals(
     if is_open:
         yield Rival(name="flexsp", plan=plan_flexsp, work=16)
     yield Rival(name="hdp-floor", plan=plan_hdp_floor, work=1)
-    yield Rival(name="hdp", plan=plan_hdp, work=1, bound_s=_hdp_bound_s(problem))
-    yield Rival(name="hdp-naive", plan=plan_hdp_naive, work=1, bound_s=kept_s)
-    yield Rival(name="hdp-pp", plan=plan_hdp_pp, work=1, bound_s=kept_s)
+    yield Rival(name="hdp", plan=plan_hdp, work=1)
+    yield Rival(name="hdp-naive", plan=plan_hdp_naive, work=1)
+    yield Rival(name="hdp-pp", plan=plan_hdp_pp, work=1)
     yield Rival(name="megatron", plan=plan_megatron, work=1)
-    layouts = [(_layout_bound_s(layout, problem), place, layout) for place, layout in enumerate(every_layout(problem))]
-    for layout_s, _, layout in sorted(layouts, key=lambda item: item[:2]):
-        yield Rival(name="static", plan=partial(_static, layout=layout), work=1, bound_s=layout_s)
+    for degree in possible_degrees(problem):
+        yield Rival(name="static", plan=partial(plan_static, degree=degree), work=1)
     yield Rival(name="zeppelin", plan=plan_zeppelin, work=10)
-
-
-def _hdp_bound_s(problem: StepProblem) -> float:
-    """Its degrees follow from memory, so the longest sequence's time is known. Infinite where it cannot be run."""
-    try:
-        table = hdp_table([max(problem.lengths)], hdp_shapes(problem))
-    except SpecError:
-        return np.inf
-    column = int(smallest_columns(table, np.inf)[0])
-    return float(table.marginal_s[0, column] + table.fixed_s[column])
-
-
-def _static(problem: StepProblem, layout: Layout) -> Found:
-    result = best_layout(problem, [layout])
-    if result is None:
-        raise SpecError("a sequence fits no block of the layout")
-    return Found(groups=result.schedule.groups, status=SolveStatus.STATIC, bound_s=result.bound_s, note=result.note)
-
-
-def _layout_bound_s(layout: Layout, problem: StepProblem) -> float:
-    """Work at the cheapest coefficients of the layout's shapes, memory's share of fixed times, the longest's time."""
-    sizes = np.asarray(problem.lengths, dtype=np.float64)
-    tokens, squares, longest = float(sizes.sum()), float(sizes @ sizes), int(sizes.max())
-    shapes = tuple(dict.fromkeys(layout))
-    cheapest = SequencePrices.of([shape.fit for shape in shapes]).cheapest(np.array([s.degree for s in shapes]))
-    work_s = float(cheapest.sums_s(tokens, squares, len(sizes))[0])
-    work_s += min(s.degree * s.fit.fixed_s / max(group_tokens(s), 1) for s in shapes) * tokens
-    alone_s = min(s.fit.sequence_s(longest) + s.fit.fixed_s for s in shapes)
-    return max(work_s / problem.num_ranks, alone_s)
 
 
 def _one_round(problem: StepProblem) -> Found:

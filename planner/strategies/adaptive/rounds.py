@@ -4,26 +4,24 @@ All ranks wait for each other after each round, so a round's time and memory sho
 begins with the longest sequence left. It may take ``slack`` times what the sequences left need on average in as many
 rounds as their memory takes; or as long as its first sequence takes, on the cheapest group that runs it within
 ``stretch`` times that. Then group after group is opened by the longest sequence left that ends in time on the cheapest
-group for it (of at least ``least_degree`` ranks: larger groups cost more and waste less), and filled: of the sequences
-that fit, the longest one after which average sequences can still fill the group's memory in the time left, again and
-again. What comes out is legal whatever these numbers are; they only make it good.
+group for it (``skipped``: so many of the smallest left out: larger ones cost more and waste less), and filled: of the
+sequences that fit, the longest one after which average sequences can still fill the group's memory in the time left,
+again and again. What comes out is legal whatever these numbers are; they only make it good.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
-from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from math import ceil, inf
 
 import numpy as np
 
-from planner.strategies.adaptive.priced_step import Batch
+from planner.strategies.adaptive.priced_step import Batch, PricedStep
 from planner.strategies.search.bounds import cheapest_columns
-from planner.strategies.search.shapes import FloatArray, GroupShape, IntArray, PriceTable, price_table
+from planner.strategies.search.shapes import FloatArray, IntArray, PriceTable
 
-NUM_ASKED = 64  # long sequences, and sequences of all lengths, that say which groups are worth opening
 TOLERANCE = 1 + 1e-9
 
 
@@ -85,13 +83,11 @@ def rounds_s(rounds: Iterable[Round]) -> float:
 
 
 class Packer:
-    """Packs the sequences of a step into rounds. Rows of ``table`` are sequences, the shortest first."""
+    """Packs the rows of a step, all of them long, into rounds."""
 
-    def __init__(self, lengths: IntArray, shapes: SequenceOf[GroupShape], *, num_ranks: int, node_size: int) -> None:
-        """``lengths`` (tokens) ascend; ``shapes[0]`` is local where any of them is."""
-        self.num_ranks, self.node_size = num_ranks, node_size
-        self.columns = _worth_opening(lengths, shapes)
-        self.table = table = price_table(lengths, [shapes[column] for column in self.columns])
+    def __init__(self, step: PricedStep) -> None:
+        self.num_ranks, self.node_size = step.num_ranks, step.node_size
+        self.table = table = step.long
         self.work_s, self.memory = _least(table, table.marginal_s), _least(table, table.memory_shares)
         self.alone_s: FloatArray = table.marginal_s + table.fixed_s
         self.degrees, self.fixed_s = table.degrees.tolist(), table.fixed_s.tolist()
@@ -103,36 +99,27 @@ class Packer:
         token_s = table.marginal_s.sum(axis=0) / np.maximum(table.load_tokens.sum(axis=0), 1)
         self.token_s = token_s.tolist()
         self.excess_s = np.maximum.accumulate(table.marginal_s - token_s * table.load_tokens, axis=0).T.tolist()
-        self._allowed: dict[int, tuple[int, PriceTable]] = {}
-        # Several ways pack like rounds: each one with its seconds and the rows that are left after it.
-        self._packed: dict[tuple[tuple[int, ...], int, float, int], tuple[Round, float, tuple[int, ...]]] = {}
 
-    def pack(self, slack: float, stretch: float, least_degree: int, give_up_s: float = inf) -> list[Round] | None:
+    def pack(self, slack: float, stretch: float, skipped: int, give_up_s: float = inf) -> list[Round] | None:
         """Rounds of all rows; None where they surely take longer than ``give_up_s``."""
-        left: tuple[int, ...] = tuple(range(self.table.num_rows))
+        rows = list(range(self.table.num_rows))
         fixed_s, spent_s = min(self.fixed_s), 0.0
         rounds: list[Round] = []
-        while left:
-            rows = list(left)
+        while rows:
             rest_s = float(self.work_s[rows].sum()) / self.num_ranks
             num_left = max(1, ceil(float(self.memory[rows].sum()) / self.num_ranks - 1e-9))
             if spent_s + num_left * fixed_s + rest_s > give_up_s * TOLERANCE:
                 return None
             level_s = slack * (fixed_s + rest_s / num_left)
-            column = int(cheapest_columns(self.table.take_rows(left[-1:]), stretch * level_s)[0])
-            limit_s = max(level_s, float(self.alone_s[left[-1], column])) * TOLERANCE
-            key = left, column, limit_s, least_degree
-            if key not in self._packed:
-                packed = self._pack_round(rows, column, limit_s, least_degree)
-                self._packed[key] = packed, packed.seconds, tuple(rows)
-            packed, seconds, left = self._packed[key]
-            rounds.append(packed)
-            spent_s += seconds
+            column = int(cheapest_columns(self.table.take_rows(rows[-1:]), stretch * level_s)[0])
+            limit_s = max(level_s, float(self.alone_s[rows[-1], column])) * TOLERANCE
+            rounds.append(self._pack_round(rows, column, limit_s, skipped))
+            spent_s += rounds[-1].seconds
         return rounds
 
-    def _pack_round(self, left: list[int], first_column: int, limit_s: float, least_degree: int) -> Round:
+    def _pack_round(self, left: list[int], first_column: int, limit_s: float, skipped: int) -> Round:
         """One round of rows taken from ``left``; the longest of them goes to a group of ``first_column``."""
-        columns = self._cheapest(limit_s, least_degree)
+        columns = self._cheapest(limit_s, skipped)
         columns[left[-1]] = first_column
         in_time = self.alone_s[np.arange(len(columns)), columns] <= limit_s
         degrees = np.where(in_time, self.table.degrees[columns], self.num_ranks + 1).tolist()
@@ -152,14 +139,11 @@ class Packer:
             place, most = bisect_left(left, row), min(most, packed.num_free)
         return packed
 
-    def _cheapest(self, limit_s: float, least_degree: int) -> IntArray:
-        """By row, the column of the cheapest group of at least so many ranks that runs it alone in this time, else of
-        the quickest one."""
-        if least_degree not in self._allowed:
-            first = bisect_left(self.degrees, min(least_degree, self.degrees[-1]))
-            self._allowed[least_degree] = first, self.table.take_shapes(range(first, len(self.degrees)))
-        first, table = self._allowed[least_degree]
-        return first + cheapest_columns(table, limit_s)
+    def _cheapest(self, limit_s: float, skipped: int) -> IntArray:
+        """By row, the column of the cheapest group that runs it alone in this time, else of the quickest one; so many
+        of the smallest groups are left out."""
+        columns = range(min(skipped, len(self.degrees) - 1), len(self.degrees))
+        return columns[0] + cheapest_columns(self.table.take_shapes(columns), limit_s)
 
     def _fill(self, batch: Batch, left: list[int], limit_s: float) -> None:
         """Move rows from ``left`` into the group until its time or memory is used up, see above."""
@@ -184,17 +168,3 @@ def _least(table: PriceTable, per_rank: FloatArray) -> FloatArray:
     """By row, the least of this that all ranks of a group take together."""
     least: FloatArray = np.where(table.fits, table.degrees * per_rank, np.inf).min(axis=1)
     return least
-
-
-def _worth_opening(lengths: IntArray, shapes: SequenceOf[GroupShape]) -> list[int]:
-    """Columns that are, for some of a sample of rows, both cheaper than every quicker shape and quicker than every
-    cheaper one; the longest rows are all asked. Local is always among them."""
-    sample = np.unique(np.concatenate((lengths[-NUM_ASKED:], lengths[:: -(-len(lengths) // NUM_ASKED)])))
-    table = price_table(sample, shapes)
-    alone_s = np.where(table.fits, table.marginal_s + table.fixed_s, np.inf)
-    charges = np.where(table.fits, table.degrees * (table.marginal_s + table.fixed_s * table.memory_shares), np.inf)
-    order = np.argsort(charges, axis=1, kind="stable")
-    ranked_s = np.take_along_axis(alone_s, order, axis=1)
-    quicker = np.ones(ranked_s.shape, dtype=np.bool_)
-    quicker[:, 1:] = ranked_s[:, 1:] < np.minimum.accumulate(ranked_s, axis=1)[:, :-1]
-    return sorted({0, *order[quicker & np.isfinite(ranked_s)].tolist()})

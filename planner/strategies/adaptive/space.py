@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -19,14 +19,14 @@ from planner.cost.chunk_fit import moves_queries
 from planner.plan import AttentionKind, Sharding
 from planner.pricing.problem import StepProblem
 from planner.strategies.adaptive.effort import MAX_LOCALS, NUM_VOTERS
-from planner.strategies.search.bounds import cheapest_columns, least_rounds, lockstep_bound_s, step_bound_s
+from planner.strategies.search.bounds import cheapest_columns, dominates, least_rounds, lockstep_bound_s, step_bound_s
 from planner.strategies.search.chunk_shapes import chunk_sizes, chunked_shapes
 from planner.strategies.search.memory_policy import recompute_fractions, with_every_policy, with_policy
 from planner.strategies.search.shapes import (
     BoolArray,
     GroupShape,
+    HeldShare,
     allowed_shapes,
-    group_tokens,
     price_table,
     require_fits,
     shapes_of_degree,
@@ -65,7 +65,7 @@ def search_space(problem: StepProblem) -> SearchSpace:
     choices: list[Choice] = []
     if whole_s < np.inf:
         keeps = whole == kept or _bound_s(kept, problem) <= whole_s
-        sets = [kept] if keeps else _chosen(whole, whole_s, problem)
+        sets = _chosen(kept if keeps else whole, whole_s, problem)
         choices = [Choice(shapes=each, bound_s=whole_s) for each in sets]
     if whole_s > bound_s:
         sets = _chosen(_beside_chunks(shapes, problem), bound_s, problem)
@@ -111,60 +111,32 @@ def _by_degree(shapes: Iterable[GroupShape]) -> tuple[GroupShape, ...]:
     return tuple(sorted(shapes, key=lambda shape: shape.degree))
 
 
-class _Known:
-    """A shape, which of the long sequences fit it, whether all others surely do, and what it charges for a token."""
-
-    def __init__(self, shape: GroupShape, fits: BoolArray, short_tokens: int) -> None:
-        most = (short_tokens / shape.num_teams + 2) * shape.held.at_zero + 1  # a zigzag's remainder, rounding
-        self.takes_short = shape.chunk_tokens == 0 or most <= shape.capacity_tokens
-        self.shape, self.fits = shape, fits
-        memory_s = shape.fit.fixed_s / max(group_tokens(shape), 1)
-        self.most_s_per_token = shape.fit.s_per_token + memory_s * shape.held.at_zero
-        self.least_s_per_token = shape.fit.s_per_token + memory_s * shape.held.least
-
-    def beats(self, other: _Known) -> bool:
-        here, there = self.shape.fit, other.shape.fit
-        return (
-            self.takes_short
-            and self.most_s_per_token <= other.least_s_per_token
-            and here.adds_at_most(there)
-            and here.fixed_s <= there.fixed_s
-            and bool((self.fits | ~other.fits).all())
-        )
-
-
 def _worthwhile(problem: StepProblem, kept: tuple[GroupShape, ...]) -> tuple[GroupShape, ...]:
-    """``every_policy`` without the shapes that no plan gains by, so a bound over all shapes stays the same.
-
-    A milder policy of the same kind and degree that takes every sequence which fits here is charged no more for any,
-    however fixed times are shared out, where it is no dearer per token, both without memory's share of its fixed time
-    and with the most of that against the least here (``planner.strategies.search.bounds``).
-    """
+    """``every_policy`` without what a milder policy of the same kind and degree dominates that takes every sequence
+    which fits here: no plan gains by those, so a bound over all shapes stays the same."""
     cost, limits = problem.cost, problem.limits
     lengths = np.unique(np.array(problem.lengths, dtype=np.int64))
-    is_long = lengths > kept[0].capacity_tokens  # local holds all others in full
-    short = int(lengths[~is_long].max(initial=0))
-    known: dict[tuple[AttentionKind, int], list[_Known]] = {}
+    found: dict[tuple[AttentionKind, int], list[tuple[GroupShape, BoolArray]]] = {}
+
+    def is_beaten(shape: GroupShape, fits: BoolArray) -> bool:
+        milder = found.get((shape.kind, shape.degree), ())
+        return any(dominates(other, shape) and (held | ~fits).all() for other, held in milder)
 
     def add(shapes: SequenceOf[GroupShape]) -> None:
-        fits = price_table(lengths[is_long], shapes).fits if shapes else np.empty((0, 0), dtype=np.bool_)
-        for column, shape in enumerate(shapes):
-            new, others = _Known(shape, fits[:, column], short), known.setdefault((shape.kind, shape.degree), [])
-            if not any(other.beats(new) for other in others):
-                others.append(new)
+        for shape, fits in zip(shapes, price_table(lengths, shapes).fits.T if shapes else (), strict=True):
+            if not is_beaten(shape, fits):
+                found.setdefault((shape.kind, shape.degree), []).append((shape, fits))
 
     for fraction in recompute_fractions(cost, limits):
         add(with_policy(kept, fraction, cost, limits))
-    if cost.chunks is not None and chunk_sizes(cost, limits):
-        least_s = {(shape.kind, shape.degree): cost.chunks.least_s_per_token(shape.fit) for shape in kept}
-        add(chunked_shapes([  # nearly always none: no chunk of any size could be cheaper
-            shape for shape in kept
-            if not any(
-                each.fits.all() and each.most_s_per_token <= least_s[shape.kind, shape.degree]
-                for each in known[shape.kind, shape.degree]
-            )
+    if cost.chunks is not None and chunk_sizes(cost, limits):  # nearly always none: even the best would be beaten
+        none_held, all_fit = HeldShare(at_zero=0.0, least=0.0), np.ones(len(lengths), dtype=np.bool_)
+        best = [replace(each.fit, s_per_token=cost.chunks.least_s_per_token(each.fit)) for each in kept]
+        add(chunked_shapes([
+            shape for shape, fit in zip(kept, best, strict=True)
+            if not is_beaten(replace(shape, fit=fit, held=none_held), all_fit)
         ], cost, limits))
-    return _by_degree(each.shape for place in known.values() for each in place)
+    return _by_degree(shape for place in found.values() for shape, _ in place)
 
 
 def _require_fits(shapes: tuple[GroupShape, ...], problem: StepProblem) -> None:
@@ -192,19 +164,26 @@ def _bound_s(shapes: tuple[GroupShape, ...], problem: StepProblem) -> float:
 
 
 def _chosen(shapes: tuple[GroupShape, ...], bound_s: float, problem: StepProblem) -> list[tuple[GroupShape, ...]]:
-    """The shapes with policies that are the cheapest choice of some sequence (of the longest, and of a sample of the
-    others), and one local shape for each that is, those that would get the most tokens first."""
+    """The shapes that are, for some sequence, both cheaper than every quicker one and quicker than every cheaper one
+    (asked are the longest and a sample of the others), and one local shape for each that is the cheapest at the bound,
+    those that would get the most tokens first."""
     ordered = np.sort(np.asarray(problem.lengths, dtype=np.int64))
     sample = np.unique(np.concatenate((ordered[:: -(-len(ordered) // NUM_VOTERS)], ordered[-NUM_VOTERS:])))
     table = price_table(sample, shapes)
-    chosen = np.zeros(len(shapes))
-    for weight in (0.0, 1.0):
-        np.add.at(chosen, cheapest_columns(table, bound_s, weight), sample.astype(np.float64))
-    policies = {(0.0, 0)} | {shape.policy for shape, votes in zip(shapes, chosen, strict=True) if votes > 0}
-    shared = tuple(shape for shape in shapes if shape.degree > 1 and shape.policy in policies)
+    alone_s = np.where(table.fits, table.marginal_s + table.fixed_s, np.inf)
+    charges = np.where(table.fits, table.degrees * (table.marginal_s + table.fixed_s * table.memory_shares), np.inf)
+    order = np.argsort(charges, axis=1, kind="stable")
+    ranked_s = np.take_along_axis(alone_s, order, axis=1)
+    quicker = np.ones(ranked_s.shape, dtype=np.bool_)
+    quicker[:, 1:] = ranked_s[:, 1:] < np.minimum.accumulate(ranked_s, axis=1)[:, :-1]
+    worth = set(order[quicker & np.isfinite(ranked_s)].tolist())
+    shared = tuple(shape for place, shape in enumerate(shapes) if shape.degree > 1 and place in worth)
     local = [place for place, shape in enumerate(shapes) if shape.kind is AttentionKind.LOCAL]
     if not local:
         return [shared]
-    wanted = sorted((place for place in local if chosen[place] > 0), key=lambda place: -chosen[place])[:MAX_LOCALS]
+    votes = np.zeros(len(shapes))
+    for weight in (0.0, 1.0):
+        np.add.at(votes, cheapest_columns(table, bound_s, weight), sample.astype(np.float64))
+    wanted = sorted((place for place in local if votes[place] > 0), key=lambda place: -votes[place])[:MAX_LOCALS]
     sets = [(shapes[place], *shared) for place in wanted or local[:1]]
     return [each for each in sets if not _misfits(each, problem)] or [(shapes[local[-1]], *shared)]

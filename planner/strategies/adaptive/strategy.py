@@ -20,9 +20,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, replace
 
-import numpy as np
-
-from planner.plan import AttentionKind, Sharding, SolveStatus
+from planner.plan import Sharding, SolveStatus
 from planner.pricing.assemble import Found, GroupChoice, MicrobatchChoice, makespan_s
 from planner.pricing.problem import StepProblem
 from planner.strategies.adaptive.build import Draft, build_draft
@@ -31,7 +29,6 @@ from planner.strategies.adaptive.lockstep import plan_rounds
 from planner.strategies.adaptive.priced_step import PricedStep
 from planner.strategies.adaptive.rivals import beat_with_rivals
 from planner.strategies.adaptive.space import Choice, SearchSpace, search_space
-from planner.strategies.search.bounds import surely_local
 from planner.strategies.search.linear_balance import remap_bound_s
 from planner.strategies.search.memory_policy import choose_policies
 
@@ -65,21 +62,11 @@ def _search(space: SearchSpace, problem: StepProblem, deadline_s: float) -> tupl
     for choice in space.choices:
         if any(each.choice.in_chunks == choice.in_chunks and each.is_close for each in searches):
             continue  # those of one kind share a bound, so nothing is left to win
-        searches.append(_Search(choice, _priced_step(choice, problem), deadline_s, max_builds))
+        searches.append(_Search(choice, PricedStep(problem, choice.shapes), deadline_s, max_builds))
         searches[-1].run(problem.cost.sharding)
     plans = [_choices(each, problem) for each in searches]
     best = plans[0] if len(plans) == 1 else min(plans, key=lambda groups: makespan_s(groups, problem))
     return best, sum(each.num_builds for each in searches)
-
-
-def _priced_step(choice: Choice, problem: StepProblem) -> PricedStep:
-    sizes = np.asarray(problem.lengths, dtype=np.int64)
-    runs_local = np.zeros(len(sizes), dtype=np.bool_)
-    if choice.shapes[0].kind is AttentionKind.LOCAL:
-        runs_local = surely_local(sizes, np.ones(len(sizes)), choice.shapes, choice.shapes[0], problem.num_ranks)
-    return PricedStep(
-        problem.lengths, choice.shapes, runs_local.tolist(), num_ranks=problem.num_ranks, node_size=problem.node_size
-    )
 
 
 @dataclass(slots=True)
@@ -141,5 +128,6 @@ def _choices(search: _Search, problem: StepProblem) -> tuple[MicrobatchChoice, .
     for batch in search.best.batches:
         shape = search.step.shapes[batch.column]
         ranks = tuple(range(batch.first_rank, batch.first_rank + batch.degree))
-        groups.append((shape, GroupChoice(shape.kind, ranks, tuple(sorted(batch.rows)))))
+        sequences = tuple(sorted(search.step.order[row] for row in batch.rows))
+        groups.append((shape, GroupChoice(shape.kind, ranks, sequences)))
     return choose_policies(groups, problem)

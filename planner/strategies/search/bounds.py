@@ -108,7 +108,7 @@ def bound_parts(
     short = surely_local(distinct, weights, shapes, local, num_ranks)
     parts = []
     if short.any():
-        useful = [shape for shape in shapes if shape is local or not _dominates(local, shape)]
+        useful = [shape for shape in shapes if shape is local or not dominates(local, shape)]
         parts.append(BoundPart(price_table(distinct[short], useful), weights[short]))
     if not short.all():
         parts.append(BoundPart(price_table(distinct[~short], shapes), weights[~short]))
@@ -178,15 +178,14 @@ def surely_local(
     return surely
 
 
-def _dominates(local: GroupShape, shape: GroupShape) -> bool:
-    """Whether local charges every sequence that fits it no more rank seconds than ``shape``, whatever the weights."""
-    degree, here, there = shape.degree, local.fit, shape.fit
-    shares = here.fixed_s * local.held.at_zero, degree * there.fixed_s * shape.held.least  # most here, least there
-    return (
-        here.adds_at_most(there, times=degree)
-        and here.fixed_s <= there.fixed_s
-        and shares[0] * group_tokens(shape) <= shares[1] * local.capacity_tokens
-    )
+def dominates(one: GroupShape, other: GroupShape) -> bool:
+    """Whether ``one`` charges every sequence that fits both no more rank seconds than ``other``, whatever the weights.
+    ``one`` is local, or they have one degree: then it is no slower either."""
+    here, there = one.fit, other.fit
+    most_s = here.s_per_token + here.fixed_s * one.held.at_zero / max(group_tokens(one), 1)
+    least_s = there.s_per_token + there.fixed_s * other.held.least / max(group_tokens(other), 1)
+    times = other.degree // one.degree
+    return here.adds_at_most(there, times=times) and here.fixed_s <= there.fixed_s and most_s <= times * least_s
 
 
 def bound_of_parts(parts: SequenceOf[BoundPart], num_ranks: int) -> float:

@@ -85,16 +85,6 @@ class GroupShape:
         tokens = num_tokens if self.num_teams == 1 else peak_team_tokens(num_tokens, self.num_teams)
         return tokens if self.held.is_all else ceil(tokens * self.held.of(num_tokens) - ROUNDING)
 
-    def short_tokens(self, load: int) -> int:
-        """Tokens of one team in short sequences whose loads add up to this: short ones free the least memory."""
-        return load if self.held.is_all else int(min(load / max(self.held.at_zero, 1e-9) * (1 - 1e-12), 2.0**60))
-
-    def longest_within(self, seconds: float, room: int) -> int:
-        """Tokens of a sequence that surely adds at most so many seconds and so much load: the longest one, but for the
-        zigzag's remainders and for what long sequences free."""
-        by_time, by_memory = min(self.fit.longest_within(seconds) * (1 - 1e-12), 2.0**60), self.short_tokens(room)
-        return min(int(by_time), by_memory if self.num_teams == 1 else (by_memory - 2) // 2 * 2 * self.num_teams)
-
     @property
     def kind(self) -> AttentionKind:
         return self.fit.kind

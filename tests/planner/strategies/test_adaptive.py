@@ -17,7 +17,8 @@ from planner.cost.model import CostModel
 from planner.errors import InfeasibleError, SpecError
 from planner.plan import AttentionKind, SolveStatus, StepPlan, plan_digest
 from planner.step_planner import STRATEGIES, greedy_step, plan_step
-from planner.strategies.adaptive.priced_step import Pool, PricedStep, first_ranks
+from planner.strategies.adaptive.build import _Builder
+from planner.strategies.adaptive.priced_step import Batch, PricedStep, first_ranks
 from planner.strategies.adaptive.space import every_shape
 from planner.strategies.flexsp.strategy import flexsp_schedule
 from planner.strategies.search.shapes import allowed_shapes, price_table
@@ -193,19 +194,21 @@ def test_groups_stay_in_their_node(degree: int, num_ranks: int, node_size: int) 
 @settings(max_examples=40, deadline=None)
 def test_the_workshop_prices_as_the_table_does(lengths: list[int], kinds: tuple[AttentionKind, ...]) -> None:
     cost, limits = make_cost(5, kinds=kinds), make_limits(kinds=kinds)
-    shapes = every_shape(step_problem([1], 5, cost, limits))
-    step = PricedStep(lengths, shapes, [False] * len(lengths), num_ranks=5, node_size=5)
+    problem = step_problem(lengths, 5, cost, limits)
+    shapes = every_shape(problem)
+    step = PricedStep(problem, shapes)
+    lengths = step.lengths
     table = price_table(lengths, shapes)
     for row in range(len(lengths)):
         for column in range(len(shapes)):
             assert step.load(row, column) == table.load_tokens[row, column]
             assert step.marginal_s(row, column) == pytest.approx(table.marginal_s[row, column])
     column, seconds, room = len(shapes) - 1, float(np.median(table.marginal_s)), 900
-    longest = shapes[column].longest_within(seconds, room)
-    pool = Pool(step, range(len(lengths)))
-    taken = pool.take_at_most(longest)
-    assert (taken is None) == (longest < min(lengths))
-    if taken is not None:
-        assert step.marginal_s(taken, column) <= seconds
-        assert step.load(taken, column) <= room
-        assert all(lengths[taken] >= size or size > longest for size in lengths)
+    builder, batch = _Builder(step, seconds, False, seconds), Batch(column, 5, 0.0)
+    batch.load = step.shapes[column].capacity_tokens - room
+    place = builder.longest_for(batch, list(range(len(lengths))))
+    fits = [
+        row for row in range(len(lengths))
+        if table.marginal_s[row, column] <= seconds and table.load_tokens[row, column] <= room
+    ]
+    assert lengths[place] == lengths[fits[-1]] if fits else place < 0

@@ -17,8 +17,8 @@ from planner.pricing.assemble import GroupChoice, assemble_plan
 from planner.pricing.lockstep import lockstep_rounds
 from planner.pricing.simulate import simulate
 from planner.step_planner import plan_step
-from planner.strategies.adaptive.lockstep import LEAST_DEGREES, SHARES, SLACKS, STRETCHES, in_order
-from planner.strategies.adaptive.priced_step import Batch
+from planner.strategies.adaptive.lockstep import SHARES, SKIPPED, SLACKS, STRETCHES, in_order
+from planner.strategies.adaptive.priced_step import Batch, PricedStep
 from planner.strategies.adaptive.rounds import Packer, Round, rounds_s
 from planner.strategies.adaptive.shorten import Schedule
 from planner.strategies.adaptive.space import every_shape
@@ -146,24 +146,23 @@ def test_shortened_rounds_hold_the_same_sequences_in_no_more_time(
 
 @given(
     st.integers(0, 10**6), st.sampled_from([1, 2, 5, 8, 12, 24]), st.sampled_from([2, 4, 8, 64]), st.integers(1, 60),
-    st.sampled_from(SLACKS), st.sampled_from(STRETCHES), st.sampled_from(LEAST_DEGREES),
+    st.sampled_from(SLACKS), st.sampled_from(STRETCHES), st.sampled_from(SKIPPED),
     st.sampled_from([1e-4, 5e-3, 0.3]),
 )
 @settings(max_examples=60, deadline=None)
 def test_packed_rounds_hold_every_sequence_within_time_and_memory(
-    seed: int, num_ranks: int, node_size: int, num_sequences: int, slack: float, stretch: float, least_degree: int,
+    seed: int, num_ranks: int, node_size: int, num_sequences: int, slack: float, stretch: float, skipped: int,
     fixed_s: float,
 ) -> None:
     lengths = sorted(skewed_lengths(seed, num_sequences, 4096 * min(num_ranks, 5) - 40))
-    shapes = every_shape(
-        step_problem([1], num_ranks, lockstep_cost(num_ranks, fixed_s=fixed_s), make_limits(kinds=BOTH))
-    )
-    packer = Packer(np.array(lengths), shapes, num_ranks=num_ranks, node_size=min(node_size, num_ranks))
-    rounds = packer.pack(slack, stretch, least_degree)
+    limits = replace(make_limits(kinds=BOTH), devices_per_node=node_size)
+    problem = step_problem(lengths, num_ranks, lockstep_cost(num_ranks, fixed_s=fixed_s), limits)
+    packer = Packer(PricedStep(problem, every_shape(problem)))
+    rounds = packer.pack(slack, stretch, skipped)
     assert rounds is not None
-    again = packer.pack(slack, stretch, least_degree, rounds_s(rounds))
+    again = packer.pack(slack, stretch, skipped, rounds_s(rounds))
     assert again == rounds  # it gives up on nothing that would be quick enough
-    assert packer.pack(slack, stretch, least_degree, 0.0) is None
+    assert packer.pack(slack, stretch, skipped, 0.0) is None
     schedule = Schedule(packer.table, rounds)
     assert schedule.seconds == pytest.approx(rounds_s(rounds))
     check_schedule(schedule, num_ranks, min(node_size, num_ranks))
