@@ -101,16 +101,6 @@ def planned_span_s(plan: StepPlan) -> float:
     return max((stop_s for _, stop_s in planned_times(plan)), default=0.0)
 
 
-def microbatch_pairs(steps: SequenceOf[Executed]) -> list[tuple[float, float]]:
-    """(predicted, measured) seconds of every microbatch of these steps."""
-    return [
-        (plan.microbatches[index].predicted_s, seconds)
-        for plan, measured in steps
-        for index, seconds in measured.microbatch_s().items()
-        if plan.microbatches[index].predicted_s > 0 and seconds > 0
-    ]
-
-
 def group_samples(steps: SequenceOf[Executed]) -> list[GroupSample]:
     """Measured microbatches of a single group without recompute or chunks: their time is the cost of one (kind, degree)
     alone."""

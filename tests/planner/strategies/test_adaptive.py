@@ -192,7 +192,7 @@ def test_groups_stay_in_their_node(degree: int, num_ranks: int, node_size: int) 
 
 @given(st.lists(st.integers(1, 5000), min_size=1, max_size=12), st.sampled_from([(ULYSSES,), BOTH]))
 @settings(max_examples=40, deadline=None)
-def test_the_workshop_prices_as_the_table_does(lengths: list[int], kinds: tuple[AttentionKind, ...]) -> None:
+def test_the_priced_step_prices_as_the_table_does(lengths: list[int], kinds: tuple[AttentionKind, ...]) -> None:
     cost, limits = make_cost(5, kinds=kinds), make_limits(kinds=kinds)
     problem = step_problem(lengths, 5, cost, limits)
     shapes = every_shape(problem)
